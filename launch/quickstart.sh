@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs marjax into .venv, trains on the embedded digits and samples: leaves runs/digits/out/grid.png.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/venv.sh .venv .
+marjax train --config configs/digits.py --workdir runs/digits "$@"
+marjax sample --workdir runs/digits --labels 0-9 --num_per_label 50 --seed 0 --out runs/digits/out

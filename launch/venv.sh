@@ -1,0 +1,14 @@
+# To be sourced: `venv.sh FOLDER WHAT` makes the virtual environment FOLDER with WHAT installed in editable form, unless
+# it is there and complete, and activates it. PYTHON names the interpreter (3.11 or newer).
+folder=$1 what=$2
+if ! cmp -s setup.cfg "$folder/installed-for"; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "marjax needs Python 3.11 or newer: set PYTHON to one" >&2
+        exit 1
+    }
+    "${PYTHON:-python3}" -m venv --clear "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$what"
+    cp setup.cfg "$folder/installed-for"
+fi
+# shellcheck disable=SC1091
+source "$folder/bin/activate"

@@ -1,0 +1,370 @@
+"""The config: every field with its default, strict overrides, derived values, and the copy in the work directory.
+
+A file under `configs/` has `get_config(arg)`, which starts from `base()`. `load` runs it, `apply_overrides` sets single
+fields, `resolve` checks the result and computes what follows from it; everything else takes a resolved config.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict, config_dict
+
+from marjax.errors import UserError
+from marjax.tokenizers import token_shape
+
+# Width, blocks of encoder and of decoder, heads; denoiser blocks and width (paper, section 4.3 and appendix B).
+MODEL_SIZES = {
+    "mar_base": dict(width=768, depth=12, num_heads=12, denoiser_depth=6, denoiser_width=1024),
+    "mar_large": dict(width=1024, depth=16, num_heads=16, denoiser_depth=8, denoiser_width=1280),
+    "mar_huge": dict(width=1280, depth=20, num_heads=16, denoiser_depth=12, denoiser_width=1536),
+}
+
+# What a second start in the same work directory may change: it does not alter what is trained.
+FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "data.workers", "data.data_dir", "model.remat",
+               "model.denoiser.remat")
+
+CHOICES = {
+    "model.variant": ("mar",),
+    "model.head": ("diffusion",),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.denoiser.remat": ("none", "dots", "full"),
+    "model.mask_ratio.per": ("image", "batch"),
+    "train.schedule": ("constant", "cosine"),
+    "sample.cfg_schedule": ("linear", "constant"),
+}
+
+
+def base() -> ConfigDict:
+    """Every field there is, with the paper's value where it has one. Fields of None are derived by `resolve`."""
+    derived_int, derived_float = (lambda: config_dict.placeholder(int)), (lambda: config_dict.placeholder(float))
+    return ConfigDict(dict(
+        seed=0,
+        data=dict(
+            source="digits",  # "digits", or "tfds:NAME[/CONFIG][:VERSION]"
+            data_dir="",  # where TFDS data sets are; "" is the library's default
+            split="train",
+            image_size=8,  # pixels; images are centre-cropped to it
+            channels=1,  # 1 or 3
+            num_classes=10,
+            num_examples=derived_int(),  # only needed to count epochs
+            flip=False,  # horizontal, with probability 1/2
+            workers=0,  # Grain worker processes; 0 reads in threads of this one
+        ),
+        tokenizer=dict(name="pixels", patch_size=1),  # latents on a token's side
+        model=dict(
+            variant="mar",
+            head="diffusion",
+            width=768,
+            encoder_depth=12,
+            decoder_depth=12,
+            num_heads=12,
+            mlp_ratio=4.0,
+            buffer_size=64,  # class tokens in front of the sequence
+            attn_dropout=0.1,
+            proj_dropout=0.1,
+            class_dropout=0.1,  # share of images trained with the null class
+            dtype="bfloat16",  # of matmuls and activations; parameters are float32
+            remat="none",  # what the backward pass recomputes: "none", "dots" (all but weight matmuls) or "full"
+            mask_ratio=dict(mean=1.0, std=0.25, minimum=0.7, per="image"),
+            denoiser=dict(depth=6, width=1024, remat="none"),
+            diffusion=dict(num_steps=1000, batch_mul=4),  # timesteps of the chain; timesteps drawn a token
+        ),
+        train=dict(
+            batch_size=2048,  # global
+            epochs=derived_float(),
+            steps=derived_int(),  # epochs * (num_examples // batch_size)
+            accumulate=1,  # microbatches a step
+            base_lr=1e-4,  # for 256 images a step
+            lr=derived_float(),  # base_lr * batch_size / 256
+            schedule="constant",  # after the warmup; or "cosine"
+            min_lr=0.0,  # where the cosine ends
+            warmup_epochs=derived_float(),
+            warmup_steps=derived_int(),
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.02,
+            clip=3.0,  # of the gradient's global norm
+            ema_decay=0.9999,
+            ema_warmup=False,  # min(ema_decay, (1 + n) / (10 + n)) at step n
+        ),
+        mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis; -1 takes what is left
+        checkpoint=dict(every=1000, keep=3, keep_every=0),  # steps; keep_every=0: only the latest `keep`
+        log=dict(
+            every=50,  # steps between lines of metrics
+            samples_every=5000,  # steps between pictures of one batch of samples; 0: none
+            tensorboard=True,
+            progress=True,  # a bar, on a terminal
+        ),
+        sample=dict(
+            num_iter=64,
+            num_sampling_steps="100",  # or "ddimN"
+            cfg=1.0,
+            cfg_schedule="linear",
+            temperature=1.0,
+            batch_size=64,
+            max_stages=6,  # padded shapes the generation steps are grouped into
+        ),
+    ))
+
+
+def set_model_size(model: ConfigDict, size: str) -> None:
+    """Sets the widths and depths of one of MODEL_SIZES."""
+    spec = MODEL_SIZES[size]
+    model.update(width=spec["width"], encoder_depth=spec["depth"], decoder_depth=spec["depth"],
+                 num_heads=spec["num_heads"])
+    model.denoiser.update(depth=spec["denoiser_depth"], width=spec["denoiser_width"])
+
+
+def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
+    """A config file's argument, "name=value,flag", typed by its defaults.
+
+    Args:
+      arg: what follows the colon in `configs/x.py:arg`; None or "" for all defaults.
+      **spec: name=default of type bool, int, float or str; or a tuple of the allowed strings, the default first.
+
+    Raises:
+      UserError: an unknown name or a value of the wrong type or not among the allowed.
+    """
+    values = {name: default[0] if isinstance(default, tuple) else default for name, default in spec.items()}
+    for part in filter(None, (arg or "").split(",")):
+        name, has_value, text = part.partition("=")
+        if name not in spec:
+            raise UserError(f"unknown config argument {name!r}{_closest(name, spec)}; there are: {', '.join(spec)}")
+        if not has_value:
+            if not isinstance(spec[name], bool):
+                raise UserError(f"config argument {name!r} needs a value: {name}=...")
+            text = "true"
+        if isinstance(spec[name], tuple):
+            if text not in spec[name]:
+                raise UserError(f"config argument {name}={text!r}: give one of {', '.join(spec[name])}")
+            values[name] = text
+        else:
+            values[name] = _parse(name, text, type(spec[name]))
+    return ConfigDict(values)
+
+
+def load(path: str) -> ConfigDict:
+    """The config of "FILE.py" or "FILE.py:ARG", not yet resolved.
+
+    Raises:
+      UserError: no such file, or one without `get_config`.
+    """
+    file, _, arg = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"config file {file!r} does not exist: give a file such as configs/digits.py")
+    spec = importlib.util.spec_from_file_location("marjax_config_file", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {file!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {file!r} has no get_config(arg)")
+    config = module.get_config(arg or None)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {file!r} returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A copy with single fields set; strings are parsed to the field's type.
+
+    Raises:
+      UserError: an unknown field (naming the closest), a section, or a value of the wrong type.
+    """
+    config = config.copy_and_resolve_references()
+    fields = flatten(config)
+    for key, value in overrides.items():
+        if key not in fields:
+            sections = {name.rsplit(".", 1)[0] for name in fields if "." in name}
+            if key in sections:
+                raise UserError(f"config.{key} is a section: set one of its fields, such as "
+                                f"{next(name for name in fields if name.startswith(key + '.'))}")
+            raise UserError(f"unknown config key {key!r}{_closest(key, fields)}")
+        *parents, leaf = key.split(".")
+        section = config
+        for name in parents:
+            section = section[name]
+        kind = section.get_type(leaf)
+        value = _parse(key, value, kind) if isinstance(value, str) else value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        try:
+            section[leaf] = value
+        except TypeError:
+            raise UserError(f"config.{key} is {value!r}: expected {kind.__name__}") from None
+    return config
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A checked, locked copy with every derived field computed. Resolving twice changes nothing.
+
+    Raises:
+      UserError: a field that is missing, out of range or at odds with another.
+    """
+    config = config.copy_and_resolve_references()
+    fields = flatten(config)
+    for key, allowed in CHOICES.items():
+        if fields[key] not in allowed:
+            raise UserError(f"config.{key} is {fields[key]!r}: give one of {', '.join(allowed)}")
+    train, data, model = config.train, config.data, config.model
+    for key in ("data.image_size", "data.num_classes", "tokenizer.patch_size", "model.width", "model.encoder_depth",
+                "model.decoder_depth", "model.num_heads", "model.buffer_size", "model.denoiser.depth",
+                "model.denoiser.width", "model.diffusion.batch_mul", "train.batch_size", "train.accumulate",
+                "checkpoint.every", "checkpoint.keep", "log.every", "sample.batch_size", "sample.max_stages"):
+        if fields[key] < 1:
+            raise UserError(f"config.{key} is {fields[key]}: give at least 1")
+    for key in ("model.attn_dropout", "model.proj_dropout"):
+        if not 0.0 <= fields[key] < 1.0:
+            raise UserError(f"config.{key} is {fields[key]}: give a share in [0, 1)")
+    if not 0.0 <= model.class_dropout <= 1.0:
+        raise UserError(f"config.model.class_dropout is {model.class_dropout}: give a share in [0, 1]")
+    if not 0.0 < model.mask_ratio.minimum < 1.0 or model.mask_ratio.std <= 0.0:
+        raise UserError("config.model.mask_ratio: give a minimum in (0, 1) and a positive std")
+    if data.channels not in (1, 3):
+        raise UserError(f"config.data.channels is {data.channels}: give 1 or 3")
+    if model.width % model.num_heads:
+        raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
+    if model.diffusion.num_steps < 4:
+        raise UserError(f"config.model.diffusion.num_steps is {model.diffusion.num_steps}: give at least 4")
+    if train.batch_size % train.accumulate:
+        raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
+                        f"{train.accumulate}")
+    token_shape(config.tokenizer.name, image_size=data.image_size, channels=data.channels,
+                patch_size=config.tokenizer.patch_size)
+
+    if train.lr is None:
+        train.lr = train.base_lr * train.batch_size / 256
+    epoch = None if data.num_examples is None else data.num_examples // train.batch_size
+    for count, epochs in (("steps", train.epochs), ("warmup_steps", train.warmup_epochs)):
+        if train[count] is None:
+            if epochs is None or epoch is None:
+                raise UserError(f"config has no train.{count}: give it, or both data.num_examples and its number of epochs")
+            train[count] = round(epochs * epoch)
+    if train.steps < 1 or train.warmup_steps < 0:
+        raise UserError(f"config: train.steps {train.steps} must be at least 1, train.warmup_steps "
+                        f"{train.warmup_steps} at least 0")
+    if train.schedule == "cosine" and train.warmup_steps >= train.steps:
+        raise UserError(f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps "
+                        f"{train.steps}")
+    check_sample(config)
+    return config.lock()
+
+
+def check_sample(config: ConfigDict) -> None:
+    """Checks `config.sample` against the number of tokens and diffusion steps. Raises UserError."""
+    from marjax.heads.diffusion import respaced_timesteps  # imports jax, which `--help` need not
+
+    sample, data = config.sample, config.data
+    num_tokens = token_shape(config.tokenizer.name, image_size=data.image_size, channels=data.channels,
+                             patch_size=config.tokenizer.patch_size).num_tokens
+    if not 1 <= sample.num_iter <= num_tokens:
+        raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
+    try:
+        respaced_timesteps(config.model.diffusion.num_steps, sample.num_sampling_steps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if sample.temperature < 0.0:
+        raise UserError(f"temperature is {sample.temperature}: give at least 0")
+    if sample.cfg < 0.0:
+        raise UserError(f"cfg is {sample.cfg}: give at least 0 (1 is no guidance)")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Makes the work directory and writes `config.json`, or checks the one that is there.
+
+    Fields in FREE_FIELDS may change between starts, and so may the number of steps, upwards, under a constant
+    learning rate.
+
+    Raises:
+      UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
+    """
+    path = epath.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "config.json").exists():
+            if any(path.iterdir()):
+                raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
+        else:
+            _refuse_contradiction(workdir, read_workdir(workdir), config)
+        # Renamed into place, so that a crash leaves the old file or the new one.
+        partial = path / "config.json.partial"
+        partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+        partial.replace(path / "config.json")
+    except OSError as error:
+        raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
+                        f"give a folder that can") from None
+
+
+def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict) -> None:
+    before, after = flatten(old), flatten(new)
+    differing = [key for key in sorted(before.keys() | after.keys())
+                 if before.get(key) != after.get(key) and not key.startswith(FREE_FIELDS)]
+    if new.train.schedule == "constant" and new.train.steps >= old.train.steps:
+        differing = [key for key in differing if key not in ("train.steps", "train.epochs")]
+    if differing:
+        listed = ", ".join(f"{key} (was {before.get(key)!r}, now {after.get(key)!r})" for key in differing)
+        raise UserError(f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "
+                        f"the config it was made with")
+
+
+def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The resolved config of a work directory.
+
+    Raises:
+      UserError: there is none, or it was not written by this program.
+    """
+    path = epath.Path(workdir)
+    if not path.is_dir():
+        raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
+    if not (path / "config.json").exists():
+        raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
+    try:
+        content = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{workdir}/config.json is not JSON ({error})") from None
+    template = base()
+    known, given = flatten(template), flatten(content) if isinstance(content, dict) else {}
+    if known.keys() != given.keys():
+        odd = sorted(known.keys() ^ given.keys())
+        raise UserError(f"{workdir}/config.json is not a config of this version: unknown or missing {', '.join(odd[:5])}")
+    return resolve(apply_overrides(template, given))
+
+
+def _closest(name: str, names: Any) -> str:
+    names = list(names)
+    leaves = {known.rsplit(".", 1)[-1]: known for known in reversed(names)}
+    match = difflib.get_close_matches(name, names, 1, 0.5)
+    match = match or [leaves[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
+    return f"; the closest is {match[0]!r}" if match else ""
+
+
+def _parse(key: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{key}={text!r}: expected {kind.__name__}") from None
+
+
+def default_config_path() -> str:
+    """`configs/digits.py` of the checkout this package runs from."""
+    return str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "digits.py")

@@ -1,0 +1,92 @@
+"""From a source's image to the square the model sees: crop, channels, flip. Everything stays uint8."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from marjax.data.sources import Element, Pixels
+from marjax.errors import UserError
+
+
+def center_crop(image: Pixels, size: int) -> Pixels:
+    """The central square of `image`, its shorter side scaled to `size`.
+
+    Halves with a box filter as long as the shorter side is at least 2 * size, then goes to the exact size with a
+    bicubic one: the crop of guided diffusion (Dhariwal and Nichol 2021) that the reference trains on. Also enlarges.
+
+    Args:
+      image: uint8 (H, W, C), C of 1 or 3.
+      size: the side of the result, in pixels.
+
+    Returns:
+      uint8 (size, size, C); may be a view of `image`.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) != size:
+        image = _scale(image, size)
+        height, width = image.shape[:2]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def _scale(image: Pixels, size: int) -> Pixels:
+    grey = image.shape[2] == 1
+    scaled = Image.fromarray(image[..., 0] if grey else image)
+    while min(scaled.size) >= 2 * size:
+        scaled = scaled.resize((scaled.width // 2, scaled.height // 2), Image.Resampling.BOX)
+    factor = size / min(scaled.size)
+    exact = (round(scaled.width * factor), round(scaled.height * factor))
+    pixels = np.asarray(scaled.resize(exact, Image.Resampling.BICUBIC))
+    return pixels[..., None] if grey else pixels
+
+
+def to_channels(image: Pixels, channels: int) -> Pixels:
+    """`image` uint8 (H, W, 1, 3 or 4) as uint8 (H, W, `channels`), `channels` 1 or 3; the same array if it has them.
+
+    Grey is repeated, colour becomes the luma that Pillow computes (ITU-R 601-2), alpha is dropped.
+    """
+    given = image.shape[2]
+    if given == channels:
+        return image
+    if given == 1:
+        return np.repeat(image, channels, axis=2)
+    colour = image[..., :3]
+    if channels == 3:
+        return colour
+    return np.asarray(Image.fromarray(np.ascontiguousarray(colour)).convert("L"))[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Turns a source's element into a training example; fits Grain's `random_map`.
+
+    Attributes:
+      image_size: the side of the result, in pixels.
+      channels: 1 or 3.
+      flip: whether to mirror left and right with probability 0.5.
+
+    Raises:
+      UserError: if a size or a number of channels is impossible.
+    """
+
+    image_size: int
+    channels: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"data.image_size={self.image_size} is too small: expected at least 1 pixel.")
+        if self.channels not in (1, 3):
+            raise UserError(f"data.channels={self.channels} is not supported: expected 1 (grey) or 3 (colour).")
+
+    def __call__(self, element: Element, rng: np.random.Generator) -> Element:
+        """The same label with an image of uint8 (image_size, image_size, channels), which may be a view."""
+        image = element["image"]
+        # Scaling treats each channel alone, so channels are dropped before it and repeated after it.
+        if image.shape[2] > self.channels:
+            image = to_channels(image, self.channels)
+        image = to_channels(center_crop(image, self.image_size), self.channels)
+        if self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return {"image": image, "label": element["label"]}

@@ -1,0 +1,262 @@
+"""Where examples come from: the digits inside scikit-learn, or any image data set prepared by TensorFlow Datasets.
+
+A source is random access: `len(source)` examples, `source[i]` decoded on demand. The shuffling, cropping and batching
+are the pipeline's business. Sources are picklable, since worker processes hold a copy each.
+"""
+
+import difflib
+import io
+import os
+import re
+from typing import Any, Protocol, TypedDict
+
+import ml_collections
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from marjax.errors import UserError
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Element(TypedDict):
+    """One example: `image` uint8 (H, W, C) with C of 1, 3 or 4, and its class `label`."""
+
+    image: Pixels
+    label: int
+
+
+class Source(Protocol):
+    """A finite, picklable sequence of examples."""
+
+    def __len__(self) -> int:
+        """How many examples there are, at least 1."""
+
+    def __getitem__(self, index: int, /) -> Element:
+        """Example `index` of `range(len(self))`. Raises UserError, naming data set and index, where it is unusable."""
+
+
+def open_source(data: ml_collections.ConfigDict) -> Source:
+    """Opens `data.source`, restricted to `data.split`.
+
+    `data.source` is "digits" (the 1797 grey 8 x 8 digits of scikit-learn) or "tfds:NAME[/CONFIG][:VERSION]": a data set
+    with the features "image" and "label", prepared in the array_record format below `data.data_dir` ("" means the
+    default directory of TFDS). `data.split` is a split's name or a slice of it, such as "train[:1000]" or
+    "train[90%:]". Labels lie in [0, `data.num_classes`).
+
+    Raises:
+      UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
+        features; more classes in the data than in the config.
+    """
+    source, split = str(data.source), str(data.split)
+    if source == "digits":
+        return _open_digits(split, int(data.num_classes))
+    if source.startswith("tfds:"):
+        return _open_tfds(source, str(data.data_dir), split, int(data.num_classes))
+    raise UserError(f"data.source={source!r} is unknown: expected 'digits' or 'tfds:NAME[/CONFIG][:VERSION]'.")
+
+
+class DigitsSource:
+    """Examples held in memory: `images` uint8 (N, H, W, C), `labels` (N,)."""
+
+    def __init__(self, images: Pixels, labels: npt.NDArray[Any]):
+        self._images = images
+        self._labels: list[int] = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int, /) -> Element:
+        return {"image": self._images[index], "label": self._labels[index]}
+
+
+class TfdsSource:
+    """Examples of a prepared TFDS data set; images are decoded here, by Pillow, at every access.
+
+    TFDS's own decoding would give other pixels where OpenCV is installed, the indices in place of the colours of a
+    palette, and four channels for CMYK.
+    """
+
+    def __init__(self, reader: Any, name: str, num_classes: int):
+        self._reader = reader
+        self._name = name
+        self._num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int, /) -> Element:
+        try:
+            record = self._reader[index]
+            image = record["image"]
+            if isinstance(image, bytes):
+                image = _decode(image)
+        except Exception as error:
+            # Whatever went wrong has to cross a process boundary, and so is put into a plain message.
+            raise UserError(
+                f"{self._name}: example {index} cannot be read ({type(error).__name__}: {_first_line(error)}): check "
+                "the files, or prepare the data set again."
+            ) from error
+        self._check_image(image, index)
+        return {"image": image, "label": self._checked_label(record["label"], index)}
+
+    def _check_image(self, image: Any, index: int) -> None:
+        is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
+        if not is_image or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
+            given = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+            raise UserError(
+                f"{self._name}: the image of example {index} is {given}, expected uint8 (height, width, 1, 3 or 4)."
+            )
+
+    def _checked_label(self, label: Any, index: int) -> int:
+        given = np.asarray(label)
+        if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < self._num_classes:
+            raise UserError(
+                f"{self._name}: example {index} has the label {label!r}, expected an integer in "
+                f"[0, {self._num_classes}): set data.num_classes, or choose a split with labels."
+            )
+        return int(given)
+
+
+def _open_digits(split: str, num_classes: int) -> DigitsSource:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("data.source='digits' needs scikit-learn: pip install scikit-learn.") from error
+    digits = load_digits()
+    _check_num_classes("digits", len(digits.target_names), num_classes)
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    chosen = _digits_slice(split, len(images))
+    return DigitsSource(images[chosen], digits.target[chosen])
+
+
+def _digits_slice(split: str, size: int) -> slice:
+    """The examples meant by a split as TFDS writes it: counts or percentages, from the start or (negative) the end."""
+    match = re.fullmatch(r"(?:train|all)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        raise UserError(
+            f"data.split={split!r} is unknown to digits: expected 'train' or 'all', or a slice such as 'train[:1400]' "
+            "or 'train[80%:]'."
+        )
+
+    def position(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        offset = round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        if abs(offset) > size:
+            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of digits: shorten the slice.")
+        return offset + size if offset < 0 else offset
+
+    start, stop = position(match[1], 0), position(match[2], size)
+    if start >= stop:
+        raise UserError(f"data.split={split!r} of digits is empty: choose a slice with at least one example.")
+    return slice(start, stop)
+
+
+def _open_tfds(source: str, data_dir: str, split: str, num_classes: int) -> TfdsSource:
+    """Raises UserError for all that can be wrong with a data set before its first example is read."""
+    name = source.removeprefix("tfds:")
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\w.*]+)?", name):
+        raise UserError(f"data.source={source!r} is malformed: expected 'tfds:NAME[/CONFIG][:VERSION]'.")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"data.source={source!r} needs TFDS: pip install tensorflow-datasets pillow.") from error
+    builder = _tfds_builder(tfds, source, os.path.expanduser(data_dir))
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or ()):
+        raise UserError(
+            f"data.source={source!r} has the features {sorted(features or ())}, expected 'image' and 'label': "
+            "choose a data set for image classification."
+        )
+    if isinstance(features["label"], tfds.features.ClassLabel) and features["label"].num_classes is not None:
+        _check_num_classes(source, features["label"].num_classes, num_classes)
+    try:
+        reader = builder.as_data_source(split=split)
+    except Exception as error:
+        raise UserError(_why_unreadable(builder, source, split, error)) from error
+    # Set afterwards, because tfds.testing.mock_data can only fake decoded images where TensorFlow is missing.
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    reader.decoders = {key: tfds.decode.SkipDecoding() for key in images}
+    if len(reader) == 0:
+        raise UserError(_empty(source, split))
+    return TfdsSource(reader, f"{source}, split {split}", num_classes)
+
+
+def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
+    name = source.removeprefix("tfds:")
+    try:
+        return tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:
+        base = re.split("[/:]", name)[0]
+        known = tfds.list_builders(with_community_datasets=False)
+        if base in known or os.path.isdir(os.path.join(data_dir, base)):
+            problem = f"there is a {base!r}, but not in this config or version"
+        else:
+            close = difflib.get_close_matches(base, known, 1)
+            problem = "TFDS knows no such data set" + (f" (did you mean {close[0]!r}?)" if close else "")
+        cause: Exception = error
+    except ImportError as error:
+        problem, cause = f"it is not prepared there, and to prepare it TFDS needs {error.name or 'TensorFlow'}", error
+    except Exception as error:
+        problem, cause = _first_line(error).split('}": ')[-1].rstrip(".: "), error
+    raise UserError(
+        f"data.source={source!r} cannot be opened in data.data_dir={data_dir!r}: {problem}; check name, config, "
+        "version and directory."
+    ) from cause
+
+
+def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> str:
+    """What to tell the user after `builder.as_data_source` failed; TFDS's own errors rarely name the cause."""
+    name, directory = source.removeprefix("tfds:"), str(builder.data_path)
+    if not builder.is_prepared():
+        return (
+            f"data.source={source!r} is not prepared in {directory}: run `tfds build {name} "
+            "--file_format=array_record` with the --data_dir that data.data_dir names (that needs TensorFlow, reading "
+            "does not)."
+        )
+    if isinstance(error, NotImplementedError):
+        return (
+            f"data.source={source!r} is stored as {builder.info.file_format.value} in {directory}, expected "
+            f"array_record: run `tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`."
+        )
+    splits = builder.info.splits
+    try:
+        if splits[split].num_examples == 0:
+            return _empty(source, split)
+    except Exception:
+        return (
+            f"data.split={split!r} of {source!r} cannot be read ({_first_line(error)}): expected one of "
+            f"{sorted(splits)}, or a slice such as 'train[:1000]' within its size."
+        )
+    return f"data.source={source!r} in {directory} cannot be read ({_first_line(error)}): prepare it again."
+
+
+def _check_num_classes(source: str, declared: int, num_classes: int) -> None:
+    if declared > num_classes:
+        raise UserError(
+            f"data.source={source!r} has {declared} classes, more than data.num_classes={num_classes}: set "
+            f"data.num_classes={declared}."
+        )
+
+
+def _empty(source: str, split: str) -> str:
+    return f"data.split={split!r} of {source!r} is empty: choose a split or a slice with at least one example."
+
+
+def _decode(encoded: bytes) -> Pixels:
+    """The pixels of an image file: (H, W, 1) if it is grey, else (H, W, 3). As in the reference, alpha is dropped and
+    the EXIF orientation ignored."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{len(encoded)} bytes that are no image file known to Pillow") from error
+    with image:
+        if image.mode in ("1", "L", "LA"):
+            return np.asarray(image.convert("L"))[..., None]
+        return np.asarray(image.convert("RGB"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

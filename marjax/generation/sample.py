@@ -1,0 +1,69 @@
+"""Samples from a work directory: what `marjax sample` does, as a function."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from marjax import config as config_lib
+from marjax import sharding
+from marjax.checkpoints.manager import Checkpoints
+from marjax.errors import UserError
+from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
+from marjax.models import generator as generator_lib
+from marjax.tokenizers import open_tokenizer, token_shape
+from marjax.training.state import abstract_params
+
+
+def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0, weights: str = "ema",
+           step: int | None = None, first_index: int = 0, **settings: Any) -> np.ndarray:
+    """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
+
+    Args:
+      workdir: of a training run.
+      labels: classes; -1 asks for no class.
+      seed: of all randomness, in [0, 2^32).
+      weights: "ema" or "raw".
+      step: of the checkpoint, or None for the newest whole one.
+      first_index: index of the first image.
+      **settings: fields of `config.sample` (`num_iter`, `num_sampling_steps`, `cfg`, `cfg_schedule`, `temperature`,
+        `batch_size`); the run's config has the defaults.
+
+    Raises:
+      UserError: anything that cannot be used, before any work is done.
+    """
+    config = config_lib.read_workdir(workdir)
+    given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
+    config = config_lib.resolve(config_lib.apply_overrides(config, given))
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}: give 0 to {2**32 - 1}")
+    labels = np.asarray(labels, np.int64)
+    if labels.ndim != 1 or not len(labels):
+        raise UserError("no labels: give at least one class, or -1 for none")
+    wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
+    if wrong:
+        raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
+                        f"(and -1 for no class)")
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    tokens = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
+                         patch_size=config.tokenizer.patch_size)
+    generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
+                                    num_classes=config.data.num_classes)
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
+    item = "params" if weights == "raw" else "ema"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore({item: abstract_params(generator, mesh)}, step)
+    if restored is None:
+        raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
+    sampler = Sampler(generator, open_tokenizer(config.tokenizer.name), tokens, Settings.of(config, tokens), mesh)
+    with jax.set_mesh(mesh):
+        return sampler(restored.items[item], labels, seed, first_index,
+                       batch_size=min(config.sample.batch_size, len(labels)))

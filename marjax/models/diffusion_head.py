@@ -1,0 +1,93 @@
+"""The diffusion head as a network: the denoiser with the loss and the sampler of `heads/diffusion.py`.
+
+Every head of a generator has these four methods; only they know what is random in it.
+Shapes: B batch, L or M tokens, D token dimension, W backbone width, K timesteps a token (loss) or steps (sampler).
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from marjax.heads import diffusion
+from marjax.models.denoiser import Denoiser
+
+
+class SampleNoise(NamedTuple):
+    """The randomness of sampling, by position: `init` float32 (..., L, D), `step` float32 (..., L, K, D)."""
+
+    init: jax.Array
+    step: jax.Array
+
+
+class DiffusionHead(nn.Module):
+    """Models a token given z by denoising diffusion (paper, section 3.2)."""
+
+    token_dim: int
+    depth: int
+    width: int
+    cond_width: int
+    num_steps: int = 1000
+    batch_mul: int = 4
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.denoiser = Denoiser(self.token_dim, self.depth, self.width, self.cond_width, self.num_steps, self.remat,
+                                 self.dtype)
+
+    @nn.nowrap
+    def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> diffusion.LossNoise:
+        """What `__call__` needs: `t` int32 (B, K, L), `noise` float32 (B, K, L, D)."""
+        return diffusion.draw_loss_noise(key, (batch, self.batch_mul, num_tokens, self.token_dim), self.num_steps)
+
+    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: diffusion.LossNoise,
+                 weight_BxL: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Per-token terms, name -> (values, weights), float32 and broadcastable to (B, K, L); "loss" is trained on.
+
+        A term's mean is sum(values * weights) / sum(weights). `weight_BxL` is 1 where the token counts.
+        """
+        schedule = diffusion.respace(self.num_steps, self.num_steps)
+        tokens = tokens_BxLxD[:, None].astype(jnp.float32)
+        noised = diffusion.add_noise(schedule, tokens, noise)
+        prediction = self.denoiser(noised, noise.t, z_BxLxW[:, None])
+        terms = diffusion.loss_terms(schedule, tokens, noised, noise, prediction)
+        loss = terms["mse"] + terms["vb"]
+        weight = jnp.broadcast_to(weight_BxL[:, None], loss.shape)
+        quarter = noise.t // (self.num_steps // 4)
+        out = {"loss": (loss, weight), "mse": (terms["mse"], weight), "vb": (terms["vb"], weight)}
+        for i in range(4):
+            out[f"loss_t_quarter{i + 1}"] = (loss, weight * (quarter == i))
+        return out
+
+    @nn.nowrap
+    def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> SampleNoise:
+        """What `sample` needs for one image."""
+        steps = len(diffusion.respaced_timesteps(self.num_steps, num_sampling_steps))
+        key_init, key_step = jax.random.split(key)
+        return SampleNoise(jax.random.normal(key_init, (num_tokens, self.token_dim)),
+                           jax.random.normal(key_step, (num_tokens, steps, self.token_dim)))
+
+    def sample(self, z: jax.Array, noise: SampleNoise, guidance: jax.Array | None, *,
+               num_sampling_steps: int | str, temperature: float | jax.Array) -> jax.Array:
+        """Tokens float32 (B, M, D).
+
+        Args:
+          z: (B, M, W), or under guidance (2 B, M, W), the conditional half first.
+          noise: leading axes (B, M).
+          guidance: the scale, a scalar, or None for no guidance.
+          num_sampling_steps: length of the respaced chain, static.
+          temperature: scale of the noise added by the steps.
+        """
+        schedule = diffusion.respace(self.num_steps, num_sampling_steps)
+        condition = self.denoiser.embed_condition(z)
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            if guidance is None:
+                return self.denoiser.predict(x, t, condition)
+            prediction = self.denoiser.predict(jnp.concatenate([x, x]), t, condition)
+            return diffusion.guided(prediction.astype(jnp.float32), guidance)
+
+        return diffusion.sample(schedule, denoise, noise.init, jnp.moveaxis(noise.step, 2, 0), temperature)
+

@@ -1,0 +1,106 @@
+"""The bidirectional backbone: an MAE-style encoder over the known tokens and a decoder over all (paper, section 4.1).
+
+Everything has a static shape: known tokens sit in `slots` slots in the order of generation, masked as keys past
+`num_known`, and go back to their raster positions by gathers.
+
+Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from marjax import orders
+from marjax.models.layers import Dense, LayerNorm, normal_002
+from marjax.models.transformer import Stack
+
+
+class MaskedBackbone(nn.Module):
+    """The condition z of every position, given the tokens known so far and the class embedding."""
+
+    num_tokens: int
+    token_dim: int
+    width: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    buffer_size: int = 64
+    attn_dropout: float = 0.1
+    proj_dropout: float = 0.1
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        def embedding(name: str, length: int) -> Any:
+            init = nn.with_logical_partitioning(normal_002, (None, "embed"))
+            return self.param(name, init, (length, self.width), jnp.float32)
+
+        def stack(depth: int) -> Stack:
+            return Stack(depth, self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.remat,
+                         self.dtype)
+
+        length = self.buffer_size + self.num_tokens
+        self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
+        self.z_proj_norm = LayerNorm(dtype=self.dtype)
+        self.encoder_pos_embed = embedding("encoder_pos_embed", length)
+        self.encoder = stack(self.encoder_depth)
+        self.encoder_norm = LayerNorm(dtype=self.dtype)
+        self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
+        self.mask_token: Any = self.param("mask_token", nn.with_logical_partitioning(normal_002, ("embed",)),
+                                          (self.width,), jnp.float32)
+        self.decoder_pos_embed = embedding("decoder_pos_embed", length)
+        self.decoder = stack(self.decoder_depth)
+        self.decoder_norm = LayerNorm(dtype=self.dtype)
+        self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
+
+    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, class_embed_BxW: jax.Array,
+                 *, slots: int, deterministic: bool) -> jax.Array:
+        """z of every position, in `dtype`, (B, L, W).
+
+        Args:
+          tokens_BxLxD: in raster order; the values of unknown tokens do not matter.
+          order_BxL: int, the positions in the order of generation.
+          num_known_B: int (B,), how many leading entries of `order` are known, at most `slots`.
+          class_embed_BxW: float (B, W).
+          slots: static number of encoder slots.
+          deterministic: no dropout; otherwise the rng "dropout" is needed.
+        """
+        known_BxSxW = self.encode(tokens_BxLxD, order_BxL, num_known_B, class_embed_BxW, slots=slots,
+                                  deterministic=deterministic)
+        return self.decode(known_BxSxW, order_BxL, num_known_B, deterministic=deterministic)
+
+    def encode(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, class_embed_BxW: jax.Array,
+               *, slots: int, deterministic: bool) -> jax.Array:
+        """The encoder's output for buffer and slots, (B, P + S, W); rows past P + num_known mean nothing."""
+        batch, buffer = tokens_BxLxD.shape[0], self.buffer_size
+        rank_BxL = orders.ranks(order_BxL)
+        chosen_BxS = order_BxL[:, :slots]
+        tokens_BxSxD = orders.take(tokens_BxLxD, chosen_BxS, rank_BxL)
+        pos_BxLxW = jnp.broadcast_to(self.encoder_pos_embed[buffer:], (batch, self.num_tokens, self.width))
+        x_BxSxW = self.z_proj(tokens_BxSxD) + orders.take(pos_BxLxW, chosen_BxS, rank_BxL).astype(self.dtype)
+        x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[:buffer]).astype(self.dtype)
+        x = self.z_proj_norm(jnp.concatenate([x_BxPxW, x_BxSxW], axis=1))
+        known_BxT = jnp.arange(buffer + slots) < buffer + num_known_B[:, None]
+        x = self.encoder(nn.with_logical_constraint(x, ("batch", None, None)), known_BxT[:, None, None, :],
+                         deterministic)
+        return self.encoder_norm(x)
+
+    def decode(self, encoded: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, *,
+               deterministic: bool) -> jax.Array:
+        """z of every position, (B, L, W), from the encoder's output (B, P + S, W)."""
+        buffer, num_tokens = self.buffer_size, self.num_tokens
+        slots = encoded.shape[1] - buffer
+        encoded = self.decoder_embed(encoded)
+        # A position's slot is its rank. Unknown positions and unused slots point outside, so that `take` gives zero.
+        rank_BxL = orders.ranks(order_BxL)
+        known_BxL = rank_BxL < num_known_B[:, None]
+        slot_BxL = jnp.where(known_BxL, rank_BxL, slots)
+        position_BxS = jnp.where(jnp.arange(slots) < num_known_B[:, None], order_BxL[:, :slots], num_tokens)
+        x_BxLxW = orders.take(encoded[:, buffer:], slot_BxL, position_BxS)
+        x_BxLxW = jnp.where(known_BxL[..., None], x_BxLxW, self.mask_token.astype(self.dtype))
+        x = jnp.concatenate([encoded[:, :buffer], x_BxLxW], axis=1) + self.decoder_pos_embed.astype(self.dtype)
+        x = self.decoder(nn.with_logical_constraint(x, ("batch", None, None)), None, deterministic)
+        return self.decoder_norm(x)[:, buffer:] + self.z_pos_embed.astype(self.dtype)

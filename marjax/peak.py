@@ -1,0 +1,52 @@
+"""How fast a device multiplies matrices: what model FLOP/s are compared with."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by the start of `device_kind`.
+_BFLOAT16_PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def device_peak(dtype: str) -> float:
+    """FLOP/s of one device: the data sheet's bfloat16 rate where it is known, otherwise measured in `dtype`.
+
+    On CPU the devices are shares of one processor, so its measured rate is divided among them.
+    """
+    device = jax.devices()[0]
+    for kind, peak in _BFLOAT16_PEAK.items():
+        if device.device_kind.startswith(kind):
+            return peak
+    measured = measured_peak(dtype, seconds=0.3)
+    return measured / jax.local_device_count() if device.platform == "cpu" else measured
+
+
+def measured_peak(dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of the best of repeated square matrix products on one device, for at least `seconds`.
+
+    Sides of 2048 on CPU and 8192 elsewhere; a product of two is checked to be finite, so that none is skipped.
+    """
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+    matrix = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+    assert bool(jnp.isfinite(multiply(matrix)).all())
+    best, spent = float("inf"), 0.0
+    while spent < seconds:
+        start = time.perf_counter()
+        multiply(matrix).block_until_ready()
+        elapsed = time.perf_counter() - start
+        best, spent = min(best, elapsed), spent + elapsed
+    return 2.0 * side**3 / best

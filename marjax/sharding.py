@@ -1,0 +1,94 @@
+"""The device mesh and the one table from logical axis names to mesh axes.
+
+Parameters and activations name their axes in the models; nothing else knows the mesh.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from marjax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Batches are cut over data and fsdp; parameters over fsdp along "embed" and over tensor between heads and features.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("layers", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh over all devices, or those given; one axis may be -1 and takes what the others leave.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: give sizes of at least 1, at most one of them -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there are "
+                        f"{len(devices)}: change config.mesh (-1 takes what is left)")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Raises UserError unless every microbatch can be cut over the mesh."""
+    if batch_size % (batch_shards(mesh) * accumulate):
+        raise UserError(f"config.train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} times "
+                        f"the {batch_shards(mesh)} batch shards of mesh {dict(mesh.shape)}")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over data and fsdp, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter of an abstract tree that still carries its logical names.
+
+    An axis that its mesh axis does not divide stays whole.
+    """
+    rules = dict(RULES)
+
+    def one(leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        spec = [rules[name] if name else None for name in leaf.names]
+        spec = [axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, leaf.value.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def logical_rules(mesh: Mesh) -> Any:
+    """The context in which the models' activation constraints mean something; enter it while tracing."""
+    del mesh
+    return nn.logical_axis_rules(RULES)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch, numpy, as arrays sharded over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

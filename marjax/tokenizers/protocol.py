@@ -1,0 +1,69 @@
+"""What a tokenizer is, and how latents become tokens.
+
+Shapes: B batch, h x w latent grid of C channels, p patch side, L tokens, D token dimension.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+
+class Tokenizer(Protocol):
+    """Images to latents and back. `params` are its frozen weights, a pytree passed into jitted code as an argument."""
+
+    params: Any
+
+    def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
+        """Scaled latents, float32 (B, h, w, C), from images, float32 (B, H, W, 1 or 3) in [-1, 1].
+
+        `key` is for tokenizers that draw from a posterior.
+        """
+        ...
+
+    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
+        """Images, float32 (B, H, W, 1 or 3), not clipped, from scaled latents."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShape:
+    """The grid of tokens of an image: `height` x `width` patches of `patch` x `patch` latents of `channels`."""
+
+    height: int
+    width: int
+    channels: int
+    patch: int
+
+    @classmethod
+    def of(cls, image_size: int, stride: int, channels: int, patch: int) -> "TokenShape":
+        """The grid of a square image under a tokenizer of that stride.
+
+        Raises:
+          ValueError: stride x patch does not divide the image.
+        """
+        if image_size < 1 or patch < 1 or image_size % (stride * patch):
+            raise ValueError(f"image size {image_size} is not divisible by the tokenizer's stride {stride} times the "
+                             f"patch size {patch}: give a multiple of {stride * max(patch, 1)}")
+        side = image_size // stride // patch
+        return cls(side, side, channels, patch)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def token_dim(self) -> int:
+        return self.channels * self.patch**2
+
+    def patchify(self, latent_BxhxwxC: jax.Array) -> jax.Array:
+        """Tokens in raster order, (B, L, D), each ordered (channel, row, column) as the reference's weights expect."""
+        b, p = latent_BxhxwxC.shape[0], self.patch
+        x = latent_BxhxwxC.reshape(b, self.height, p, self.width, p, self.channels)
+        return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, self.num_tokens, self.token_dim)
+
+    def unpatchify(self, tokens_BxLxD: jax.Array) -> jax.Array:
+        """The inverse of `patchify`: (B, h, w, C)."""
+        b, p = tokens_BxLxD.shape[0], self.patch
+        x = tokens_BxLxD.reshape(b, self.height, self.width, self.channels, p, p)
+        return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, self.height * p, self.width * p, self.channels)

@@ -1,0 +1,55 @@
+"""AdamW as the reference runs it: which parameters decay, the learning rate by step, the EMA's decay by step."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warmup, then constant, or half a cosine to `min_lr` at the end."""
+    peak, low, warmup, steps = train.lr, train.min_lr, train.warmup_steps, train.steps
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = jnp.asarray(peak, jnp.float32)
+        if train.schedule == "cosine":
+            progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+            after = low + (peak - low) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
+        return jnp.where(step < warmup, peak * step / max(1, warmup), after)
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: not on biases, norm scales (the reference's 1-D tensors) or the denoiser.
+
+    The reference stores its embeddings with leading axes of length 1, so they count as more than 1-D and decay.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        del leaf
+        names = [str(entry.key) for entry in path]
+        return names[-1] not in ("bias", "scale") and "denoiser" not in names
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW, from a resolved `config.train`."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip),
+        optax.adamw(learning_rate(train), train.b1, train.b2, eps=1e-8, weight_decay=train.weight_decay,
+                    mask=decay_mask))
+
+
+def ema_decay(train: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
+    """The EMA's decay in the update that ends step `step` (0 for the first), float32."""
+    decay = jnp.asarray(train.ema_decay, jnp.float32)
+    if not train.ema_warmup:
+        return decay
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1.0 + n) / (10.0 + n))

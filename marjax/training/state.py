@@ -1,0 +1,75 @@
+"""What training carries from step to step, its shapes and its shardings."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from marjax import sharding
+from marjax.models.generator import Generator
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` int32 () counts finished steps; `params` and `ema` are float32 trees of the same structure."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+def init_params(generator: Generator, key: jax.Array) -> Any:
+    """Fresh parameters, float32, still carrying their logical axis names."""
+    tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
+    rand = generator.draw_loss_randomness(key, 1)
+    return generator.init({"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True)["params"]
+
+
+def init_unboxed(generator: Generator, key: jax.Array) -> Any:
+    """Fresh parameters as plain arrays, float32."""
+    return nn.unbox(init_params(generator, key))
+
+
+def abstract_params(generator: Generator, mesh: Mesh) -> Any:
+    """The parameters as ShapeDtypeStructs with their shardings, without computing anything."""
+    boxed = jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
+    return _with_shardings(nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh))
+
+
+def abstract_state(generator: Generator, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The whole state as ShapeDtypeStructs with shardings: optimizer and EMA follow the parameters."""
+    params = abstract_params(generator, mesh)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, lambda leaf, param: _struct(leaf, param.sharding), jax.eval_shape(optimizer.init, params), params,
+        transform_non_params=lambda leaf: _struct(leaf, whole))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step=step, params=params, ema=params, opt_state=opt_state)  # type: ignore[arg-type]
+
+
+def create(generator: Generator, optimizer: optax.GradientTransformation, abstract: TrainState,
+           seed: int) -> TrainState:
+    """The state at step 0, created on the devices where it stays; the EMA starts at the parameters."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_unboxed(generator, key)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
+                          opt_state=optimizer.init(params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+
+
+def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(_struct, tree, shardings)

@@ -1,0 +1,112 @@
+"""The one train step: every variant and every head goes through it.
+
+The randomness of a step is a function of (seed, step) alone and drawn for the global batch, so that neither devices
+nor hosts change it. Shapes: B global batch, L tokens, D token dimension, A microbatches.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from marjax import sharding
+from marjax.models.generator import Generator, LossRandomness
+from marjax.tokenizers import Tokenizer, TokenShape
+from marjax.training.optimizer import ema_decay, learning_rate
+from marjax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of a step: for the tokenizer, for the loss, for dropout."""
+    key_tokenizer, key_loss, key_dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+    return key_tokenizer, key_loss, key_dropout
+
+
+def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, labels_B: jax.Array,
+                   rand: LossRandomness, key_dropout: jax.Array, accumulate: int = 1) -> tuple[Metrics, Any]:
+    """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
+
+    Args:
+      generator: the network.
+      params: its parameters.
+      tokens_BxLxD: float32.
+      labels_B: int32.
+      rand: the loss's randomness for the whole batch.
+      key_dropout: folded with the microbatch's index.
+      accumulate: microbatches, a divisor of B.
+
+    Returns:
+      The means, float32 scalars (NaN for a term without any token), and the gradient tree.
+    """
+
+    def sums(params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness,
+             key: jax.Array) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        terms: Any = generator.apply({"params": params}, tokens, labels, rand, rngs={"dropout": key})
+        totals = {name: (jnp.sum(value * weight), jnp.sum(weight)) for name, (value, weight) in terms.items()}
+        return totals["loss"][0], totals
+
+    value_and_grad = jax.value_and_grad(sums, has_aux=True)
+    if accumulate == 1:
+        (_, totals), grads = value_and_grad(params, tokens_BxLxD, labels_B, rand, key_dropout)
+    else:
+        # Every A-th row goes to a microbatch, so that each device keeps its own rows.
+        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1),
+                             (tokens_BxLxD, labels_B, rand))
+
+        def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+            index, (tokens, labels, rand) = inputs
+            (_, totals), grads = value_and_grad(params, tokens, labels, rand, jax.random.fold_in(key_dropout, index))
+            return jax.tree.map(jnp.add, carry, (totals, grads)), None
+
+        shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], micro), key_dropout)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0][1], shapes[1]))
+        (totals, grads), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))
+    means = {name: total / weight for name, (total, weight) in totals.items()}
+    return means, jax.tree.map(lambda grad: grad / totals["loss"][1], grads)
+
+
+def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation,
+           train: ml_collections.ConfigDict) -> TrainState:
+    """One optimizer step and one EMA step."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(train, state.step)
+    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+    return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+
+
+def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape,
+                    optimizer: optax.GradientTransformation, abstract: TrainState,
+                    mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted step (state, batch, tokenizer params) -> (state, metrics); the state is donated.
+
+    The batch has "image", uint8 (B, H, W, C), and "label", int32 (B,), sharded along B. Metrics are float32 scalars
+    by their final names; "finite" is 1 while loss, gradient and updated parameters are.
+    """
+    schedule = learning_rate(config.train)
+
+    def step(state: TrainState, batch: Any, tokenizer_params: Any) -> tuple[TrainState, Metrics]:
+        key_tokenizer, key_loss, key_dropout = step_keys(config.seed, state.step)
+        image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        latent = tokenizer.encode(tokenizer_params, image, key_tokenizer)
+        tokens_BxLxD = tokens.patchify(latent)
+        rand = generator.draw_loss_randomness(key_loss, image.shape[0])
+        rand = jax.lax.with_sharding_constraint(rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
+        with sharding.logical_rules(mesh):
+            means, grads = loss_and_grads(generator, state.params, tokens_BxLxD, batch["label"], rand, key_dropout,
+                                          config.train.accumulate)
+        new = update(state, grads, optimizer, config.train)
+        metrics = {f"train/{name}": value for name, value in means.items()}
+        metrics |= {"train/grad_norm": optax.global_norm(grads), "train/param_norm": optax.global_norm(new.params),
+                    "train/lr": schedule(state.step)}
+        finite = [jnp.isfinite(metrics[f"train/{name}"]) for name in ("loss", "grad_norm", "param_norm")]
+        return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # The mesh is bound while tracing; the batch and the tokenizer's weights bring their own shardings.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

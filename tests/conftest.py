@@ -1,0 +1,39 @@
+"""Shared by all tests: the compile cache, and the tiny model whose shapes they agree on."""
+
+import json
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Before JAX is imported, and for child processes too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np  # noqa: E402
+
+from marjax import config as config_lib  # noqa: E402
+
+PARITY = ROOT / "tests" / "parity"
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def make_digits(**overrides):
+    """The debug form of the digits config, made smaller still; `train__steps=2` sets train.steps."""
+    small = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
+             "log.samples_every": 0, "log.tensorboard": False, "log.progress": False}
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    return config_lib.apply_overrides(config_lib.load(f"{DIGITS}:debug"), small | given)
+
+
+def parity(name):
+    """The arrays of a parity file and its config."""
+    arrays = np.load(PARITY / f"{name}.npz")
+    return arrays, json.loads(str(arrays["config"])) if "config" in arrays.files else {}
+
+
+def relative_error(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)

@@ -1,0 +1,134 @@
+"""Arguments, overrides, derived fields, and the copy in the work directory."""
+
+import json
+
+import jax
+import pytest
+from conftest import ROOT
+
+from marjax import config as config_lib
+from marjax import sharding
+from marjax.errors import UserError
+from marjax.models import generator as generator_lib
+from marjax.tokenizers import Pixels, token_shape
+from marjax.training import state as state_lib
+from marjax.training.optimizer import make_optimizer
+from marjax.training.step import make_train_step
+
+FORMS = ["digits.py", "digits.py:debug", "imagenet256.py", "imagenet256.py:debug", "imagenet256.py:model=mar_large",
+         "imagenet256.py:model=mar_huge,debug=false"]
+
+
+def load(form):
+    return config_lib.load(str(ROOT / "configs" / form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_config_traces(form):
+    config = config_lib.resolve(load(form))
+    mesh = sharding.make_mesh(1)
+    shape = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
+                        patch_size=config.tokenizer.patch_size)
+    generator = generator_lib.build(config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim,
+                                    num_classes=config.data.num_classes)
+    optimizer = make_optimizer(config.train)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    step = make_train_step(config, generator, Pixels(), shape, optimizer, abstract, mesh)
+    size = config.train.batch_size
+    image = jax.ShapeDtypeStruct((size, shape.height * shape.patch, shape.width * shape.patch, shape.channels), "uint8")
+    new, metrics = jax.eval_shape(step, abstract, {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}, {})
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter4", "train/lr"} <= metrics.keys()
+
+
+def test_the_papers_recipe():
+    config = config_lib.resolve(load("imagenet256.py"))
+    assert (config.train.steps, config.train.warmup_steps) == (400 * 625, 100 * 625)
+    assert config.train.lr == pytest.approx(8e-4)
+    assert config == config_lib.resolve(config)
+    shape = token_shape("kl16", image_size=256, channels=3, patch_size=1)
+    assert (shape.num_tokens, shape.token_dim) == (256, 16)
+
+
+def test_derived_fields_follow_overrides_and_give_way_to_them():
+    config = config_lib.apply_overrides(load("imagenet256.py"), {"train.batch_size": "512", "train.steps": "7"})
+    resolved = config_lib.resolve(config)
+    assert resolved.train.lr == pytest.approx(2e-4) and resolved.train.steps == 7
+    assert resolved.train.warmup_steps == 100 * (1_281_167 // 512)
+    assert config_lib.resolve(config_lib.apply_overrides(config, {"train.lr": "3"})).train.lr == 3.0
+
+
+@pytest.mark.parametrize("form, says", [
+    ("imagenet256.py:modle=mar_base", "unknown config argument 'modle'; the closest is 'model'"),
+    ("imagenet256.py:model=mar_giant", "give one of mar_base, mar_large, mar_huge"),
+    ("imagenet256.py:model", "needs a value"),
+    ("digits.py:debug=maybe", "expected bool"),
+    ("nothing.py", "does not exist"),
+])
+def test_bad_arguments(form, says):
+    with pytest.raises(UserError, match=says):
+        load(form)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("train.lrr", "1", "unknown config key 'train.lrr'; the closest is 'train.lr'"),
+    ("lr", "1", "the closest is 'train.lr'"),
+    ("mdel.width", "1", "the closest is 'model.width'"),
+    ("train", "1", "is a section"),
+    ("train.steps", "many", "expected int"),
+    ("train.steps", "1.5", "expected int"),
+    ("data.flip", "2", "expected bool"),
+    ("model.width", 1.5, "expected int"),
+    ("model.width", "130", "not divisible by num_heads"),
+    ("data.image_size", "9", "multiple of 2"),
+    ("sample.num_iter", "17", "16 tokens: give 1 to 16"),
+    ("sample.num_sampling_steps", "0", "give 1 to 1000"),
+    ("sample.cfg_schedule", "cosine", "one of linear, constant"),
+    ("model.dtype", "float16", "one of float32, bfloat16"),
+    ("train.batch_size", "0", "give at least 1"),
+    ("train.accumulate", "3", "not divisible by train.accumulate"),
+    ("tokenizer.name", "vae", "one of kl16, pixels"),
+    ("train.steps", "0", "at least 1"),
+])
+def test_bad_overrides(key, value, says):
+    with pytest.raises(UserError, match=says):
+        config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {key: value}))
+
+
+def test_workdir_keeps_its_config(tmp_path):
+    config = config_lib.resolve(load("digits.py"))
+    config_lib.claim_workdir(tmp_path / "run", config)
+    config_lib.claim_workdir(tmp_path / "run", config)
+    assert config_lib.read_workdir(tmp_path / "run") == config
+
+    def start(**fields):
+        given = {key.replace("__", "."): value for key, value in fields.items()}
+        config_lib.claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, given)))
+
+    with pytest.raises(UserError, match=r"seed \(was 0, now 1\), train.lr \(was 0.001, now 0.002\)"):
+        start(train__lr=0.002, seed=1)
+    with pytest.raises(UserError, match=r"train.steps \(was 3000, now 7\)"):
+        start(train__steps=7)
+    with pytest.raises(UserError, match="train.schedule"):
+        start(train__schedule="cosine", train__steps=9000)
+    assert config_lib.read_workdir(tmp_path / "run") == config
+    start(train__steps=9000, log__every=3, mesh__data=1, model__remat="full")
+    assert config_lib.read_workdir(tmp_path / "run").train.steps == 9000
+
+
+def test_foreign_folders(tmp_path):
+    config = config_lib.resolve(load("digits.py"))
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"no config\.json: give an empty or new folder"):
+        config_lib.claim_workdir(tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="does not exist"):
+        config_lib.read_workdir(tmp_path / "none")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        config_lib.read_workdir(tmp_path)
+    for content in ("{", "[1]", json.dumps({"model": {"width": 3}})):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json is not"):
+            config_lib.read_workdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        config_lib.claim_workdir("/proc/nothing", config)

@@ -1,0 +1,96 @@
+"""The noise schedule against the reference's tables, and loss and sampler against what is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import parity
+
+from marjax.heads import diffusion
+
+
+@pytest.mark.parametrize("spacing", ["1000", "100", "25", "7", "ddim50"])
+def test_tables_agree_with_the_reference(spacing):
+    theirs, _ = parity("diffusion_tables")
+    schedule = diffusion.respace(1000, spacing)
+    np.testing.assert_array_equal(schedule.timestep_map, theirs[f"{spacing}/timestep_map"])
+    for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped", "posterior_mean_coef1",
+                 "posterior_mean_coef2"):
+        np.testing.assert_allclose(getattr(schedule, name), theirs[f"{spacing}/{name}"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("spacing", [0, 1001, "ddim0", "ddim999", "x", "", -3, "2.5"])
+def test_respacing_refuses(spacing):
+    with pytest.raises(ValueError, match="num_sampling_steps is"):
+        diffusion.respaced_timesteps(1000, spacing)
+
+
+def test_one_step_chain():
+    assert list(diffusion.respaced_timesteps(1000, 1)) == [0]
+    assert np.isfinite(list(diffusion.respace(1000, 1).tables.values())).all()
+
+
+def ideal(schedule, variance):
+    """The denoiser that knows tokens to be normal with mean 0.3 and that variance (per dimension)."""
+    a = schedule.alphas_cumprod
+
+    def denoise(x, t):
+        scale, noise = jnp.asarray(np.sqrt(a), jnp.float32)[t], jnp.asarray(np.sqrt(1 - a), jnp.float32)[t]
+        eps = noise * (x - scale * 0.3) / (scale**2 * variance + noise**2)
+        return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
+
+    return denoise
+
+
+@pytest.mark.parametrize("variance", [0.01, 1.0])
+def test_sampler_recovers_a_gaussian(variance):
+    full = diffusion.respace(1000, 1000)
+    schedule = diffusion.respace(1000, "100")
+    key_init, key_step = jax.random.split(jax.random.key(0))
+    x = diffusion.sample(schedule, ideal(full, variance), jax.random.normal(key_init, (4000, 2)),
+                         jax.random.normal(key_step, (100, 4000, 2)))
+    assert abs(float(x.mean()) - 0.3) < 0.02 * max(1.0, variance**0.5 * 3)
+    assert abs(float(x.std()) - variance**0.5) < 0.05 * variance**0.5
+
+
+def test_temperature_scales_only_the_noise_of_the_steps():
+    schedule, full = diffusion.respace(1000, "25"), diffusion.respace(1000, 1000)
+    init = jax.random.normal(jax.random.key(0), (500, 2))
+    noise = jax.random.normal(jax.random.key(1), (25, 500, 2))
+
+    def run(temperature, step_noise):
+        return diffusion.sample(schedule, ideal(full, 1.0), init, step_noise, temperature)
+
+    np.testing.assert_allclose(run(0.5, noise), run(1.0, 0.5 * noise), atol=1e-5)
+    np.testing.assert_array_equal(run(0.0, noise), run(1.0, 0.0 * noise))
+    assert run(0.0, noise).std() < 0.9 * run(1.0, noise).std()
+    # The last step adds no noise.
+    np.testing.assert_array_equal(run(1.0, noise), run(1.0, noise.at[-1].add(5.0)))
+
+
+def test_loss_trains_the_variance_and_not_the_mean_through_the_variational_term():
+    schedule = diffusion.respace(1000, 1000)
+    tokens = jax.random.normal(jax.random.key(0), (64, 3))
+    rand = diffusion.draw_loss_noise(jax.random.key(1), (64, 3), 1000)
+    noised = diffusion.add_noise(schedule, tokens, rand)
+    prediction = jnp.concatenate([0.9 * rand.noise, jnp.zeros_like(tokens)], axis=-1)
+
+    def grad(name):
+        return jax.grad(lambda p: diffusion.loss_terms(schedule, tokens, noised, rand, p)[name].sum())(prediction)
+
+    assert not grad("vb")[:, :3].any() and grad("vb")[:, 3:].any()
+    assert grad("mse")[:, :3].any() and not grad("mse")[:, 3:].any()
+
+
+def test_discretised_likelihood_sums_to_one_over_all_bins():
+    bins = jnp.linspace(-1.0, 1.0, 256)
+    for mean, scale in ((0.0, 0.3), (-1.2, 0.05), (0.9, 2.0)):
+        log_p = diffusion.discretised_log_likelihood(bins, jnp.full(256, mean), jnp.full(256, np.log(scale)))
+        assert abs(float(jnp.exp(log_p).sum()) - 1.0) < 1e-3
+
+
+def test_guidance_of_one_is_the_conditional_branch_and_of_zero_the_other():
+    prediction = jax.random.normal(jax.random.key(0), (4, 5, 6))
+    np.testing.assert_allclose(diffusion.guided(prediction, 1.0), prediction[:2], atol=1e-6)
+    np.testing.assert_allclose(diffusion.guided(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
+    np.testing.assert_array_equal(diffusion.guided(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])

@@ -1,0 +1,36 @@
+"""Everything imports and trains where TensorFlow is not."""
+
+import pkgutil
+import subprocess
+import sys
+
+import marjax
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "torch", "tensorboard"):
+            raise AssertionError(f"imported {name}")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run(code, cwd):
+    return subprocess.run([sys.executable, "-c", BLOCKER + code], capture_output=True, text=True, cwd=cwd)
+
+
+def test_blocker_blocks(tmp_path):
+    assert "imported tensorflow" in run("import tensorflow", tmp_path).stderr
+
+
+def test_no_tensorflow_anywhere(tmp_path):
+    modules = [m.name for m in pkgutil.walk_packages(marjax.__path__, "marjax.") if not m.name.endswith("__main__")]
+    assert len(modules) > 25
+    done = run("\n".join(f"import {name}" for name in modules) + "\nimport marjax; marjax.train, marjax.sample", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_files_do_not_need_jax(tmp_path):
+    done = run("import marjax.cli, marjax.config; assert 'orbax' not in sys.modules", tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,151 @@
+"""What the networks mean: which inputs matter, padding, precision, rematerialisation, sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marjax import config as config_lib
+from marjax.models import generator as generator_lib
+from marjax.training import state as state_lib
+
+L, D = 16, 4
+
+
+def build(**overrides):
+    config = config_lib.base()
+    config.model.update(width=32, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=3, dtype="float32")
+    config.model.denoiser.update(depth=2, width=32)
+    config = config_lib.apply_overrides(config, {f"model.{key}": value for key, value in overrides.items()})
+    return generator_lib.build(config.model, num_tokens=L, token_dim=D, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def case():
+    generator = build()
+    params = state_lib.init_unboxed(generator, jax.random.key(0))
+    # Zero-initialised layers would hide what depends on what.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    tokens = jax.random.normal(jax.random.key(2), (3, L, D))
+    rand = generator.draw_loss_randomness(jax.random.key(3), 3)
+    return generator, params, tokens, jnp.array([0, 1, 4]), rand._replace(num_known=jnp.array([0, 2, 4]))
+
+
+def z_of(case, tokens=None, slots=6, **changes):
+    generator, params, given, labels, rand = case
+    rand = rand._replace(**changes)
+    return generator.apply({"params": params}, given if tokens is None else tokens, labels, rand.drop_label, rand.order,
+                           rand.num_known, slots=slots, method="condition")
+
+
+def test_unknown_tokens_do_not_matter_and_known_ones_do(case):
+    _, _, tokens, _, rand = case
+    known = jnp.argsort(rand.order, axis=1) < rand.num_known[:, None]
+    z = z_of(case)
+    np.testing.assert_array_equal(z, z_of(case, jnp.where(known[..., None], tokens, 99.0)))
+    changed = z_of(case, jnp.where(known[..., None], tokens + 1.0, tokens))
+    assert jnp.abs(changed[1:] - z[1:]).min(axis=-1).max() > 1e-4
+    np.testing.assert_array_equal(changed[0], z[0])  # nothing known there
+
+
+def test_neither_spare_slots_nor_the_order_among_the_known_matter(case):
+    z = z_of(case)
+    np.testing.assert_allclose(z, z_of(case, slots=L), atol=2e-5)
+    order = case[4].order
+    swapped = order.at[2, 0].set(order[2, 3]).at[2, 3].set(order[2, 0])
+    np.testing.assert_allclose(z, z_of(case, order=swapped), atol=2e-5)
+    outside = order.at[2, 0].set(order[2, 5]).at[2, 5].set(order[2, 0])
+    assert jnp.abs(z_of(case, order=outside)[2] - z[2]).max() > 1e-3
+
+
+def test_class_and_null_class(case):
+    generator, params, tokens, labels, rand = case
+    z = z_of(case, drop_label=jnp.zeros(3, bool))
+    null = z_of(case, drop_label=jnp.ones(3, bool))
+    assert jnp.abs(z - null).max() > 1e-3
+    other = (generator, params, tokens, (labels + 1) % 5, rand)
+    assert jnp.abs(z_of(other, drop_label=jnp.zeros(3, bool)) - z).max() > 1e-3
+    np.testing.assert_array_equal(z_of(other, drop_label=jnp.ones(3, bool)), null)
+
+
+def test_only_unknown_tokens_are_in_the_loss(case):
+    generator, params, tokens, labels, rand = case
+    terms = generator.apply({"params": params}, tokens, labels, rand, deterministic=True)
+    weight = terms["loss"][1]
+    assert weight.shape == (3, 4, L)
+    np.testing.assert_array_equal(weight[:, 0].sum(-1), L - rand.num_known)
+
+
+def loss_and_grads(generator, case, key=None):
+    _, params, tokens, labels, rand = case
+
+    def loss(params):
+        rngs = {} if key is None else {"dropout": key}
+        value, weight = generator.apply({"params": params}, tokens, labels, rand, key is None, rngs=rngs)["loss"]
+        return (value * weight).sum() / weight.sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing_and_keeps_less(case, remat):
+    key = jax.random.key(7)
+    expected = loss_and_grads(case[0], case, key)
+    other = build(**{"remat": remat, "denoiser.remat": remat})
+    got = loss_and_grads(other, case, key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), expected, got)
+    _, params, tokens, labels, rand = case
+
+    def kept(generator):
+        def loss(params):
+            value, weight = generator.apply({"params": params}, tokens, labels, rand, True)["loss"]
+            return (value * weight).sum()
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)))
+
+    assert kept(other) < kept(case[0])
+
+
+def test_dropout_follows_its_key(case):
+    first, again = (loss_and_grads(case[0], case, jax.random.key(1))[0] for _ in range(2))
+    assert first == again != loss_and_grads(case[0], case, jax.random.key(2))[0]
+    assert first != loss_and_grads(case[0], case)[0]
+
+
+def test_bfloat16_is_close_and_its_matmuls_are_bfloat16(case):
+    generator = build(dtype="bfloat16")
+    (expected, grads), (loss, grads16) = loss_and_grads(case[0], case), loss_and_grads(generator, case)
+    assert 0 < abs(loss - expected) < 0.03 * expected
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads16))
+    norm = sum((g**2).sum() for g in jax.tree.leaves(grads)) ** 0.5
+    assert sum(((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (grads, grads16)), strict=True)) ** 0.5 < (
+        0.1 * norm)
+    _, params, tokens, labels, rand = case
+    text = str(jax.make_jaxpr(lambda p: generator.apply({"params": p}, tokens, labels, rand, True))(params))
+    products = [line for line in text.splitlines() if "= dot_general" in line]
+    operands = [line for line in products if "preferred_element_type=float32" in line]
+    assert len(products) >= 15
+    # Attention scores alone are summed in float32; every other product gives bfloat16.
+    assert len(operands) == 2 and all("bf16" in line.split("=")[0] for line in products if line not in operands)
+
+
+def test_compile_size_does_not_grow_with_depth(case):
+    def lines(depth):
+        generator = build(encoder_depth=depth, decoder_depth=depth, **{"denoiser.depth": depth})
+        _, _, tokens, labels, rand = case
+        params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
+        return len(jax.jit(jax.grad(lambda p: generator.apply({"params": p}, tokens, labels, rand, True)["loss"][0]
+                                    .sum())).lower(params).as_text().splitlines())
+
+    assert abs(lines(9) - lines(3)) < 0.01 * lines(3)
+
+
+@pytest.mark.parametrize("size, millions", [("mar_base", 208), ("mar_large", 479), ("mar_huge", 943)])
+def test_sizes_of_the_paper(size, millions):
+    config = config_lib.base()
+    config_lib.set_model_size(config.model, size)
+    generator = generator_lib.build(config.model, num_tokens=256, token_dim=16, num_classes=1000)
+    params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == millions

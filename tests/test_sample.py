@@ -1,0 +1,119 @@
+"""Samples by (weights, settings, seed, index), and the command that writes them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DIGITS, make_digits
+
+from marjax import sample, train
+from marjax.cli import main, parse_labels
+from marjax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sample") / "run"
+    train(make_digits(), workdir)
+    return workdir
+
+
+LABELS = np.arange(11) % 10
+
+
+def test_an_image_does_not_depend_on_its_batch(run):
+    whole = sample(run, LABELS, batch_size=11)
+    assert whole.shape == (11, 8, 8, 1) and whole.dtype == np.uint8
+    for size in (1, 4, 64):
+        close(sample(run, LABELS, batch_size=size), whole)
+    close(sample(run, LABELS[7:], first_index=7), whole[7:])
+    assert len({image.tobytes() for image in whole}) == 11
+
+
+def close(a, b):
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(weights="raw"), dict(step=2), dict(cfg=3.0), dict(num_iter=7),
+                                    dict(temperature=0.5), dict(num_sampling_steps=7), dict(first_index=1)])
+def test_every_setting_matters(run, change):
+    assert (sample(run, LABELS, **change) != sample(run, LABELS)).any()
+
+
+def test_schedules_differ_only_under_guidance(run):
+    def draw(cfg, schedule):
+        return sample(run, LABELS, cfg=cfg, cfg_schedule=schedule)
+
+    assert (draw(3.0, "linear") != draw(3.0, "constant")).any()
+    np.testing.assert_array_equal(draw(1.0, "linear"), draw(1.0, "constant"))
+
+
+def test_no_class_is_a_condition_of_its_own(run):
+    none = sample(run, [-1, -1])
+    assert (none != sample(run, [0, 0])).any() and (none != sample(run, [9, 9])).any()
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(labels=[10]), "label 10 is out of range.*0 to 9"), (dict(labels=[-2]), "label -2"), (dict(labels=[]), "no labels"),
+    (dict(num_iter=17), "16 tokens: give 1 to 16"), (dict(num_sampling_steps=1001), "give 1 to 1000"),
+    (dict(weights="best"), "'ema' or 'raw'"), (dict(step=3), "there are steps"), (dict(seed=-1), "seed is -1"),
+    (dict(temperature=-1.0), "temperature"), (dict(batch_size=0), "at least 1"), (dict(cfg_schedule="x"), "one of linear"),
+])
+def test_refusals(run, given, says):
+    with pytest.raises(UserError, match=says):
+        sample(run, **{"labels": [0], **given})
+
+
+def test_labels_on_the_command_line():
+    assert parse_labels("0-3,7,5") == [0, 1, 2, 3, 7, 5] and parse_labels("none") == [-1]
+    for text in ("a", "3-1", "1,,2", "-1", "1-", ""):
+        with pytest.raises(UserError):
+            parse_labels(text)
+
+
+def test_command(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(["sample", "--workdir", str(run), "--labels", "0-2,9", "--num_per_label", "3", "--seed", "5", "--out",
+                 str(out), "--cfg", "2", "--num_iter", "8"])
+    assert code == 0, capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png"}
+    saved = np.load(out / "samples.npz")
+    assert saved["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 9, 9, 9]
+    close(saved["images"], sample(run, saved["labels"], seed=5, cfg=2.0, num_iter=8))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "12"], "label 12 is out of range"),
+    (["sample", "--workdir", "RUN", "--out", "/proc/no", "--labels", "1"], "cannot be written"),
+    (["sample", "--workdir", "nowhere", "--out", "OUT"], "does not exist"),
+    (["sample", "--workdir", "RUN", "--out", "OUT", "--config.seed=1"], "takes no --config"),
+    (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "0"], "at least 1"),
+    (["sample", "--workdir", "RUN", "--out", "OUT", "--num_iter", "99"], "give 1 to 16"),
+    (["train", "--config", "configs/none.py", "--workdir", "W"], "does not exist"),
+    (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "the closest is 'train.lr'"),
+    (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "unknown argument"),
+    (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be written"),
+    (["benchmark", "train", "--config", "DIGITS", "--repeats", "0"], "at least 1"),
+])
+def test_slips_are_one_line_and_leave_nothing(run, tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    names = {"RUN": str(run), "OUT": str(tmp_path / "out"), "DIGITS": f"{DIGITS}:debug"}
+    assert main([names.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1 and error.startswith(f"marjax {arguments[0]}: error: ")
+    assert not list(tmp_path.rglob("samples.npz")) and not (tmp_path / "W").exists()
+
+
+def test_unfinished_run_has_nothing_to_sample_from(run, tmp_path):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(UserError, match="no checkpoints yet"):
+        sample(tmp_path, [0])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_benchmark_prints_one_line_of_json(capsys):
+    for what in ("train", "sample"):
+        assert main(["benchmark", what, "--config", f"{DIGITS}:debug", "--repeats", "1"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["ratio"] == pytest.approx(row["model_gflops_per_sec"] / row["matmul_gflops_per_sec"])
+        assert row["images_per_sec"] > 0 and row["compile_seconds"] > 0 and row["peak_memory_gib"] > 0

@@ -1,0 +1,118 @@
+"""Eight devices in meshes of every kind, and one, agree. Fake CPU devices, in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import DIGITS, ROOT
+
+from marjax import sharding
+from marjax.errors import UserError
+
+CHILD = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from marjax import config as config_lib, sharding
+from marjax.generation.sampler import Sampler, Settings
+from marjax.models import generator as generator_lib
+from marjax.tokenizers import Pixels, token_shape
+from marjax.training import state as state_lib
+from marjax.training.optimizer import make_optimizer
+from marjax.training.step import loss_and_grads, make_train_step
+
+assert len(jax.devices()) == 8
+config = config_lib.apply_overrides(config_lib.load(sys.argv[1]), {
+    "model.attn_dropout": 0.1, "model.proj_dropout": 0.1, "train.warmup_steps": 0, "train.batch_size": 32})
+config = config_lib.resolve(config)
+tokens = token_shape("pixels", image_size=8, channels=1, patch_size=2)
+generator = generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=10)
+optimizer = make_optimizer(config.train)
+rng = np.random.default_rng(0)
+host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
+
+def run(shape, devices):
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        state = state_lib.create(generator, optimizer, abstract, 0)
+        placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract)
+        assert all(jax.tree.leaves(placed))
+        cut = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+        step = make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh)
+        batch = sharding.put_batch(host_batch, mesh)
+        out = []
+        for _ in range(2):
+            state, metrics = step(state, batch, {})
+            out.append(jax.device_get(metrics))
+        assert all(leaf.sharding == want.sharding for leaf, want in
+                   zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
+        sampler = Sampler(generator, Pixels(), tokens, Settings.of(config, tokens), mesh)
+        # Fixed weights, so that sampling is compared by itself.
+        params = jax.jit(lambda k: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(generator, k)),
+                         out_shardings=jax.tree.map(lambda x: x.sharding, abstract.params))(jax.random.key(1))
+        images = sampler(params, np.arange(12) % 10, 3, batch_size=12)
+        rand = generator.draw_loss_randomness(jax.random.key(5), 32)
+        x = jax.random.normal(jax.random.key(6), (32, 16, 4))
+        rows = sharding.put_batch((np.asarray(x), host_batch["label"]), mesh)
+        with sharding.logical_rules(mesh):
+            _, grads = jax.jit(loss_and_grads, static_argnums=0)(generator, params, *rows, rand, jax.random.key(7))
+        text = step.lower(state, batch, {}).compile().as_text()
+    return dict(state=jax.device_get(state), metrics=out, images=images, grads=jax.device_get(grads), cut=cut,
+                collectives=text.count("all-reduce(") + text.count("all-gather(") + text.count("reduce-scatter("))
+
+def worst(a, b):
+    flat = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.linalg.norm(np.float64(x) - y) / (np.linalg.norm(np.float64(y)) + 1e-12)) for x, y in flat)
+
+one = run((1, 1, 1), jax.devices()[:1])
+report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
+for shape in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+    many = run(shape, jax.devices())
+    report[str(shape)] = dict(
+        cut=many["cut"], collectives=many["collectives"],
+        params=worst(many["state"].params, one["state"].params), ema=worst(many["state"].ema, one["state"].ema),
+        metrics=worst(many["metrics"], one["metrics"]), grads=worst(many["grads"], one["grads"]),
+        images=int(np.abs(many["images"].astype(int) - one["images"]).max()))
+report["distinct"] = len({i.tobytes() for i in one["images"]})
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def report():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", CHILD, f"{DIGITS}:debug"], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", ["(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)"])
+def test_meshes_agree_with_one_device(report, shape):
+    row = report[shape]
+    assert row["metrics"] < 1e-4 and row["grads"] < 1e-3 and row["params"] < 1e-3 and row["ema"] < 1e-3
+    assert row["images"] <= 1 and report["distinct"] == 12
+
+
+def test_parameters_and_work_are_really_cut(report):
+    assert report["one"] == {"cut": 0, "collectives": 0}
+    assert report["(8, 1, 1)"]["cut"] == 0 < report["(2, 4, 1)"]["cut"] < report["(2, 2, 2)"]["cut"]
+    assert all(report[shape]["collectives"] for shape in ("(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)"))
+
+
+def test_mesh_sizes():
+    one = jax.devices()[:1]
+    assert sharding.make_mesh(devices=one).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ((2, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 2, 1)):
+        with pytest.raises(UserError, match="mesh"):
+            sharding.make_mesh(*sizes, devices=one)
+
+
+def test_batches_must_divide_over_the_mesh():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sharding.check_batch(mesh, 6, 2)
+    with pytest.raises(UserError, match="not divisible"):
+        sharding.check_batch(mesh, 6, 4)

@@ -1,0 +1,243 @@
+import io
+import json
+import pathlib
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from marjax.data.pipeline import Batches
+from marjax.data.sources import open_source
+from marjax.errors import UserError
+
+
+def data_config(**changes: Any) -> ml_collections.ConfigDict:
+    data = ml_collections.ConfigDict(
+        {
+            "source": "digits",
+            "data_dir": "",
+            "split": "train",
+            "image_size": 8,
+            "channels": 1,
+            "num_classes": 10,
+            "flip": False,
+            "workers": 0,
+        }
+    )
+    data.update(changes)
+    return data
+
+
+def write_tfds(
+    directory: pathlib.Path, name: str, examples: list[dict[str, Any]], features: dict[str, Any] | None = None
+) -> None:
+    """Prepares a TFDS data set of array_record files; images are given as the bytes of an image file."""
+    features = features or {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=5)}
+
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for key, example in enumerate(examples):
+                image = {"image": io.BytesIO(example["image"])} if "image" in example else {}
+                yield key, example | image
+
+    Written.name = name
+    Written(data_dir=str(directory), file_format="array_record").download_and_prepare()
+
+
+def picture(seed: int, mode: str = "RGB", side: int = 12) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 3, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    return image.quantize(16) if mode == "P" else image.convert(mode)
+
+
+def as_file(image: Image.Image, kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("tfds")
+    files = [as_file(picture(i)) for i in range(10)]
+    write_tfds(directory, "plain", [{"image": file, "label": i % 5} for i, file in enumerate(files)])
+    broken = [{"image": files[i] if i % 4 else b"no image", "label": i % 5 if i % 4 != 1 else -1} for i in range(8)]
+    write_tfds(directory, "broken", broken)
+    write_tfds(directory, "unlabelled", [{"image": files[0]}], {"image": tfds.features.Image()})
+    kinds = [("L", "png"), ("P", "png"), ("RGBA", "png"), ("RGB", "jpeg"), ("CMYK", "jpeg"), ("LA", "png")]
+    kind_files = [as_file(picture(i, mode), kind) for i, (mode, kind) in enumerate(kinds)]
+    write_tfds(directory, "kinds", [{"image": file, "label": i % 5} for i, file in enumerate(kind_files)])
+    write_tfds(directory, "old", [{"image": files[0], "label": 0}])
+    info = directory / "old" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    return directory
+
+
+@pytest.fixture
+def tfds_config(tfds_dir: pathlib.Path) -> Callable[..., ml_collections.ConfigDict]:
+    return lambda source, **changes: data_config(
+        source=f"tfds:{source}", data_dir=str(tfds_dir), channels=3, **({"num_classes": 5} | changes)
+    )
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    source, digits = open_source(data_config()), load_digits()
+    assert len(source) == len(open_source(data_config(split="all"))) == 1797
+    for index in (0, 900, 1796):
+        element = source[index]
+        assert element["image"].shape == (8, 8, 1) and element["image"].dtype == np.uint8
+        np.testing.assert_array_equal(element["image"][..., 0], np.round(digits.images[index] * 255 / 16))
+        assert element["label"] == digits.target[index] and type(element["label"]) is int
+    assert source[0]["image"].max() <= 255 and {0, 255} <= set(np.ravel([source[i]["image"] for i in range(20)]))
+
+
+@pytest.mark.parametrize(
+    "split, start, stop",
+    [
+        ("train[:1400]", 0, 1400),
+        ("train[1400:]", 1400, 1797),
+        ("all[10:20]", 10, 20),
+        ("train[-7:]", 1790, 1797),
+        ("train[:-1790]", 0, 7),
+        ("train[50%:]", 898, 1797),
+        ("train[:10%]", 0, 180),
+        ("train[:]", 0, 1797),
+    ],
+)
+def test_digits_slices(split: str, start: int, stop: int) -> None:
+    part, whole = open_source(data_config(split=split)), open_source(data_config())
+    assert len(part) == stop - start
+    np.testing.assert_array_equal(part[0]["image"], whole[start]["image"])
+    np.testing.assert_array_equal(part[len(part) - 1]["image"], whole[stop - 1]["image"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"source": "cifar"}, "data.source='cifar' is unknown: expected 'digits' or 'tfds:"),
+        ({"source": "tfds:"}, "malformed"),
+        ({"source": "tfds:huggingface:mnist/x"}, "malformed"),
+        ({"split": "test"}, "data.split='test' is unknown to digits"),
+        ({"split": "train[:9999]"}, "beyond the 1797 examples"),
+        ({"split": "train[5:5]"}, "is empty"),
+        ({"num_classes": 9}, "has 10 classes, more than data.num_classes=9"),
+    ],
+)
+def test_slips_in_the_config(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        open_source(data_config(**changes))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, shape, num_classes", [("mnist", (28, 28, 1), 10), ("cifar10", (32, 32, 3), 10), ("imagenet2012", None, 1000)]
+)
+def test_tfds_data_sets_known_by_name(name: str, shape: tuple[int, ...] | None, num_classes: int) -> None:
+    data = data_config(source=f"tfds:{name}", num_classes=num_classes, channels=3, image_size=16)
+    with tfds.testing.mock_data(num_examples=7):
+        source = open_source(data)
+        assert len(source) == 7
+        assert shape is None or source[3]["image"].shape == shape
+        assert 0 <= source[3]["label"] < num_classes and type(source[3]["label"]) is int
+        with Batches(data, batch_size=4, seed=0) as batches:
+            batch = next(batches)
+        with pytest.raises(UserError, match=f"has {num_classes} classes, more than data.num_classes=3"):
+            open_source(data_config(source=f"tfds:{name}", num_classes=3))
+    assert batch["image"].shape == (4, 16, 16, 3) and batch["label"].dtype == np.int32
+
+
+def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+    written = {np.asarray(picture(i)).tobytes(): i % 5 for i in range(10)}
+    for name in ("plain", "plain:1.0.0"):
+        source = open_source(tfds_config(name))
+        assert {source[i]["image"].tobytes(): source[i]["label"] for i in range(len(source))} == written
+    part = open_source(tfds_config("plain", split="validation[2:5]"))
+    assert len(part) == 3 and part[0]["image"].shape == (12, 15, 3)
+    copied = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copied[4]["image"], source[4]["image"])
+    assert not np.array_equal(source[4]["image"], source[5]["image"])
+
+
+def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+    source = open_source(tfds_config("kinds"))
+    read = [source[i]["image"] for i in range(len(source))]
+    grey = [image for image in read if image.shape == (12, 15, 1)]
+    colour = [image for image in read if image.shape == (12, 15, 3)]
+    assert len(grey) == 2 and len(colour) == 4
+    assert any(np.array_equal(image[..., 0], np.asarray(picture(0, "L"))) for image in grey)
+    # A palette holds colours; its indices, all below 16 here, are not pixels.
+    assert any(np.array_equal(image, np.asarray(picture(1, "P").convert("RGB"))) for image in colour)
+    assert any(np.array_equal(image, np.asarray(picture(2))) for image in colour)
+
+
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("mnit", {}, "did you mean 'mnist'?"),
+        ("plain:2.0.0", {}, "there is a 'plain', but not in this config or version"),
+        ("mnist/nonsense", {}, "nonsense"),
+        ("mnist:9.9.9", {}, "9.9.9"),
+        ("mnist", {"num_classes": 10}, "is not prepared in"),
+        ("old", {}, "is stored as tfrecord"),
+        ("old", {}, "tfds convert_format"),
+        ("plain", {"split": "test"}, "expected one of ['train', 'validation']"),
+        ("plain", {"split": "train[:99]"}, "incompatible with 10 examples"),
+        ("plain", {"split": "train[3:3]"}, "is empty"),
+        ("plain", {"num_classes": 4}, "set data.num_classes=5"),
+        ("unlabelled", {}, "has the features ['image'], expected 'image' and 'label'"),
+    ],
+)
+def test_unusable_data_sets(
+    tfds_config: Callable[..., ml_collections.ConfigDict], name: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        open_source(tfds_config(name, **changes))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unusable_examples_are_named(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+    source = open_source(tfds_config("broken"))
+    problems = []
+    for index in range(len(source)):
+        try:
+            source[index]
+        except UserError as error:
+            assert f"tfds:broken, split train: example {index} " in str(error)
+            problems.append(str(error))
+    assert sum("cannot be read (ValueError: 8 bytes that are no image" in problem for problem in problems) == 2
+    assert sum("has the label -1, expected an integer in [0, 5)" in problem for problem in problems) == 2
+    assert len(problems) == 4
+
+
+@pytest.mark.slow
+def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+    with Batches(tfds_config("plain"), 4, 0) as threads, Batches(tfds_config("plain", workers=2), 4, 0) as processes:
+        for _ in range(6):
+            one, other = next(threads), next(processes)
+            np.testing.assert_array_equal(one["image"], other["image"])
+            np.testing.assert_array_equal(one["label"], other["label"])
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_unusable_example_ends_the_batches(
+    tfds_config: Callable[..., ml_collections.ConfigDict], workers: int
+) -> None:
+    with Batches(tfds_config("broken", workers=workers), batch_size=8, seed=0) as batches:
+        with pytest.raises(UserError, match="tfds:broken, split train: example"):
+            next(batches)
+        with pytest.raises(RuntimeError, match="closed"):
+            next(batches)

@@ -1,0 +1,85 @@
+"""The train step: accumulation, randomness by (seed, step), and that it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_digits
+
+from marjax import config as config_lib
+from marjax import sharding
+from marjax.models import generator as generator_lib
+from marjax.tokenizers import Pixels, token_shape
+from marjax.training import state as state_lib
+from marjax.training import step as step_lib
+from marjax.training.optimizer import make_optimizer
+
+
+def setup(config):
+    config = config_lib.resolve(config)
+    mesh = sharding.make_mesh(1)
+    tokens = token_shape("pixels", image_size=8, channels=1, patch_size=2)
+    generator = generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=10)
+    optimizer = make_optimizer(config.train)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    state = state_lib.create(generator, optimizer, abstract, config.seed)
+    return state, step_lib.make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh), generator
+
+
+def batch(n=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"image": jnp.asarray(rng.integers(0, 256, (n, 8, 8, 1)), jnp.uint8),
+            "label": jnp.asarray(rng.integers(0, 10, n), jnp.int32)}
+
+
+def test_accumulation_changes_only_memory():
+    _, _, generator = setup(make_digits())
+    params = state_lib.init_unboxed(generator, jax.random.key(0))
+    tokens, labels = jax.random.normal(jax.random.key(1), (16, 16, 4)), jnp.arange(16) % 10
+    rand = generator.draw_loss_randomness(jax.random.key(2), 16)
+    means, grads = {}, {}
+    for parts in (1, 2, 8):
+        means[parts], grads[parts] = jax.jit(step_lib.loss_and_grads, static_argnums=(0, 6))(
+            generator, params, tokens, labels, rand, jax.random.key(3), parts)
+    # Microbatches have different numbers of unknown tokens, so a mean of means would differ.
+    assert len(set(np.asarray(rand.num_known))) > 1
+    for parts in (2, 8):
+        for name in means[1]:
+            np.testing.assert_allclose(means[parts][name], means[1][name], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads[parts], grads[1])
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    def losses(seed):
+        state, step, _ = setup(make_digits(seed=seed))
+        out = []
+        for _ in range(2):
+            state, metrics = step(state, batch(), {})
+            out.append(float(metrics["train/loss"]))
+        return out
+
+    first = losses(0)
+    assert first == losses(0) and first != losses(1) and first[0] != first[1]
+
+
+def test_state_is_donated_and_learns():
+    state, step, _ = setup(make_digits(train__steps=60, train__lr=3e-3))
+    leaf = state.params["class_embedding"]
+    values = []
+    for _ in range(60):
+        state, metrics = step(state, batch(), {})
+        values.append(float(metrics["train/mse"]))
+        assert float(metrics["finite"]) == 1.0
+    assert leaf.is_deleted()
+    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:5])
+    assert float(metrics["train/param_norm"]) > 0 and float(metrics["train/grad_norm"]) > 0
+
+
+@pytest.mark.parametrize("where", ["params", "lr"])
+def test_what_is_not_finite_is_noticed(where):
+    state, step, _ = setup(make_digits(**({"train__lr": 1e38} if where == "lr" else {}), train__warmup_steps=0))
+    if where == "params":
+        state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    for _ in range(3):
+        state, metrics = step(state, batch(), {})
+    assert float(metrics["finite"]) == 0.0

@@ -1,0 +1,131 @@
+"""Whole runs: resume to the bit, damaged checkpoints, losses that are not finite, what is left on disk."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_digits
+
+from marjax import train
+from marjax.errors import TrainingError, UserError
+
+
+def lines(workdir):
+    """The metrics of every step, without those that time."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "data/"))} for row in rows]
+
+
+def assert_same(a, b):
+    """Equal to the bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train(make_digits(), workdir), workdir
+
+
+def test_four_steps_are_two_and_two_more(tmp_path, undisturbed):
+    whole, whole_dir = undisturbed
+    two = train(make_digits(train__steps=2), tmp_path)
+    assert any((np.asarray(a) != np.asarray(b)).any()
+               for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(whole.params), strict=True))
+    assert_same(train(make_digits(), tmp_path), whole)
+    assert lines(tmp_path) == lines(whole_dir) and [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+    # A third start has nothing to do.
+    assert_same(train(make_digits(), tmp_path), whole)
+    assert lines(tmp_path) == lines(whole_dir)
+
+
+@pytest.mark.parametrize("how", ["truncate", "overwrite"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+        tmp_path, undisturbed, caplog, how):
+    whole, whole_dir = undisturbed
+    train(make_digits(), tmp_path)
+    newest = tmp_path / "checkpoints" / "4"
+    victim = max((path for path in (newest / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    middle = len(data) // 2
+    if how == "truncate":
+        victim.write_bytes(data[:middle])
+    else:
+        data[middle:middle + 8] = bytes(byte ^ 0xFF for byte in data[middle:middle + 8])
+        victim.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        again = train(make_digits(), tmp_path)
+    assert "4 is damaged" in caplog.text and "trying step 2" in caplog.text
+    assert_same(again, whole)
+    assert lines(tmp_path) == lines(whole_dir)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    config = make_digits(train__lr=1e30, train__warmup_steps=3, train__steps=8, log__every=3)
+    with pytest.raises(TrainingError, match=r"not finite in steps? 2.*newest checkpoint|not finite in steps? 2.*no check"):
+        train(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
+    train(make_digits(train__steps=2), tmp_path)
+    import unittest.mock
+
+    from marjax.training import loop
+
+    real = loop.make_train_step
+
+    def poisoned(*args, **kwargs):
+        step = real(*args, **kwargs)
+
+        def run(state, batch, params):
+            state, metrics = step(state, batch, params)
+            return state, metrics | {"finite": metrics["finite"] * (metrics["train/loss"] < 0)}
+
+        return run
+
+    with (unittest.mock.patch.object(loop, "make_train_step", poisoned),
+          pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2")):
+        train(make_digits(train__steps=8), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
+    assert int(train(make_digits(train__steps=8), tmp_path).step) == 8
+
+
+def test_refusals_before_anything_is_written(tmp_path):
+    for overrides, says in (({"data.split": "train[5:5]"}, "empty|no examples"), ({"mesh.data": 3}, "needs 3 devices"),
+                            ({"tokenizer.name": "kl16", "data.image_size": 64, "sample.num_iter": 4}, "kl16"),
+                            ({"data.source": "cats"}, "cats")):
+        from marjax import config as config_lib
+
+        with pytest.raises(UserError, match=says):
+            train(config_lib.apply_overrides(make_digits(), overrides), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    train(make_digits(), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"width": 32', '"width": 64'))
+    with pytest.raises(UserError, match="checkpoint of another model"):
+        train(make_digits(model__width=64, model__denoiser__width=64), tmp_path)
+
+
+def test_what_a_run_leaves(tmp_path):
+    train(make_digits(log__samples_every=2, log__tensorboard=True, sample__batch_size=4), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "samples",
+                                                          "tensorboard"}
+    from PIL import Image
+
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == ["raw_and_ema_00000002.png", "raw_and_ema_00000004.png"]
+    assert np.asarray(Image.open(pictures[0])).std() > 0
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*rows)
+    assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter1", "train/grad_norm", "train/param_norm",
+            "train/lr", "perf/images_per_sec_per_chip", "perf/mfu", "data/wait_frac"} <= names
