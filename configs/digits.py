@@ -16,12 +16,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.update(width=64, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=4, attn_dropout=0.0,
                         proj_dropout=0.0, dtype="float32")
     config.model.denoiser.update(depth=2, width=64)
-    config.train.update(batch_size=64, steps=600, lr=2e-3, warmup_steps=100, ema_decay=0.995, ema_warmup=True)
-    config.checkpoint.update(every=200)
-    config.log.update(every=50, samples_every=300)
+    config.train.update(batch_size=64, steps=450, lr=2e-3, warmup_steps=100, ema_decay=0.995, ema_warmup=True)
+    config.checkpoint.update(every=150)
+    config.log.update(every=50, samples_every=450)
     # "ddim25" starts at timestep 960. The plain spacing starts at 999, where a step multiplies what the denoiser gets
     # wrong by several hundred: after two minutes of training it gets too much wrong.
-    config.sample.update(num_iter=16, num_sampling_steps="ddim25", cfg=2.0, temperature=0.9, batch_size=100)
+    config.sample.update(num_iter=16, num_sampling_steps="ddim25", cfg=2.0, temperature=0.9, batch_size=100,
+                         max_stages=3)
     if args.debug:
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)
         config.model.denoiser.update(depth=1, width=32)

@@ -2,11 +2,13 @@
 
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from clu import parameter_overview
 
 from marjax import config as config_lib
 from marjax import flops, peak, sharding
@@ -27,7 +29,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
       what: "train" times the whole step at `config.train.batch_size`, "sample" one batch of
         `config.sample.batch_size` images.
       config: as a config file returns it, or resolved.
-      repeats: timed runs after the first, of which the median counts.
+      repeats: timed runs after the first, of which the median counts; 0 only traces and compiles, from shapes alone.
 
     Returns:
       One flat dict: settings, seconds, images/s, compile seconds, peak memory, model FLOP/s, matmul FLOP/s and their
@@ -41,69 +43,85 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
                          patch_size=config.tokenizer.patch_size)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                                     num_classes=config.data.num_classes)
-    peaks = [peak.measured_peak(config.model.dtype)]
-    with jax.set_mesh(mesh):
-        measure = _train if what == "train" else _sample
-        batch, per_image, compile_seconds, seconds, memory = measure(config, mesh, tokens, generator, repeats)
-    peaks.append(peak.measured_peak(config.model.dtype))
-    # On CPU every device is a share of the same cores; elsewhere each brings its own.
-    machine = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size)
-    median = float(np.median(seconds))
-    rate = batch * per_image / median
-    result = {
+    result: dict[str, Any] = {
         "what": what, "device": jax.devices()[0].device_kind, "devices": mesh.size, "dtype": config.model.dtype,
-        "batch_size": batch, "seconds": round(median, 4), "images_per_sec": batch / median,
-        "compile_seconds": round(compile_seconds, 2), "peak_memory_gib": round(memory / 2**30, 2),
-        "model_tflops_per_image": per_image / 1e12, "model_gflops_per_sec": rate / 1e9,
-        "matmul_gflops_per_sec": machine / 1e9, "ratio": rate / machine,
+        "parameters": int(parameter_overview.count_parameters(state_lib.abstract_params(generator, mesh))),
+        "batch_size": config.train.batch_size if what == "train" else config.sample.batch_size,
     }
     if what == "sample":
         result |= {key: config.sample[key] for key in ("num_iter", "num_sampling_steps", "cfg")}
-    return result
+    with jax.set_mesh(mesh):
+        prepare = _prepare_train if what == "train" else _prepare_sample
+        lowered, make_run = prepare(config, mesh, tokens, generator)
+        start = time.perf_counter()
+        compiled = lowered().compile()
+        result["compile_seconds"] = round(time.perf_counter() - start, 2)
+        if not repeats:
+            return result
+        peaks = [peak.measured_peak(config.model.dtype)]
+        run = make_run(compiled)
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    peaks.append(peak.measured_peak(config.model.dtype))
+    if what == "train":
+        per_image = flops.train_flops(config.model, tokens.num_tokens, tokens.token_dim)
+    else:
+        per_image = flops.sample_flops(config.model, config.sample, tokens.num_tokens, tokens.token_dim)
+    # On CPU every device is a share of the same cores; elsewhere each brings its own.
+    machine = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size)
+    median = float(np.median(seconds[1:]))
+    images_per_sec = result["batch_size"] / median
+    return result | {
+        "seconds": round(median, 4), "images_per_sec": images_per_sec,
+        "peak_memory_gib": round(_peak_memory() / 2**30, 2),
+        "model_tflops_per_image": per_image / 1e12, "model_gflops_per_sec": images_per_sec * per_image / 1e9,
+        "matmul_gflops_per_sec": machine / 1e9, "ratio": images_per_sec * per_image / machine,
+    }
 
 
-def _train(config: Any, mesh: Any, tokens: TokenShape, generator: Any, repeats: int) -> tuple[Any, ...]:
+Prepared = tuple[Callable[[], Any], Callable[[Any], Callable[[], None]]]
+
+
+def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
+    """What lowers the step from shapes alone, and what makes a timed run of the compiled step."""
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh)
     step = make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
-    size = config.train.batch_size
-    side = tokens.height * tokens.patch
+    size, side = config.train.batch_size, tokens.height * tokens.patch
     batch = sharding.put_batch({
         "image": rng.integers(0, 256, (size, side, side, tokens.channels), np.uint8),
         "label": rng.integers(0, config.data.num_classes, size, np.int32)}, mesh)
-    state = state_lib.create(generator, optimizer, abstract, config.seed)
-    start = time.perf_counter()
-    compiled = step.lower(state, batch, {}).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        state, metrics = compiled(state, batch, {})
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - start)
-    per_image = flops.train_flops(config.model, tokens.num_tokens, tokens.token_dim)
-    return size, per_image, compile_seconds, seconds[1:], _peak_memory()
+
+    def make_run(compiled: Any) -> Callable[[], None]:
+        state = [state_lib.create(generator, optimizer, abstract, config.seed)]
+
+        def run() -> None:
+            state[0], metrics = compiled(state[0], batch, {})
+            jax.block_until_ready((state[0], metrics))
+
+        return run
+
+    return lambda: step.lower(abstract, batch, {}), make_run
 
 
-def _sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any, repeats: int) -> tuple[Any, ...]:
+def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
+    """The same for one batch of samples."""
     abstract = state_lib.abstract_params(generator, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(lambda key: state_lib.init_unboxed(generator, key), out_shardings=shardings)
     sampler = Sampler(generator, Pixels(), tokens, Settings.of(config, tokens), mesh)
     size = config.sample.batch_size
-    arguments = sampler.arguments(init(jax.random.key(config.seed)), np.arange(size) % config.data.num_classes,
-                                  config.seed, np.arange(size))
-    start = time.perf_counter()
-    compiled = sampler.program.lower(*arguments).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        compiled(*arguments).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    per_image = flops.sample_flops(config.model, config.sample, tokens.num_tokens, tokens.token_dim)
-    return size, per_image, compile_seconds, seconds[1:], _peak_memory()
+    inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
+
+    def make_run(compiled: Any) -> Callable[[], None]:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        init = jax.jit(lambda key: state_lib.init_unboxed(generator, key), out_shardings=shardings)
+        params = init(jax.random.key(config.seed))
+        return lambda: compiled(params, *inputs[1:]).block_until_ready()
+
+    return lambda: sampler.program.lower(*inputs), make_run
 
 
 def _peak_memory() -> float:

@@ -13,11 +13,6 @@ from marjax.errors import TrainingError, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C."""
-    if argv is None:
-        _restart_with_huge_pages()
-        # Compiled programs outlive the process: a resumed run or a second sampling starts at once.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/marjax/jax"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     try:
@@ -35,17 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
-
-
-def _restart_with_huge_pages() -> None:
-    """Replaces this process by one whose malloc asks for huge pages; glibc reads the setting only at its start.
-
-    A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB pages costs a third of it; TPU
-    hosts start faster too. A GLIBC_TUNABLES of the user's own is left as it is.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, "-m", "marjax", *sys.argv[1:]])
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -120,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("benchmark", _benchmark, "Measure training or sampling; prints one JSON line.")
     bench.add_argument("what", choices=("train", "sample"))
     bench.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
-    bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
     return parser
 
 
@@ -161,7 +145,7 @@ def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.benchmark import benchmark
 
-    if given.repeats < 1:
-        raise UserError(f"repeats is {given.repeats}: give at least 1")
+    if given.repeats < 0:
+        raise UserError(f"repeats is {given.repeats}: give at least 0")
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     print(json.dumps(benchmark(given.what, config, given.repeats)))

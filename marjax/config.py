@@ -4,6 +4,7 @@ A file under `configs/` has `get_config(arg)`, which starts from `base()`. `load
 fields, `resolve` checks the result and computes what follows from it; everything else takes a resolved config.
 """
 
+import copy
 import difflib
 import importlib.util
 import json
@@ -98,7 +99,7 @@ def base() -> ConfigDict:
         checkpoint=dict(every=1000, keep=3, keep_every=0),  # steps; keep_every=0: only the latest `keep`
         log=dict(
             every=50,  # steps between lines of metrics
-            samples_every=5000,  # steps between pictures of one batch of samples; 0: none
+            samples_every=5000,  # steps between pictures of a batch of samples; 0: none
             tensorboard=True,
             progress=True,  # a bar, on a terminal
         ),
@@ -178,7 +179,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
     Raises:
       UserError: an unknown field (naming the closest), a section, or a value of the wrong type.
     """
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)  # keeps the types of fields that are None
     fields = flatten(config)
     for key, value in overrides.items():
         if key not in fields:
@@ -208,7 +209,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: a field that is missing, out of range or at odds with another.
     """
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)  # keeps the types of fields that are None
     fields = flatten(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed:
@@ -245,7 +246,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for count, epochs in (("steps", train.epochs), ("warmup_steps", train.warmup_epochs)):
         if train[count] is None:
             if epochs is None or epoch is None:
-                raise UserError(f"config has no train.{count}: give it, or both data.num_examples and its number of epochs")
+                raise UserError(f"config has no train.{count}: give it, or data.num_examples and its epochs")
             train[count] = round(epochs * epoch)
     if train.steps < 1 or train.warmup_steps < 0:
         raise UserError(f"config: train.steps {train.steps} must be at least 1, train.warmup_steps "
@@ -344,7 +345,8 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     known, given = flatten(template), flatten(content) if isinstance(content, dict) else {}
     if known.keys() != given.keys():
         odd = sorted(known.keys() ^ given.keys())
-        raise UserError(f"{workdir}/config.json is not a config of this version: unknown or missing {', '.join(odd[:5])}")
+        raise UserError(f"{workdir}/config.json is not a config of this version: unknown or missing "
+                        f"{', '.join(odd[:5])}")
     return resolve(apply_overrides(template, given))
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens of an image. `order[b, i]` is the raster position that
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -156,7 +157,7 @@ def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int]
             break
     bounds = bounds[::-1]
     return tuple(Stage(a, tuple(int(k) for k in known[a:b]), tuple(int(m) for m in new[a:b]))
-                 for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+                 for a, b in itertools.pairwise(bounds))
 
 
 @jax.custom_vjp

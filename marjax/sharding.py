@@ -38,8 +38,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
     if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there are "
-                        f"{len(devices)}: change config.mesh (-1 takes what is left)")
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
+                        f"are {len(devices)}: change config.mesh (-1 takes what is left)")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -286,9 +286,9 @@ def test_all_damaged_and_none_there(run, states, tmp_path, caplog):
     for step in (1, 2, 3):
         change_meta(run / str(step))
     before = listing(tmp_path)
-    with Checkpoints(run) as checkpoints:
-        with pytest.raises(UserError, match=r"All .* damaged \(steps \[1, 2, 3\]; step 3: wrong checksum of meta\)"):
-            checkpoints.restore(abstract(states[1]))
+    says = r"All .* damaged \(steps \[1, 2, 3\]; step 3: wrong checksum of meta\)"
+    with Checkpoints(run) as checkpoints, pytest.raises(UserError, match=says):
+        checkpoints.restore(abstract(states[1]))
     assert caplog.text.count("is damaged") == 3
     assert listing(tmp_path) == before
     with Checkpoints(tmp_path / "new") as checkpoints:

@@ -105,9 +105,9 @@ def test_workdir_keeps_its_config(tmp_path):
         given = {key.replace("__", "."): value for key, value in fields.items()}
         config_lib.claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, given)))
 
-    with pytest.raises(UserError, match=r"seed \(was 0, now 1\), train.lr \(was 0.001, now 0.002\)"):
-        start(train__lr=0.002, seed=1)
-    with pytest.raises(UserError, match=r"train.steps \(was 3000, now 7\)"):
+    with pytest.raises(UserError, match=r"seed \(was 0, now 1\), train.lr \(was 0.002, now 0.003\)"):
+        start(train__lr=0.003, seed=1)
+    with pytest.raises(UserError, match=r"train.steps \(was 450, now 7\)"):
         start(train__steps=7)
     with pytest.raises(UserError, match="train.schedule"):
         start(train__schedule="cosine", train__steps=9000)

@@ -31,7 +31,8 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_what_decays():
     tree = {"class_embedding": 0, "null_embedding": 0, "backbone": {
-        "mask_token": 0, "encoder_pos_embed": 0, "z_proj": {"kernel": 0, "bias": 0}, "z_proj_norm": {"scale": 0, "bias": 0},
+        "mask_token": 0, "encoder_pos_embed": 0, "z_proj": {"kernel": 0, "bias": 0},
+        "z_proj_norm": {"scale": 0, "bias": 0},
     }, "head": {"denoiser": {"input_proj": {"kernel": 0, "bias": 0}}}}
     assert optimizer.decay_mask(tree) == {
         "class_embedding": True, "null_embedding": True, "backbone": {

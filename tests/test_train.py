@@ -49,7 +49,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     whole, whole_dir = undisturbed
     train(make_digits(), tmp_path)
     newest = tmp_path / "checkpoints" / "4"
-    victim = max((path for path in (newest / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    files = [path for path in (newest / "params").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())
     middle = len(data) // 2
     if how == "truncate":
@@ -67,7 +68,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     config = make_digits(train__lr=1e30, train__warmup_steps=3, train__steps=8, log__every=3)
-    with pytest.raises(TrainingError, match=r"not finite in steps? 2.*newest checkpoint|not finite in steps? 2.*no check"):
+    with pytest.raises(TrainingError, match="not finite in steps? 2.*there is no checkpoint yet"):
         train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 

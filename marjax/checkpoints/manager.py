@@ -45,7 +45,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class _Damage(Exception):
+class _DamageError(Exception):
     """A checkpoint that cannot be read back as it was written; its text says what is wrong."""
 
 
@@ -201,7 +201,7 @@ class Checkpoints:
             step = left.pop()
             try:
                 restored = self._read(targets, step)
-            except _Damage as damage:
+            except _DamageError as damage:
                 tried[step] = str(damage)
                 following = f"trying step {left[-1]}" if left else "there is none before it"
                 _log.warning("Checkpoint %s is damaged (%s); %s.", self.directory / str(step), damage, following)
@@ -256,7 +256,7 @@ class Checkpoints:
             raise UserError(f"No checkpoint of step {step} in {self.directory}: {there}.")
         try:
             return self._read(targets, step)
-        except _Damage as damage:
+        except _DamageError as damage:
             others = [s for s in steps if s != step]
             advice = f"Choose another step of {others}." if others else "Restore it from a copy."
             raise UserError(f"Checkpoint {self.directory / str(step)} is damaged ({damage}). {advice}") from damage
@@ -272,7 +272,7 @@ class Checkpoints:
         problem = ""
         try:
             meta = _read_meta(path / META)
-        except _Damage as damage:
+        except _DamageError as damage:
             problem = str(damage)
         _agree(problem)
         if meta["format"] != FORMAT:
@@ -299,7 +299,7 @@ class Checkpoints:
         found = checksums.checksum(items)
         changed = [p for p, value in found.items() if value != meta["arrays"][p]["checksum"]]
         if changed:
-            raise _Damage(f"wrong checksum of {_some(changed)}")
+            raise _DamageError(f"wrong checksum of {_some(changed)}")
         return Restored(step, items, meta["user"])
 
     def _move_aside(self, steps: list[int]) -> None:
@@ -315,7 +315,7 @@ class Checkpoints:
                 problem = f"cannot move damaged checkpoints away from {self.directory}: {_one_line(error)}"
         try:
             _agree(problem)
-        except _Damage as damage:
+        except _DamageError as damage:
             raise UserError(f"Stopped: {damage}. Move steps {steps} away by hand.") from damage
 
     def _raise_save_failure(self, error: Exception) -> NoReturn:
@@ -336,11 +336,11 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
         digest = body.pop("digest", None)
         whole = digest == _digest(body)
     except Exception as error:
-        raise _Damage(f"cannot read {META}: {_one_line(error)}") from error
+        raise _DamageError(f"cannot read {META}: {_one_line(error)}") from error
     finally:
         handler.close()
     if not whole:
-        raise _Damage(f"wrong checksum of {META}")
+        raise _DamageError(f"wrong checksum of {META}")
     return body
 
 
@@ -382,7 +382,7 @@ def _free_name(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _agree(problem: str) -> None:
-    """Raises _Damage in every process if any process has a problem."""
+    """Raises _DamageError in every process if any process has a problem."""
     if jax.process_count() > 1:
         text = np.zeros(512, np.uint8)
         encoded = np.frombuffer(problem.encode()[:512], np.uint8)
@@ -391,7 +391,7 @@ def _agree(problem: str) -> None:
         found = [bytes(t).rstrip(b"\0").decode(errors="replace") for t in texts]
         problem = next((f"process {i}: {t}" for i, t in enumerate(found) if t), "")
     if problem:
-        raise _Damage(problem)
+        raise _DamageError(problem)
 
 
 def _some(names: list[str], separator: str = ", ") -> str:

@@ -49,7 +49,8 @@ Entry = tuple[str, str, Linear | Array]
 
 
 def _linear(pytorch: str, ours: str, in_axes: int = 1) -> list[Entry]:
-    return [(f"{pytorch}.weight", f"{ours}/kernel", Linear(in_axes)), (f"{pytorch}.bias", f"{ours}/bias", Array(flat=True))]
+    return [(f"{pytorch}.weight", f"{ours}/kernel", Linear(in_axes)),
+            (f"{pytorch}.bias", f"{ours}/bias", Array(flat=True))]
 
 
 def _norm(pytorch: str, ours: str) -> list[Entry]:

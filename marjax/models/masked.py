@@ -56,8 +56,8 @@ class MaskedBackbone(nn.Module):
         self.decoder_norm = LayerNorm(dtype=self.dtype)
         self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
 
-    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, class_embed_BxW: jax.Array,
-                 *, slots: int, deterministic: bool) -> jax.Array:
+    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
+                 class_embed_BxW: jax.Array, *, slots: int, deterministic: bool) -> jax.Array:
         """z of every position, in `dtype`, (B, L, W).
 
         Args:

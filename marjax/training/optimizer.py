@@ -17,8 +17,9 @@ def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
         step = jnp.asarray(step, jnp.float32)
         after = jnp.asarray(peak, jnp.float32)
         if train.schedule == "cosine":
-            progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
-            after = low + (peak - low) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
+            # (1 + cos(pi p)) / 2, written so that float32 keeps its digits near the end, where it vanishes.
+            left = jnp.clip((steps - step) / max(1, steps - warmup), 0.0, 1.0)
+            after = low + (peak - low) * jnp.square(jnp.sin(0.5 * math.pi * left))
         return jnp.where(step < warmup, peak * step / max(1, warmup), after)
 
     return schedule

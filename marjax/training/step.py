@@ -102,7 +102,7 @@ def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tok
                                           config.train.accumulate)
         new = update(state, grads, optimizer, config.train)
         metrics = {f"train/{name}": value for name, value in means.items()}
-        metrics |= {"train/grad_norm": optax.global_norm(grads), "train/param_norm": optax.global_norm(new.params),
+        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/param_norm": optax.tree.norm(new.params),
                     "train/lr": schedule(state.step)}
         finite = [jnp.isfinite(metrics[f"train/{name}"]) for name in ("loss", "grad_norm", "param_norm")]
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
