@@ -128,10 +128,16 @@ def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = config_lib.read_workdir(given.workdir)
     classes = parse_labels(given.labels) if given.labels else list(range(config.data.num_classes))
     labels = np.repeat(np.array(classes), given.num_per_label)
-    out = make_folder(given.out)
-    images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
-                    **{name: getattr(given, name) for name in ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule",
-                                                              "temperature", "batch_size")})
+    is_new = not os.path.exists(given.out)
+    out = make_folder(given.out)  # before the work, which would be lost
+    try:
+        images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
+                        **{name: getattr(given, name) for name in ("num_iter", "num_sampling_steps", "cfg",
+                                                                  "cfg_schedule", "temperature", "batch_size")})
+    except UserError:
+        if is_new:
+            out.rmdir()
+        raise
     write_npz(out / "samples.npz", images=images, labels=labels)
     columns = given.num_per_label if len(classes) > 1 else max(1, round(len(images) ** 0.5))
     shown = min(columns, 20)  # of each class

@@ -36,7 +36,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.denoiser.remat": ("none", "dots", "full"),
-    "model.mask_ratio.per": ("image", "batch"),
+    "model.mask_ratio_per": ("image", "batch"),
     "train.schedule": ("constant", "cosine"),
     "sample.cfg_schedule": ("linear", "constant"),
 }
@@ -73,7 +73,8 @@ def base() -> ConfigDict:
             class_dropout=0.1,  # share of images trained with the null class
             dtype="bfloat16",  # of matmuls and activations; parameters are float32
             remat="none",  # what the backward pass recomputes: "none", "dots" (all but weight matmuls) or "full"
-            mask_ratio=dict(mean=1.0, std=0.25, minimum=0.7, per="image"),
+            mask_ratio=dict(mean=1.0, std=0.25, minimum=0.7),  # of the truncated normal
+            mask_ratio_per="image",  # each image draws its own; "batch" for one draw for all, as the reference
             denoiser=dict(depth=6, width=1024, remat="none"),
             diffusion=dict(num_steps=1000, batch_mul=4),  # timesteps of the chain; timesteps drawn a token
         ),

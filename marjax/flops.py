@@ -41,7 +41,7 @@ def sampling_steps(model: ml_collections.ConfigDict, sample: ml_collections.Conf
 def train_flops(model: ml_collections.ConfigDict, num_tokens: int, token_dim: int) -> float:
     """One training step for one image: three times the expected forward pass."""
     ratio = model.mask_ratio
-    known = orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, ratio.per).expected_known(num_tokens)
+    known = orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum).expected_known(num_tokens)
     once, each = denoiser_flops(model, token_dim)
     unknown = num_tokens - known
     return 3 * (backbone_flops(model, num_tokens, token_dim, known)

@@ -1,5 +1,6 @@
 """Sampled images as files: grids, PNG and npz, written whole or not at all."""
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -71,5 +72,7 @@ def _write(path: str | os.PathLike[str], data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
                         f"folder") from None

@@ -140,4 +140,4 @@ def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, 
     return Generator(
         num_classes=num_classes, num_tokens=num_tokens, token_dim=token_dim, width=model.width,
         class_dropout=model.class_dropout, backbone=backbone, head=head,
-        mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, ratio.per))
+        mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per))
