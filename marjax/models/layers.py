@@ -92,8 +92,8 @@ class Dropout(nn.Module):
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     """x with a share `rate` of its entries zeroed and the others scaled by 1 / (1 - rate).
 
-    The mask is a hash of (key, index), a tenth of Threefry's arithmetic, which would take a fifth of a training step
-    on CPU. It is a function of the global index, so no sharding changes it.
+    The mask is a hash of (key, index), with far less arithmetic than Threefry. It is a function of the global index, so
+    no sharding changes it.
     """
     word = jax.random.bits(key, (2,), jnp.uint32)
     row = _mix(jax.lax.broadcasted_iota(jnp.uint32, (x.shape[0],) + (1,) * (x.ndim - 1), 0) ^ word[0])
