@@ -19,8 +19,8 @@ def main() -> int:
 def _restart_with_huge_pages() -> None:
     """Replaces this process by one whose malloc asks for huge pages; glibc reads the setting only at its start.
 
-    A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB pages costs a third of it; TPU
-    hosts start faster too. A GLIBC_TUNABLES of the user's own is left as it is.
+    A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB pages costs a third of it.
+    A GLIBC_TUNABLES of the user's own is left as it is.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -15,7 +15,7 @@ from marjax import flops, peak, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import TokenShape, token_shape
+from marjax.tokenizers import TokenShape
 from marjax.tokenizers.pixels import Pixels
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
@@ -39,8 +39,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
     config = config_lib.resolve(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tokens = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                         patch_size=config.tokenizer.patch_size)
+    tokens = config_lib.tokens_of(config)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                                     num_classes=config.data.num_classes)
     result: dict[str, Any] = {

@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from marjax.errors import UserError
-from marjax.tokenizers import token_shape
+from marjax.tokenizers import TokenShape, token_shape
 
 # Width, blocks of encoder and of decoder, heads; denoiser blocks and width (paper, section 4.3 and appendix B).
 MODEL_SIZES = {
@@ -238,8 +237,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if train.batch_size % train.accumulate:
         raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
                         f"{train.accumulate}")
-    token_shape(config.tokenizer.name, image_size=data.image_size, channels=data.channels,
-                patch_size=config.tokenizer.patch_size)
+    tokens_of(config)
 
     if train.lr is None:
         train.lr = train.base_lr * train.batch_size / 256
@@ -259,13 +257,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def tokens_of(config: ConfigDict) -> TokenShape:
+    """The tokens of the config's images. Raises UserError."""
+    return token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
+                       patch_size=config.tokenizer.patch_size)
+
+
 def check_sample(config: ConfigDict) -> None:
     """Checks `config.sample` against the number of tokens and diffusion steps. Raises UserError."""
     from marjax.heads.diffusion import respaced_timesteps  # imports jax, which `--help` need not
 
-    sample, data = config.sample, config.data
-    num_tokens = token_shape(config.tokenizer.name, image_size=data.image_size, channels=data.channels,
-                             patch_size=config.tokenizer.patch_size).num_tokens
+    sample = config.sample
+    num_tokens = tokens_of(config).num_tokens
     if not 1 <= sample.num_iter <= num_tokens:
         raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
     try:
@@ -366,8 +369,3 @@ def _parse(key: str, text: str, kind: type) -> Any:
         return kind(text)
     except (ValueError, KeyError):
         raise UserError(f"{key}={text!r}: expected {kind.__name__}") from None
-
-
-def default_config_path() -> str:
-    """`configs/digits.py` of the checkout this package runs from."""
-    return str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "digits.py")

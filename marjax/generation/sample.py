@@ -14,7 +14,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import open_tokenizer, token_shape
+from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
 
 
@@ -51,8 +51,7 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
                         f"(and -1 for no class)")
 
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tokens = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                         patch_size=config.tokenizer.patch_size)
+    tokens = config_lib.tokens_of(config)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                                     num_classes=config.data.num_classes)
     folder = epath.Path(workdir) / "checkpoints"

@@ -25,7 +25,7 @@ from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import open_tokenizer, token_shape
+from marjax.tokenizers import open_tokenizer
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.state import TrainState
@@ -51,8 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
     # What may be wrong with the machine, the tokenizer or the data, before anything is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
-    tokens = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                         patch_size=config.tokenizer.patch_size)
+    tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer.name)
     open_batches(config, start_step=0).close()
     config_lib.claim_workdir(workdir, config)
