@@ -11,7 +11,7 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import flops, peak, sharding
+from marjax import flops, orders, peak, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings
 from marjax.models import generator as generator_lib
@@ -41,7 +41,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes)
+                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
     result: dict[str, Any] = {
         "what": what, "device": jax.devices()[0].device_kind, "devices": mesh.size, "dtype": config.model.dtype,
         "parameters": int(parameter_overview.count_parameters(state_lib.abstract_params(generator, mesh))),
@@ -66,9 +66,11 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
             seconds.append(time.perf_counter() - start)
     peaks.append(peak.measured_peak(config.model.dtype))
     if what == "train":
-        per_image = flops.train_flops(config.model, tokens.num_tokens, tokens.token_dim)
+        per_image = flops.train_flops(generator)
     else:
-        per_image = flops.sample_flops(config.model, config.sample, tokens.num_tokens, tokens.token_dim)
+        sample = config.sample
+        per_image = flops.sample_flops(generator, orders.generation_plan(tokens.num_tokens, sample.num_iter),
+                                       sample.num_sampling_steps, sample.cfg != 1.0, sample.confidence_order)
     # On CPU every device is a share of the same cores; elsewhere each brings its own.
     machine = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size)
     median = float(np.median(seconds[1:]))
@@ -110,7 +112,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
 def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """The same for one batch of samples."""
     abstract = state_lib.abstract_params(generator, mesh)
-    sampler = Sampler(generator, Pixels(), tokens, Settings.of(config, tokens), mesh)
+    sampler = Sampler(generator, Pixels(), tokens, Settings.of(config.sample, generator), mesh)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
 

@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     train.add_argument("--workdir", required=True)
 
+    tokenizer = command("train-tokenizer", _train_tokenizer, "Train the tokenizer of a config (for now: codebook).")
+    tokenizer.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    tokenizer.add_argument("--out", default="", metavar="FILE.npz", help="config.tokenizer.path by default")
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace a file with other contents")
+
     sample = command("sample", _sample, "Sample from a trained work directory.", takes_overrides=False)
     sample.add_argument("--workdir", required=True)
     sample.add_argument("--out", required=True, metavar="DIR", help="where samples.npz and grid.png go")
@@ -100,6 +105,21 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (("num_iter", int), ("num_sampling_steps", str), ("cfg", float), ("cfg_schedule", str),
                        ("temperature", float), ("batch_size", int)):
         sample.add_argument(f"--{name}", type=kind, help="as config.sample by default")
+
+    sweep = command("sweep", _sweep, "Train and measure the points of a sweep file, and tabulate them.",
+                    takes_overrides=False)
+    sweep.add_argument("file", metavar="FILE.py")
+    sweep.add_argument("--root", required=True, metavar="DIR", help="where work directories, logs and the table go")
+    sweep.add_argument("--jobs", type=int, default=1, help="points at a time")
+    sweep.add_argument("--only", metavar="NAME,NAME", help="points to run; all by default")
+    sweep.add_argument("--table", action="store_true", help="only write the table of what is there")
+
+    # What `sweep` starts; left out of the help, because nobody needs to.
+    point = commands.add_parser("sweep-point", allow_abbrev=False)
+    point.set_defaults(run=_sweep_point, takes_overrides=False)
+    point.add_argument("file")
+    point.add_argument("--root", required=True)
+    point.add_argument("--name", required=True)
 
     bench = command("benchmark", _benchmark, "Measure training or sampling; prints one JSON line.")
     bench.add_argument("what", choices=("train", "sample"))
@@ -114,6 +134,19 @@ def _train(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.training.loop import train
 
     train(config, given.workdir)
+
+
+def _train_tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
+    config = config_lib.resolve(config)  # a slip is told before JAX has started
+    out = given.out or config.tokenizer.path
+    if not out:
+        raise UserError("no file to write the tokenizer to: give --out FILE.npz, or --config.tokenizer.path=FILE.npz")
+    from marjax.training.tokenizer import train_codebook
+
+    made = train_codebook(config, out, overwrite=given.overwrite)
+    print(f"{made['path']}: {made['num_codes']} codes ({made['codes_used']} used), {made['num_images']} images, mse "
+          f"{made['mse']:.5f}, PSNR {made['psnr']:.2f} dB, {made['seconds']:.1f} s")
 
 
 def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -146,6 +179,32 @@ def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         images = images.reshape(-1, *images.shape[2:])
     write_png(out / "grid.png", grid(images[:2000], shown))
     print(f"{len(labels)} images in {out / 'samples.npz'}, a picture in {out / 'grid.png'}")
+
+
+def _sweep(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    del overrides
+    from marjax.sweep import select, sweep, table
+
+    if given.table:
+        if given.only or given.jobs != 1:
+            raise UserError("--table runs nothing: leave out --only and --jobs")
+        table(given.file, given.root)
+        return
+    rows = sweep(given.file, given.root, jobs=given.jobs, only=given.only)
+    names = list(dict.fromkeys(row["point"] for row in rows))
+    chosen = names if given.only is None else select(given.only, names)
+    failed = [row["point"] for row in rows if row["status"] == "failed" and row["point"] in chosen]
+    print(f"the table is in {os.path.join(given.root, 'table.md')} and .csv")
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(chosen)} points failed: {' '.join(failed)}; see the logs in "
+                            f"{os.path.join(given.root, 'logs')}, then start the sweep again")
+
+
+def _sweep_point(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    del overrides
+    from marjax.sweep.points import run_point
+
+    run_point(given.file, given.root, given.name)
 
 
 def _benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ fields, `resolve` checks the result and computes what follows from it; everythin
 
 import copy
 import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from marjax.errors import UserError
 from marjax.tokenizers import TokenShape, token_shape
+from marjax.variants import HEADS, VARIANTS
 
 # Width, blocks of encoder and of decoder, heads; denoiser blocks and width (paper, section 4.3 and appendix B).
 MODEL_SIZES = {
@@ -30,8 +32,8 @@ FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "data.workers", "data.
                "model.denoiser.remat")
 
 CHOICES = {
-    "model.variant": ("mar",),
-    "model.head": ("diffusion",),
+    "model.variant": tuple(VARIANTS),
+    "model.head": tuple(HEADS),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.denoiser.remat": ("none", "dots", "full"),
@@ -43,11 +45,12 @@ CHOICES = {
 
 def base() -> ConfigDict:
     """Every field there is, with the paper's value where it has one. Fields of None are derived by `resolve`."""
-    derived_int, derived_float = (lambda: config_dict.placeholder(int)), (lambda: config_dict.placeholder(float))
+    derived_int, derived_float, derived_str = (
+        functools.partial(config_dict.placeholder, kind) for kind in (int, float, str))
     return ConfigDict(dict(
         seed=0,
         data=dict(
-            source="digits",  # "digits", or "tfds:NAME[/CONFIG][:VERSION]"
+            source="digits",  # "digits", "mnist" (an extra), or "tfds:NAME[/CONFIG][:VERSION]"
             data_dir="",  # where TFDS data sets are; "" is the library's default
             split="train",
             image_size=8,  # pixels; images are centre-cropped to it
@@ -57,10 +60,16 @@ def base() -> ConfigDict:
             flip=False,  # horizontal, with probability 1/2
             workers=0,  # Grain worker processes; 0 reads in threads of this one
         ),
-        tokenizer=dict(name="pixels", patch_size=1),  # latents on a token's side
+        tokenizer=dict(
+            name="pixels",
+            patch_size=1,  # latents on a token's side
+            path="",  # of the tokenizer's weights, for those that have any
+            num_codes=512,  # of a discrete tokenizer
+            checksum=derived_str(),  # of the weights, filled in when training starts
+        ),
         model=dict(
-            variant="mar",
-            head="diffusion",
+            variant="mar",  # "ar", "random_ar" or "mar": see marjax/variants.py
+            head="diffusion",  # or "categorical", "regression"
             width=768,
             encoder_depth=12,
             decoder_depth=12,
@@ -84,7 +93,7 @@ def base() -> ConfigDict:
             accumulate=1,  # microbatches a step
             base_lr=1e-4,  # for 256 images a step
             lr=derived_float(),  # base_lr * batch_size / 256
-            schedule="constant",  # after the warmup; or "cosine"
+            schedule=derived_str(),  # after the warmup, "constant" or "cosine"; the head's own by default
             min_lr=0.0,  # where the cosine ends
             warmup_epochs=derived_float(),
             warmup_steps=derived_int(),
@@ -104,12 +113,14 @@ def base() -> ConfigDict:
             progress=True,  # a bar, on a terminal
         ),
         sample=dict(
-            num_iter=64,
+            num_iter=derived_int(),  # 64, or as many as there are tokens: all of them where one is predicted at a time
             num_sampling_steps="100",  # or "ddimN"
             cfg=1.0,
             cfg_schedule="linear",
             temperature=1.0,
             batch_size=64,
+            confidence_order=False,  # the surest tokens first, instead of an order drawn ahead (MaskGIT)
+            choice_temperature=4.5,  # how random that choice is at first; it falls to 0 at the last step
             max_stages=6,  # padded shapes the generation steps are grouped into
         ),
     ))
@@ -210,6 +221,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
       UserError: a field that is missing, out of range or at odds with another.
     """
     config = copy.deepcopy(config)  # keeps the types of fields that are None
+    if config.train.schedule is None and config.model.head in HEADS:
+        config.train.schedule = HEADS[config.model.head].schedule
     fields = flatten(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed:
@@ -237,7 +250,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if train.batch_size % train.accumulate:
         raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
                         f"{train.accumulate}")
-    tokens_of(config)
+    tokens, variant = tokens_of(config), VARIANTS[model.variant]
+    if HEADS[model.head].discrete and not tokens.num_codes:
+        raise UserError(f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
+                        f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook")
+    if config.sample.num_iter is None:
+        config.sample.num_iter = min(64, tokens.num_tokens) if variant.many else tokens.num_tokens
 
     if train.lr is None:
         train.lr = train.base_lr * train.batch_size / 256
@@ -260,17 +278,26 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def tokens_of(config: ConfigDict) -> TokenShape:
     """The tokens of the config's images. Raises UserError."""
     return token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                       patch_size=config.tokenizer.patch_size)
+                       patch_size=config.tokenizer.patch_size, num_codes=config.tokenizer.num_codes)
 
 
 def check_sample(config: ConfigDict) -> None:
     """Checks `config.sample` against the number of tokens and diffusion steps. Raises UserError."""
     from marjax.heads.diffusion import respaced_timesteps  # imports jax, which `--help` need not
 
-    sample = config.sample
+    sample, variant = config.sample, VARIANTS[config.model.variant]
     num_tokens = tokens_of(config).num_tokens
     if not 1 <= sample.num_iter <= num_tokens:
         raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
+    if not variant.many and sample.num_iter != num_tokens:
+        raise UserError(f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a step: "
+                        f"give {num_tokens}, or leave it out")
+    if sample.confidence_order and not (variant.many and HEADS[config.model.head].discrete):
+        raise UserError(f"confidence_order needs a head that is sure or unsure of a token and a backbone that can take "
+                        f"any next: model.head=categorical with model.variant=mar, not {config.model.head} with "
+                        f"{config.model.variant}")
+    if sample.choice_temperature < 0.0:
+        raise UserError(f"choice_temperature is {sample.choice_temperature}: give at least 0")
     try:
         respaced_timesteps(config.model.diffusion.num_steps, sample.num_sampling_steps)
     except ValueError as error:

@@ -1,59 +1,35 @@
 """How many floating point operations the algorithm needs, counted by hand.
 
-Only useful work counts: visible tokens in the encoder, unknown tokens in the denoiser, the tokens of the step in the
-sampler; never padding, recomputation or elementwise work. A multiply and an add are two operations. (XLA's own count
-takes a scan's body once.)
+Only useful work counts: visible tokens in the encoder, keys that a query may look at, unknown tokens in the head, the
+tokens of the step in the sampler; never padding, recomputation or elementwise work. A multiply and an add are two
+operations. Backbones and heads count their own. (XLA's count takes a scan's body once.)
 """
 
-import ml_collections
-
-from marjax import orders
-from marjax.heads.diffusion import respaced_timesteps
+from collections.abc import Sequence
+from typing import Any
 
 
-def stack_flops(width: int, depth: int, mlp_ratio: float, length: float) -> float:
-    """Forward pass of `depth` Transformer blocks over one sequence."""
+def stack_flops(width: int, depth: int, mlp_ratio: float, length: float, pairs: float | None = None) -> float:
+    """Forward pass of `depth` Transformer blocks over one sequence, every query looking at all keys.
+
+    `pairs` is the number of queries times keys where it is another than length^2.
+    """
     weights = (4 + 2 * mlp_ratio) * width**2
-    return depth * (2 * weights * length + 4 * length**2 * width)
+    return depth * (2 * weights * length + 4 * (length**2 if pairs is None else pairs) * width)
 
 
-def backbone_flops(model: ml_collections.ConfigDict, num_tokens: int, token_dim: int, num_known: float) -> float:
-    """Forward pass of the masked backbone for one image with `num_known` tokens known."""
-    width, buffer = model.width, model.buffer_size
-    encoded = buffer + num_known
-    return (2 * token_dim * width * num_known + stack_flops(width, model.encoder_depth, model.mlp_ratio, encoded)
-            + 2 * width**2 * encoded
-            + stack_flops(width, model.decoder_depth, model.mlp_ratio, buffer + num_tokens))
-
-
-def denoiser_flops(model: ml_collections.ConfigDict, token_dim: int) -> tuple[float, float]:
-    """Forward pass of the denoiser for one token: the part done once a z, and the part done every timestep."""
-    width, depth = model.denoiser.width, model.denoiser.depth
-    each = 2 * (token_dim * width + depth * 5 * width**2 + 2 * width**2 + 2 * token_dim * width)
-    return 2 * model.width * width, each
-
-
-def sampling_steps(model: ml_collections.ConfigDict, sample: ml_collections.ConfigDict) -> int:
-    """Length of the head's chain in generation."""
-    return len(respaced_timesteps(model.diffusion.num_steps, sample.num_sampling_steps))
-
-
-def train_flops(model: ml_collections.ConfigDict, num_tokens: int, token_dim: int) -> float:
+def train_flops(generator: Any) -> float:
     """One training step for one image: three times the expected forward pass."""
-    ratio = model.mask_ratio
-    known = orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum).expected_known(num_tokens)
-    once, each = denoiser_flops(model, token_dim)
-    unknown = num_tokens - known
-    return 3 * (backbone_flops(model, num_tokens, token_dim, known)
-                + unknown * (once + model.diffusion.batch_mul * each))
+    backbone, head = generator.backbone, generator.head
+    return 3 * (backbone.train_flops() + backbone.unknown_in_training() * head.loss_flops())
 
 
-def sample_flops(model: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, num_tokens: int,
-                 token_dim: int) -> float:
-    """Generation of one image, both branches of guidance included."""
-    plan = orders.generation_plan(num_tokens, sample.num_iter)
-    once, each = denoiser_flops(model, token_dim)
-    steps = sampling_steps(model, sample)
-    backbone = sum(backbone_flops(model, num_tokens, token_dim, known) for known in plan[:-1])
-    branches = 1 if sample.cfg == 1.0 else 2
-    return branches * (backbone + num_tokens * (once + steps * each))
+def sample_flops(generator: Any, plan: Sequence[int], num_sampling_steps: str, guided: bool,
+                 confidence_order: bool = False) -> float:
+    """Generation of one image by a plan (`orders.generation_plan`), both branches of guidance included.
+
+    In an order by confidence the head has to look at every unknown token at every step.
+    """
+    drawn = sum(plan[-1] - known for known in plan[:-1]) if confidence_order else plan[-1]
+    backbone = sum(generator.backbone.step_flops(known) for known in plan[:-1])
+    return (2 if guided else 1) * (backbone + drawn * generator.head.sample_flops(num_sampling_steps))

@@ -19,6 +19,15 @@ def draw_orders(key: jax.Array, batch: int, num_tokens: int) -> jax.Array:
     return jnp.argsort(jax.random.uniform(key, (batch, num_tokens)), axis=-1).astype(jnp.int32)
 
 
+def raster_orders(key: jax.Array, batch: int, num_tokens: int) -> jax.Array:
+    """Row by row, the same for every image: int32 (B, L). The key is not used."""
+    del key
+    return jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
+
+
+ORDERS = {"raster": raster_orders, "random": draw_orders}
+
+
 def ranks(order: jax.Array) -> jax.Array:
     """The inverse permutations: int32 (B, L) from int (B, L)."""
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
@@ -106,26 +115,26 @@ class Stage:
     first_step: int
     start: tuple[int, ...]
     num_predicted: tuple[int, ...]
+    new_slots: int
 
     @property
     def known_slots(self) -> int:
         return max(self.start)
 
-    @property
-    def new_slots(self) -> int:
-        return max(self.num_predicted)
 
-
-def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int], float]) -> tuple[Stage, ...]:
+def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int], float], *,
+                 all_unknown: bool = False) -> tuple[Stage, ...]:
     """Cuts the plan into at most `max_stages` runs of steps so that the padded cost is least.
 
     `cost(known_slots, new_slots)` is what one step costs at that padded shape, and must not decrease in either.
+    `all_unknown`: a step needs a slot for every unknown token, not only for those that it predicts.
     Exact, by dynamic programming over the cuts.
     """
     if max_stages < 1:
         raise ValueError(f"max_stages is {max_stages}: give at least 1")
     known = np.asarray(plan)
     new = np.diff(known)
+    needed = known[-1] - known[:-1] if all_unknown else new
     n = len(new)
     memo: dict[tuple[int, int], float] = {}
 
@@ -138,7 +147,7 @@ def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int]
     for i in range(n):
         widest = 0
         for j in range(i + 1, n + 1):
-            widest = max(widest, int(new[j - 1]))
+            widest = max(widest, int(needed[j - 1]))
             run_cost[i, j] = (j - i) * step_cost(int(known[j - 1]), widest)
     best, cuts = run_cost[0], [np.zeros(n + 1, int)]
     for _ in range(min(max_stages, n) - 1):
@@ -156,7 +165,7 @@ def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int]
         if end == 0:
             break
     bounds = bounds[::-1]
-    return tuple(Stage(a, tuple(int(k) for k in known[a:b]), tuple(int(m) for m in new[a:b]))
+    return tuple(Stage(a, tuple(known[a:b].tolist()), tuple(new[a:b].tolist()), int(needed[a:b].max()))
                  for a, b in itertools.pairwise(bounds))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_generator, perturbed_params
 
 from marjax import config as config_lib
 from marjax.models import generator as generator_lib
@@ -14,22 +15,10 @@ from marjax.training import state as state_lib
 L, D = 16, 4
 
 
-def build(**overrides):
-    config = config_lib.base()
-    config.model.update(width=32, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=3, dtype="float32")
-    config.model.denoiser.update(depth=2, width=32)
-    config = config_lib.apply_overrides(config, {f"model.{key}": value for key, value in overrides.items()})
-    return generator_lib.build(config.model, num_tokens=L, token_dim=D, num_classes=5)
-
-
 @pytest.fixture(scope="module")
 def case():
-    generator = build()
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(0))
-    # Zero-initialised layers would hide what depends on what.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    generator = make_generator()
+    params = perturbed_params(generator)
     tokens = jax.random.normal(jax.random.key(2), (3, L, D))
     rand = generator.draw_loss_randomness(jax.random.key(3), 3)
     return generator, params, tokens, jnp.array([0, 1, 4]), rand._replace(num_known=jnp.array([0, 2, 4]))
@@ -95,7 +84,7 @@ def loss_and_grads(generator, case, key=None):
 def test_rematerialisation_changes_nothing_and_keeps_less(case, remat):
     key = jax.random.key(7)
     expected = loss_and_grads(case[0], case, key)
-    other = build(**{"remat": remat, "denoiser.remat": remat})
+    other = make_generator(**{"remat": remat, "denoiser.remat": remat})
     got = loss_and_grads(other, case, key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), expected, got)
     _, params, tokens, labels, rand = case
@@ -117,7 +106,7 @@ def test_dropout_follows_its_key(case):
 
 
 def test_bfloat16_is_close_and_its_matmuls_are_bfloat16(case):
-    generator = build(dtype="bfloat16")
+    generator = make_generator(dtype="bfloat16")
     (expected, grads), (loss, grads16) = loss_and_grads(case[0], case), loss_and_grads(generator, case)
     assert 0 < abs(loss - expected) < 0.03 * expected
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads16))
@@ -144,7 +133,7 @@ def matmuls(jaxpr):
 
 def test_compile_size_does_not_grow_with_depth(case):
     def lines(depth):
-        generator = build(encoder_depth=depth, decoder_depth=depth, **{"denoiser.depth": depth})
+        generator = make_generator(encoder_depth=depth, decoder_depth=depth, **{"denoiser.depth": depth})
         _, _, tokens, labels, rand = case
         params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
         return len(jax.jit(jax.grad(lambda p: generator.apply({"params": p}, tokens, labels, rand, True)["loss"][0]

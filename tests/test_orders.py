@@ -62,10 +62,12 @@ def cost(known_slots, new_slots):
     return 20 + known_slots + 3 * new_slots
 
 
+@pytest.mark.parametrize("all_unknown", [False, True])
 @pytest.mark.parametrize("num_iter, max_stages", [(1, 3), (6, 1), (7, 2), (8, 3), (9, 9), (8, 20)])
-def test_stages_cover_the_plan_at_the_least_cost(num_iter, max_stages):
+def test_stages_cover_the_plan_at_the_least_cost(num_iter, max_stages, all_unknown):
     plan = orders.generation_plan(32, num_iter)
-    stages = orders.group_stages(plan, max_stages, cost)
+    stages = orders.group_stages(plan, max_stages, cost, all_unknown=all_unknown)
+    slots = 32 - np.array(plan[:-1]) if all_unknown else np.diff(plan)
     assert len(stages) <= max_stages
     assert sum((s.start for s in stages), ()) == plan[:-1]
     assert sum((s.num_predicted for s in stages), ()) == tuple(np.diff(plan))
@@ -74,11 +76,15 @@ def test_stages_cover_the_plan_at_the_least_cost(num_iter, max_stages):
     def padded(cuts):
         total = 0
         for a, b in itertools.pairwise((0, *cuts, num_iter)):
-            total += (b - a) * cost(plan[b - 1], max(np.diff(plan)[a:b]))
+            total += (b - a) * cost(plan[b - 1], max(slots[a:b]))
         return total
 
     every = [cuts for n in range(min(max_stages, num_iter)) for cuts in itertools.combinations(range(1, num_iter), n)]
     assert sum(len(s.start) * cost(s.known_slots, s.new_slots) for s in stages) == min(map(padded, every))
+
+
+def test_equal_costs_are_one_stage():
+    assert len(orders.group_stages(range(33), 6, lambda known, new: 7.0)) == 1
 
 
 def test_take_and_its_gradient():

@@ -11,7 +11,7 @@ from conftest import parity, relative_error
 from parity.seeded_weights import seeded_array
 
 from marjax import config as config_lib
-from marjax import flops, orders
+from marjax import orders
 from marjax.checkpoints import names
 from marjax.generation.sampler import SampleRandomness, generate
 from marjax.heads.diffusion import LossNoise
@@ -169,13 +169,13 @@ def test_whole_generations(name, max_stages):
     scales = orders.guidance_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
     np.testing.assert_allclose(scales, arrays["out/cfg_per_step"], rtol=1e-12)
 
-    once, each = flops.denoiser_flops(config.model, shape.token_dim)
-    stages = orders.group_stages(plan, max_stages, lambda known, new: flops.backbone_flops(
-        config.model, shape.num_tokens, shape.token_dim, known) + new * (once + 10 * each))
+    stages = orders.group_stages(plan, max_stages, lambda known, new: generator.backbone.padded_step_flops(known)
+                                 + new * generator.head.sample_flops(10))
     assert len(stages) == max_stages
     tokens = generate(generator, params, jnp.asarray(arrays["in/labels"]), SampleRandomness(order, noise),
-                      jnp.asarray(scales, jnp.float32), jnp.float32(theirs["temperature"]), stages=stages,
-                      guided=theirs["cfg"] != 1.0, num_sampling_steps=theirs["num_sampling_steps"])
+                      jnp.asarray(scales, jnp.float32) if theirs["cfg"] != 1.0 else None,
+                      jnp.float32(theirs["temperature"]), stages=stages,
+                      num_sampling_steps=theirs["num_sampling_steps"])
     assert relative_error(tokens, arrays["out/tokens"]) < 1e-4
     assert relative_error(shape.unpatchify(tokens), latents(arrays["out/latents"])) < 1e-4
 

@@ -54,7 +54,7 @@ def run(shape, devices):
                 grads = jax.device_get(state.opt_state[1][0].mu)
         assert all(leaf.sharding == want.sharding for leaf, want in
                    zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
-        sampler = Sampler(generator, Pixels(), tokens, Settings.of(config, tokens), mesh)
+        sampler = Sampler(generator, Pixels(), tokens, Settings.of(config.sample, generator), mesh)
         # Fixed weights, so that sampling is compared by itself.
         params = jax.jit(lambda k: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(generator, k)),
                          out_shardings=jax.tree.map(lambda x: x.sharding, abstract.params))(jax.random.key(1))

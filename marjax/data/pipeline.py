@@ -24,7 +24,7 @@ import numpy.typing as npt
 from absl import flags
 
 from marjax.data.preprocess import Preprocess
-from marjax.data.sources import DigitsSource, Pixels, Source, open_source
+from marjax.data.sources import ArraySource, Pixels, Source, open_source
 from marjax.errors import UserError
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
@@ -198,7 +198,7 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
     dataset = grain.MapDataset.source(steps)[start_step:]
     # Each thread makes one batch at a time and each place in the buffer holds one. Decoding gains by more threads;
     # what is in memory already needs one, to work ahead of the accelerator.
-    if isinstance(steps.source, DigitsSource):
+    if isinstance(steps.source, ArraySource):
         threads = 1
     elif workers:
         threads = 2

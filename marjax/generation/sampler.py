@@ -3,6 +3,7 @@
 Shapes: B batch, L tokens, D token dimension, n autoregressive steps.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import flops, orders, sharding
+from marjax import orders, sharding
 from marjax.generation.images import to_uint8
-from marjax.models.generator import Generator
+from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
 
 UNCONDITIONAL = -1  # the label that asks for no class
@@ -37,22 +38,24 @@ class Settings:
     guidance: tuple[float, ...] | None  # the scale of every step; None: no guidance, no second branch
     num_sampling_steps: str
     temperature: float
+    choice: tuple[float, ...] | None = None  # the choice temperature of every step; None: the order is drawn ahead
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, tokens: TokenShape) -> "Settings":
-        """The settings of a resolved config, its steps grouped so that the padded FLOPs are least."""
-        model, sample = config.model, config.sample
-        plan = orders.generation_plan(tokens.num_tokens, sample.num_iter)
-        once, each = flops.denoiser_flops(model, tokens.token_dim)
-        token = once + each * flops.sampling_steps(model, sample)
+    def of(cls, sample: ml_collections.ConfigDict, generator: Generator) -> "Settings":
+        """The settings of a resolved `config.sample`, its steps grouped so that the padded FLOPs are least."""
+        num_tokens = generator.num_tokens
+        plan = orders.generation_plan(num_tokens, sample.num_iter)
+        token = generator.head.sample_flops(sample.num_sampling_steps)
 
         def cost(known_slots: int, new_slots: int) -> float:
-            return flops.backbone_flops(model, tokens.num_tokens, tokens.token_dim, known_slots) + token * new_slots
+            return generator.backbone.padded_step_flops(known_slots) + token * new_slots
 
         scales = orders.guidance_scales(plan, sample.cfg, sample.cfg_schedule)
-        return cls(orders.group_stages(plan, sample.max_stages, cost),
+        annealed = sample.choice_temperature * (1.0 - np.arange(1, len(plan)) / (len(plan) - 1))
+        return cls(orders.group_stages(plan, sample.max_stages, cost, all_unknown=sample.confidence_order),
                    None if sample.cfg == 1.0 else tuple(map(float, scales)),
-                   sample.num_sampling_steps, sample.temperature)
+                   sample.num_sampling_steps, sample.temperature,
+                   tuple(map(float, annealed)) if sample.confidence_order else None)
 
 
 def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
@@ -64,15 +67,15 @@ def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
 
     def one(index: jax.Array) -> SampleRandomness:
         key_order, key_head = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
-        return SampleRandomness(orders.draw_orders(key_order, 1, generator.num_tokens)[0],
+        return SampleRandomness(generator.draw_orders(key_order, 1)[0],
                                 generator.head.draw_sample_noise(key_head, generator.num_tokens, num_sampling_steps))
 
     return jax.vmap(one)(index_B)
 
 
-def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: SampleRandomness, guidance_n: jax.Array,
-             temperature: jax.Array, *, stages: Sequence[orders.Stage], guided: bool,
-             num_sampling_steps: str) -> jax.Array:
+def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: SampleRandomness,
+             guidance_n: jax.Array | None, temperature: jax.Array, codebook: jax.Array | None = None,
+             choice_n: jax.Array | None = None, *, stages: Sequence[orders.Stage], num_sampling_steps: str) -> jax.Array:
     """Tokens in raster order, float32 (B, L, D), by running the plan: a scan a stage.
 
     Args:
@@ -80,30 +83,30 @@ def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: Sampl
       params: its parameters.
       labels_B: int32, a class or UNCONDITIONAL.
       rand: from `draw_randomness`.
-      guidance_n: float32 (n,), the scale of every step; not used unless `guided`.
+      guidance_n: float32 (n,), the scale of every step; None for no guidance and no unconditional branch.
       temperature: scalar.
+      codebook: of a discrete tokenizer, float32 (K, D).
+      choice_n: float32 (n,), the choice temperature of every step; None to follow `rand.order`.
       stages: the grouped plan, static.
-      guided: whether there is an unconditional branch, static.
       num_sampling_steps: length of the head's chain, static.
     """
-    batch = labels_B.shape[0]
     drop_B = labels_B < 0
-    tokens = jnp.zeros((batch, generator.num_tokens, generator.token_dim), jnp.float32)
+    progress = generator.begin(rand.order, guided=guidance_n is not None)
     for stage in stages:
 
-        def step(tokens: jax.Array, inputs: Any, stage: orders.Stage = stage) -> tuple[jax.Array, None]:
-            start, num_predicted, scale = inputs
+        def step(progress: Progress, inputs: Any, stage: orders.Stage = stage) -> tuple[Progress, None]:
+            start, num_predicted, scale, choice = inputs
             new: Any = generator.apply(
-                {"params": params}, tokens, jnp.maximum(labels_B, 0), drop_B, rand.order, start, num_predicted,
-                rand.head, scale if guided else None, known_slots=stage.known_slots, new_slots=stage.new_slots,
-                num_sampling_steps=num_sampling_steps, temperature=temperature,
-                method="generate_step")
+                {"params": params}, progress, jnp.maximum(labels_B, 0), drop_B, start, num_predicted, rand.head, scale,
+                choice, known_slots=stage.known_slots, new_slots=stage.new_slots, codebook=codebook,
+                num_sampling_steps=num_sampling_steps, temperature=temperature, method="generate_step")
             return new, None
 
-        last = stage.first_step + len(stage.start)
-        inputs = (jnp.asarray(stage.start), jnp.asarray(stage.num_predicted), guidance_n[stage.first_step:last])
-        tokens, _ = jax.lax.scan(step, tokens, inputs)
-    return tokens
+        steps = slice(stage.first_step, stage.first_step + len(stage.start))
+        inputs = (jnp.asarray(stage.start), jnp.asarray(stage.num_predicted),
+                  *jax.tree.map(lambda each: each[steps], (guidance_n, choice_n)))
+        progress, _ = jax.lax.scan(step, progress, inputs)
+    return progress.tokens
 
 
 class Sampler:
@@ -111,28 +114,42 @@ class Sampler:
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings,
                  mesh: Mesh) -> None:
-        self.settings, self.mesh, self.tokenizer = settings, mesh, tokenizer
+        self.generator, self.settings, self.mesh, self.tokenizer = generator, settings, mesh, tokenizer
 
         def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
-                    guidance_n: jax.Array, temperature: jax.Array) -> jax.Array:
+                    guidance_n: jax.Array | None, temperature: jax.Array, choice_n: jax.Array | None) -> jax.Array:
             with sharding.logical_rules(mesh):
                 rand = draw_randomness(generator, seed, index_B, settings.num_sampling_steps)
                 rand = jax.lax.with_sharding_constraint(
                     rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
-                tokens_BxLxD = generate(
-                    generator, params, labels_B, rand, guidance_n, temperature, stages=settings.stages,
-                    guided=settings.guidance is not None, num_sampling_steps=settings.num_sampling_steps)
+                tokens_BxLxD = generate(generator, params, labels_B, rand, guidance_n, temperature,
+                                        tokenizer.codebook(tokenizer_params), choice_n, stages=settings.stages,
+                                        num_sampling_steps=settings.num_sampling_steps)
             return tokenizer.decode(tokenizer_params, tokens.unpatchify(tokens_BxLxD))
 
         self.program = jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
 
+    def with_settings(self, sample: ml_collections.ConfigDict) -> "Sampler":
+        """A sampler with another guidance or temperature, from a resolved `config.sample`, and the same program.
+
+        Raises:
+          ValueError: what shapes the program differs.
+        """
+        other = copy.copy(self)
+        other.settings = Settings.of(sample, self.generator)
+        if (other.settings.stages, other.settings.num_sampling_steps) != (
+                self.settings.stages, self.settings.num_sampling_steps):
+            raise ValueError("num_iter, num_sampling_steps, max_stages and confidence_order shape the program: make "
+                             "another Sampler")
+        return other
+
     def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
         """What `program` takes for these samples; their number must divide over the mesh."""
-        steps = sum(len(stage.start) for stage in self.settings.stages)
-        scales = np.asarray(self.settings.guidance or np.ones(steps), np.float32)
+        scales, choice = (None if each is None else np.asarray(each, np.float32)
+                          for each in (self.settings.guidance, self.settings.choice))
         rows = sharding.put_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
         return (params, self.tokenizer.params, rows[0], np.uint32(seed), rows[1], scales,
-                np.float32(self.settings.temperature))
+                np.float32(self.settings.temperature), choice)
 
     def __call__(self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *,
                  batch_size: int) -> np.ndarray:
@@ -147,7 +164,8 @@ class Sampler:
             rows = np.asarray(labels[at:at + batch_size])
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
             index = first_index + at + np.arange(batch_size)
-            image = self.program(*self.arguments(params, padded, seed, index))
+            with jax.set_mesh(self.mesh):
+                image = self.program(*self.arguments(params, padded, seed, index))
             if jax.process_count() > 1:
                 image = multihost_utils.process_allgather(image, tiled=True)
             done.append(to_uint8(np.asarray(image))[:len(rows)])

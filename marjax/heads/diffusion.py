@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marjax.heads import guidance
+
 # (x (..., D), t (...,)) -> (..., 2 D): the noise and the interpolation of the log variance.
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -210,10 +212,8 @@ def guided(prediction: jax.Array, scale: jax.Array) -> jax.Array:
 
     eps = eps_u + scale (eps_c - eps_u); the variance is the conditional one.
     """
-    conditional, unconditional = jnp.split(prediction, 2, axis=0)
-    eps_c, interpolation = jnp.split(conditional, 2, axis=-1)
-    eps_u = unconditional[..., : eps_c.shape[-1]]
-    return jnp.concatenate([eps_u + scale * (eps_c - eps_u), interpolation], axis=-1)
+    eps, interpolation = jnp.split(prediction, 2, axis=-1)
+    return jnp.concatenate([guidance.guided(eps, scale), interpolation[: len(eps) // 2]], axis=-1)
 
 
 def _at(schedule: Schedule, name: str, t: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The diffusion head as a network: the denoiser with the loss and the sampler of `heads/diffusion.py`.
 
-Every head of a generator has these four methods; only they know what is random in it.
+Every head of a generator has the public methods of this one; only they know what is random in it.
 Shapes: B batch, L or M tokens, D token dimension, W backbone width, K timesteps a token (loss) or steps (sampler).
 """
 
@@ -33,6 +33,14 @@ class DiffusionHead(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
 
+    @classmethod
+    def of(cls, model: Any, token_dim: int, num_codes: int) -> "DiffusionHead":
+        """From a resolved `config.model`; tokens may be codes or not."""
+        del num_codes
+        return cls(token_dim=token_dim, depth=model.denoiser.depth, width=model.denoiser.width, cond_width=model.width,
+                   num_steps=model.diffusion.num_steps, batch_mul=model.diffusion.batch_mul,
+                   remat=model.denoiser.remat, dtype=jnp.dtype(model.dtype))
+
     def setup(self) -> None:
         self.denoiser = Denoiser(self.token_dim, self.depth, self.width, self.cond_width, self.num_steps, self.remat,
                                  self.dtype)
@@ -43,11 +51,13 @@ class DiffusionHead(nn.Module):
         return diffusion.draw_loss_noise(key, (batch, self.batch_mul, num_tokens, self.token_dim), self.num_steps)
 
     def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: diffusion.LossNoise,
-                 weight_BxL: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+                 weight_BxL: jax.Array, codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Per-token terms, name -> (values, weights), float32 and broadcastable to (B, K, L); "loss" is trained on.
 
-        A term's mean is sum(values * weights) / sum(weights). `weight_BxL` is 1 where the token counts.
+        A term's mean is sum(values * weights) / sum(weights). `weight_BxL` is 1 where the token counts; the codebook,
+        float32 (codes, D), is for heads that need one.
         """
+        del codebook
         schedule = diffusion.respace(self.num_steps, self.num_steps)
         tokens = tokens_BxLxD[:, None].astype(jnp.float32)
         noised = diffusion.add_noise(schedule, tokens, noise)
@@ -70,7 +80,8 @@ class DiffusionHead(nn.Module):
                            jax.random.normal(key_step, (num_tokens, steps, self.token_dim)))
 
     def sample(self, z: jax.Array, noise: SampleNoise, guidance: jax.Array | None, *,
-               num_sampling_steps: int | str, temperature: float | jax.Array) -> jax.Array:
+               num_sampling_steps: int | str, temperature: float | jax.Array,
+               codebook: jax.Array | None = None) -> jax.Array:
         """Tokens float32 (B, M, D).
 
         Args:
@@ -79,7 +90,9 @@ class DiffusionHead(nn.Module):
           guidance: the scale, a scalar, or None for no guidance.
           num_sampling_steps: length of the respaced chain, static.
           temperature: scale of the noise added by the steps.
+          codebook: not used.
         """
+        del codebook
         schedule = diffusion.respace(self.num_steps, num_sampling_steps)
         condition = self.denoiser.embed_condition(z)
 
@@ -91,3 +104,22 @@ class DiffusionHead(nn.Module):
 
         return diffusion.sample(schedule, denoise, noise.init, jnp.moveaxis(noise.step, 2, 0), temperature)
 
+
+    @nn.nowrap
+    def denoiser_flops(self) -> tuple[float, float]:
+        """Of the denoiser for one token: the part done once a z, and the part done every timestep."""
+        each = 2 * (self.token_dim * self.width + self.depth * 5 * self.width**2 + 2 * self.width**2
+                    + 2 * self.token_dim * self.width)
+        return 2 * self.cond_width * self.width, each
+
+    @nn.nowrap
+    def loss_flops(self) -> float:
+        """Of one token's forward pass in training."""
+        once, each = self.denoiser_flops()
+        return once + self.batch_mul * each
+
+    @nn.nowrap
+    def sample_flops(self, num_sampling_steps: int | str) -> float:
+        """Of sampling one token, without guidance."""
+        once, each = self.denoiser_flops()
+        return once + len(diffusion.respaced_timesteps(self.num_steps, num_sampling_steps)) * each

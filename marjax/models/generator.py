@@ -11,9 +11,19 @@ import jax.numpy as jnp
 import ml_collections
 
 from marjax import orders
+from marjax.models.categorical_head import CategoricalHead
+from marjax.models.causal import CausalBackbone
 from marjax.models.diffusion_head import DiffusionHead
 from marjax.models.layers import lookup, normal_002
 from marjax.models.masked import MaskedBackbone
+from marjax.models.regression_head import RegressionHead
+from marjax.variants import VARIANTS
+
+Backbone = MaskedBackbone | CausalBackbone
+Head = DiffusionHead | CategoricalHead | RegressionHead
+BACKBONES: dict[str, type[Backbone]] = {"bidirectional": MaskedBackbone, "causal": CausalBackbone}
+HEADS: dict[str, type[Head]] = {"diffusion": DiffusionHead, "categorical": CategoricalHead,
+                                "regression": RegressionHead}
 
 
 class LossRandomness(NamedTuple):
@@ -29,17 +39,30 @@ class LossRandomness(NamedTuple):
     head: Any
 
 
+class Progress(NamedTuple):
+    """Where the generation of a batch stands.
+
+    `tokens` float32 (B, L, D), in raster order; `order` int32 (B, L), of which the steps done are a prefix; `cache`,
+    what the backbone keeps from step to step.
+    """
+
+    tokens: jax.Array
+    order: jax.Array
+    cache: Any
+
+
 class Generator(nn.Module):
-    """Models images as sets of tokens given a class label, or none."""
+    """Models images as sequences of tokens given a class label, or none."""
 
     num_classes: int
     num_tokens: int
     token_dim: int
     width: int
     class_dropout: float
-    mask_ratio: orders.MaskRatio
-    backbone: MaskedBackbone
-    head: DiffusionHead
+    order: str  # a key of orders.ORDERS
+    backbone: Backbone
+    head: Head
+    num_codes: int = 0  # how many different tokens there are; 0: continuous
 
     def setup(self) -> None:
         partitioned = nn.with_logical_partitioning
@@ -48,22 +71,24 @@ class Generator(nn.Module):
         self.null_embedding: Any = self.param("null_embedding", partitioned(normal_002, ("embed",)),
                                               (self.width,), jnp.float32)
 
-    @property
-    def training_slots(self) -> int:
-        return orders.max_visible(self.num_tokens, self.mask_ratio.minimum)
+    @nn.nowrap
+    def draw_orders(self, key: jax.Array, batch: int) -> jax.Array:
+        """In which order the tokens of each image are generated: int32 (B, L)."""
+        return orders.ORDERS[self.order](key, batch, self.num_tokens)
 
     @nn.nowrap
     def draw_loss_randomness(self, key: jax.Array, batch: int) -> LossRandomness:
         """Draws the randomness of the loss for a global batch from one key."""
-        key_order, key_ratio, key_drop, key_head = jax.random.split(key, 4)
+        key_order, key_known, key_drop, key_head = jax.random.split(key, 4)
         return LossRandomness(
-            order=orders.draw_orders(key_order, batch, self.num_tokens),
-            num_known=self.mask_ratio.draw_num_known(key_ratio, batch, self.num_tokens),
+            order=self.draw_orders(key_order, batch),
+            num_known=self.backbone.draw_num_known(key_known, batch),
             drop_label=jax.random.bernoulli(key_drop, self.class_dropout, (batch,)),
             head=self.head.draw_loss_noise(key_head, batch, self.num_tokens))
 
     def __call__(self, tokens_BxLxD: jax.Array, labels_B: jax.Array, rand: LossRandomness,
-                 deterministic: bool = False) -> dict[str, tuple[jax.Array, jax.Array]]:
+                 deterministic: bool = False,
+                 codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
         """The head's per-token terms, name -> (values, weights); see its `__call__`.
 
         Args:
@@ -71,73 +96,87 @@ class Generator(nn.Module):
           labels_B: int in [0, num_classes).
           rand: from `draw_loss_randomness`.
           deterministic: no dropout; otherwise the rng "dropout" is needed.
+          codebook: of a discrete tokenizer, float32 (K, D); tokens are then among its rows.
         """
         z_BxLxW = self.condition(tokens_BxLxD, labels_B, rand.drop_label, rand.order, rand.num_known,
-                                 slots=self.training_slots, deterministic=deterministic)
+                                 deterministic=deterministic)
         unknown_BxL = (orders.ranks(rand.order) >= rand.num_known[:, None]).astype(jnp.float32)
-        return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL)
+        return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL, codebook)
 
     def condition(self, tokens_BxLxD: jax.Array, labels_B: jax.Array, drop_label_B: jax.Array, order_BxL: jax.Array,
-                  num_known_B: jax.Array, *, slots: int, deterministic: bool = True) -> jax.Array:
-        """z of every position, (B, L, W)."""
-        class_BxW = jnp.where(drop_label_B[:, None], self.null_embedding, lookup(self.class_embedding, labels_B))
-        return self.backbone(tokens_BxLxD, order_BxL, num_known_B, class_BxW, slots=slots,
-                             deterministic=deterministic)
+                  num_known_B: jax.Array, *, slots: int | None = None, deterministic: bool = True) -> jax.Array:
+        """z of every position, (B, L, W); for the arguments see the backbone's `__call__`."""
+        return self.backbone(tokens_BxLxD, order_BxL, num_known_B, self._class_embed(labels_B, drop_label_B),
+                             slots=slots, deterministic=deterministic)
 
-    def generate_step(self, tokens_BxLxD: jax.Array, labels_B: jax.Array, drop_label_B: jax.Array,
-                      order_BxL: jax.Array, start: jax.Array, num_predicted: jax.Array, noise: Any,
-                      guidance: jax.Array | None, *, known_slots: int, new_slots: int, **settings: Any) -> jax.Array:
-        """One autoregressive step: the tokens with positions order[start : start + num_predicted] filled in.
+    def _class_embed(self, labels_B: jax.Array, drop_label_B: jax.Array) -> jax.Array:
+        return jnp.where(drop_label_B[:, None], self.null_embedding, lookup(self.class_embedding, labels_B))
+
+    @nn.nowrap
+    def begin(self, order_BxL: jax.Array, guided: bool) -> Progress:
+        """Nothing generated yet. Under guidance the unconditional rows share the batch, and so the cache."""
+        batch = order_BxL.shape[0]
+        tokens = jnp.zeros((batch, self.num_tokens, self.token_dim), jnp.float32)
+        return Progress(tokens, order_BxL, self.backbone.init_cache(2 * batch if guided else batch))
+
+    def generate_step(self, progress: Progress, labels_B: jax.Array, drop_label_B: jax.Array, start: jax.Array,
+                      num_predicted: jax.Array, noise: Any, guidance: jax.Array | None,
+                      choice: jax.Array | None = None, *, known_slots: int, new_slots: int,
+                      **settings: Any) -> Progress:
+        """One autoregressive step: the tokens at order[start : start + num_predicted] filled in.
 
         Args:
-          tokens_BxLxD: float32; entries not yet generated do not matter.
+          progress: after `start` tokens.
           labels_B: int in [0, num_classes).
           drop_label_B: bool, true where no class is asked for.
-          order_BxL: int32.
           start, num_predicted: int scalars, at most `known_slots` and `new_slots`.
           noise: the head's sample noise, leading axes (B, L), by position.
-          guidance: the scale, or None for none; the unconditional rows then share the batch.
+          guidance: the scale, or None for none.
+          choice: None to follow the order. Otherwise what is left of the order is rearranged by the head's confidence
+            first (see `sample_ranked` of a head that has it); `new_slots` must then hold all unknown tokens.
           known_slots, new_slots: static sizes of the padded step.
           **settings: the head's own (see its `sample`).
         """
-        batch = tokens_BxLxD.shape[0]
-        known_B = jnp.full((batch,), start, jnp.int32)
-        rows = (tokens_BxLxD, labels_B, drop_label_B, order_BxL, known_B)
-        if guidance is not None:
-            rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
-            rows = (*rows[:2], jnp.concatenate([drop_label_B, jnp.ones_like(drop_label_B)]), *rows[3:])
-        z = self.condition(*rows, slots=known_slots)
-
+        tokens_BxLxD, order_BxL, cache = progress
         padded = jnp.pad(order_BxL, ((0, 0), (0, new_slots)), constant_values=self.num_tokens)
         position_BxM = jax.lax.dynamic_slice_in_dim(padded, start, new_slots, axis=1)
-        position_BxM = jnp.minimum(position_BxM, self.num_tokens - 1)
-        z_positions = position_BxM if guidance is None else jnp.concatenate([position_BxM, position_BxM])
-        z_new = jnp.take_along_axis(z, z_positions[..., None], axis=1)
+        inside_BxM = jnp.minimum(position_BxM, self.num_tokens - 1)
+
+        rows = (tokens_BxLxD, order_BxL, inside_BxM, self._class_embed(labels_B, drop_label_B))
+        if guidance is not None:
+            rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows[:3])
+            no_class = jnp.broadcast_to(self.null_embedding, (labels_B.shape[0], self.width))
+            rows = (*rows, jnp.concatenate([self._class_embed(labels_B, drop_label_B), no_class]))
+        z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], rows[3], known_slots=known_slots)
 
         def at_positions(x: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(x, position_BxM.reshape(*position_BxM.shape, *(1,) * (x.ndim - 2)), axis=1)
+            return jnp.take_along_axis(x, inside_BxM.reshape(*inside_BxM.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-        new_BxMxD = self.head.sample(z_new, jax.tree.map(at_positions, noise), guidance, **settings)
+        noise = jax.tree.map(at_positions, noise)
+        if choice is None:
+            new_BxMxD = self.head.sample(z_new, noise, guidance, **settings)
+        else:
+            ranked: Any = self.head  # `config.resolve` lets only heads that rank come here
+            new_BxMxD, confidence_BxM = ranked.sample_ranked(z_new, noise, guidance, choice=choice, **settings)
+            surest = jnp.argsort(jnp.where(position_BxM < self.num_tokens, -confidence_BxM, jnp.inf), axis=1)
+            new_BxMxD = jnp.take_along_axis(new_BxMxD, surest[..., None], axis=1)
+            position_BxM = jnp.take_along_axis(position_BxM, surest, axis=1)
+            order_BxL = jax.lax.dynamic_update_slice_in_dim(padded, position_BxM, start, axis=1)[:, :self.num_tokens]
         slot_BxL = orders.ranks(order_BxL) - start
         is_new_BxL = (slot_BxL >= 0) & (slot_BxL < num_predicted)
         filled = jnp.take_along_axis(new_BxMxD, jnp.clip(slot_BxL, 0, new_slots - 1)[..., None], axis=1)
-        return jnp.where(is_new_BxL[..., None], filled, tokens_BxLxD)
+        return Progress(jnp.where(is_new_BxL[..., None], filled, tokens_BxLxD), order_BxL, cache)
 
 
-def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int) -> Generator:
-    """The network that a resolved `config.model` describes (see `marjax/config.py`)."""
-    dtype = jnp.dtype(model.dtype)
-    backbone = MaskedBackbone(
-        num_tokens=num_tokens, token_dim=token_dim, width=model.width, encoder_depth=model.encoder_depth,
-        decoder_depth=model.decoder_depth, num_heads=model.num_heads, mlp_ratio=model.mlp_ratio,
-        buffer_size=model.buffer_size, attn_dropout=model.attn_dropout, proj_dropout=model.proj_dropout,
-        remat=model.remat, dtype=dtype)
-    head = DiffusionHead(
-        token_dim=token_dim, depth=model.denoiser.depth, width=model.denoiser.width, cond_width=model.width,
-        num_steps=model.diffusion.num_steps, batch_mul=model.diffusion.batch_mul, remat=model.denoiser.remat,
-        dtype=dtype)
-    ratio = model.mask_ratio
+def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int,
+          num_codes: int = 0) -> Generator:
+    """The network that a resolved `config.model` describes (see `marjax/config.py`).
+
+    `num_codes` is how many different tokens there are, for heads that model codes.
+    """
+    variant = VARIANTS[model.variant]
     return Generator(
         num_classes=num_classes, num_tokens=num_tokens, token_dim=token_dim, width=model.width,
-        class_dropout=model.class_dropout, backbone=backbone, head=head,
-        mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per))
+        class_dropout=model.class_dropout, order=variant.order,
+        backbone=BACKBONES[variant.attention].of(model, num_tokens, token_dim),
+        head=HEADS[model.head].of(model, token_dim, num_codes), num_codes=num_codes)

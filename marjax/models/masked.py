@@ -3,7 +3,7 @@
 Everything has a static shape: known tokens sit in `slots` slots in the order of generation, masked as keys past
 `num_known`, and go back to their raster positions by gathers.
 
-Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens.
+Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens, M tokens of one generation step.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marjax import orders
+from marjax import flops, orders
 from marjax.models.layers import Dense, LayerNorm, normal_002
 from marjax.models.transformer import Stack
 
@@ -32,6 +32,17 @@ class MaskedBackbone(nn.Module):
     proj_dropout: float = 0.1
     remat: str = "none"
     dtype: Any = jnp.float32
+    mask_ratio: orders.MaskRatio = orders.MaskRatio()
+
+    @classmethod
+    def of(cls, model: Any, num_tokens: int, token_dim: int) -> "MaskedBackbone":
+        """From a resolved `config.model`."""
+        ratio = model.mask_ratio
+        return cls(num_tokens=num_tokens, token_dim=token_dim, width=model.width, encoder_depth=model.encoder_depth,
+                   decoder_depth=model.decoder_depth, num_heads=model.num_heads, mlp_ratio=model.mlp_ratio,
+                   buffer_size=model.buffer_size, attn_dropout=model.attn_dropout, proj_dropout=model.proj_dropout,
+                   remat=model.remat, dtype=jnp.dtype(model.dtype),
+                   mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per))
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> Any:
@@ -56,8 +67,13 @@ class MaskedBackbone(nn.Module):
         self.decoder_norm = LayerNorm(dtype=self.dtype)
         self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
 
+    @nn.nowrap
+    def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
+        """How many tokens of each image are shown, and so left out of the loss: int32 (B,)."""
+        return self.mask_ratio.draw_num_known(key, batch, self.num_tokens)
+
     def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
-                 class_embed_BxW: jax.Array, *, slots: int, deterministic: bool) -> jax.Array:
+                 class_embed_BxW: jax.Array, *, slots: int | None = None, deterministic: bool) -> jax.Array:
         """z of every position, in `dtype`, (B, L, W).
 
         Args:
@@ -65,9 +81,11 @@ class MaskedBackbone(nn.Module):
           order_BxL: int, the positions in the order of generation.
           num_known_B: int (B,), how many leading entries of `order` are known, at most `slots`.
           class_embed_BxW: float (B, W).
-          slots: static number of encoder slots.
+          slots: static number of encoder slots; as many as training ever fills by default.
           deterministic: no dropout; otherwise the rng "dropout" is needed.
         """
+        if slots is None:
+            slots = orders.max_visible(self.num_tokens, self.mask_ratio.minimum)
         known_BxSxW = self.encode(tokens_BxLxD, order_BxL, num_known_B, class_embed_BxW, slots=slots,
                                   deterministic=deterministic)
         return self.decode(known_BxSxW, order_BxL, num_known_B, deterministic=deterministic)
@@ -104,3 +122,50 @@ class MaskedBackbone(nn.Module):
         x = jnp.concatenate([encoded[:, :buffer], x_BxLxW], axis=1) + self.decoder_pos_embed.astype(self.dtype)
         x = self.decoder(nn.with_logical_constraint(x, ("batch", None, None)), None, deterministic)
         return self.decoder_norm(x)[:, buffer:] + self.z_pos_embed.astype(self.dtype)
+
+    @nn.nowrap
+    def init_cache(self, batch: int) -> tuple[()]:
+        """Nothing: every step looks at all tokens anew."""
+        del batch
+        return ()
+
+    def step(self, cache: tuple[()], tokens_BxLxD: jax.Array, order_BxL: jax.Array, start: jax.Array,
+             position_BxM: jax.Array, class_embed_BxW: jax.Array, *, known_slots: int) -> tuple[jax.Array, tuple[()]]:
+        """z of the positions of one generation step, (B, M, W), and the cache.
+
+        Args:
+          cache: from `init_cache`.
+          tokens_BxLxD: in raster order; the values of unknown tokens do not matter.
+          order_BxL: int.
+          start: int scalar, how many are known, at most `known_slots`.
+          position_BxM: int (B, M).
+          class_embed_BxW: float (B, W).
+          known_slots: static number of encoder slots.
+        """
+        known_B = jnp.full((tokens_BxLxD.shape[0],), start, jnp.int32)
+        z = self(tokens_BxLxD, order_BxL, known_B, class_embed_BxW, slots=known_slots, deterministic=True)
+        return jnp.take_along_axis(z, position_BxM[..., None], axis=1), cache
+
+    @nn.nowrap
+    def train_flops(self) -> float:
+        """Of one forward pass for one image, at the mean number of visible tokens."""
+        return self.step_flops(self.mask_ratio.expected_known(self.num_tokens))
+
+    @nn.nowrap
+    def unknown_in_training(self) -> float:
+        """How many tokens of an image the head's loss counts, on average."""
+        return self.num_tokens - self.mask_ratio.expected_known(self.num_tokens)
+
+    @nn.nowrap
+    def step_flops(self, num_known: float) -> float:
+        """Of one forward pass for one image with `num_known` tokens known."""
+        width, buffer = self.width, self.buffer_size
+        encoded = buffer + num_known
+        return (2 * self.token_dim * width * num_known
+                + flops.stack_flops(width, self.encoder_depth, self.mlp_ratio, encoded) + 2 * width**2 * encoded
+                + flops.stack_flops(width, self.decoder_depth, self.mlp_ratio, buffer + self.num_tokens))
+
+    @nn.nowrap
+    def padded_step_flops(self, known_slots: int) -> float:
+        """What a generation step costs in a stage of that many slots."""
+        return self.step_flops(known_slots)

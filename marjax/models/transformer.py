@@ -1,9 +1,9 @@
 """The pre-norm Transformer block and the scanned stack of them that every backbone uses.
 
-Shapes: B batch, T sequence, W width, H heads, E head width.
+Shapes: B batch, T sequence, S cached tokens, W width, H heads, E head width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,19 @@ REMAT_POLICIES = {
 }
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of the tokens seen so far, `dtype` (B, H, S, E) each; of a stack, with its layers in front."""
+
+    key: jax.Array
+    value: jax.Array
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, W) -> (B, T, W), softmax in float32."""
+    """Multi-head self-attention, (B, T, W) -> (B, T, W), softmax in float32.
+
+    With a cache x is one token (T = 1) that looks at itself and at the cached ones where `mask`, (..., S), is true;
+    its own key and value, (B, H, 1, E), come back beside the result (None without a cache).
+    """
 
     num_heads: int
     attn_dropout: float
@@ -28,20 +39,39 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool,
+                 cache: KeyValue | None = None) -> tuple[jax.Array, KeyValue | None]:
         width = x_BxTxW.shape[-1]
         heads, head_width = self.num_heads, width // self.num_heads
         qkv = Dense((width,), (3, heads, head_width), ("embed", None, "heads", "kv"), self.dtype, name="qkv")(x_BxTxW)
         q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scores_BxHxTxT = jnp.einsum("bthe,bshe->bhts", q_BxTxHxE * head_width**-0.5, k_BxTxHxE,
-                                    precision=precision(self.dtype), preferred_element_type=jnp.float32)
+        q_BxTxHxE, new = q_BxTxHxE * head_width**-0.5, None
+
+        def scores(spec: str, keys: jax.Array) -> jax.Array:
+            return jnp.einsum(spec, q_BxTxHxE, keys, precision=precision(self.dtype),
+                              preferred_element_type=jnp.float32)
+
+        def mixed(spec: str, weights: jax.Array, values: jax.Array) -> jax.Array:
+            return jnp.einsum(spec, weights, values, precision=precision(self.dtype))
+
+        scores_BxHxTxT = scores("bthe,bshe->bhts", k_BxTxHxE)
+        if cache is not None:
+            own = scores_BxHxTxT
+            scores_BxHxTxT = scores("bthe,bhse->bhts", cache.key)
         if mask is not None:
             scores_BxHxTxT = jnp.where(mask, scores_BxHxTxT, jnp.finfo(jnp.float32).min)
+        if cache is not None:
+            scores_BxHxTxT = jnp.concatenate([scores_BxHxTxT, own], axis=-1)
         weights_BxHxTxT = jax.nn.softmax(scores_BxHxTxT, axis=-1).astype(self.dtype)
         weights_BxHxTxT = Dropout(self.attn_dropout)(weights_BxHxTxT, deterministic)
-        out_BxTxHxE = jnp.einsum("bhts,bshe->bthe", weights_BxHxTxT, v_BxTxHxE, precision=precision(self.dtype))
+        if cache is None:
+            out_BxTxHxE = mixed("bhts,bshe->bthe", weights_BxHxTxT, v_BxTxHxE)
+        else:
+            out_BxTxHxE = (mixed("bhts,bhse->bthe", weights_BxHxTxT[..., :-1], cache.value)
+                           + mixed("bhts,bshe->bthe", weights_BxHxTxT[..., -1:], v_BxTxHxE))
+            new = KeyValue(jnp.swapaxes(k_BxTxHxE, 1, 2), jnp.swapaxes(v_BxTxHxE, 1, 2))
         out_BxTxW = Dense((heads, head_width), (width,), ("heads", "kv", "embed"), self.dtype, name="proj")(out_BxTxHxE)
-        return Dropout(self.proj_dropout)(out_BxTxW, deterministic)
+        return Dropout(self.proj_dropout)(out_BxTxW, deterministic), new
 
 
 class Mlp(nn.Module):
@@ -71,12 +101,14 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool) -> tuple[jax.Array, None]:
+    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool,
+                 cache: KeyValue | None = None) -> tuple[jax.Array, KeyValue | None]:
         attention = Attention(self.num_heads, self.attn_dropout, self.proj_dropout, self.dtype, name="attn")
         mlp = Mlp(self.mlp_ratio, self.proj_dropout, self.dtype, name="mlp")
-        x_BxTxW = x_BxTxW + attention(LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxW), mask, deterministic)
+        attended, new = attention(LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxW), mask, deterministic, cache)
+        x_BxTxW = x_BxTxW + attended
         x_BxTxW = x_BxTxW + mlp(LayerNorm(dtype=self.dtype, name="norm2")(x_BxTxW), deterministic)
-        return nn.with_logical_constraint(x_BxTxW, ("batch", None, None)), None
+        return nn.with_logical_constraint(x_BxTxW, ("batch", None, None)), new
 
 
 class Stack(nn.Module):
@@ -94,24 +126,34 @@ class Stack(nn.Module):
     remat: str
     dtype: Any
 
-    @nn.compact
+    def setup(self) -> None:
+        self.blocks = scanned(Block, self.depth, self.remat, static_argnums=(3,), per_layer=(False, False, True))(
+            self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
+
     def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        blocks = scanned(Block, self.depth, self.remat, static_argnums=(3,))(
-            self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype, name="blocks")
-        x_BxTxW, _ = blocks(x_BxTxW, mask, deterministic)
-        return x_BxTxW
+        return self.blocks(x_BxTxW, mask, deterministic, None)[0]
+
+    def step(self, x_Bx1xW: jax.Array, mask_S: jax.Array, cache: KeyValue) -> tuple[jax.Array, KeyValue]:
+        """One more token after the cached ones, without dropout: its output and its own key and value.
+
+        The cache, (depth, B, H, S, E), is only read: writing one token after the scan over layers is far less memory
+        traffic than carrying all of it through.
+        """
+        return self.blocks(x_Bx1xW, mask_S, True, cache)
 
 
-def scanned(block: Any, depth: int, remat: str, static_argnums: tuple[int, ...] = ()) -> Any:
-    """The module class that applies `depth` copies of `block` in turn: (carry, *shared) -> (carry, None).
+def scanned(block: Any, depth: int, remat: str, static_argnums: tuple[int, ...] = (),
+            per_layer: tuple[bool, ...] = (False,)) -> Any:
+    """The module class that applies `depth` copies of `block` in turn: (carry, *inputs) -> (carry, outputs).
 
     Args:
-      block: a module class whose call maps (carry, *shared) to (carry, None).
+      block: a module class whose call maps (carry, *inputs) to (carry, output).
       depth: number of copies; their parameters are stacked on a new first axis, "layers".
       remat: a key of REMAT_POLICIES.
-      static_argnums: which of the shared arguments are Python values; 1 is the carry's place.
+      static_argnums: which of the inputs are Python values; 1 is the carry's place.
+      per_layer: for every input whether it has a leading layer axis; otherwise all layers share it.
     """
     if remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=static_argnums)
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                   in_axes=nn.broadcast, length=depth, metadata_params={nn.PARTITION_NAME: "layers"})
+                   in_axes=tuple(0 if own else nn.broadcast for own in per_layer), length=depth, metadata_params={nn.PARTITION_NAME: "layers"})

@@ -10,6 +10,7 @@ class Pixels:
 
     def __init__(self) -> None:
         self.params: Any = {}
+        self.checksum = ""
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
         """The image itself, float (B, H, W, C) in [-1, 1]."""
@@ -20,3 +21,7 @@ class Pixels:
         """The latent itself, (B, H, W, C)."""
         del params
         return latent
+
+    def codebook(self, params: Any) -> None:
+        """None: pixels are continuous."""
+        del params

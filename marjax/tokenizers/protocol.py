@@ -13,6 +13,7 @@ class Tokenizer(Protocol):
     """Images to latents and back. `params` are its frozen weights, a pytree passed into jitted code as an argument."""
 
     params: Any
+    checksum: str  # of the weights; "" where there are none
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
         """Scaled latents, float32 (B, h, w, C), from images, float32 (B, H, W, 1 or 3) in [-1, 1].
@@ -25,18 +26,26 @@ class Tokenizer(Protocol):
         """Images, float32 (B, H, W, 1 or 3), not clipped, from scaled latents."""
         ...
 
+    def codebook(self, params: Any) -> jax.Array | None:
+        """Every token there is, float32 (K, D), if tokens are discrete: `encode` then gives no others."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenShape:
-    """The grid of tokens of an image: `height` x `width` patches of `patch` x `patch` latents of `channels`."""
+    """The grid of tokens of an image: `height` x `width` patches of `patch` x `patch` latents of `channels`.
+
+    `num_codes` is how many different tokens there are, 0 for continuous ones.
+    """
 
     height: int
     width: int
     channels: int
     patch: int
+    num_codes: int = 0
 
     @classmethod
-    def of(cls, image_size: int, stride: int, channels: int, patch: int) -> "TokenShape":
+    def of(cls, image_size: int, stride: int, channels: int, patch: int, num_codes: int = 0) -> "TokenShape":
         """The grid of a square image under a tokenizer of that stride.
 
         Raises:
@@ -46,7 +55,7 @@ class TokenShape:
             raise ValueError(f"image size {image_size} is not divisible by the tokenizer's stride {stride} times the "
                              f"patch size {patch}: give a multiple of {stride * max(patch, 1)}")
         side = image_size // stride // patch
-        return cls(side, side, channels, patch)
+        return cls(side, side, channels, patch, num_codes)
 
     @property
     def num_tokens(self) -> int:

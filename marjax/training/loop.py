@@ -52,17 +52,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     tokens = config_lib.tokens_of(config)
-    tokenizer = open_tokenizer(config.tokenizer.name)
+    tokenizer = open_tokenizer(config.tokenizer)
+    config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
     open_batches(config, start_step=0).close()
     config_lib.claim_workdir(workdir, config)
 
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes)
+                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh)
     train_step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config, tokens), mesh)
+    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
 
     with Checkpoints(epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep,
                      keep_every=config.checkpoint.keep_every) as checkpoints:
@@ -83,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
                        f"{config.train.steps} steps"))
         try:
             with open_batches(config, start_step=start) as batches, jax.set_mesh(mesh):
-                run = _Run(config, writer, checkpoints, sampler, tokens.num_tokens, tokens.token_dim, mesh.size)
+                run = _Run(config, writer, checkpoints, sampler, flops.train_flops(generator), mesh.size)
                 return run.steps(state, start, train_step, batches, tokenizer.params, mesh)
         finally:
             writer.close()
@@ -105,10 +106,9 @@ class _Run:
     """The loop itself and what it does every so many steps."""
 
     def __init__(self, config: ml_collections.ConfigDict, writer: MetricWriter, checkpoints: Checkpoints,
-                 sampler: Sampler, num_tokens: int, token_dim: int, chips: int) -> None:
+                 sampler: Sampler, flops_per_image: float, chips: int) -> None:
         self.config, self.writer, self.checkpoints, self.sampler = config, writer, checkpoints, sampler
-        self.chips = chips
-        self.flops_per_image = flops.train_flops(config.model, num_tokens, token_dim)
+        self.flops_per_image, self.chips = flops_per_image, chips
         self.peak = peak.device_peak(config.model.dtype)
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
         self.window_start: float | None = None  # None until the first step, which compiles, is through

@@ -28,7 +28,8 @@ def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, labels_B: jax.Array,
-                   rand: LossRandomness, key_dropout: jax.Array, accumulate: int = 1) -> tuple[Metrics, Any]:
+                   rand: LossRandomness, key_dropout: jax.Array, accumulate: int = 1,
+                   codebook: jax.Array | None = None) -> tuple[Metrics, Any]:
     """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
 
     Args:
@@ -39,6 +40,7 @@ def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, l
       rand: the loss's randomness for the whole batch.
       key_dropout: folded with the microbatch's index.
       accumulate: microbatches, a divisor of B.
+      codebook: of a discrete tokenizer, float32 (K, D).
 
     Returns:
       The means, float32 scalars (NaN for a term without any token), and the gradient tree.
@@ -46,7 +48,8 @@ def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, l
 
     def sums(params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness,
              key: jax.Array) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-        terms: Any = generator.apply({"params": params}, tokens, labels, rand, rngs={"dropout": key})
+        terms: Any = generator.apply({"params": params}, tokens, labels, rand, codebook=codebook,
+                                     rngs={"dropout": key})
         totals = {name: (jnp.sum(value * weight), jnp.sum(weight)) for name, (value, weight) in terms.items()}
         return totals["loss"][0], totals
 
@@ -99,7 +102,7 @@ def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tok
         rand = jax.lax.with_sharding_constraint(rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
         with sharding.logical_rules(mesh):
             means, grads = loss_and_grads(generator, state.params, tokens_BxLxD, batch["label"], rand, key_dropout,
-                                          config.train.accumulate)
+                                          config.train.accumulate, tokenizer.codebook(tokenizer_params))
         new = update(state, grads, optimizer, config.train)
         metrics = {f"train/{name}": value for name, value in means.items()}
         metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/param_norm": optax.tree.norm(new.params),

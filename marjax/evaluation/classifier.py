@@ -1,0 +1,177 @@
+"""A small convolutional classifier, trained on the spot on the real images that samples are to be measured against.
+
+Measures of digits or icons need a network that knows those; this is a `FeatureExtractor` like any larger one.
+Legend: B or N images of H x W pixels (H = W) and C channels, F features, K classes.
+"""
+
+import functools
+import os
+import zipfile
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from marjax.errors import UserError
+from marjax.generation.images import write_npz
+
+NUM_FEATURES = 64
+EVAL_BATCH = 256  # every evaluation is padded to whole batches of it, so that one program serves any number of images
+
+
+class _Network(nn.Module):
+    """Features (B, F), after the ReLU, and logits (B, K) of float32 (B, H, W, C) in [-1, 1]."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        exact = jax.lax.Precision.HIGHEST  # else accelerators would give other features than the CPU
+        for width in (16, 32):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=2, precision=exact)(x))
+        features_BxF = nn.relu(nn.Dense(NUM_FEATURES, precision=exact)(x.reshape(len(x), -1)))
+        return features_BxF, nn.Dense(self.num_classes, precision=exact)(features_BxF)
+
+
+class Classifier:
+    """A trained network; a `FeatureExtractor`.
+
+    Attributes:
+      image_size: H and W of its images.
+      channels: C of its images.
+      num_classes: K.
+      num_features: F.
+    """
+
+    num_features = NUM_FEATURES
+
+    def __init__(self, params: Any, *, image_size: int, channels: int, num_classes: int) -> None:
+        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self._params = params
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """The last hidden layer, float32 (N, F), of images uint8 (N, H, W, C). Raises ValueError."""
+        return self._evaluate(images)[0]
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Unnormalised log probabilities, float32 (N, K), of images uint8 (N, H, W, C). Raises ValueError."""
+        return self._evaluate(images)[1]
+
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """The share of images, uint8 (N, H, W, C), whose likeliest class is their label, int (N,).
+
+        Raises:
+          ValueError: none, or labels and images that do not go together.
+        """
+        labels_N = np.asarray(labels)
+        if labels_N.shape != (len(images),) or not len(labels_N):
+            raise ValueError(f"{len(images)} images and labels of shape {labels_N.shape}: give one label an image")
+        return float(np.mean(self.logits(images).argmax(axis=1) == labels_N))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one npz file, whole or not at all. Raises UserError."""
+        names = flax.traverse_util.flatten_dict(self._params, sep="/")
+        sizes = {"image_size": self.image_size, "channels": self.channels, "num_classes": self.num_classes}
+        write_npz(path, **{name: np.asarray(value) for name, value in (sizes | names).items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Classifier":
+        """What `save` wrote. Raises UserError where it is not."""
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+            sizes = {name: int(arrays.pop(name)) for name in ("image_size", "channels", "num_classes")}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{os.fspath(path)} is no classifier ({error}): give a file that Classifier.save "
+                            f"wrote") from None
+        return cls(flax.traverse_util.unflatten_dict(arrays, sep="/"), **sizes)
+
+    def _evaluate(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = (self.image_size, self.image_size, self.channels)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, *{shape})")
+        features_NxF = np.empty((len(images), NUM_FEATURES), np.float32)
+        logits_NxK = np.empty((len(images), self.num_classes), np.float32)
+        for start in range(0, len(images), EVAL_BATCH):
+            part = images[start:start + EVAL_BATCH]
+            padded = np.pad(part, ((0, EVAL_BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+            rows = slice(start, start + len(part))
+            features, logits = _forward(self.num_classes, self._params, padded)
+            features_NxF[rows], logits_NxK[rows] = features[:len(part)], logits[:len(part)]
+        return features_NxF, logits_NxK
+
+
+def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 1000,
+                     batch_size: int = 128, lr: float = 3e-3, max_shift: int = 2) -> Classifier:
+    """Trains by Adam under a cosine decay, on images shifted by up to `max_shift` pixels.
+
+    Batch and shifts of a step are drawn from (seed, step), with replacement: the same arguments give the same network.
+
+    Args:
+      images: uint8 (N, S, S, C), in any order.
+      labels: int (N,), in [0, num_classes).
+      num_classes: K.
+      seed: of initialisation, batches and shifts.
+      steps: of training.
+      batch_size: images a step.
+      lr: the learning rate at the start.
+      max_shift: pixels, along each axis; what a shift uncovers repeats the edge.
+
+    Raises:
+      ValueError: images or labels of another kind.
+    """
+    labels_N = np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or not len(images):
+        raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, S, S, C)")
+    if labels_N.shape != (len(images),) or labels_N.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels_N.dtype} {labels_N.shape}: expected integers ({len(images)},)")
+    if labels_N.min() < 0 or labels_N.max() >= num_classes:
+        raise ValueError(f"labels lie in [{labels_N.min()}, {labels_N.max()}]: expected [0, {num_classes})")
+    optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps))
+    key = jax.random.key(seed)
+    params = _Network(num_classes).init(jax.random.fold_in(key, steps), _scaled(images[:1]))["params"]
+    opt_state = optimizer.init(params)
+    pool = jnp.asarray(images), jnp.asarray(labels_N, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params: Any, opt_state: Any, images_N: jax.Array, labels_N: jax.Array, step: jax.Array) -> Any:
+        pick_key, shift_key = jax.random.split(jax.random.fold_in(key, step))
+        rows_B = jax.random.randint(pick_key, (batch_size,), 0, len(images_N))
+        batch = _shifted(images_N[rows_B], shift_key, max_shift)
+
+        def loss(params: Any) -> jax.Array:
+            _, logits_BxK = _Network(num_classes).apply({"params": params}, _scaled(batch))
+            return optax.softmax_cross_entropy_with_integer_labels(logits_BxK, labels_N[rows_B]).mean()
+
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for step in range(steps):
+        params, opt_state = train_step(params, opt_state, *pool, jnp.int32(step))
+    return Classifier(jax.device_get(params), image_size=images.shape[1], channels=images.shape[3],
+                      num_classes=num_classes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(num_classes: int, params: Any, images: jax.Array) -> Any:
+    return _Network(num_classes).apply({"params": params}, _scaled(images))
+
+
+def _scaled(images: Any) -> jax.Array:
+    """float32 in [-1, 1] from uint8."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def _shifted(images: jax.Array, key: jax.Array, limit: int) -> jax.Array:
+    """Images (B, H, W, C), each moved by its own whole number of pixels in [-limit, limit] along both axes."""
+    padded = jnp.pad(images, ((0, 0), (limit, limit), (limit, limit), (0, 0)), mode="edge")
+    corners_Bx2 = jax.random.randint(key, (len(images), 2), 0, 2 * limit + 1)
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], jnp.int32(0)), images.shape[1:])
+
+    return jax.vmap(crop)(padded, corners_Bx2)

@@ -1,0 +1,178 @@
+"""The causal backbone: a decoder-only Transformer over the tokens in the order of generation (paper, section 4.1).
+
+The sequence starts with the class token and is shifted by one: element 0 is the class, element i the i-th token of the
+order with its own position, and it predicts the token that comes next. Which position that is, it is told on entering
+the second half of the stack; raster and random orders differ in nothing but the order.
+
+Shapes: B batch, L tokens, D token dimension, W width, M tokens of one generation step (1 here), H heads, E head width.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from marjax import flops, orders
+from marjax.models.layers import Dense, LayerNorm, normal_002
+from marjax.models.transformer import KeyValue, Stack
+
+
+class Cache(NamedTuple):
+    """Keys and values of both halves, `dtype` (depth, B, H, L, E), by place in the order."""
+
+    first: KeyValue
+    second: KeyValue
+
+
+class CausalBackbone(nn.Module):
+    """The condition z of every position, given the tokens before it in the order and the class embedding.
+
+    `kv_cache=False` runs the whole sequence again at every generation step: the slow truth that the cache is tested and
+    timed against.
+    """
+
+    num_tokens: int
+    token_dim: int
+    width: int
+    first_depth: int
+    second_depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    attn_dropout: float = 0.1
+    proj_dropout: float = 0.1
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    kv_cache: bool = True
+
+    @classmethod
+    def of(cls, model: Any, num_tokens: int, token_dim: int) -> "CausalBackbone":
+        """From a resolved `config.model`: both depths make one stack."""
+        return cls(num_tokens=num_tokens, token_dim=token_dim, width=model.width, first_depth=model.encoder_depth,
+                   second_depth=model.decoder_depth, num_heads=model.num_heads, mlp_ratio=model.mlp_ratio,
+                   attn_dropout=model.attn_dropout, proj_dropout=model.proj_dropout, remat=model.remat,
+                   dtype=jnp.dtype(model.dtype))
+
+    def setup(self) -> None:
+        def embedding(name: str, length: int) -> Any:
+            init = nn.with_logical_partitioning(normal_002, (None, "embed"))
+            return self.param(name, init, (length, self.width), jnp.float32)
+
+        def stack(depth: int) -> Stack:
+            return Stack(depth, self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.remat,
+                         self.dtype)
+
+        self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
+        self.z_proj_norm = LayerNorm(dtype=self.dtype)
+        self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # of the class token, then of every position
+        self.first = stack(self.first_depth)
+        self.target_pos_embed = embedding("target_pos_embed", self.num_tokens)
+        self.second = stack(self.second_depth)
+        self.norm = LayerNorm(dtype=self.dtype)
+
+    @nn.nowrap
+    def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
+        """How many tokens the loss leaves out: none, int32 (B,). The key is not used."""
+        del key
+        return jnp.zeros((batch,), jnp.int32)
+
+    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
+                 class_embed_BxW: jax.Array, *, slots: int | None = None, deterministic: bool) -> jax.Array:
+        """z of every position, in `dtype`, (B, L, W): the one at position order[i] has seen order[:i].
+
+        Args:
+          tokens_BxLxD: in raster order.
+          order_BxL: int, the positions in the order of generation.
+          num_known_B: not used: every position has its own prefix.
+          class_embed_BxW: float (B, W).
+          slots: not used.
+          deterministic: no dropout; otherwise the rng "dropout" is needed.
+        """
+        del num_known_B, slots
+        batch, length = order_BxL.shape
+        rank_BxL = orders.ranks(order_BxL)
+        before = order_BxL[:, :-1]  # what the elements after the class token hold
+
+        def by_position(table_LxW: jax.Array, position: jax.Array) -> jax.Array:
+            table = jnp.broadcast_to(table_LxW, (batch, length, self.width))
+            return orders.take(table, position, rank_BxL).astype(self.dtype)
+
+        x = self.z_proj(orders.take(tokens_BxLxD, before, rank_BxL)) + by_position(self.pos_embed[1:], before)
+        x = jnp.concatenate([self._class_token(class_embed_BxW), x], axis=1)
+        x = nn.with_logical_constraint(self.z_proj_norm(x), ("batch", None, None))
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        x = self.first(x, causal, deterministic)
+        x = self.second(x + by_position(self.target_pos_embed, order_BxL), causal, deterministic)
+        return orders.take(self.norm(x), rank_BxL, order_BxL)
+
+    @nn.nowrap
+    def init_cache(self, batch: int) -> Cache | tuple[()]:
+        """What the first `step` takes."""
+        if not self.kv_cache:
+            return ()
+
+        def empty(depth: int) -> KeyValue:
+            shape = (depth, batch, self.num_heads, self.num_tokens, self.width // self.num_heads)
+            return KeyValue(*(nn.with_logical_constraint(jnp.zeros(shape, self.dtype),
+                                                         ("layers", "batch", "heads", None, "kv")) for _ in range(2)))
+
+        return Cache(empty(self.first_depth), empty(self.second_depth))
+
+    def step(self, cache: Any, tokens_BxLxD: jax.Array, order_BxL: jax.Array, start: jax.Array,
+             position_BxM: jax.Array, class_embed_BxW: jax.Array, *, known_slots: int) -> tuple[jax.Array, Any]:
+        """z of the token that is generated `start`-th, (B, 1, W), and the cache with one element more.
+
+        Args:
+          cache: from `init_cache` or the step before.
+          tokens_BxLxD: only that at order[start - 1] matters; the cache has seen the others.
+          order_BxL: int.
+          start: int scalar, the number of steps done.
+          position_BxM: int (B, 1), order[start].
+          class_embed_BxW: float (B, W).
+          known_slots: not used: the cache has room for all.
+        """
+        if not self.kv_cache:
+            z = self(tokens_BxLxD, order_BxL, start, class_embed_BxW, deterministic=True)
+            return jnp.take_along_axis(z, position_BxM[..., None], axis=1), ()
+        last_Bx1 = jax.lax.dynamic_slice_in_dim(order_BxL, jnp.maximum(start - 1, 0), 1, axis=1)
+        token = jnp.take_along_axis(tokens_BxLxD, last_Bx1[..., None], axis=1)
+        x = self.z_proj(token) + self.pos_embed[1 + last_Bx1].astype(self.dtype)
+        x = self.z_proj_norm(jnp.where(start == 0, self._class_token(class_embed_BxW), x))
+        seen = jnp.arange(self.num_tokens) < start
+        x, first = self.first.step(x, seen, cache.first)
+        x = x + self.target_pos_embed[position_BxM].astype(self.dtype)
+        x, second = self.second.step(x, seen, cache.second)
+
+        def written(old: KeyValue, new: KeyValue) -> KeyValue:
+            return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, start, axis=3),
+                                old, new)
+
+        return self.norm(x), Cache(written(cache.first, first), written(cache.second, second))
+
+    def _class_token(self, class_embed_BxW: jax.Array) -> jax.Array:
+        return (class_embed_BxW + self.pos_embed[0]).astype(self.dtype)[:, None]
+
+    @nn.nowrap
+    def train_flops(self) -> float:
+        """Of one forward pass for one image, a query counted with the keys it may look at."""
+        length = self.num_tokens
+        return (2 * self.token_dim * self.width * (length - 1)
+                + flops.stack_flops(self.width, self.first_depth + self.second_depth, self.mlp_ratio, length,
+                                    pairs=length * (length + 1) / 2))
+
+    @nn.nowrap
+    def unknown_in_training(self) -> float:
+        """How many tokens of an image the head's loss sees."""
+        return self.num_tokens
+
+    @nn.nowrap
+    def step_flops(self, num_known: float) -> float:
+        """Of one generation step for one image, with `num_known` tokens known."""
+        return 2 * self.token_dim * self.width + flops.stack_flops(
+            self.width, self.first_depth + self.second_depth, self.mlp_ratio, 1, pairs=num_known + 1)
+
+    @nn.nowrap
+    def padded_step_flops(self, known_slots: int) -> float:
+        """What a step costs in a stage of that many slots: the same in all, since the cache has one shape."""
+        del known_slots
+        return self.step_flops(self.num_tokens)

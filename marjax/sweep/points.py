@@ -1,0 +1,193 @@
+"""The points of a sweep on disk: their resolved configs, what finished and failed ones leave, and the work of one.
+
+Read by the process of the sweep, which never touches an accelerator, and by the process of each point.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from marjax import config as config_lib
+from marjax.errors import TrainingError, UserError
+from marjax.sweep.definition import Sweep, load
+from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
+
+PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, none of which can start like this
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """How far a point is.
+
+    Attributes:
+      status: "done", "failed" or "unfinished".
+      measured: the lines of a point that is done.
+      seconds: of the process that finished it, or failed.
+      error: why it failed.
+      conflict: failed because it was finished with another config, which running it again would not mend.
+    """
+
+    status: str
+    measured: list[Row] = dataclasses.field(default_factory=list)
+    seconds: float | None = None
+    error: str | None = None
+    conflict: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A sweep whose every config is known to be right, and its root folder.
+
+    Attributes:
+      path: the sweep file.
+      root: the root folder, which may not exist yet.
+      sweep: what the file returns.
+      configs: the resolved config of each point, by name, in the sweep's order.
+    """
+
+    path: str
+    root: pathlib.Path
+    sweep: Sweep
+    configs: dict[str, ConfigDict]
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Plan":
+        """Loads the file, and loads, overlays and resolves every point of it. Raises UserError, naming the point."""
+        loaded = load(path)
+        configs = {}
+        for point in loaded.points:
+            try:
+                config = config_lib.apply_overrides(config_lib.load(point.config), point.overlay)
+                configs[point.name] = config_lib.resolve(config)
+            except UserError as error:
+                raise UserError(f"point {point.name!r}: {error}") from None
+        return cls(os.fspath(path), pathlib.Path(root), loaded, configs)
+
+    def log(self, name: str) -> pathlib.Path:
+        """What the process of a point prints."""
+        return self.root / "logs" / f"{name}.log"
+
+    def failure(self, name: str) -> pathlib.Path:
+        """Why a point failed; outside its work directory, which a failed point may not have, or not rightfully."""
+        return self.root / "logs" / f"{name}.failed.json"
+
+    def state(self, name: str) -> State:
+        """What the files of a point say."""
+        result = _read(self.root / name / "result.json")
+        if result is not None:
+            if result.get("fingerprint") == fingerprint(self.configs[name]):
+                return State("done", result["rows"], result["seconds"])
+            return State("failed", error=self._contradiction(name), conflict=True)
+        failure = _read(self.failure(name))
+        if failure is not None:
+            return State("failed", seconds=failure["seconds"], error=failure["error"])
+        return State("unfinished")
+
+    def fail(self, name: str, error: str, seconds: float) -> None:
+        """Notes why a point failed."""
+        _write(self.failure(name), {"error": error, "seconds": round(seconds, 1)})
+
+    def finish(self, name: str, measured: list[Row], seconds: float) -> None:
+        """Notes that a point is done."""
+        _write(self.root / name / "result.json", {
+            "fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)})
+
+    def varying(self) -> dict[str, Row]:
+        """By point, the fields that any overlay names and that differ between points; "config" first if that does."""
+        keys = list(dict.fromkeys(key for point in self.sweep.points for key in point.overlay))
+        flat = {name: config_lib.flatten(config) for name, config in self.configs.items()}
+        fields = {point.name: {"config": point.config} | {key: flat[point.name][key] for key in keys}
+                  for point in self.sweep.points}
+        varying = [key for key in ["config", *keys] if len({repr(row[key]) for row in fields.values()}) > 1]
+        return {name: {key: row[key] for key in varying} for name, row in fields.items()}
+
+    def _contradiction(self, name: str) -> str:
+        workdir = self.root / name
+        try:
+            before, after = (_fields_that_count(config) for config in (
+                config_lib.read_workdir(workdir), self.configs[name]))
+        except UserError as error:
+            return str(error)
+        keys = [key for key in sorted(before) if before[key] != after[key] and key != "tokenizer.checksum"]
+        listed = ", ".join(f"{key} (was {before[key]!r}, now {after[key]!r})" for key in keys)
+        return (f"{workdir} was finished with another config{': ' if listed else ''}{listed}. Use another --root or "
+                f"name, or delete its result.json to train on and measure again, if training may go on")
+
+
+def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: str) -> None:
+    """What the process of a point does: trains, measures, writes `result.json`. For PREPARE, what `prepare` does.
+
+    A failure is noted for the table, and raised.
+    """
+    plan = Plan.of(path, root)
+    if name not in (PREPARE, *plan.configs):
+        raise UserError(f"sweep file {path} has no point {name!r} any more: start the sweep again")
+    start = time.monotonic()
+    try:
+        if name != PREPARE:
+            _train_and_measure(plan, name, start)
+        elif plan.sweep.prepare is not None:
+            plan.sweep.prepare(plan.root)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
+        plan.fail(name, told, time.monotonic() - start)
+        raise
+
+
+def _train_and_measure(plan: Plan, name: str, start: float) -> None:
+    from marjax.training.loop import train  # imports jax, which the process of the sweep need not
+
+    workdir = plan.root / name
+    train(plan.configs[name], workdir)
+    measured = plan.sweep.measure(workdir, plan.root) if plan.sweep.measure is not None else []
+    plan.finish(name, checked(measured, plan.varying()[name].keys()), time.monotonic() - start)
+
+
+def checked(measured: Any, taken: Any = ()) -> list[Row]:
+    """What a `measure` returned, as JSON can hold it: numpy's numbers as Python's.
+
+    Raises:
+      UserError: not a list of dicts of names to int, float or str, or a name that the table has already.
+    """
+    if not isinstance(measured, list) or not all(isinstance(row, dict) for row in measured):
+        raise UserError(f"measure returned {measured!r:.100}: return a list of dicts, one a line of the table")
+    rows = []
+    for given in measured:
+        row = {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
+        for key, value in row.items():
+            if not isinstance(key, str) or key in FIXED_COLUMNS or key in taken:
+                raise UserError(f"measure returned the column {key!r}, which the table has already: rename it")
+            if not isinstance(value, int | float | str):
+                raise UserError(f"measure returned {key}={value!r:.100}: expected int, float or str")
+        rows.append(row)
+    return rows
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Of the fields of a resolved config that can change what is trained or sampled."""
+    return hashlib.sha256(json.dumps(_fields_that_count(config), sort_keys=True).encode()).hexdigest()
+
+
+def _fields_that_count(config: ConfigDict) -> dict[str, Any]:
+    free = tuple(key for key in config_lib.FREE_FIELDS if key != "sample.")  # `measure` may well sample
+    return {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(free)}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,81 @@
+"""The table of a sweep: rows as dicts, written as CSV for scripts and as Markdown for people."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from marjax.errors import UserError
+
+Row = dict[str, Any]
+
+# Every row's own, before and after the measured ones; what a point has not got yet is missing from its row.
+_FIRST, _LAST = ("point", "config"), ("status", "seconds", "error")
+_TRAINING = ("step", "train/loss")
+FIXED_COLUMNS = (*_FIRST, *_TRAINING, *_LAST)
+
+
+def last_metrics(workdir: pathlib.Path) -> Row:
+    """"step" and "train/loss" of the last whole line of `metrics.jsonl`, those that it has."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut short by a crash
+        return {key: values[key] for key in _TRAINING if key in values}
+    return {}
+
+
+def columns(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
+    """The columns that any row has: point, `varying` fields, training, measured by first appearance, status."""
+    present = dict.fromkeys(key for row in rows for key in row)
+    front = ["point", *varying, *_TRAINING]
+    measured = [key for key in present if key not in front and key not in _LAST]
+    return [key for key in [*front, *measured, *_LAST] if key in present]
+
+
+def to_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Numbers in full, empty where a row has no value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Floats with 4 significant digits, "" where a row has no value; numbers are right-aligned."""
+    def cell(value: Any) -> str:
+        text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return " ".join(text.split()).replace("|", "\\|")
+
+    numeric = [all(isinstance(row.get(name, 0), int | float) for row in rows) for name in names]
+    lines = [[cell(name) for name in names], ["---:" if right else "---" for right in numeric],
+             *([cell(row.get(name)) for name in names] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_table(root: pathlib.Path, rows: Sequence[Row], varying: Sequence[str]) -> None:
+    """Writes `table.csv` and `table.md`. Raises UserError."""
+    names = columns(rows, varying)
+    write_whole(root / "table.csv", to_csv(rows, names))
+    write_whole(root / "table.md", to_markdown(rows, names))
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file under another name and renames it. Raises UserError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give a folder that "
+                        f"can") from None

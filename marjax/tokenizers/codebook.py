@@ -1,0 +1,137 @@
+"""Patches of pixels as codes: the discrete tokenizer of small images, and its file.
+
+Shapes: B batch, H x W image of C channels, p patch side, K codes of D = p * p * C values.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from marjax.codes import nearest
+from marjax.errors import UserError
+from marjax.tokenizers.protocol import TokenShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How the codes were found, and how well images can be written in them.
+
+    Attributes:
+      mse: mean squared error of the reconstructed images' values in [-1, 1].
+      psnr: the same in dB for a peak-to-peak value of 2; infinite without any error.
+      num_images: how many images `mse` was measured on.
+      seed: of the search.
+      source: which data the images are.
+    """
+
+    mse: float
+    psnr: float
+    num_images: int
+    seed: int
+    source: str
+
+
+class Codebook:
+    """Latents are pixels, stride 1, with every p x p patch replaced by the nearest of K codes.
+
+    `TokenShape.patchify` of `encode` so gives rows of the codebook, to the bit. `params` is {"codebook": float32
+    (K, D)}, each code ordered (channel, row, column) as a token is.
+    """
+
+    def __init__(self, codes: np.ndarray, patch_size: int, channels: int) -> None:
+        """Raises ValueError: `codes` is not float32 (K, D) with D = patch_size**2 * channels, or is not finite."""
+        dim = patch_size**2 * channels
+        if codes.dtype != np.float32 or codes.ndim != 2 or codes.shape[1] != dim or not len(codes):
+            raise ValueError(f"codes are {codes.dtype} {codes.shape}, expected float32 (at least 1, {dim})")
+        if not np.isfinite(codes).all():
+            raise ValueError("codes are not finite")
+        self.patch_size, self.channels, self.num_codes = patch_size, channels, len(codes)
+        self.params: Any = {"codebook": codes}
+        self.checksum = hashlib.sha256(f"{codes.shape}".encode() + codes.astype("<f4").tobytes()).hexdigest()
+
+    def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
+        """The image, float (B, H, W, C) in [-1, 1], with its patches replaced by codes: float32 (B, H, W, C).
+
+        Raises:
+          UserError: another number of channels, or sides that p does not divide.
+        """
+        del key
+        _, height, width, channels = image.shape
+        if channels != self.channels or height % self.patch_size or width % self.patch_size:
+            raise UserError(f"images are {height} x {width} with {channels} channels, but the codebook is of "
+                            f"{self.patch_size} x {self.patch_size} patches with {self.channels}: change config.data, "
+                            f"or train another with marjax train-tokenizer")
+        shape = TokenShape(height // self.patch_size, width // self.patch_size, channels, self.patch_size,
+                           self.num_codes)
+        codebook = self.codebook(params)
+        return shape.unpatchify(codebook[nearest(shape.patchify(image), codebook)])
+
+    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
+        """The latent itself, (B, H, W, C)."""
+        del params
+        return latent
+
+    def codebook(self, params: Any) -> jax.Array:
+        """The codes, float32 (K, D)."""
+        return jnp.asarray(params["codebook"])
+
+
+def arrays_of(codebook: Codebook, fit: Fit) -> dict[str, np.ndarray]:
+    """What the .npz file of a codebook holds; equal codebooks with equal fits give equal files."""
+    sizes = {"patch_size": codebook.patch_size, "channels": codebook.channels}
+    return {"codes": codebook.params["codebook"],
+            **{name: np.array(value) for name, value in (sizes | dataclasses.asdict(fit)).items()}}
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
+    """A codebook's file, as `arrays_of` describes it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it cannot be read, or is something else.
+    """
+    try:
+        data = epath.Path(path).read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            codebook = Codebook(arrays["codes"], int(arrays["patch_size"]), int(arrays["channels"]))
+            kinds = {"mse": float, "psnr": float, "num_images": int, "seed": int, "source": str}
+            return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged zip file raises almost anything
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise UserError(f"{path} is no codebook or is damaged ({type(error).__name__}: {reason}): make it again with "
+                        f"marjax train-tokenizer --overwrite, or give another config.tokenizer.path") from None
+
+
+def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
+    """The codebook of a `config.tokenizer`: its `path`, checked against `num_codes`, `patch_size` and `checksum`.
+
+    Raises:
+      UserError: no path, no such file, a damaged one, or another codebook than the config asks for.
+    """
+    how = "make one with marjax train-tokenizer --config FILE.py"
+    if not tokenizer.path:
+        raise UserError(f"config.tokenizer.path is empty, but tokenizer 'codebook' is a file: {how} --out FILE.npz, "
+                        f"and give its path")
+    try:
+        codebook, _ = read(tokenizer.path)
+    except FileNotFoundError:
+        raise UserError(f"config.tokenizer.path {tokenizer.path} does not exist: {how}") from None
+    for key, given in (("num_codes", codebook.num_codes), ("patch_size", codebook.patch_size)):
+        if given != tokenizer[key]:
+            raise UserError(f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
+                            f"with {given}: set it to {given}, or {how}")
+    if tokenizer.checksum and tokenizer.checksum != codebook.checksum:
+        raise UserError(f"the model was trained with another codebook (checksum {tokenizer.checksum[:12]}) than "
+                        f"{tokenizer.path} (checksum {codebook.checksum[:12]}): give the path of that one as "
+                        f"config.tokenizer.path")
+    return codebook

@@ -1,0 +1,159 @@
+"""What the causal backbone means: which tokens z depends on, the cache against the whole sequence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_generator, perturbed_params
+
+from marjax import orders
+from marjax.generation.sampler import draw_randomness, generate
+from marjax.orders import group_stages
+
+L, D, B = 16, 4, 3
+LABELS = jnp.array([0, 1, 4])
+NO_DROP = jnp.zeros(B, bool)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """variant -> jitted z, parameters, tokens, orders."""
+    out = {}
+    for variant in ("ar", "random_ar"):
+        generator = make_generator(variant=variant)
+        params = perturbed_params(generator)
+        order = generator.draw_orders(jax.random.key(3), B)
+        z = jax.jit(functools.partial(generator.apply, method="condition"))
+        out[variant] = z, params, jax.random.normal(jax.random.key(2), (B, L, D)), order
+    return out
+
+
+def z_in_order(case, tokens=None, order=None):
+    """z by place in the order: row i predicts the i-th token."""
+    condition, params, given, given_order = case
+    order = given_order if order is None else order
+    z = condition({"params": params}, given if tokens is None else tokens, LABELS, NO_DROP, order,
+                  jnp.zeros(B, jnp.int32))
+    return jnp.take_along_axis(z, order[..., None], axis=1)
+
+
+def test_orders():
+    raster, random = (make_generator(variant=v).draw_orders(jax.random.key(0), B) for v in ("ar", "random_ar"))
+    np.testing.assert_array_equal(raster, np.tile(np.arange(L), (B, 1)))
+    assert len({tuple(row) for row in random.tolist()}) == B
+    np.testing.assert_array_equal(np.sort(random, axis=1), raster)
+
+
+@pytest.mark.parametrize("variant", ["ar", "random_ar"])
+@pytest.mark.parametrize("i", [0, 1, 7, 15])
+def test_z_sees_what_comes_before_and_nothing_else(cases, variant, i):
+    case = cases[variant]
+    _, _, tokens, order = case
+    rank = orders.ranks(order)
+    z = z_in_order(case)
+    later = z_in_order(case, jnp.where((rank >= i)[..., None], tokens + 1.0, tokens))
+    np.testing.assert_array_equal(later[:, :i + 1], z[:, :i + 1])
+    if i < L - 1:
+        assert jnp.abs(later[:, i + 1:] - z[:, i + 1:]).max(-1).min() > 1e-4
+    for j in range(i):  # every single one of the tokens before matters
+        earlier = z_in_order(case, jnp.where((rank == j)[..., None], tokens + 1.0, tokens))
+        assert jnp.abs(earlier[:, i] - z[:, i]).max(-1).min() > 1e-5
+        np.testing.assert_array_equal(earlier[:, :j + 1], z[:, :j + 1])
+
+
+def test_z_does_not_depend_on_the_order_of_what_comes_after(cases):
+    case = cases["random_ar"]
+    order, z, i = case[3], z_in_order(case), 6
+    z_shuffled = z_in_order(case, order=jnp.concatenate([order[:, :i + 1], order[:, :i:-1]], axis=1))
+    np.testing.assert_array_equal(z_shuffled[:, :i + 1], z[:, :i + 1])
+    assert jnp.abs(z_shuffled[:, i + 1:] - z[:, i + 1:]).max() > 1e-3
+
+
+def test_the_position_to_predict_matters(cases):
+    """The same tokens known, in the same order, and another position asked for."""
+    case = cases["random_ar"]
+    order, z, i = case[3], z_in_order(case), 6
+    swapped = order.at[:, i].set(order[:, i + 1]).at[:, i + 1].set(order[:, i])
+    z_swapped = z_in_order(case, order=swapped)
+    np.testing.assert_array_equal(z_swapped[:, :i], z[:, :i])
+    assert jnp.abs(z_swapped[:, i] - z[:, i]).max(-1).min() > 1e-3
+
+
+def test_class_and_null_class(cases):
+    condition, params, tokens, order = cases["ar"]
+
+    def z(labels, drop):
+        return condition({"params": params}, tokens, labels, drop, order, jnp.zeros(B, jnp.int32))
+
+    assert jnp.abs(z(LABELS, NO_DROP) - z((LABELS + 1) % 5, NO_DROP)).max(-1).min() > 1e-4
+    assert jnp.abs(z(LABELS, NO_DROP) - z(LABELS, ~NO_DROP)).max(-1).min() > 1e-4
+    np.testing.assert_array_equal(z(LABELS, ~NO_DROP), z((LABELS + 1) % 5, ~NO_DROP))
+
+
+@pytest.mark.parametrize("variant", ["ar", "random_ar", "mar"])
+def test_permuting_order_and_tokens_together_permutes_the_loss(variant):
+    """With position tables permuted alike, the names of the positions carry no meaning."""
+    generator = make_generator(variant=variant)
+    params = perturbed_params(generator)
+    tokens = jax.random.normal(jax.random.key(2), (B, L, D))
+    rand = generator.draw_loss_randomness(jax.random.key(4), B)
+    permutation = jax.random.permutation(jax.random.key(5), L)
+    place = jnp.argsort(permutation)  # the new name of a position
+
+    def permute_table(path, leaf):
+        if not str(path[-1].key).endswith("pos_embed"):
+            return leaf
+        buffer = leaf.shape[0] - L
+        return jnp.concatenate([leaf[:buffer], leaf[buffer:][permutation]])
+
+    renamed = jax.tree_util.tree_map_with_path(permute_table, params)
+    noise = jax.tree.map(lambda x: x[:, :, permutation], rand.head)
+
+    def loss(params, tokens, rand):
+        return generator.apply({"params": params}, tokens, LABELS, rand, True)["loss"]
+
+    value, weight = loss(params, tokens, rand)
+    new_value, new_weight = loss(renamed, tokens[:, permutation], rand._replace(order=place[rand.order], head=noise))
+    np.testing.assert_allclose(new_value, value[:, :, permutation], rtol=2e-4, atol=1e-5)
+    np.testing.assert_array_equal(new_weight, weight[:, :, permutation])
+    assert jnp.abs(loss(params, tokens[:, permutation], rand)[0] - value[:, :, permutation]).max() > 1e-2
+
+
+def test_every_token_is_in_the_loss(cases):
+    _, params, tokens, _ = cases["random_ar"]
+    generator = make_generator(variant="random_ar")
+    rand = generator.draw_loss_randomness(jax.random.key(4), B)
+    assert generator.apply({"params": params}, tokens, LABELS, rand, True)["loss"][1].min() == 1.0
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("head", ["diffusion", "categorical"])
+@pytest.mark.parametrize("variant", ["ar", "random_ar"])
+def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
+    generator = make_generator(variant=variant, head=head)
+    params = perturbed_params(generator)
+    codebook = jax.random.normal(jax.random.key(9), (generator.num_codes, D)) if generator.num_codes else None
+    rand = draw_randomness(generator, 0, jnp.arange(B), "ddim4")
+    stages = group_stages(range(L + 1), 6, lambda known, new: generator.backbone.padded_step_flops(known))
+    assert len(stages) == 1  # one scan
+    labels = jnp.array([0, 1, -1])
+
+    def run(generator):
+        guidance = jnp.linspace(1.0, 3.0, L) if guided else None
+        return jax.jit(lambda params: generate(generator, params, labels, rand, guidance, jnp.float32(0.7), codebook,
+                                               stages=stages, num_sampling_steps="ddim4"))(params)
+
+    cached = run(generator)
+    np.testing.assert_allclose(cached, run(generator.clone(backbone=generator.backbone.clone(kv_cache=False))),
+                               atol=2e-4)
+    assert jnp.abs(cached).max(-1).min() > 0 and jnp.abs(cached[0] - cached[1]).max() > 0.1
+    # And what was generated is what the training pass sees: z of the whole sequence, sampled again, gives it back.
+    if guided:
+        return
+    z = generator.apply({"params": params}, cached, jnp.maximum(labels, 0), labels < 0, rand.order,
+                        jnp.zeros(B, jnp.int32), method="condition")
+    again = generator.bind({"params": params}).head.sample(
+        z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook)
+    np.testing.assert_allclose(again, cached, atol=2e-4)

@@ -1,0 +1,86 @@
+"""The Frechet distance: closed forms, a general matrix root, singular covariances."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from marjax.evaluation.frechet import Gaussian, frechet_distance, gaussian
+
+
+def spd(rng, size):
+    a = rng.normal(size=(size, 2 * size))
+    return a @ a.T / size
+
+
+def by_general_root(a, b):
+    root = scipy.linalg.sqrtm(a.cov @ b.cov)
+    return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov + b.cov - 2 * root.real))
+
+
+def test_mean_and_unbiased_covariance():
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+    found = gaussian(rows.astype(np.float32))
+    assert found.mean.dtype == found.cov.dtype == np.float64 and found.count == 20
+    np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.cov, np.cov(rows.T), atol=1e-6)
+    assert not np.allclose(found.cov, np.cov(rows.T, bias=True), atol=1e-2)
+
+
+def test_diagonal_closed_form():
+    rng = np.random.default_rng(1)
+    (m1, m2), (v1, v2) = rng.normal(size=(2, 5)), rng.uniform(0.1, 4.0, size=(2, 5))
+    expected = np.sum((m1 - m2) ** 2) + np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
+    a, b = (Gaussian(m, np.diag(v), 9) for m, v in ((m1, v1), (m2, v2)))
+    assert frechet_distance(a, b) == pytest.approx(expected, 1e-12)
+
+
+def test_commuting_closed_form():
+    rng = np.random.default_rng(2)
+    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    v1, v2 = rng.uniform(0.1, 4.0, size=(2, 6))
+    a, b = (Gaussian(np.zeros(6), rotation * v @ rotation.T, 9) for v in (v1, v2))
+    assert frechet_distance(a, b) == pytest.approx(np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2), 1e-10)
+
+
+def test_covariances_that_do_not_commute():
+    rng = np.random.default_rng(3)
+    a, b = (Gaussian(rng.normal(size=8), spd(rng, 8), 9) for _ in range(2))
+    assert np.abs(a.cov @ b.cov - b.cov @ a.cov).max() > 0.1
+    assert frechet_distance(a, b) == pytest.approx(by_general_root(a, b), 1e-9)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), 1e-9)
+
+
+def test_same_rows_are_at_no_distance_in_any_order():
+    rng = np.random.default_rng(4)
+    rows, others = rng.normal(size=(2, 50, 4))
+    a, b = gaussian(rows), gaussian(others)
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
+    shuffled = gaussian(rows[rng.permutation(50)])
+    assert frechet_distance(a, b) > 0.01
+    assert frechet_distance(shuffled, b) == pytest.approx(frechet_distance(a, b), 1e-9)
+
+
+def test_singular_covariances():
+    """Fewer rows than features, and features that never vary: rank-deficient, yet the closed form holds."""
+    rng = np.random.default_rng(5)
+    a, b = gaussian(rng.normal(size=(4, 16))), gaussian(rng.normal(size=(5, 16)))
+    assert np.linalg.matrix_rank(a.cov) == 3
+    # The trace of the root is the sum of the singular values of the product of two factors.
+    factors = [np.linalg.svd(g.cov)[0] * np.sqrt(np.linalg.svd(g.cov)[1]) for g in (a, b)]
+    nuclear = np.linalg.svd(factors[0].T @ factors[1])[1].sum()
+    expected = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2 * nuclear
+    assert frechet_distance(a, b) == pytest.approx(expected, 1e-6)
+    still = gaussian(np.ones((3, 16)))
+    assert frechet_distance(still, still) == 0.0
+    assert frechet_distance(still, a) == pytest.approx(np.sum((a.mean - 1) ** 2) + np.trace(a.cov), 1e-9)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="at least 2"):
+        gaussian(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="shape"):
+        gaussian(np.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        gaussian(np.array([[1.0], [np.nan]]))
+    with pytest.raises(ValueError, match="different widths"):
+        frechet_distance(gaussian(np.eye(3)), gaussian(np.eye(4)))
