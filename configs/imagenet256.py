@@ -1,23 +1,27 @@
 """ImageNet at 256 x 256 with KL-16 latents: the paper's recipe (section 4.3, appendix B) and sampling settings.
 
-Arguments: model=mar_base|mar_large|mar_huge, debug (a tiny model on the embedded digits, a minute on a laptop).
+Arguments: model=mar_base|mar_large|mar_huge, variant=mar|ar|random_ar, debug (a tiny model on the embedded digits, a
+minute on a laptop).
 """
 
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
+from marjax.variants import VARIANTS
 
 # Guidance and temperature of the released models at 256 iterations and 100 diffusion steps (the reference's README).
 CFG = {"mar_base": 2.9, "mar_large": 3.0, "mar_huge": 3.2}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = config_lib.parse_arg(arg, model=tuple(config_lib.MODEL_SIZES), debug=False)
+    args = config_lib.parse_arg(arg, model=tuple(config_lib.MODEL_SIZES),
+                                variant=("mar", "ar", "random_ar"), debug=False)
     config = config_lib.base()
     config.data.update(source="tfds:imagenet2012", split="train", image_size=256, channels=3, num_classes=1000,
                        num_examples=1_281_167, flip=True, workers=8)
     config.tokenizer.update(name="kl16", patch_size=1)
     config_lib.set_model_size(config.model, args.model)
+    config.model.variant = args.variant
     config.train.update(batch_size=2048, epochs=400.0)
     config.train.update(warmup_epochs=100.0)
     config.checkpoint.update(every=5000, keep_every=50_000)
@@ -32,5 +36,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(warmup_epochs=None, warmup_steps=5, ema_warmup=True)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_iter=4, num_sampling_steps="5", batch_size=20)
+        config.sample.update(num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="5", batch_size=20)
     return config

@@ -13,16 +13,17 @@ from clu import parameter_overview
 from marjax import config as config_lib
 from marjax import flops, orders, peak, sharding
 from marjax.errors import UserError
-from marjax.generation.sampler import Sampler, Settings
+from marjax.generation.sampler import Sampler, Settings, draw_randomness
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import TokenShape
 from marjax.tokenizers.pixels import Pixels
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
+from marjax.variants import VARIANTS
 
 
-def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) -> dict[str, Any]:
+def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, recompute: int = 0) -> dict[str, Any]:
     """Measures "train" or "sample" steps on random tokens of the config's shape; the tokenizer is left out.
 
     Args:
@@ -30,6 +31,9 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
         `config.sample.batch_size` images.
       config: as a config file returns it, or resolved.
       repeats: timed runs after the first, of which the median counts; 0 only traces and compiles, from shapes alone.
+      recompute: of "sample" with a causal backbone: also times so many generation steps, spread over the sequence,
+        without the KV cache, each running the whole padded sequence. All steps cost the same, so the median times
+        their number is what the batch would take.
 
     Returns:
       One flat dict: settings, seconds, images/s, compile seconds, peak memory, model FLOP/s, matmul FLOP/s and their
@@ -37,6 +41,8 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
     """
     if what not in ("train", "sample"):
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
+    if recompute and (what != "sample" or VARIANTS[config.model.variant].attention != "causal"):
+        raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     config = config_lib.resolve(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
@@ -64,6 +70,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
+        steps = _recomputed_steps(config, generator, recompute) if recompute else []
     peaks.append(peak.measured_peak(config.model.dtype))
     if what == "train":
         per_image = flops.train_flops(generator)
@@ -75,6 +82,10 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3) ->
     machine = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size)
     median = float(np.median(seconds[1:]))
     images_per_sec = result["batch_size"] / median
+    if steps:
+        slow = float(np.median(steps)) * tokens.num_tokens
+        result |= {"recompute_seconds_a_step": round(float(np.median(steps)), 4),
+                   "recompute_images_per_sec": result["batch_size"] / slow, "kv_cache_speedup": slow / median}
     return result | {
         "seconds": round(median, 4), "images_per_sec": images_per_sec,
         "peak_memory_gib": round(_peak_memory() / 2**30, 2),
@@ -123,6 +134,31 @@ def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) 
         return lambda: compiled(params, *inputs[1:]).block_until_ready()
 
     return lambda: sampler.program.lower(*inputs), make_run
+
+
+def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
+    """Seconds of `count` generation steps without the cache, after one that compiles and does not count."""
+    generator = generator.clone(backbone=generator.backbone.clone(kv_cache=False))
+    sample, size = config.sample, config.sample.batch_size
+    labels = np.arange(size) % config.data.num_classes
+    rand = jax.jit(lambda index: draw_randomness(generator, config.seed, index, sample.num_sampling_steps))(
+        np.arange(size))
+    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(config.seed))
+    codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
+
+    @jax.jit
+    def step(params: Any, progress: Any, start: Any) -> Any:
+        return generator.apply({"params": params}, progress, labels, labels < 0, start, 1, rand.head,
+                               None if sample.cfg == 1.0 else sample.cfg, known_slots=generator.num_tokens, new_slots=1,
+                               codebook=codebook, num_sampling_steps=sample.num_sampling_steps,
+                               temperature=sample.temperature, method="generate_step")
+
+    seconds, progress = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
+    for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):
+        start = time.perf_counter()
+        progress = jax.block_until_ready(step(params, progress, at))
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def _peak_memory() -> float:

@@ -10,6 +10,10 @@ from typing import Any
 from marjax import config as config_lib
 from marjax.errors import TrainingError, UserError
 
+# Fields of config.sample that `marjax sample` takes.
+_SAMPLE_FIELDS = {"num_iter": int, "num_sampling_steps": str, "cfg": float, "cfg_schedule": str, "temperature": float,
+                  "confidence_order": str, "choice_temperature": float, "batch_size": int}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C."""
@@ -102,8 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
     sample.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
-    for name, kind in (("num_iter", int), ("num_sampling_steps", str), ("cfg", float), ("cfg_schedule", str),
-                       ("temperature", float), ("batch_size", int)):
+    for name, kind in _SAMPLE_FIELDS.items():
         sample.add_argument(f"--{name}", type=kind, help="as config.sample by default")
 
     sweep = command("sweep", _sweep, "Train and measure the points of a sweep file, and tabulate them.",
@@ -125,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=("train", "sample"))
     bench.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     bench.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
+    bench.add_argument("--recompute", type=int, default=0, help="sampling by a causal backbone: time so many steps "
+                       "without the KV cache too")
     return parser
 
 
@@ -165,8 +170,7 @@ def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     out = make_folder(given.out)  # before the work, which would be lost
     try:
         images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
-                        **{name: getattr(given, name) for name in ("num_iter", "num_sampling_steps", "cfg",
-                                                                  "cfg_schedule", "temperature", "batch_size")})
+                        **{name: getattr(given, name) for name in _SAMPLE_FIELDS})
     except UserError:
         if is_new:
             out.rmdir()
@@ -210,7 +214,8 @@ def _sweep_point(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.benchmark import benchmark
 
-    if given.repeats < 0:
-        raise UserError(f"repeats is {given.repeats}: give at least 0")
+    for name in ("repeats", "recompute"):
+        if getattr(given, name) < 0:
+            raise UserError(f"{name} is {getattr(given, name)}: give at least 0")
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
-    print(json.dumps(benchmark(given.what, config, given.repeats)))
+    print(json.dumps(benchmark(given.what, config, given.repeats, given.recompute)))

@@ -29,7 +29,7 @@ MODEL_SIZES = {
 
 # What a second start in the same work directory may change: it does not alter what is trained.
 FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "data.workers", "data.data_dir", "model.remat",
-               "model.denoiser.remat")
+               "model.denoiser.remat", "tokenizer.path")  # of the tokenizer the checksum counts
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -290,8 +290,8 @@ def check_sample(config: ConfigDict) -> None:
     if not 1 <= sample.num_iter <= num_tokens:
         raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
     if not variant.many and sample.num_iter != num_tokens:
-        raise UserError(f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a step: "
-                        f"give {num_tokens}, or leave it out")
+        raise UserError(f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a "
+                        f"step: give {num_tokens}, or leave it out")
     if sample.confidence_order and not (variant.many and HEADS[config.model.head].discrete):
         raise UserError(f"confidence_order needs a head that is sure or unsure of a token and a backbone that can take "
                         f"any next: model.head=categorical with model.variant=mar, not {config.model.head} with "
@@ -332,7 +332,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
-            if any(path.iterdir()):
+            if any(file.name != "config.json.partial" for file in path.iterdir()):
                 raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
         else:
             _refuse_contradiction(workdir, read_workdir(workdir), config)

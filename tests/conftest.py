@@ -14,11 +14,41 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 from marjax import config as config_lib  # noqa: E402
 
 PARITY = ROOT / "tests" / "parity"
 DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+# Every variant and every head at least once: what all of them must do is tested with these.
+MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"), ("mar", "categorical"),
+          ("ar", "regression")]
+
+
+def make_model(variant, head, codebook, **overrides):
+    """`make_digits` with that variant and head; `codebook` is the file of the fixture of that name."""
+    from marjax.variants import HEADS, VARIANTS
+
+    given = {"model__variant": variant, "model__head": head, "train__schedule": HEADS[head].schedule}
+    if not VARIANTS[variant].many:
+        given["sample__num_iter"] = 16
+    if HEADS[head].discrete:
+        given |= {"tokenizer__name": "codebook", "tokenizer__path": str(codebook), "tokenizer__num_codes": 16}
+    return make_digits(**given | overrides)
+
+
+@pytest.fixture(scope="session")
+def codebook(tmp_path_factory):
+    """A file with 16 codes for the digits' patches of 2 x 2: random ones, which all but the pictures is served by."""
+    from marjax.generation.images import write_npz
+    from marjax.tokenizers.codebook import Codebook, Fit, arrays_of
+
+    path = tmp_path_factory.mktemp("codebook") / "codebook.npz"
+    codes = np.random.default_rng(0).uniform(-1, 1, (16, 4)).astype(np.float32)
+    write_npz(path, **arrays_of(Codebook(codes, 2, 1), Fit(mse=0.5, psnr=6.0, num_images=1, seed=0, source="random")))
+    return path
 
 
 def make_digits(**overrides):

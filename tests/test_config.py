@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -11,12 +12,15 @@ from marjax import sharding
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import Pixels, token_shape
+from marjax.tokenizers.codebook import Codebook
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 FORMS = ["digits.py", "digits.py:debug", "imagenet256.py", "imagenet256.py:debug", "imagenet256.py:model=mar_large",
-         "imagenet256.py:model=mar_huge,debug=false"]
+         "imagenet256.py:model=mar_huge,debug=false", "imagenet256.py:variant=ar", "imagenet256.py:variant=ar,debug",
+         "mnist.py", "mnist.py:variant=ar,model=medium", "mnist.py:variant=random_ar,head=categorical",
+         "mnist.py:head=categorical,debug", "mnist.py:head=regression,model=large"]
 
 
 def load(form):
@@ -27,18 +31,49 @@ def load(form):
 def test_every_config_traces(form):
     config = config_lib.resolve(load(form))
     mesh = sharding.make_mesh(1)
-    shape = token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                        patch_size=config.tokenizer.patch_size)
+    shape = config_lib.tokens_of(config)
     generator = generator_lib.build(config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim,
-                                    num_classes=config.data.num_classes)
+                                    num_classes=config.data.num_classes, num_codes=shape.num_codes)
+    tokenizer = Pixels()
+    if shape.num_codes:
+        tokenizer = Codebook(np.zeros((shape.num_codes, shape.token_dim), np.float32), shape.patch, shape.channels)
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh)
-    step = make_train_step(config, generator, Pixels(), shape, optimizer, abstract, mesh)
+    step = make_train_step(config, generator, tokenizer, shape, optimizer, abstract, mesh)
     size = config.train.batch_size
     image = jax.ShapeDtypeStruct((size, shape.height * shape.patch, shape.width * shape.patch, shape.channels), "uint8")
-    new, metrics = jax.eval_shape(step, abstract, {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}, {})
+    new, metrics = jax.eval_shape(step, abstract, {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")},
+                                  tokenizer.params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-    assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter4", "train/lr"} <= metrics.keys()
+    own = {"diffusion": {"train/mse", "train/vb", "train/loss_t_quarter4"}, "categorical": {"train/accuracy"},
+           "regression": set()}
+    assert {"train/loss", "train/lr"} | own[config.model.head] <= metrics.keys()
+
+
+def test_what_follows_from_variant_and_head():
+    config = config_lib.resolve(load("mnist.py:variant=ar"))
+    assert config.sample.num_iter == 49 and config.train.schedule == "constant"
+    config = config_lib.resolve(load("mnist.py:head=categorical"))
+    assert config.sample.num_iter == 16 and config.train.schedule == "cosine"
+    assert config_lib.tokens_of(config).num_codes == 512
+    one_by_one = config_lib.resolve(config_lib.apply_overrides(config, {"sample.num_iter": 49}))
+    assert one_by_one.sample.num_iter == 49
+    assert config_lib.resolve(config_lib.apply_overrides(config, {"train.schedule": "constant"})).train.schedule == (
+        "constant")
+
+
+@pytest.mark.parametrize("form, overrides, says", [
+    ("mnist.py:variant=ar", {"sample.num_iter": 16}, "'ar' predicts one token a step: give 49"),
+    ("mnist.py", {"model.head": "categorical"}, "continuous: choose a tokenizer with a codebook"),
+    ("mnist.py", {"sample.confidence_order": True}, "head=categorical with model.variant=mar, not diffusion with mar"),
+    ("mnist.py:variant=random_ar,head=categorical", {"sample.confidence_order": True}, "with random_ar"),
+    ("mnist.py:head=categorical", {"sample.choice_temperature": -1.0}, "choice_temperature is -1.0"),
+    ("mnist.py:head=categorical", {"tokenizer.num_codes": 0}, "num_codes is 0"),
+    ("mnist.py", {"model.variant": "rar"}, "give one of ar, random_ar, mar"),
+])
+def test_combinations_that_mean_nothing(form, overrides, says):
+    with pytest.raises(UserError, match=says):
+        config_lib.resolve(config_lib.apply_overrides(load(form), overrides))
 
 
 def test_the_papers_recipe():
@@ -87,7 +122,7 @@ def test_bad_arguments(form, says):
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("train.batch_size", "0", "give at least 1"),
     ("train.accumulate", "3", "not divisible by train.accumulate"),
-    ("tokenizer.name", "vae", "one of kl16, pixels"),
+    ("tokenizer.name", "vae", "one of codebook, kl16, pixels"),
     ("train.steps", "0", "at least 1"),
 ])
 def test_bad_overrides(key, value, says):

@@ -156,7 +156,7 @@ def test_three_optimizer_steps(accumulate):
 def test_whole_generations(name, max_stages):
     arrays, theirs = parity(name)
     weights, _ = parity("mar_sample_cfg_linear")
-    config, generator, shape, abstract = build(theirs)
+    _, generator, shape, abstract = build(theirs)
     params = names.to_marjax({key.removeprefix("params/"): weights[key] for key in weights.files
                               if key.startswith("params/")}, abstract)
     # Their orders are generated from the back.

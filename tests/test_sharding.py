@@ -7,8 +7,9 @@ import sys
 
 import jax
 import pytest
-from conftest import DIGITS, ROOT
+from conftest import MODELS, ROOT, make_digits, make_model
 
+from marjax import config as config_lib
 from marjax import sharding
 from marjax.errors import UserError
 
@@ -18,18 +19,16 @@ import jax, jax.numpy as jnp, numpy as np
 from marjax import config as config_lib, sharding
 from marjax.generation.sampler import Sampler, Settings
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import Pixels, token_shape
+from marjax.tokenizers import open_tokenizer
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 assert len(jax.devices()) == 8
-config = config_lib.apply_overrides(config_lib.load(sys.argv[1]), {
-    "model.attn_dropout": 0.1, "model.proj_dropout": 0.1, "train.warmup_steps": 0, "train.batch_size": 32,
-    "train.clip": 1e9, "sample.num_iter": 3, "sample.num_sampling_steps": "ddim4", "sample.max_stages": 1})
-config = config_lib.resolve(config)
-tokens = token_shape("pixels", image_size=8, channels=1, patch_size=2)
-generator = generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=10)
+config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), json.loads(sys.argv[1])))
+meshes = json.loads(sys.argv[2])
+tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
+generator = generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=10, num_codes=tokens.num_codes)
 optimizer = make_optimizer(config.train)
 rng = np.random.default_rng(0)
 host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
@@ -43,18 +42,18 @@ def run(shape, devices):
         assert all(jax.tree.leaves(placed))
         cut = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         batch = sharding.put_batch(host_batch, mesh)
-        step = make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh)
-        step = step.lower(state, batch, {}).compile()
+        step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
+        step = step.lower(state, batch, tokenizer.params).compile()
         text = step.as_text()
         out = []
         for _ in range(2):
-            state, metrics = step(state, batch, {})
+            state, metrics = step(state, batch, tokenizer.params)
             out.append(jax.device_get(metrics))
             if len(out) == 1:  # without clipping, Adam's first moment is the gradient times 1 - b1
                 grads = jax.device_get(state.opt_state[1][0].mu)
         assert all(leaf.sharding == want.sharding for leaf, want in
                    zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
-        sampler = Sampler(generator, Pixels(), tokens, Settings.of(config.sample, generator), mesh)
+        sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
         # Fixed weights, so that sampling is compared by itself.
         params = jax.jit(lambda k: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(generator, k)),
                          out_shardings=jax.tree.map(lambda x: x.sharding, abstract.params))(jax.random.key(1))
@@ -68,38 +67,60 @@ def worst(a, b):
 
 one = run((1, 1, 1), jax.devices()[:1])
 report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
-for shape in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+for shape in map(tuple, meshes):
     many = run(shape, jax.devices())
     report[str(shape)] = dict(
         cut=many["cut"], collectives=many["collectives"],
         params=worst(many["state"].params, one["state"].params), ema=worst(many["state"].ema, one["state"].ema),
         metrics=worst(many["metrics"], one["metrics"]), grads=worst(many["grads"], one["grads"]),
-        images=int(np.abs(many["images"].astype(int) - one["images"]).max()))
-report["distinct"] = len({i.tobytes() for i in one["images"]})
+        images=int(np.abs(many["images"].astype(int) - one["images"]).max()),
+        distinct=len({i.tobytes() for i in one["images"]}))
 print(json.dumps(report))
 """
 
 
-@pytest.fixture(scope="module")
-def report():
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+
+
+def run(config, meshes):
+    fields = config_lib.flatten(config_lib.apply_overrides(config, {
+        "model.attn_dropout": 0.1, "model.proj_dropout": 0.1, "train.warmup_steps": 0, "train.batch_size": 32,
+        "train.clip": 1e9, "sample.num_sampling_steps": "ddim4", "sample.max_stages": 1}))
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, f"{DIGITS}:debug"], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "XLA_FLAGS": flags})
+    given = json.dumps({key: value for key, value in fields.items() if value is not None})
+    done = subprocess.run([sys.executable, "-c", CHILD, given, json.dumps(meshes)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("shape", ["(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)"])
-def test_meshes_agree_with_one_device(report, shape):
-    row = report[shape]
+@pytest.fixture(scope="module")
+def report():
+    return run(make_digits(sample__num_iter=3), MESHES)
+
+
+def assert_agrees(row):
     assert row["metrics"] < 1e-4 and row["grads"] < 1e-3 and row["params"] < 1e-3 and row["ema"] < 1e-3
-    assert row["images"] <= 1 and report["distinct"] == 12
+    assert row["images"] <= 1 and row["distinct"] == 12
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_meshes_agree_with_one_device(report, shape):
+    assert_agrees(report[str(shape)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, head", MODELS[1:])
+def test_every_variant_and_head_agrees_with_one_device(codebook, variant, head):
+    rows = run(make_model(variant, head, codebook), [(2, 2, 2)])
+    assert_agrees(rows["(2, 2, 2)"])
+    assert rows["(2, 2, 2)"]["cut"] and rows["(2, 2, 2)"]["collectives"]
 
 
 def test_parameters_and_work_are_really_cut(report):
     assert report["one"] == {"cut": 0, "collectives": 0}
     assert report["(8, 1, 1)"]["cut"] == 0 < report["(2, 4, 1)"]["cut"] < report["(2, 2, 2)"]["cut"]
-    assert all(report[shape]["collectives"] for shape in ("(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)"))
+    assert all(report[str(shape)]["collectives"] for shape in MESHES)
 
 
 def test_mesh_sizes():

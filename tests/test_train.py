@@ -6,8 +6,9 @@ import logging
 import jax
 import numpy as np
 import pytest
-from conftest import make_digits
+from conftest import MODELS, make_digits, make_model
 
+from marjax import config as config_lib
 from marjax import train
 from marjax.errors import TrainingError, UserError
 
@@ -31,16 +32,39 @@ def undisturbed(tmp_path_factory):
     return train(make_digits(), workdir), workdir
 
 
-def test_four_steps_are_two_and_two_more(tmp_path, undisturbed):
-    whole, whole_dir = undisturbed
-    two = train(make_digits(train__steps=2), tmp_path)
+@pytest.mark.parametrize("variant, head", MODELS)
+def test_four_steps_are_two_and_two_more(tmp_path, codebook, variant, head):
+    # Under a cosine the number of steps cannot be raised, so it is constant here for all.
+    config = make_model(variant, head, codebook, train__schedule="constant")
+    whole, whole_dir = train(config, tmp_path / "whole"), tmp_path / "whole"
+    parts = tmp_path / "parts"
+    two = train(config_lib.apply_overrides(config, {"train.steps": 2}), parts)
     assert any((np.asarray(a) != np.asarray(b)).any()
                for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(whole.params), strict=True))
-    assert_same(train(make_digits(), tmp_path), whole)
-    assert lines(tmp_path) == lines(whole_dir) and [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+    assert_same(train(config, parts), whole)
+    assert lines(parts) == lines(whole_dir) and [row["step"] for row in lines(parts)] == [1, 2, 3, 4]
     # A third start has nothing to do.
-    assert_same(train(make_digits(), tmp_path), whole)
-    assert lines(tmp_path) == lines(whole_dir)
+    assert_same(train(config, parts), whole)
+    assert lines(parts) == lines(whole_dir)
+
+
+def test_another_codebook_is_refused(tmp_path, codebook):
+    """Codes are meaningless without theirs, in a second start and in sampling alike."""
+    from marjax import sample
+
+    own = tmp_path / "codebook.npz"
+    own.write_bytes(codebook.read_bytes())
+    config = make_model("mar", "categorical", own, train__steps=2)
+    train(config, tmp_path / "run")
+    assert sample(tmp_path / "run", [0, 1]).shape == (2, 8, 8, 1)
+    with np.load(codebook) as arrays:
+        other = {name: arrays[name] for name in arrays.files}
+    name = next(name for name, array in other.items() if array.shape == (16, 4))
+    np.savez(own, **other | {name: other[name][::-1]})
+    with pytest.raises(UserError, match="another"):
+        sample(tmp_path / "run", [0, 1])
+    with pytest.raises(UserError, match="another config: tokenizer.checksum"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("how", ["truncate", "overwrite"])
@@ -101,8 +125,6 @@ def test_refusals_before_anything_is_written(tmp_path):
     for overrides, says in (({"data.split": "train[5:5]"}, "empty|no examples"), ({"mesh.data": 3}, "needs 3 devices"),
                             ({"tokenizer.name": "kl16", "data.image_size": 64, "sample.num_iter": 4}, "kl16"),
                             ({"data.source": "cats"}, "cats")):
-        from marjax import config as config_lib
-
         with pytest.raises(UserError, match=says):
             train(config_lib.apply_overrides(make_digits(), overrides), tmp_path / "run")
         assert not (tmp_path / "run").exists()

@@ -75,7 +75,8 @@ def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
 
 def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: SampleRandomness,
              guidance_n: jax.Array | None, temperature: jax.Array, codebook: jax.Array | None = None,
-             choice_n: jax.Array | None = None, *, stages: Sequence[orders.Stage], num_sampling_steps: str) -> jax.Array:
+             choice_n: jax.Array | None = None, *, stages: Sequence[orders.Stage],
+             num_sampling_steps: str) -> jax.Array:
     """Tokens in raster order, float32 (B, L, D), by running the plan: a scan a stage.
 
     Args:
@@ -104,7 +105,7 @@ def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: Sampl
 
         steps = slice(stage.first_step, stage.first_step + len(stage.start))
         inputs = (jnp.asarray(stage.start), jnp.asarray(stage.num_predicted),
-                  *jax.tree.map(lambda each: each[steps], (guidance_n, choice_n)))
+                  *(None if each is None else each[steps] for each in (guidance_n, choice_n)))
         progress, _ = jax.lax.scan(step, progress, inputs)
     return progress.tokens
 

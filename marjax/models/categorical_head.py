@@ -55,7 +55,8 @@ class CategoricalHead(nn.Module):
         target_BxL = codes.nearest(tokens_BxLxD, _needed(codebook))
         logits_BxLxK = self.logits(z_BxLxW)
         hit = (jnp.argmax(logits_BxLxK, axis=-1) == target_BxL).astype(jnp.float32)
-        return {"loss": (categorical.cross_entropy(logits_BxLxK, target_BxL), weight_BxL), "accuracy": (hit, weight_BxL)}
+        loss = categorical.cross_entropy(logits_BxLxK, target_BxL)
+        return {"loss": (loss, weight_BxL), "accuracy": (hit, weight_BxL)}
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> jax.Array:

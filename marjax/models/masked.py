@@ -3,7 +3,7 @@
 Everything has a static shape: known tokens sit in `slots` slots in the order of generation, masked as keys past
 `num_known`, and go back to their raster positions by gathers.
 
-Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens, M tokens of one generation step.
+Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens, M tokens of a generation step.
 """
 
 from typing import Any

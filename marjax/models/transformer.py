@@ -156,4 +156,5 @@ def scanned(block: Any, depth: int, remat: str, static_argnums: tuple[int, ...] 
     if remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=static_argnums)
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                   in_axes=tuple(0 if own else nn.broadcast for own in per_layer), length=depth, metadata_params={nn.PARTITION_NAME: "layers"})
+                   in_axes=tuple(0 if own else nn.broadcast for own in per_layer), length=depth,
+                   metadata_params={nn.PARTITION_NAME: "layers"})

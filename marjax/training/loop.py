@@ -54,6 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
     tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer)
     config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
+    image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
+    jax.eval_shape(tokenizer.encode, tokenizer.params, image, jax.random.key(0))
     open_batches(config, start_step=0).close()
     config_lib.claim_workdir(workdir, config)
 
