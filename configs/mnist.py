@@ -32,8 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.denoiser.update(depth=denoiser_depth, width=denoiser_width)
     # One timestep a token instead of four: on a CPU, where the denoiser is most of a step, more steps teach more.
     config.model.diffusion.update(batch_mul=1)
-    config.train.update(batch_size=64, steps=2000, lr=2e-3, warmup_steps=100, ema_decay=0.998, ema_warmup=True)
-    config.checkpoint.update(every=500)
+    config.train.update(batch_size=64, steps=5000, lr=2e-3, warmup_steps=100, ema_decay=0.998, ema_warmup=True)
+    config.checkpoint.update(every=500, keep_every=1000)
     config.log.update(every=50, samples_every=0)
     # "ddim25" and the temperature: see configs/digits.py.
     config.sample.update(num_iter=16 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim25", cfg=2.0,

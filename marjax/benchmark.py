@@ -15,12 +15,12 @@ from marjax import flops, orders, peak, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings, draw_randomness
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import TokenShape
+from marjax.tokenizers import Tokenizer, TokenShape
+from marjax.tokenizers.codebook import Codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
-from marjax.variants import VARIANTS
 
 
 def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, recompute: int = 0) -> dict[str, Any]:
@@ -41,13 +41,13 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     """
     if what not in ("train", "sample"):
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
-    if recompute and (what != "sample" or VARIANTS[config.model.variant].attention != "causal"):
-        raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     config = config_lib.resolve(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
     generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                                     num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):
+        raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     result: dict[str, Any] = {
         "what": what, "device": jax.devices()[0].device_kind, "devices": mesh.size, "dtype": config.model.dtype,
         "parameters": int(parameter_overview.count_parameters(state_lib.abstract_params(generator, mesh))),
@@ -97,11 +97,19 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
 Prepared = tuple[Callable[[], Any], Callable[[Any], Callable[[], None]]]
 
 
+def _tokenizer(tokens: TokenShape) -> Tokenizer:
+    """Stands for any tokenizer of that shape: what it does is not measured."""
+    if not tokens.num_codes:
+        return Pixels()
+    codes = np.random.default_rng(0).standard_normal((tokens.num_codes, tokens.token_dim), np.float32)
+    return Codebook(codes, tokens.patch, tokens.channels)
+
+
 def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """What lowers the step from shapes alone, and what makes a timed run of the compiled step."""
-    optimizer = make_optimizer(config.train)
+    optimizer, tokenizer = make_optimizer(config.train), _tokenizer(tokens)
     abstract = state_lib.abstract_state(generator, optimizer, mesh)
-    step = make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh)
+    step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
     batch = sharding.put_batch({
@@ -112,18 +120,18 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
         state = [state_lib.create(generator, optimizer, abstract, config.seed)]
 
         def run() -> None:
-            state[0], metrics = compiled(state[0], batch, {})
+            state[0], metrics = compiled(state[0], batch, tokenizer.params)
             jax.block_until_ready((state[0], metrics))
 
         return run
 
-    return lambda: step.lower(abstract, batch, {}), make_run
+    return lambda: step.lower(abstract, batch, tokenizer.params), make_run
 
 
 def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """The same for one batch of samples."""
     abstract = state_lib.abstract_params(generator, mesh)
-    sampler = Sampler(generator, Pixels(), tokens, Settings.of(config.sample, generator), mesh)
+    sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.of(config.sample, generator), mesh)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
 
@@ -147,8 +155,8 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
 
     @jax.jit
-    def step(params: Any, progress: Any, start: Any) -> Any:
-        return generator.apply({"params": params}, progress, labels, labels < 0, start, 1, rand.head,
+    def step(params: Any, progress: Any, start: Any, noise: Any) -> Any:
+        return generator.apply({"params": params}, progress, labels, labels < 0, start, 1, noise,
                                None if sample.cfg == 1.0 else sample.cfg, known_slots=generator.num_tokens, new_slots=1,
                                codebook=codebook, num_sampling_steps=sample.num_sampling_steps,
                                temperature=sample.temperature, method="generate_step")
@@ -156,7 +164,7 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     seconds, progress = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
     for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):
         start = time.perf_counter()
-        progress = jax.block_until_ready(step(params, progress, at))
+        progress = jax.block_until_ready(step(params, progress, at, rand.head))
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 

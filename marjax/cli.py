@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
     sample.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
+    sample.add_argument("--tokenizer_path", help="where the tokenizer's weights are now, if they have moved")
     for name, kind in _SAMPLE_FIELDS.items():
         sample.add_argument(f"--{name}", type=kind, help="as config.sample by default")
 
@@ -170,6 +171,7 @@ def _sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     out = make_folder(given.out)  # before the work, which would be lost
     try:
         images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
+                        tokenizer_path=given.tokenizer_path,
                         **{name: getattr(given, name) for name in _SAMPLE_FIELDS})
     except UserError:
         if is_new:

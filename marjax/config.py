@@ -245,6 +245,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config.data.channels is {data.channels}: give 1 or 3")
     if model.width % model.num_heads:
         raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
+    if int(model.width * model.mlp_ratio) < 1:
+        raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
     if model.diffusion.num_steps < 4:
         raise UserError(f"config.model.diffusion.num_steps is {model.diffusion.num_steps}: give at least 4")
     if train.batch_size % train.accumulate:
@@ -291,11 +293,12 @@ def check_sample(config: ConfigDict) -> None:
         raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
     if not variant.many and sample.num_iter != num_tokens:
         raise UserError(f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a "
-                        f"step: give {num_tokens}, or leave it out")
-    if sample.confidence_order and not (variant.many and HEADS[config.model.head].discrete):
-        raise UserError(f"confidence_order needs a head that is sure or unsure of a token and a backbone that can take "
-                        f"any next: model.head=categorical with model.variant=mar, not {config.model.head} with "
-                        f"{config.model.variant}")
+                        f"step: give {num_tokens}")
+    if sample.confidence_order and not (variant.any_next and HEADS[config.model.head].ranks):
+        variants = ", ".join(name for name, each in VARIANTS.items() if each.any_next)
+        heads = ", ".join(name for name, each in HEADS.items() if each.ranks)
+        raise UserError(f"confidence_order needs a head that ranks its tokens ({heads}) and a variant in which any may "
+                        f"come next ({variants}), not {config.model.head} with {config.model.variant}")
     if sample.choice_temperature < 0.0:
         raise UserError(f"choice_temperature is {sample.choice_temperature}: give at least 0")
     try:

@@ -13,13 +13,14 @@ class Variant:
     order: str  # "raster" or "random": a key of `orders.ORDERS`
     attention: str  # "causal" or "bidirectional": a key of `models.generator.BACKBONES`
     many: bool  # whether a generation step may predict several tokens
+    any_next: bool  # whether any token may come next, so that the order can be made on the fly
 
 
 VARIANTS = {
-    "ar": Variant(order="raster", attention="causal", many=False),
-    "random_ar": Variant(order="random", attention="causal", many=False),
+    "ar": Variant(order="raster", attention="causal", many=False, any_next=False),
+    "random_ar": Variant(order="random", attention="causal", many=False, any_next=False),
     # One token at a time is `sample.num_iter` = number of tokens.
-    "mar": Variant(order="random", attention="bidirectional", many=True),
+    "mar": Variant(order="random", attention="bidirectional", many=True, any_next=True),
 }
 
 
@@ -28,11 +29,12 @@ class Head:
     """What a head needs of its surroundings."""
 
     discrete: bool  # it models codes: the tokenizer must have a codebook
+    ranks: bool  # it can tell how sure it is of a token (`sample_ranked`)
     schedule: str  # of the learning rate, where the config names none (paper, appendix B)
 
 
 HEADS = {
-    "diffusion": Head(discrete=False, schedule="constant"),
-    "categorical": Head(discrete=True, schedule="cosine"),
-    "regression": Head(discrete=False, schedule="constant"),
+    "diffusion": Head(discrete=False, ranks=False, schedule="constant"),
+    "categorical": Head(discrete=True, ranks=True, schedule="cosine"),
+    "regression": Head(discrete=False, ranks=False, schedule="constant"),
 }

@@ -23,8 +23,8 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 
 
 # Every variant and every head at least once: what all of them must do is tested with these.
-MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"), ("mar", "categorical"),
-          ("ar", "regression")]
+MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "diffusion"), ("random_ar", "categorical"),
+          ("mar", "categorical"), ("ar", "regression")]
 
 
 def make_model(variant, head, codebook, **overrides):

@@ -157,3 +157,26 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
     again = generator.bind({"params": params}).head.sample(
         z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook)
     np.testing.assert_allclose(again, cached, atol=2e-4)
+
+
+def test_the_cache_in_bfloat16():
+    """The dtype of accelerators: z along one sequence, step by step, against one pass."""
+    generator = make_generator(variant="random_ar", dtype="bfloat16")
+    params = perturbed_params(generator)
+    order = generator.draw_orders(jax.random.key(3), B)
+    tokens, class_embed = jax.random.normal(jax.random.key(2), (B, L, D)), jnp.ones((B, 32))
+
+    @jax.jit
+    def both(params):
+        backbone = generator.bind({"params": params}).backbone
+        whole = backbone(tokens, order, jnp.zeros(B, jnp.int32), class_embed, deterministic=True)
+        cache, steps = backbone.init_cache(B), []
+        for i in range(L):
+            z, cache = backbone.step(cache, tokens, order, jnp.int32(i), order[:, i:i + 1], class_embed, known_slots=L)
+            steps.append(z)
+        return jnp.take_along_axis(whole, order[..., None], axis=1), jnp.concatenate(steps, axis=1)
+
+    whole, steps = both(params)
+    assert steps.dtype == jnp.bfloat16
+    difference = jnp.abs((whole - steps).astype(jnp.float32))
+    assert difference.max() < 0.05 * jnp.abs(whole.astype(jnp.float32)).max()

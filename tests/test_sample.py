@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DIGITS, make_digits
+from conftest import DIGITS, ROOT, make_digits, make_model
 
+from marjax import config as config_lib
 from marjax import sample, train
 from marjax.cli import main, parse_labels
 from marjax.errors import UserError
+from marjax.generation.sample import open_sampler
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +122,57 @@ def test_benchmark_compiles_without_weights(capsys):
     assert row["compile_seconds"] > 0 and "seconds" not in row
 
 
-def test_benchmark_prints_one_line_of_json(capsys):
+MNIST = str(ROOT / "configs" / "mnist.py")
+
+
+@pytest.mark.parametrize("config", [f"{DIGITS}:debug", f"{MNIST}:head=categorical,variant=ar,debug"])
+def test_benchmark_prints_one_line_of_json(capsys, config):
     for what in ("train", "sample"):
-        assert main(["benchmark", what, "--config", f"{DIGITS}:debug", "--repeats", "1"]) == 0
+        assert main(["benchmark", what, "--config", config, "--repeats", "1"]) == 0
         row = json.loads(capsys.readouterr().out)
         assert row["ratio"] == pytest.approx(row["model_gflops_per_sec"] / row["matmul_gflops_per_sec"])
         assert row["images_per_sec"] > 0 and row["compile_seconds"] > 0 and row["peak_memory_gib"] > 0
+
+
+def test_benchmark_times_the_cache_against_recomputing(capsys):
+    config = f"{MNIST}:variant=ar,debug"
+    assert main(["benchmark", "sample", "--config", config, "--repeats", "1", "--recompute", "2"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["kv_cache_speedup"] == pytest.approx(row["images_per_sec"] / row["recompute_images_per_sec"])
+    for arguments in (["sample", "--config", f"{DIGITS}:debug"], ["train", "--config", config]):
+        assert main(["benchmark", *arguments, "--recompute", "2"]) == 2
+        assert "recompute is for 'sample' with a causal backbone" in capsys.readouterr().err
+
+
+def test_one_program_for_other_scales_and_temperatures(run):
+    sampler, params = open_sampler(run, cfg=2.0, temperature=1.0)
+    config = config_lib.read_workdir(run)
+
+    def settings(**fields):
+        given = {f"sample.{key}": value for key, value in fields.items()}
+        return config_lib.resolve(config_lib.apply_overrides(config, given)).sample
+
+    other = sampler.with_settings(settings(cfg=3.0, temperature=0.5))
+    close(other(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=3.0, temperature=0.5))
+    close(sampler(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=2.0, temperature=1.0))
+    for fields in (dict(cfg=1.0), dict(num_iter=7), dict(num_sampling_steps="4")):
+        with pytest.raises(ValueError, match="another Sampler"):
+            sampler.with_settings(settings(**fields))
+
+
+def test_a_run_on_codes_and_its_codebook(tmp_path, codebook, capsys):
+    """Order by confidence from the command line, a codebook that has moved, and one that is gone."""
+    here = tmp_path / "codebook.npz"
+    here.write_bytes(codebook.read_bytes())
+    run = tmp_path / "run"
+    train(make_model("mar", "categorical", here, train__steps=2), run)
+    images = sample(run, LABELS)
+    assert (sample(run, LABELS, confidence_order=True) != images).any()
+    arguments = ["sample", "--workdir", str(run), "--labels", "0-9", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--confidence_order", "true", "--choice_temperature", "1"]) == 0
+    assert main([*arguments, "--confidence_order", "maybe"]) == 2
+    here.rename(tmp_path / "moved.npz")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "--tokenizer_path" in capsys.readouterr().err
+    close(sample(run, LABELS, tokenizer_path=str(tmp_path / "moved.npz")), images)

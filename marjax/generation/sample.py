@@ -19,7 +19,8 @@ from marjax.training.state import abstract_params
 
 
 def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0, weights: str = "ema",
-           step: int | None = None, first_index: int = 0, **settings: Any) -> np.ndarray:
+           step: int | None = None, first_index: int = 0, tokenizer_path: str | None = None,
+           **settings: Any) -> np.ndarray:
     """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
 
     Args:
@@ -29,13 +30,14 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
       weights: "ema" or "raw".
       step: of the checkpoint, or None for the newest whole one.
       first_index: index of the first image.
+      tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
       **settings: fields of `config.sample` (`num_iter`, `num_sampling_steps`, `cfg`, `cfg_schedule`, `temperature`,
         `batch_size`, `confidence_order`, `choice_temperature`); the run's config has the defaults.
 
     Raises:
       UserError: anything that cannot be used, before any work is done.
     """
-    config = _config(workdir, settings)
+    config = _config(workdir, tokenizer_path, settings)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}: give 0 to {2**32 - 1}")
     labels = np.asarray(labels, np.int64)
@@ -46,17 +48,17 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
 
-    sampler, params = open_sampler(workdir, weights=weights, step=step, **settings)
+    sampler, params = open_sampler(workdir, weights=weights, step=step, tokenizer_path=tokenizer_path, **settings)
     return sampler(params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels)))
 
 
 def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step: int | None = None,
-                 **settings: Any) -> tuple[Sampler, Any]:
+                 tokenizer_path: str | None = None, **settings: Any) -> tuple[Sampler, Any]:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.
 
     Args and errors are those of `sample`.
     """
-    config = _config(workdir, settings)
+    config = _config(workdir, tokenizer_path, settings)
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -75,6 +77,9 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step:
     return Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh), restored.items[item]
 
 
-def _config(workdir: str | os.PathLike[str], settings: dict[str, Any]) -> ml_collections.ConfigDict:
+def _config(workdir: str | os.PathLike[str], tokenizer_path: str | None,
+            settings: dict[str, Any]) -> ml_collections.ConfigDict:
     given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
+    if tokenizer_path is not None:
+        given["tokenizer.path"] = tokenizer_path
     return config_lib.resolve(config_lib.apply_overrides(config_lib.read_workdir(workdir), given))

@@ -57,6 +57,10 @@ class Settings:
                    sample.num_sampling_steps, sample.temperature,
                    tuple(map(float, annealed)) if sample.confidence_order else None)
 
+    def shape(self) -> tuple[Any, ...]:
+        """What shapes the program; guidance scales, choice temperatures and the temperature are its arguments."""
+        return self.stages, self.num_sampling_steps, self.guidance is None, self.choice is None
+
 
 def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
                     num_sampling_steps: str) -> SampleRandomness:
@@ -138,10 +142,9 @@ class Sampler:
         """
         other = copy.copy(self)
         other.settings = Settings.of(sample, self.generator)
-        if (other.settings.stages, other.settings.num_sampling_steps) != (
-                self.settings.stages, self.settings.num_sampling_steps):
-            raise ValueError("num_iter, num_sampling_steps, max_stages and confidence_order shape the program: make "
-                             "another Sampler")
+        if other.settings.shape() != self.settings.shape():
+            raise ValueError("num_iter, num_sampling_steps, max_stages, confidence_order and whether cfg is 1 shape "
+                             "the program: make another Sampler")
         return other
 
     def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:

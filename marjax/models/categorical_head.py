@@ -83,18 +83,19 @@ class CategoricalHead(nn.Module):
         del num_sampling_steps
         return self._draw(z, noise, guidance, temperature, _needed(codebook))[0]
 
-    def sample_ranked(self, z: jax.Array, noise: jax.Array, guidance: jax.Array | None, *, choice: jax.Array,
-                      num_sampling_steps: int | str, temperature: float | jax.Array,
+    def sample_ranked(self, z: jax.Array, noise: jax.Array, guidance: jax.Array | None, *, step: jax.Array,
+                      choice: jax.Array, num_sampling_steps: int | str, temperature: float | jax.Array,
                       codebook: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Tokens as `sample` draws them, and how sure of each the head is, float32 (B, M) (MaskGIT, section 3.2).
 
         The confidence is log p of the drawn code plus `choice` times a Gumbel variate, so that the choice of what to
-        keep is random too; `choice` is MaskGIT's choice temperature, annealed.
+        keep is random too; `choice` is MaskGIT's choice temperature, annealed. A token that is not kept is drawn anew
+        at the next `step`, an int scalar that differs from step to step.
         """
         del num_sampling_steps
-        tokens, log_p = self._draw(z, noise, guidance, temperature, _needed(codebook))
-        other = jnp.stack([noise[..., 1], ~noise[..., 0]], axis=-1)  # another key for each token
-        return tokens, log_p + choice * categorical.gumbel(other, 1)[..., 0]
+        for_code, for_choice = categorical.step_keys(noise, step)
+        tokens, log_p = self._draw(z, for_code, guidance, temperature, _needed(codebook))
+        return tokens, log_p + choice * categorical.gumbel(for_choice, 1)[..., 0]
 
     def _draw(self, z: jax.Array, noise: jax.Array, scale: jax.Array | None, temperature: float | jax.Array,
               codebook: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -157,7 +157,8 @@ class Generator(nn.Module):
             new_BxMxD = self.head.sample(z_new, noise, guidance, **settings)
         else:
             ranked: Any = self.head  # `config.resolve` lets only heads that rank come here
-            new_BxMxD, confidence_BxM = ranked.sample_ranked(z_new, noise, guidance, choice=choice, **settings)
+            new_BxMxD, confidence_BxM = ranked.sample_ranked(z_new, noise, guidance, step=start, choice=choice,
+                                                              **settings)
             surest = jnp.argsort(jnp.where(position_BxM < self.num_tokens, -confidence_BxM, jnp.inf), axis=1)
             new_BxMxD = jnp.take_along_axis(new_BxMxD, surest[..., None], axis=1)
             position_BxM = jnp.take_along_axis(position_BxM, surest, axis=1)

@@ -1,6 +1,6 @@
 """The pre-norm Transformer block and the scanned stack of them that every backbone uses.
 
-Shapes: B batch, T sequence, S cached tokens, W width, H heads, E head width.
+Shapes: B batch, T sequence, S cached tokens, K keys a query may look at (T, or S + 1), W width, H heads, E head width.
 """
 
 from typing import Any, NamedTuple
@@ -54,21 +54,21 @@ class Attention(nn.Module):
         def mixed(spec: str, weights: jax.Array, values: jax.Array) -> jax.Array:
             return jnp.einsum(spec, weights, values, precision=precision(self.dtype))
 
-        scores_BxHxTxT = scores("bthe,bshe->bhts", k_BxTxHxE)
+        scores_BxHxTxK = scores("bthe,bshe->bhts", k_BxTxHxE)
         if cache is not None:
-            own = scores_BxHxTxT
-            scores_BxHxTxT = scores("bthe,bhse->bhts", cache.key)
+            own = scores_BxHxTxK
+            scores_BxHxTxK = scores("bthe,bhse->bhts", cache.key)
         if mask is not None:
-            scores_BxHxTxT = jnp.where(mask, scores_BxHxTxT, jnp.finfo(jnp.float32).min)
+            scores_BxHxTxK = jnp.where(mask, scores_BxHxTxK, jnp.finfo(jnp.float32).min)
         if cache is not None:
-            scores_BxHxTxT = jnp.concatenate([scores_BxHxTxT, own], axis=-1)
-        weights_BxHxTxT = jax.nn.softmax(scores_BxHxTxT, axis=-1).astype(self.dtype)
-        weights_BxHxTxT = Dropout(self.attn_dropout)(weights_BxHxTxT, deterministic)
+            scores_BxHxTxK = jnp.concatenate([scores_BxHxTxK, own], axis=-1)
+        weights_BxHxTxK = jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
+        weights_BxHxTxK = Dropout(self.attn_dropout)(weights_BxHxTxK, deterministic)
         if cache is None:
-            out_BxTxHxE = mixed("bhts,bshe->bthe", weights_BxHxTxT, v_BxTxHxE)
+            out_BxTxHxE = mixed("bhts,bshe->bthe", weights_BxHxTxK, v_BxTxHxE)
         else:
-            out_BxTxHxE = (mixed("bhts,bhse->bthe", weights_BxHxTxT[..., :-1], cache.value)
-                           + mixed("bhts,bshe->bthe", weights_BxHxTxT[..., -1:], v_BxTxHxE))
+            out_BxTxHxE = (mixed("bhts,bhse->bthe", weights_BxHxTxK[..., :-1], cache.value)
+                           + mixed("bhts,bshe->bthe", weights_BxHxTxK[..., -1:], v_BxTxHxE))
             new = KeyValue(jnp.swapaxes(k_BxTxHxE, 1, 2), jnp.swapaxes(v_BxTxHxE, 1, 2))
         out_BxTxW = Dense((heads, head_width), (width,), ("heads", "kv", "embed"), self.dtype, name="proj")(out_BxTxHxE)
         return Dropout(self.proj_dropout)(out_BxTxW, deterministic), new

@@ -125,13 +125,14 @@ def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
     try:
         codebook, _ = read(tokenizer.path)
     except FileNotFoundError:
-        raise UserError(f"config.tokenizer.path {tokenizer.path} does not exist: {how}") from None
+        raise UserError(f"config.tokenizer.path {tokenizer.path} does not exist: {how}, or say where it is now "
+                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)") from None
     for key, given in (("num_codes", codebook.num_codes), ("patch_size", codebook.patch_size)):
         if given != tokenizer[key]:
             raise UserError(f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
                             f"with {given}: set it to {given}, or {how}")
     if tokenizer.checksum and tokenizer.checksum != codebook.checksum:
         raise UserError(f"the model was trained with another codebook (checksum {tokenizer.checksum[:12]}) than "
-                        f"{tokenizer.path} (checksum {codebook.checksum[:12]}): give the path of that one as "
-                        f"config.tokenizer.path")
+                        f"{tokenizer.path} (checksum {codebook.checksum[:12]}): say where that one is "
+                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)")
     return codebook
