@@ -208,7 +208,9 @@ def test_one_sweep_at_a_time_and_it_ends_its_processes(tmp_path, how):
     file, root = write(tmp_path, {}, FILE.replace(
         'write_text("yes")', 'write_text("yes"); import os, time; print(os.getpid(), flush=True); time.sleep(600)'
     )), tmp_path / "root"
-    process = subprocess.Popen([sys.executable, "-m", "marjax", "sweep", file, "--root", str(root)])
+    # A shell starts background jobs with SIGINT ignored, which the sweep would rightly keep.
+    process = subprocess.Popen([sys.executable, "-m", "marjax", "sweep", file, "--root", str(root)],
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log, child = root / "logs" / "_prepare.log", 0
     limit = time.monotonic() + 300
     try:
@@ -220,7 +222,7 @@ def test_one_sweep_at_a_time_and_it_ends_its_processes(tmp_path, how):
         with pytest.raises(UserError, match="another sweep runs in"):
             sweep(file, root)
         process.send_signal(how)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=300)
         assert code == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
         if how == signal.SIGKILL:  # nobody ended the child; but as long as it runs, no other starts
             os.kill(child, 0)

@@ -25,14 +25,14 @@ def test_one_gaussian_is_not_enough():
 
 
 def test_regression_gives_the_conditional_mean():
-    points, labels = two_modes.fit_and_sample("regression", n=10, steps=800)
+    points, labels = two_modes.fit_and_sample("regression", n=10, steps=400)
     np.testing.assert_allclose(points, two_modes.MEANS[labels], atol=0.06)
     assert share_near_a_mode(points, labels) == 0.0
 
 
 @pytest.mark.slow
 def test_diffusion_recovers_both_modes():
-    points, labels = two_modes.fit_and_sample("diffusion", n=600)
+    points, labels = two_modes.fit_and_sample("diffusion", n=300)
     mode = two_modes.near_a_mode(points, labels)
     assert (mode >= 0).mean() > 0.95
     for c in (0, 1):
