@@ -48,6 +48,12 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_on_a_device(rows: int) -> int:
+    """How many of a batch's rows each device holds, under the mesh that `jax.set_mesh` has set, if any."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return -(-rows // (shape.get("data", 1) * shape.get("fsdp", 1)))
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Raises UserError unless every microbatch can be cut over the mesh."""
     if batch_size % (batch_shards(mesh) * accumulate):

@@ -34,12 +34,17 @@ def ideal(schedule, variance):
     """The denoiser that knows tokens to be normal with mean 0.3 and that variance (per dimension)."""
     a = schedule.alphas_cumprod
 
-    def denoise(x, t):
-        scale, noise = jnp.asarray(np.sqrt(a), jnp.float32)[t], jnp.asarray(np.sqrt(1 - a), jnp.float32)[t]
-        eps = noise * (x - scale * 0.3) / (scale**2 * variance + noise**2)
-        return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
+    def make_denoise(t):
+        scales, noises = jnp.asarray(np.sqrt(a), jnp.float32)[t], jnp.asarray(np.sqrt(1 - a), jnp.float32)[t]
 
-    return denoise
+        def denoise(x, i):
+            scale, noise = scales[i], noises[i]
+            eps = noise * (x - scale * 0.3) / (scale**2 * variance + noise**2)
+            return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
+
+        return denoise
+
+    return make_denoise
 
 
 @pytest.mark.parametrize("variance", [0.01, 1.0])
@@ -51,6 +56,21 @@ def test_sampler_recovers_a_gaussian(variance):
                          jax.random.normal(key_step, (1000, 4000, 2)))
     assert abs(float(x.mean()) - 0.3) < 0.02 * max(1.0, variance**0.5 * 3)
     assert abs(float(x.std()) - variance**0.5) < 0.05 * variance**0.5
+
+
+def test_steps_prepared_together_make_the_same_chain():
+    schedule, full = diffusion.respace(1000, "24"), diffusion.respace(1000, 1000)
+    init = jax.random.normal(jax.random.key(0), (5, 2))
+    noise = jax.random.normal(jax.random.key(1), (24, 5, 2))
+    one = diffusion.sample(schedule, ideal(full, 0.5), init, noise)
+    for ahead in (4, 24):
+        np.testing.assert_allclose(diffusion.sample(schedule, ideal(full, 0.5), init, noise, ahead=ahead), one,
+                                   rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, rows, ahead", [(100, 16, 10), (100, 10, 25), (100, 1, 100), (25, 300, 1), (7, 40, 1)])
+def test_steps_ahead(steps, rows, ahead):
+    assert diffusion.steps_ahead(steps, rows) == ahead
 
 
 def test_temperature_scales_only_the_noise_of_the_steps():

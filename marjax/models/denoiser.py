@@ -3,7 +3,7 @@
 Shapes: `...` any leading axes of tokens, D token dimension, W backbone width, V denoiser width, T diffusion steps.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marjax.models.layers import Dense, LayerNorm, lookup, normal_002
-from marjax.models.transformer import scanned
+from marjax.models.transformer import over_layers
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features
 
@@ -37,21 +37,36 @@ class TimeEmbed(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + gate * MLP(LN(x) (1 + scale) + shift), with shift, scale and gate linear in `condition`. A scan body."""
+    """x + gate * MLP(LN(x) (1 + scale) + shift), with shift, scale and gate linear in the condition."""
 
     width: int
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
-        width = self.width
-        modulation = Dense((width,), (3, width), ("embed", None, "mlp"), self.dtype, nn.initializers.zeros,
-                           name="modulation")(condition)
+    def setup(self) -> None:
+        width, dtype = self.width, self.dtype
+        self.modulation = Dense((width,), (3, width), ("embed", None, "mlp"), dtype, nn.initializers.zeros)
+        self.norm = LayerNorm(dtype=dtype)
+        self.fc1 = Dense((width,), (width,), ("embed", "mlp"), dtype)
+        self.fc2 = Dense((width,), (width,), ("mlp", "embed"), dtype)
+
+    def modulate(self, condition: jax.Array) -> jax.Array:
+        """Shift, scale and gate, (..., 3, V), from (..., V)."""
+        return self.modulation(condition)
+
+    def __call__(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
         shift, scale, gate = modulation[..., 0, :], modulation[..., 1, :], modulation[..., 2, :]
-        h = LayerNorm(dtype=self.dtype, name="norm")(x) * (1.0 + scale) + shift
-        h = nn.silu(Dense((width,), (width,), ("embed", "mlp"), self.dtype, name="fc1")(h))
-        h = Dense((width,), (width,), ("mlp", "embed"), self.dtype, name="fc2")(h)
-        return x + gate * h, None
+        h = nn.silu(self.fc1(self.norm(x) * (1.0 + scale) + shift))
+        return x + gate * self.fc2(h)
+
+
+class Modulation(NamedTuple):
+    """All that the denoiser has to know of timesteps and z, for C timesteps and tokens (...).
+
+    `blocks` is `dtype` (depth, C, ..., 3, V), `final` (C, ..., 2, V).
+    """
+
+    blocks: jax.Array
+    final: jax.Array
 
 
 class Denoiser(nn.Module):
@@ -73,24 +88,50 @@ class Denoiser(nn.Module):
         self.time_embed = TimeEmbed(width, dtype)
         self.cond_embed = Dense((self.cond_width,), (width,), ("embed", None), dtype)
         self.input_proj = Dense((self.token_dim,), (width,), (None, "embed"), dtype)
-        self.blocks = scanned(ResBlock, self.depth, self.remat)(width, dtype)
+        self.blocks = ResBlock(width, dtype)
         self.final_norm = LayerNorm(affine=False, dtype=dtype)
         self.final_modulation = Dense((width,), (2, width), ("embed", None, "mlp"), dtype, nn.initializers.zeros)
         self.final_linear = Dense((width,), (2 * self.token_dim,), ("embed", None), dtype, nn.initializers.zeros)
 
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
         """Args: x_t float (..., D); t int (...); z float (..., W); all broadcast against each other."""
-        return self.predict(x, t, self.embed_condition(z))
+
+        def layer(block: ResBlock, h: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
+            return block(h, block.modulate(condition)), None
+
+        time = lookup(self.time_embed(jnp.arange(self.num_steps)), t) if t.ndim else self.time_embed(t)
+        condition = nn.silu(time + self.cond_embed(z))
+        h, _ = over_layers(layer, self.depth, self.remat)(self.blocks, self.input_proj(x), condition)
+        return self._output(h, self.final_modulation(condition))
 
     def embed_condition(self, z: jax.Array) -> jax.Array:
         """The part of the modulation's input that does not depend on t: (..., V) from z (..., W)."""
         return self.cond_embed(z)
 
-    def predict(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """The prediction given `embed_condition(z)`; a scalar t embeds just that timestep."""
-        time = lookup(self.time_embed(jnp.arange(self.num_steps)), t) if t.ndim else self.time_embed(t)
-        condition = nn.silu(time + condition)
-        h, _ = self.blocks(self.input_proj(x), condition)
-        modulation = self.final_modulation(condition)
+    def modulate(self, t_C: jax.Array, condition: jax.Array) -> Modulation:
+        """Three fifths of the network for C timesteps at once, from int (C,) and `embed_condition(z)`, (..., V).
+
+        They need no x, so a sampler can have them ahead for many steps, with the weights read once.
+        """
+
+        def layer(block: ResBlock, none: None, condition: jax.Array) -> tuple[None, jax.Array]:
+            return none, block.modulate(condition)
+
+        time = self.time_embed(t_C)
+        condition = nn.silu(time.reshape(len(t_C), *(1,) * (condition.ndim - 1), -1) + condition)
+        _, blocks = over_layers(layer, self.depth)(self.blocks, None, condition)
+        return Modulation(blocks, self.final_modulation(condition))
+
+    def predict(self, x: jax.Array, modulation: Modulation, i: jax.Array) -> jax.Array:
+        """The prediction (..., 2 D) for x_t (..., D) at the i-th timestep of a `modulate`."""
+
+        def layer(block: ResBlock, h: jax.Array, modulation: jax.Array) -> tuple[jax.Array, None]:
+            return block(h, modulation), None
+
+        h, _ = over_layers(layer, self.depth, per_layer=(True,))(self.blocks, self.input_proj(x),
+                                                                modulation.blocks[:, i])
+        return self._output(h, modulation.final[i])
+
+    def _output(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
         h = self.final_norm(h) * (1.0 + modulation[..., 1, :]) + modulation[..., 0, :]
         return self.final_linear(h)

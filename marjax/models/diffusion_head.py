@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from marjax import sharding
 from marjax.heads import diffusion
 from marjax.models.denoiser import Denoiser
 
@@ -96,14 +97,19 @@ class DiffusionHead(nn.Module):
         schedule = diffusion.respace(self.num_steps, num_sampling_steps)
         condition = self.denoiser.embed_condition(z)
 
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            if guidance is None:
-                return self.denoiser.predict(x, t, condition)
-            prediction = self.denoiser.predict(jnp.concatenate([x, x]), t, condition)
-            return diffusion.guided(prediction.astype(jnp.float32), guidance)
+        def make_denoise(t_C: jax.Array) -> Any:
+            modulation = self.denoiser.modulate(t_C, condition)
 
-        return diffusion.sample(schedule, denoise, noise.init, jnp.moveaxis(noise.step, 2, 0), temperature)
+            def denoise(x: jax.Array, i: jax.Array) -> jax.Array:
+                if guidance is None:
+                    return self.denoiser.predict(x, modulation, i)
+                prediction = self.denoiser.predict(jnp.concatenate([x, x]), modulation, i)
+                return diffusion.guided(prediction.astype(jnp.float32), guidance)
 
+            return denoise
+
+        ahead = diffusion.steps_ahead(len(schedule.betas), sharding.rows_on_a_device(z.shape[0] * z.shape[1]))
+        return diffusion.sample(schedule, make_denoise, noise.init, jnp.moveaxis(noise.step, 2, 0), temperature, ahead)
 
     @nn.nowrap
     def denoiser_flops(self) -> tuple[float, float]:

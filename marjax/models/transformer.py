@@ -3,6 +3,7 @@
 Shapes: B batch, T sequence, S cached tokens, K keys a query may look at (T, or S + 1), W width, H heads, E head width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -92,7 +93,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the ViT block of the reference. A body for `nn.scan`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): the ViT block of the reference."""
 
     num_heads: int
     mlp_ratio: float
@@ -127,11 +128,13 @@ class Stack(nn.Module):
     dtype: Any
 
     def setup(self) -> None:
-        self.blocks = scanned(Block, self.depth, self.remat, static_argnums=(3,), per_layer=(False, False, True))(
-            self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
+        self.blocks = Block(self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
 
     def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        return self.blocks(x_BxTxW, mask, deterministic, None)[0]
+        def layer(block: Block, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+            return block(x, mask, deterministic)[0], None
+
+        return over_layers(layer, self.depth, self.remat)(self.blocks, x_BxTxW, mask)[0]
 
     def step(self, x_Bx1xW: jax.Array, mask_S: jax.Array, cache: KeyValue) -> tuple[jax.Array, KeyValue]:
         """One more token after the cached ones, without dropout: its output and its own key and value.
@@ -139,22 +142,25 @@ class Stack(nn.Module):
         The cache, (depth, B, H, S, E), is only read: writing one token after the scan over layers is far less memory
         traffic than carrying all of it through.
         """
-        return self.blocks(x_Bx1xW, mask_S, True, cache)
+
+        def layer(block: Block, x: jax.Array, cache: KeyValue, mask: jax.Array) -> tuple[jax.Array, Any]:
+            return block(x, mask, True, cache)
+
+        return over_layers(layer, self.depth, per_layer=(True, False))(self.blocks, x_Bx1xW, cache, mask_S)
 
 
-def scanned(block: Any, depth: int, remat: str, static_argnums: tuple[int, ...] = (),
-            per_layer: tuple[bool, ...] = (False,)) -> Any:
-    """The module class that applies `depth` copies of `block` in turn: (carry, *inputs) -> (carry, outputs).
+def over_layers(layer: Callable[..., Any], depth: int, remat: str = "none",
+                per_layer: tuple[bool, ...] = (False,)) -> Any:
+    """Applies `depth` copies of a module in turn under one scan: (module, carry, *inputs) -> (carry, outputs).
 
     Args:
-      block: a module class whose call maps (carry, *inputs) to (carry, output).
+      layer: maps (module, carry, *inputs) to (carry, output) for one copy.
       depth: number of copies; their parameters are stacked on a new first axis, "layers".
       remat: a key of REMAT_POLICIES.
-      static_argnums: which of the inputs are Python values; 1 is the carry's place.
       per_layer: for every input whether it has a leading layer axis; otherwise all layers share it.
     """
     if remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=static_argnums)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
                    in_axes=tuple(0 if own else nn.broadcast for own in per_layer), length=depth,
                    metadata_params={nn.PARTITION_NAME: "layers"})
