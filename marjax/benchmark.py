@@ -44,8 +44,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     config = config_lib.resolve(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
-    generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    generator = generator_lib.of(config, tokens)
     if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):
         raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     result: dict[str, Any] = {

@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -169,19 +170,30 @@ def load(path: str) -> ConfigDict:
       UserError: no such file, or one without `get_config`.
     """
     file, _, arg = path.partition(":")
-    if not os.path.isfile(file):
-        raise UserError(f"config file {file!r} does not exist: give a file such as configs/digits.py")
-    spec = importlib.util.spec_from_file_location("marjax_config_file", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {file!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config file {file!r} has no get_config(arg)")
-    config = module.get_config(arg or None)
+    config = load_function(file, "config", "get_config")(arg or None)
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {file!r} returned {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
+    """The function of that name in a Python file that is no module of ours; `kind` says in errors what file it is.
+
+    Raises:
+      UserError: no such file, or one without that function.
+    """
+    if not os.path.isfile(file):
+        raise UserError(f"{kind} file {file!r} does not exist: give a Python file with {name}")
+    module_name = f"marjax_{kind}_file"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{kind} file {file!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # as dataclasses and pickle expect of a module
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise UserError(f"{kind} file {file!r} has no {name}")
+    return getattr(module, name)
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

@@ -48,7 +48,7 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
 
-    sampler, params = open_sampler(workdir, weights=weights, step=step, tokenizer_path=tokenizer_path, **settings)
+    sampler, params = _open(config, workdir, weights, step)
     return sampler(params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels)))
 
 
@@ -58,14 +58,17 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step:
 
     Args and errors are those of `sample`.
     """
-    config = _config(workdir, tokenizer_path, settings)
+    return _open(_config(workdir, tokenizer_path, settings), workdir, weights, step)
+
+
+def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str,
+          step: int | None) -> tuple[Sampler, Any]:
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer)
-    generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    generator = generator_lib.of(config, tokens)
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")

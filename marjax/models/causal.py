@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from marjax import flops, orders
-from marjax.models.layers import Dense, LayerNorm, normal_002
+from marjax.models.layers import Dense, LayerNorm, embedding_init
 from marjax.models.transformer import KeyValue, Stack
 
 
@@ -55,19 +55,14 @@ class CausalBackbone(nn.Module):
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> Any:
-            init = nn.with_logical_partitioning(normal_002, (None, "embed"))
-            return self.param(name, init, (length, self.width), jnp.float32)
-
-        def stack(depth: int) -> Stack:
-            return Stack(depth, self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.remat,
-                         self.dtype)
+            return self.param(name, embedding_init, (length, self.width), jnp.float32)
 
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # of the class token, then of every position
-        self.first = stack(self.first_depth)
+        self.first = Stack.of(self, self.first_depth)
         self.target_pos_embed = embedding("target_pos_embed", self.num_tokens)
-        self.second = stack(self.second_depth)
+        self.second = Stack.of(self, self.second_depth)
         self.norm = LayerNorm(dtype=self.dtype)
 
     @nn.nowrap

@@ -14,7 +14,7 @@ from marjax import orders
 from marjax.models.categorical_head import CategoricalHead
 from marjax.models.causal import CausalBackbone
 from marjax.models.diffusion_head import DiffusionHead
-from marjax.models.layers import lookup, normal_002
+from marjax.models.layers import embedding_init, lookup, normal_002
 from marjax.models.masked import MaskedBackbone
 from marjax.models.regression_head import RegressionHead
 from marjax.variants import VARIANTS
@@ -65,10 +65,9 @@ class Generator(nn.Module):
     num_codes: int = 0  # how many different tokens there are; 0: continuous
 
     def setup(self) -> None:
-        partitioned = nn.with_logical_partitioning
-        self.class_embedding: Any = self.param("class_embedding", partitioned(normal_002, (None, "embed")),
-                                               (self.num_classes, self.width), jnp.float32)
-        self.null_embedding: Any = self.param("null_embedding", partitioned(normal_002, ("embed",)),
+        self.class_embedding: Any = self.param("class_embedding", embedding_init, (self.num_classes, self.width),
+                                               jnp.float32)
+        self.null_embedding: Any = self.param("null_embedding", nn.with_logical_partitioning(normal_002, ("embed",)),
                                               (self.width,), jnp.float32)
 
     @nn.nowrap
@@ -142,12 +141,13 @@ class Generator(nn.Module):
         position_BxM = jax.lax.dynamic_slice_in_dim(padded, start, new_slots, axis=1)
         inside_BxM = jnp.minimum(position_BxM, self.num_tokens - 1)
 
-        rows = (tokens_BxLxD, order_BxL, inside_BxM, self._class_embed(labels_B, drop_label_B))
+        rows = (tokens_BxLxD, order_BxL, inside_BxM)
+        class_embed = self._class_embed(labels_B, drop_label_B)
         if guidance is not None:
-            rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows[:3])
-            no_class = jnp.broadcast_to(self.null_embedding, (labels_B.shape[0], self.width))
-            rows = (*rows, jnp.concatenate([self._class_embed(labels_B, drop_label_B), no_class]))
-        z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], rows[3], known_slots=known_slots)
+            rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
+            class_embed = jnp.concatenate([class_embed, jnp.broadcast_to(self.null_embedding, class_embed.shape)])
+        z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], class_embed,
+                                          known_slots=known_slots)
 
         def at_positions(x: jax.Array) -> jax.Array:
             return jnp.take_along_axis(x, inside_BxM.reshape(*inside_BxM.shape, *(1,) * (x.ndim - 2)), axis=1)
@@ -181,3 +181,9 @@ def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, 
         class_dropout=model.class_dropout, order=variant.order,
         backbone=BACKBONES[variant.attention].of(model, num_tokens, token_dim),
         head=HEADS[model.head].of(model, token_dim, num_codes), num_codes=num_codes)
+
+
+def of(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
+    """The network of a whole resolved config, for tokens of that `TokenShape`."""
+    return build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
+                 num_classes=config.data.num_classes, num_codes=tokens.num_codes)

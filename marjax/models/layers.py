@@ -13,6 +13,7 @@ import numpy as np
 
 Initializer = Callable[..., Any]
 normal_002 = nn.initializers.normal(0.02)
+embedding_init = nn.with_logical_partitioning(normal_002, (None, "embed"))  # of a table of rows
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:

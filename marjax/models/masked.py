@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from marjax import flops, orders
-from marjax.models.layers import Dense, LayerNorm, normal_002
+from marjax.models.layers import Dense, LayerNorm, embedding_init, normal_002
 from marjax.models.transformer import Stack
 
 
@@ -46,24 +46,19 @@ class MaskedBackbone(nn.Module):
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> Any:
-            init = nn.with_logical_partitioning(normal_002, (None, "embed"))
-            return self.param(name, init, (length, self.width), jnp.float32)
-
-        def stack(depth: int) -> Stack:
-            return Stack(depth, self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.remat,
-                         self.dtype)
+            return self.param(name, embedding_init, (length, self.width), jnp.float32)
 
         length = self.buffer_size + self.num_tokens
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.encoder_pos_embed = embedding("encoder_pos_embed", length)
-        self.encoder = stack(self.encoder_depth)
+        self.encoder = Stack.of(self, self.encoder_depth)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
         self.mask_token: Any = self.param("mask_token", nn.with_logical_partitioning(normal_002, ("embed",)),
                                           (self.width,), jnp.float32)
         self.decoder_pos_embed = embedding("decoder_pos_embed", length)
-        self.decoder = stack(self.decoder_depth)
+        self.decoder = Stack.of(self, self.decoder_depth)
         self.decoder_norm = LayerNorm(dtype=self.dtype)
         self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
 

@@ -127,6 +127,12 @@ class Stack(nn.Module):
     remat: str
     dtype: Any
 
+    @classmethod
+    def of(cls, backbone: Any, depth: int) -> "Stack":
+        """With the settings of the backbone that it is a part of."""
+        return cls(depth, backbone.num_heads, backbone.mlp_ratio, backbone.attn_dropout, backbone.proj_dropout,
+                   backbone.remat, backbone.dtype)
+
     def setup(self) -> None:
         self.blocks = Block(self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
 

@@ -2,16 +2,15 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import os
 import pathlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from marjax.config import load_function
 from marjax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
@@ -115,18 +114,7 @@ def load(path: str | os.PathLike[str]) -> Sweep:
     Raises:
       UserError: no such file, one without `get_sweep`, or points whose names cannot be used.
     """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise UserError(f"sweep file {path!r} does not exist: give a Python file with get_sweep()")
-    spec = importlib.util.spec_from_file_location("marjax_sweep_file", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"sweep file {path!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["marjax_sweep_file"] = module  # as dataclasses and pickle expect of a module
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
-        raise UserError(f"sweep file {path!r} has no get_sweep()")
-    loaded = module.get_sweep()
+    loaded = load_function(os.fspath(path), "sweep", "get_sweep")()
     if not isinstance(loaded, Sweep):
         raise UserError(f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep")
     return loaded

@@ -60,8 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
     config_lib.claim_workdir(workdir, config)
 
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
-    generator = generator_lib.build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                                    num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    generator = generator_lib.of(config, tokens)
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh)
     train_step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
