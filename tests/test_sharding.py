@@ -109,9 +109,9 @@ def report():
     return run(make_digits(sample__num_iter=3), MESHES)
 
 
-def assert_agrees(row):
+def assert_agrees(row, distinct=12):
     assert row["metrics"] < 1e-4 and row["grads"] < 1e-3 and row["params"] < 1e-3 and row["ema"] < 1e-3
-    assert row["images"] <= 1 and row["distinct"] == 12
+    assert row["images"] <= 1 and row["distinct"] == distinct
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -123,7 +123,8 @@ def test_meshes_agree_with_one_device(report, shape):
 @pytest.mark.parametrize("variant, head", MODELS[1:])
 def test_variants_and_heads_agree_with_one_device(codebook, variant, head):
     rows = run(make_model(variant, head, codebook), [(2, 2, 2)])
-    assert_agrees(rows["(2, 2, 2)"])
+    # Means in raster order know nothing but the class: 12 samples of 10 classes.
+    assert_agrees(rows["(2, 2, 2)"], distinct=10 if (variant, head) == ("ar", "regression") else 12)
     assert rows["(2, 2, 2)"]["cut"] and rows["(2, 2, 2)"]["collectives"]
 
 

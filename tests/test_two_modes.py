@@ -32,7 +32,7 @@ def test_regression_gives_the_conditional_mean():
 
 @pytest.mark.slow
 def test_diffusion_recovers_both_modes():
-    points, labels = two_modes.fit_and_sample("diffusion", n=600)
+    points, labels = two_modes.fit_and_sample("diffusion", n=600, steps=500)
     mode = two_modes.near_a_mode(points, labels)
     assert (mode >= 0).mean() > 0.95
     for c in (0, 1):
