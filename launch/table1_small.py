@@ -205,16 +205,21 @@ def table_of(done: dict[str, dict[str, Any]]) -> str:
 
 
 def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """Training losses by step, and the distance of the tuning samples by guidance scale (best temperature)."""
+    """Training losses by step, and the distance of the tuning samples by guidance scale (best temperature).
+
+    A colour for each training; cross-entropy is dashed, one token at a time by a masked model dotted.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    colours = {point.name: f"C{i}" for i, point in enumerate(get_sweep().points)}
     for point in get_sweep().points:
         log = root / point.name / "metrics.jsonl"
         if log.exists():
             values = [json.loads(line) for line in log.read_text().splitlines()]
             axis = axes[1 if point.name.endswith("_ce") else 0]
-            axis.plot([v["step"] for v in values], [v["train/loss"] for v in values], label=point.name)
+            axis.plot([v["step"] for v in values], [v["train/loss"] for v in values], label=point.name,
+                      color=colours[point.name])
     for axis, title in zip(axes, ("diffusion loss (and L2)", "cross-entropy, nats a token"), strict=False):
         axis.set(title=title, xlabel="step", yscale="log")
     for name in done:
@@ -224,7 +229,8 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
         tried = np.array(json.loads(kept.read_text())["tried"])
         scales = np.unique(tried[:, 0])
         best = [tried[tried[:, 0] == scale, 2].min() for scale in scales]
-        axes[2].plot(scales, best, "o--" if "_ce" in name else "o-", label=name, markersize=3)
+        style = "o:" if one else "o--" if "_ce" in name else "o-"
+        axes[2].plot(scales, best, style, color=colours[point], label=name, markersize=3)
     axes[2].set(title=f"distance of {TUNED_ON} samples", xlabel="guidance scale (linear schedule)", yscale="log")
     for axis in axes:
         axis.legend(fontsize=6)

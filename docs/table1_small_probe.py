@@ -1,0 +1,66 @@
+"""How much of its context a model of table 1 in small uses: `python docs/table1_small_probe.py ROOT` (a sweep's root).
+
+Real digits, some of their patches shown; every other patch is drawn once by the head. A patch is background or stroke;
+the share of patches drawn as what they really are says how much z knows. No error of an earlier step can add to it.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marjax import config as config_lib
+from marjax.data.sources import open_source
+from marjax.generation.sample import open_sampler
+from marjax.generation.sampler import draw_randomness
+
+NUM_IMAGES = 1000
+
+
+def is_background(tokens: np.ndarray) -> np.ndarray:
+    """bool (B, L): no pixel of the patch is brighter than 32 of 255."""
+    return tokens.max(-1) <= 32 / 127.5 - 1.0
+
+
+def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1.0) -> tuple[float, float, float]:
+    """Share of background among the unknown patches, real and drawn, and of those drawn as what they are."""
+    config = config_lib.read_workdir(workdir)
+    sampler, params = open_sampler(workdir, step=step, cfg=1.0)
+    generator, tokenizer, tokens = sampler.generator, sampler.tokenizer, config_lib.tokens_of(config)
+    source = open_source(config.data)
+    images = np.stack([source[i]["image"] for i in range(NUM_IMAGES)]).astype(np.float32) / 127.5 - 1.0
+    labels = jnp.array([source[i]["label"] for i in range(NUM_IMAGES)])
+    codebook = tokenizer.codebook(tokenizer.params)
+    rand = draw_randomness(generator, 0, jnp.arange(NUM_IMAGES), "ddim25")
+    num_known = jnp.full(NUM_IMAGES, int(known * tokens.num_tokens))
+
+    @jax.jit
+    def draw(params: Any) -> tuple[jax.Array, jax.Array]:
+        latent = tokenizer.encode(tokenizer.params, images, jax.random.key(0))
+        real = tokens.patchify(latent)
+        z = generator.apply({"params": params}, real, labels, jnp.zeros(NUM_IMAGES, bool), rand.order, num_known,
+                            method="condition")
+        head: Any = generator.bind({"params": params}).head
+        return real, head.sample(z, rand.head, None, num_sampling_steps="ddim25", temperature=temperature,
+                                 codebook=codebook)
+
+    real, drawn = (is_background(np.asarray(x)) for x in draw(params))
+    unknown = np.argsort(np.asarray(rand.order), axis=1) >= np.asarray(num_known)[:, None]
+    return float(real[unknown].mean()), float(drawn[unknown].mean()), float((real == drawn)[unknown].mean())
+
+
+def main() -> None:
+    root = pathlib.Path(sys.argv[1])
+    for known, steps in ((0.0, [5000]), (0.3, range(1000, 5001, 1000))):
+        for name in ("mar", "mar_ce", "mar_quantised", "mar_cosine", "mar_wide", "random_ar", "random_ar_ce"):
+            for step in steps if name in ("mar", "mar_ce") else [5000]:
+                real, drawn, right = probe(root / name, step, known)
+                print(f"{known:.0%} known, {name}, step {step}: background {real:.1%} real, {drawn:.1%} drawn; "
+                      f"{right:.1%} drawn as what they are", flush=True)
+
+
+if __name__ == "__main__":
+    main()
