@@ -1,0 +1,106 @@
+"""Files of weights from elsewhere, whatever their name says: PyTorch's two formats and safetensors.
+
+Which it is, and what was downloaded by mistake, is told by how the file begins.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from marjax.checkpoints import pytorch
+from marjax.checkpoints.pytorch import AGAIN, Tensor
+from marjax.errors import UserError
+
+_BEGINNINGS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file that it points to: run git lfs pull in its "
+                                "repository, or download the file itself",
+    b"\x1f\x8b": "is compressed by gzip: unpack it first",
+    b"\x93NUMPY": "is a NumPy array: give a PyTorch checkpoint or a safetensors file",
+    b"\x89HDF": "is an HDF5 file: give a PyTorch checkpoint or a safetensors file",
+    b"PK\x05\x06": "is an empty zip file: " + AGAIN,
+}
+_MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_SAFETENSORS_TYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+    "U64": np.uint64, "I32": np.int32, "U32": np.uint32, "I16": np.int16, "U16": np.uint16, "I8": np.int8,
+    "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """What a file holds.
+
+    Attributes:
+      content: of PyTorch, the object as `pytorch.read` gives it; of safetensors, a dict of name -> `Tensor`.
+      metadata: of safetensors; None for PyTorch.
+    """
+
+    content: Any
+    metadata: dict[str, str] | None
+
+
+def read(path: str | os.PathLike[str]) -> WeightsFile:
+    """Reads what is in a local file but its tensors, which `np.asarray` reads.
+
+    Raises:
+      UserError: no such file, or something else; says what it seems to be.
+    """
+    path = os.fspath(path)
+    if "://" in path:
+        raise UserError(f"{path} is no local file: copy it to this machine first")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+            size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the file of a checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the file of a checkpoint in it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file that can") from None
+    if not start:
+        raise UserError(f"{path} is empty: {AGAIN}")
+    for beginning, what in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path} {what}")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it first")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise UserError(f"{path} is a web page, not a checkpoint: the link leads to a page with a download button, or "
+                        f"to an error; download the file itself (of Dropbox, with dl=1 at the link's end)")
+    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
+        return _read_safetensors(path, size)
+    if start[0] in b"P\x80":
+        return WeightsFile(pytorch.read(path), None)
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+        raise UserError(f"{path} is a text, not a checkpoint (it begins with {start[:60].decode()!r}): {AGAIN}")
+    raise UserError(f"{path} is neither a PyTorch checkpoint nor a safetensors file (it begins with the bytes "
+                    f"{start[:8].hex(' ')}): give one of these, or {AGAIN}")
+
+
+def _read_safetensors(path: str, size: int) -> WeightsFile:
+    try:
+        handle = safetensors.safe_open(path, framework="numpy")
+        tensors = {}
+        for name in handle.keys():  # noqa: SIM118 - it is no dict
+            each = handle.get_slice(name)
+            if each.get_dtype() not in _SAFETENSORS_TYPES:
+                raise UserError(f"{path} has a tensor {name[:80]!r} of type {each.get_dtype()}, which this program "
+                                f"cannot read: convert it to float32 or bfloat16 first")
+
+            def load(name: str = name) -> np.ndarray:
+                return handle.get_tensor(name)
+
+            tensors[name] = Tensor(tuple(each.get_shape()), np.dtype(_SAFETENSORS_TYPES[each.get_dtype()]), load)
+        return WeightsFile(tensors, handle.metadata() or {})
+    except UserError:
+        raise
+    except Exception as error:  # what its Rust code raises is not documented
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} begins as a safetensors file, but is damaged or cut short ({reason[:120]}; it has "
+                        f"{size} bytes): {AGAIN}") from None
