@@ -1,0 +1,323 @@
+"""From a folder of pictures, or the ImageNet tars, to a data set in the layout of TFDS, without TensorFlow.
+
+What is written lies in OUT/NAME/VERSION: shards of ArrayRecord, dataset_info.json, features.json, label.labels.txt, and
+prepared.json, which says what it was made from. Until all is there, the folder is called VERSION.preparing and no
+reader takes it for a data set. Order and shards follow from names alone, by the hash that TFDS shuffles by: neither
+workers nor interruptions change a byte.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import md5
+from typing import Any
+
+from marjax.data.listing import IMAGENET, Item, Listing, list_folder, list_imagenet
+from marjax.data.shards import Record, Shard, features_of
+from marjax.data.workers import available_cores, write_shards
+from marjax.errors import UserError
+from marjax.files import claimed, write_text
+
+_SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
+_MAX_SHARDS = 1024
+_RECORDS = "records"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A finished data set.
+
+    Attributes:
+      data_dir: what `config.data.data_dir` and TFDS's `data_dir` should be.
+      name: `config.data.source` is "tfds:NAME".
+      version: of the data set.
+      classes: their names, by label.
+      num_examples: of each split.
+      kinds: how many pictures of each kind (see `marjax.data.pictures`) there are.
+      unreadable: the pictures left out, each with the reason.
+      ignored: how many files were no pictures, by suffix.
+      warnings: what looked odd.
+      fresh: False if it was all there before.
+    """
+
+    data_dir: str
+    name: str
+    version: str
+    classes: list[str]
+    num_examples: dict[str, int]
+    kinds: dict[str, int]
+    unreadable: list[tuple[str, str]]
+    ignored: dict[str, int]
+    warnings: list[str]
+    fresh: bool
+
+    @property
+    def directory(self) -> str:
+        """Where it lies."""
+        return os.path.join(self.data_dir, self.name, self.version)
+
+    def summary(self) -> str:
+        """A few lines: what was done with what, and how to train on it."""
+        kept = [kind for kind in self.kinds if kind in ("JPEG", "PNG")]
+        lines = [
+            f"{self.directory}: {', '.join(f'{count:,} {split}' for split, count in self.num_examples.items())}; "
+            f"{len(self.classes)} classes" + ("" if self.fresh else "; prepared before, nothing done"),
+            "stored as they are: " + (_listed({kind: self.kinds[kind] for kind in kept}) or "none"),
+            "stored as PNG: " + (_listed({kind: n for kind, n in self.kinds.items() if kind not in kept}) or "none"),
+        ]
+        if self.ignored:
+            lines.append("no pictures, ignored: " + _listed(self.ignored))
+        if self.unreadable:
+            lines.append(f"unreadable, left out: {len(self.unreadable)}, see {self.directory}/unreadable.txt")
+        config = "configs/imagenet256.py" if self.name == IMAGENET else f"configs/folder.py:name={self.name}"
+        return "\n".join([*lines, f"train: marjax train --config {config} --config.data.data_dir={self.data_dir} "
+                                  f"--workdir runs/{self.name}"])
+
+
+def prepare(
+    images: str | os.PathLike[str] | None = None,
+    imagenet: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    name: str | None = None,
+    num_shards: int | None = None,
+    max_bad: int = 0,
+    val_share: float = 0.0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Prepared:
+    """Prepares a data set that marjax and plain `tfds.data_source` read; a second call goes on where one was killed.
+
+    Every picture is decoded once. What is stored of it: see `marjax.data.pictures`. Examples have the features "image",
+    "label" and "file_name". As with all worker processes, a script must start its work below
+    `if __name__ == "__main__":`, or say `workers=1`.
+
+    Args:
+      images: a folder of class folders (see `list_folder`); or else
+      imagenet: the ImageNet tars, or a folder with them (see `list_imagenet`).
+      out: the folder for data sets; this one goes to OUT/NAME/VERSION.
+      name: of the data set, for pictures: letters, digits and underscores; the folder's own if that is possible.
+      num_shards: files of each split, at most one a picture; by default, one for 64 MiB or more.
+      max_bad: how many unreadable pictures to leave out, listed in unreadable.txt, before giving up.
+      val_share: the share of each class that becomes the split "validation".
+      workers: processes; by default, one for each core that this process may use.
+      overwrite: start afresh, and replace what was prepared there.
+      progress: whether to show bars on a terminal.
+
+    Raises:
+      UserError: an argument, a folder or a tar that cannot be used; more than `max_bad` unreadable pictures; another
+        data set of this name in `out`; another process at work on it.
+      TrainingError: a file cannot be written, or a worker died.
+    """
+    if (images is None) == (imagenet is None):
+        raise UserError("nothing to prepare: give either a folder of pictures or the ImageNet tars")
+    given = [os.fspath(path) for path in ([images] if images is not None else imagenet or [])]
+    out = os.fspath(out)
+    for path in (*given, out):
+        if "://" in path:
+            raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
+    given, out = [os.path.expanduser(path) for path in given], os.path.abspath(os.path.expanduser(out))
+    for field, number, least in (("num_shards", num_shards, 1), ("workers", workers, 1), ("max_bad", max_bad, 0)):
+        if number is not None and number < least:
+            raise UserError(f"{field} is {number}: give at least {least}")
+    if imagenet is not None:
+        if name not in (None, IMAGENET) or val_share:
+            raise UserError(f"ImageNet is prepared as {IMAGENET}, with its own validation pictures: leave out name and "
+                            f"val_share")
+        name, version = IMAGENET, _imagenet_version()
+        listing = list_imagenet(given, progress)
+    else:
+        name, version = _checked_name(name, given[0]), "1.0.0"
+        if os.path.commonpath([os.path.realpath(given[0]), os.path.realpath(out)]) == os.path.realpath(given[0]):
+            raise UserError(f"{out} lies inside {given[0]}: give an --out outside the folder of pictures")
+        listing = list_folder(given[0], val_share)
+    final = os.path.join(out, name, version)
+    for warning in listing.warnings:
+        _say(f"warning: {warning}")
+
+    shards = {split: _cut(_shuffled(split, items), num_shards) for split, items in listing.splits.items()}
+    plan = {"source": listing.kind, "name": name, "version": version, "classes": len(listing.classes),
+            "pictures": {split: len(items) for split, items in listing.splits.items()},
+            "shards": {split: len(parts) for split, parts in shards.items()}, "sha256": listing.digest()}
+    if os.path.exists(os.path.join(final, "dataset_info.json")) and not overwrite:
+        made = _read_json(os.path.join(final, "prepared.json"))
+        _refuse_other(final, made.get("plan"), plan)
+        _tidy(final)
+        return _prepared(out, listing, made, fresh=False)
+
+    folder = final + ".preparing"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
+    with claimed(folder, "marjax prepare"):
+        before = {} if overwrite else _read_json(os.path.join(folder, "plan.json"))
+        if before:
+            _refuse_other(folder, before, plan)
+        for file in os.listdir(folder):
+            if file == _RECORDS and not before:
+                shutil.rmtree(os.path.join(folder, file))
+            elif file != "lock" and (not before or ".partial" in file):
+                os.remove(os.path.join(folder, file))
+        os.makedirs(os.path.join(folder, _RECORDS), exist_ok=True)
+        write_text(os.path.join(folder, "plan.json"), json.dumps(plan, indent=1))
+        tasks: dict[str, list[Shard]] = {}
+        for split, parts in shards.items():
+            files = [f"{name}-{split}.array_record-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
+            tasks[split] = [Shard(os.path.join(folder, file), os.path.join(folder, _RECORDS, f"{file}.json"), part,
+                                  listing.kind == "images", max_bad) for file, part in zip(files, parts, strict=True)]
+        records = write_shards([task for split in tasks.values() for task in split], max_bad,
+                               workers or available_cores(), progress)
+        _check_unreadable(records, max_bad, folder)
+        made = _write_metadata(folder, plan, listing,
+                               {split: [records[task.path] for task in parts] for split, parts in tasks.items()})
+        _publish(folder, final)
+    return _prepared(out, listing, made, fresh=True)
+
+
+def _checked_name(name: str | None, folder: str) -> str:
+    import tensorflow_datasets as tfds
+
+    own = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(folder)).lower(), flags=re.ASCII).strip("_")
+    chosen = own if name is None else name
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", chosen):
+        raise UserError(f"name {chosen!r} cannot be a data set's: give --name, in small letters, digits and _")
+    if chosen in tfds.list_builders(with_community_datasets=False):
+        raise UserError(f"name {chosen!r} is that of a data set TFDS knows by itself: give another --name")
+    return chosen
+
+
+def _imagenet_version() -> str:
+    import tensorflow_datasets as tfds
+
+    return str(tfds.builder_cls(IMAGENET).VERSION)
+
+
+def _shuffled(split: str, items: list[Item]) -> list[Item]:
+    """In the order in which TFDS stores pictures of these names: a slice of a split means the same pictures."""
+    return sorted(items, key=lambda item: md5(split.encode() + os.fsencode(item.name)).digest())
+
+
+def _cut(items: list[Item], num_shards: int | None) -> list[list[Item]]:
+    """The pictures of each shard."""
+    if num_shards is None:
+        num_shards, size = 1, sum(item.size for item in items)
+        while 2 * num_shards <= min(size // _SHARD_BYTES, len(items), _MAX_SHARDS):
+            num_shards *= 2
+    num_shards = min(num_shards, len(items))
+    bounds = [round(len(items) * index / num_shards) for index in range(num_shards + 1)]
+    return [items[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, Any]) -> None:
+    if before is None:
+        raise UserError(f"{folder} holds a data set that marjax prepare has not made: give another --out or --name")
+    if before != plan:
+        changes = [f"{key} (was {before.get(key)}, now {plan[key]})" for key in plan
+                   if before.get(key) != plan[key] and key != "sha256"]
+        raise UserError(f"{folder} was begun with other pictures or settings: "
+                        f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}. Give what it was begun "
+                        f"with, another --out or --name, or --overwrite to start afresh")
+
+
+def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> None:
+    """Raises UserError if there are too many, and leaves the list of those known."""
+    unreadable = [pair for record in records.values() for pair in record.unreadable]
+    if len(unreadable) > max_bad:
+        _write_unreadable(folder, unreadable)
+        name, why = unreadable[0]
+        raise UserError(f"{name} cannot be read ({why})"
+                        + (f", nor can others, {len(unreadable)} so far" if len(unreadable) > 1 else "")
+                        + f", and max_bad is {max_bad}: start the same with a larger --max_bad to leave such pictures "
+                          f"out, which goes on from here; or mend them and start with --overwrite")
+
+
+def _write_unreadable(folder: str, unreadable: list[tuple[str, str]]) -> None:
+    write_text(os.path.join(folder, "unreadable.txt"), "".join(f"{name}\t{why}\n" for name, why in unreadable))
+
+
+def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records: dict[str, list[Record]]) -> dict[
+        str, Any]:
+    """Writes all that is not a shard, dataset_info.json last; returns what prepared.json says."""
+    import tensorflow_datasets as tfds
+
+    everything = [record for split in records.values() for record in split]
+    unreadable = sorted(pair for record in everything for pair in record.unreadable)
+    kinds = Counter[str]()
+    for record in everything:
+        kinds.update(record.kinds)
+    counts = {split: sum(record.num_examples for record in parts) for split, parts in records.items()}
+    made: dict[str, Any] = {"plan": plan, "num_examples": counts, "kinds": dict(sorted(kinds.items())),
+                            "unreadable": unreadable}
+    if unreadable:
+        _write_unreadable(folder, unreadable)
+    for split, count in counts.items():
+        if not count:
+            raise UserError(f"no picture of split {split} can be read, see {folder}/unreadable.txt: give other ones")
+    write_text(os.path.join(folder, "prepared.json"), json.dumps(made, indent=1) + "\n")
+    is_imagenet = listing.kind == "imagenet"
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        version=plan["version"],
+        features=features_of(tfds.features.ClassLabel(names=listing.classes),
+                             **({"encoding_format": "jpeg"} if is_imagenet else {})),
+        split_infos=[tfds.core.SplitInfo(name=split, shard_lengths=[r.num_examples for r in rs],
+                                         num_bytes=sum(r.num_bytes for r in rs)) for split, rs in records.items()],
+        supervised_keys=("image", "label"),
+        description=listing.title,
+        check_data=False,  # that needs TensorFlow
+        **({"homepage": "https://image-net.org/"} if is_imagenet else {}),
+    )
+    return made
+
+
+def _publish(folder: str, final: str) -> None:
+    """Gives the folder its name; only then is there a data set. One that is to be replaced stays until then."""
+    os.remove(os.path.join(folder, "lock"))
+    old = final + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(final):
+        os.rename(final, old)
+    os.rename(folder, final)
+    shutil.rmtree(old, ignore_errors=True)
+    _tidy(final)
+
+
+def _tidy(final: str) -> None:
+    """Removes what only a resumed run needs; not before all is published, or a run killed here would start anew."""
+    shutil.rmtree(os.path.join(final, _RECORDS), ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(final, "plan.json"))
+
+
+def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> Prepared:
+    plan = made["plan"]
+    return Prepared(out, plan["name"], plan["version"], listing.classes, made["num_examples"], made["kinds"],
+                    [(name, why) for name, why in made["unreadable"]], dict(sorted(listing.ignored.items())),
+                    listing.warnings, fresh)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{path} is no JSON: remove its folder, or start with --overwrite") from None
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return "; ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _say(text: str) -> None:
+    print(f"marjax prepare: {text}", file=sys.stderr)

@@ -1,0 +1,117 @@
+"""Writes shards in several processes, with a bar that counts pictures; stops them all where too many are unreadable."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm import tqdm
+
+from marjax.data.shards import Record, Shard, read_record, write_shard
+from marjax.errors import TrainingError
+
+# In a worker process: how many pictures all of them are through with, and whether to stop.
+_shared: tuple[Any, Any] | None = None
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, progress: bool) -> dict[str, Record]:
+    """Writes those shards that are not finished; unreadable pictures are told on stderr as they are found.
+
+    Args:
+      shards: all of the data set's.
+      max_bad: how many pictures may be unreadable in all.
+      workers: processes; with 1, this one.
+      progress: whether to show a bar on a terminal.
+
+    Returns:
+      The record of each shard, by its path; some are not finished, or missing, if more than `max_bad` pictures are
+      unreadable.
+
+    Raises:
+      TrainingError: a file cannot be written, or a worker died.
+    """
+    records = {shard.path: record for shard in shards if (record := read_record(shard))}
+    waiting = [shard for shard in shards if shard.path not in records]
+    unreadable = sum(len(record.unreadable) for record in records.values())
+    with tqdm(total=sum(len(shard.items) for shard in shards), unit=" pictures", desc="preparing", smoothing=0.1,
+              initial=sum(len(shard.items) for shard in shards if shard.path in records),
+              disable=None if progress else True) as bar:
+        runs = _in_this_process if min(workers, len(waiting)) <= 1 else _in_processes
+        # Closed as soon as it is not needed any more, which stops the workers.
+        written = runs(waiting, min(workers, len(waiting)), bar)
+        try:
+            while unreadable <= max_bad and (pair := next(written, None)):
+                shard, record = pair
+                records[shard.path] = record
+                unreadable += len(record.unreadable)
+                for name, why in record.unreadable:
+                    tqdm.write(f"unreadable: {name}: {why}", file=sys.stderr)
+        finally:
+            written.close()
+    return records
+
+
+def _in_this_process(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[tuple[Shard, Record], None, None]:
+    del workers
+    for shard in shards:
+        yield shard, write_shard(shard, bar.update, lambda: False)
+
+
+def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[tuple[Shard, Record], None, None]:
+    # Spawned: a fork of a process with JAX's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    count, stop, before = context.Value("q", 0), context.Event(), bar.n
+    with ProcessPoolExecutor(workers, context, _start_worker, (count, stop)) as pool:
+        running = {pool.submit(_write_in_worker, shard): shard for shard in shards}
+        try:
+            while running:
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(before + count.value - bar.n)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise TrainingError(f"one of {workers} worker processes died, perhaps for want of memory: start the same "
+                                f"again, with fewer workers") from None
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(count: Any, stop: Any) -> None:
+    global _shared
+    _shared = count, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which then says stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent has been killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _write_in_worker(shard: Shard) -> Record:
+    assert _shared is not None
+    count, stop = _shared
+    return write_shard(shard, _ticker(count), stop.is_set)
+
+
+def _ticker(count: Any) -> Callable[[], None]:
+    def tick() -> None:
+        with count.get_lock():
+            count.value += 1
+
+    return tick

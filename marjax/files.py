@@ -1,0 +1,65 @@
+"""Files that are there as a whole or not at all, and folders that one process at a time writes."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from marjax.errors import UserError
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file, local or gs://, at once or not at all. Raises UserError: it cannot be written."""
+    target = epath.Path(path)
+    partial = target.parent / f"{target.name}.partial"
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
+                        f"one") from None
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a local file at once or not at all, and to the disk. Raises OSError: it cannot be written."""
+    partial = f"{path}.partial{os.getpid()}"
+    with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sync(path: str) -> None:
+    """Waits until what was written to a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def claimed(folder: str, command: str, lock: str = "lock") -> Iterator[None]:
+    """Holds a folder against a second process; the claim ends with this process, however it ends.
+
+    Args:
+      folder: that exists.
+      command: what writes there, for the error.
+      lock: the file that stands for the claim.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    path = os.path.join(folder, lock)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is being written by another {command}: wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path)
