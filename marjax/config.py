@@ -8,29 +8,26 @@ import copy
 import difflib
 import functools
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from marjax.errors import UserError
 from marjax.tokenizers import TokenShape, token_shape
+from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
 
-# Width, blocks of encoder and of decoder, heads; denoiser blocks and width (paper, section 4.3 and appendix B).
+# Width, blocks of encoder and of decoder, heads; denoiser blocks and width (paper, section 4.3 and appendix B);
+# guidance of the released models at temperature 1, 256 iterations, 100 diffusion steps (the reference's README).
 MODEL_SIZES = {
-    "mar_base": dict(width=768, depth=12, num_heads=12, denoiser_depth=6, denoiser_width=1024),
-    "mar_large": dict(width=1024, depth=16, num_heads=16, denoiser_depth=8, denoiser_width=1280),
-    "mar_huge": dict(width=1280, depth=20, num_heads=16, denoiser_depth=12, denoiser_width=1536),
+    "mar_base": dict(width=768, depth=12, num_heads=12, denoiser_depth=6, denoiser_width=1024, cfg=2.9),
+    "mar_large": dict(width=1024, depth=16, num_heads=16, denoiser_depth=8, denoiser_width=1280, cfg=3.0),
+    "mar_huge": dict(width=1280, depth=20, num_heads=16, denoiser_depth=12, denoiser_width=1536,
+                     cfg=3.2),
 }
-
-# What a second start in the same work directory may change: it does not alter what is trained.
-FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "data.workers", "data.data_dir", "model.remat",
-               "model.denoiser.remat", "tokenizer.path")  # of the tokenizer the checksum counts
 
 CHOICES = {
     "model.variant": tuple(VARIANTS),
@@ -38,6 +35,8 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.denoiser.remat": ("none", "dots", "full"),
+    "tokenizer.autoencoder.dtype": ("float32", "bfloat16"),
+    "tokenizer.posterior": autoencoder_spec.POSTERIORS,
     "model.mask_ratio_per": ("image", "batch"),
     "train.schedule": ("constant", "cosine"),
     "sample.cfg_schedule": ("linear", "constant"),
@@ -46,8 +45,8 @@ CHOICES = {
 
 def base() -> ConfigDict:
     """Every field there is, with the paper's value where it has one. Fields of None are derived by `resolve`."""
-    derived_int, derived_float, derived_str = (
-        functools.partial(config_dict.placeholder, kind) for kind in (int, float, str))
+    derived_int, derived_float, derived_str, derived_tuple = (
+        functools.partial(config_dict.placeholder, kind) for kind in (int, float, str, tuple))
     return ConfigDict(dict(
         seed=0,
         data=dict(
@@ -56,17 +55,56 @@ def base() -> ConfigDict:
             split="train",
             image_size=8,  # pixels; images are centre-cropped to it
             channels=1,  # 1 or 3
-            num_classes=10,
-            num_examples=derived_int(),  # only needed to count epochs
+            num_classes=derived_int(),  # of the source, by default
+            num_examples=derived_int(),  # only needed to count epochs; of the source, by default
             flip=False,  # horizontal, with probability 1/2
             workers=0,  # Grain worker processes; 0 reads in threads of this one
+            cache="",  # folder of this data set's latents, made by marjax cache-latents; "" encodes while training
         ),
         tokenizer=dict(
             name="pixels",
             patch_size=1,  # latents on a token's side
             path="",  # of the tokenizer's weights, for those that have any
-            num_codes=512,  # of a discrete tokenizer
+            num_codes=derived_int(),  # of a codebook or a VQ network; 512, or what vq16 has
             checksum=derived_str(),  # of the weights, filled in when training starts
+            posterior="sample",  # of a KL network: train on draws from it ("sample"), or on its "mean"
+            # The network of "kl", "vq" and "vq_continuous" (see marjax/tokenizers/spec.py); fixed by the other names.
+            autoencoder=dict(
+                in_channels=derived_int(),  # of the image: data.channels
+                width=derived_int(),  # channels of the first layer, a multiple of 32; 128
+                channel_mults=derived_tuple(),  # of every level, each half as large as the one before; (1, 1, 2, 2, 4)
+                num_res_blocks=derived_int(),  # a level; 2
+                latent_channels=derived_int(),  # 16 for kl, 8 for vq
+                embed_dim=derived_int(),  # of the latents a model sees; latent_channels
+                encoder_attn_resolutions=derived_tuple(),  # levels with attention besides the middle; none
+                decoder_attn_resolutions=derived_tuple(),
+                resolution=derived_int(),  # image size that those are out of, whatever data.image_size; 256
+                scale=derived_float(),  # of the latents; the file's own, or the name's
+                dtype="float32",  # of convolutions: "float32" or "bfloat16"; parameters are float32
+            ),
+            # How marjax train-tokenizer trains such a network; VQGAN's and LDM's values where they have one.
+            train=dict(
+                batch_size=64,  # global
+                steps=100_000,
+                lr=derived_float(),  # 4.5e-6 * batch_size
+                warmup_steps=1000,
+                b1=0.5,
+                b2=0.9,
+                clip=1.0,  # of the gradient's global norm
+                ema_decay=0.999,
+                ema_warmup=True,  # as in config.train
+                kl_weight=1e-6,  # of the divergence's sum over latents, beside the sum of |x - x'| over values
+                codebook_weight=1.0,  # of codes' distance from latents
+                commitment=0.25,  # and of latents' from codes, beside it
+                restart_below=0.05,  # codes chosen less often than this share of the average move to where latents are
+                disc=dict(weight=0.0, start=50_001, width=64, layers=3),  # the patch discriminator; 0: none
+                lpips=dict(weight=0.0, vgg="", linear=""),  # with the files of its weights; 0: none
+                remat=False,  # recompute every block in the backward pass
+                log_every=50,  # steps
+                checkpoint_every=1000,
+                pictures_every=5000,
+                scale_images=10_000,  # at most, that the scale of the latents is measured on at the end
+            ),
         ),
         model=dict(
             variant="mar",  # "ar", "random_ar" or "mar": see marjax/variants.py
@@ -219,6 +257,8 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
         value = _parse(key, value, kind) if isinstance(value, str) else value
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if kind is tuple and isinstance(value, list):  # as JSON has them
+            value = tuple(value)
         try:
             section[leaf] = value
         except TypeError:
@@ -230,7 +270,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A checked, locked copy with every derived field computed. Resolving twice changes nothing.
 
     Raises:
-      UserError: a field that is missing, out of range or at odds with another.
+      UserError: a field that is missing, out of range or at odds with another; a source that has to be counted and
+        cannot be opened.
     """
     config = copy.deepcopy(config)  # keeps the types of fields that are None
     if config.train.schedule is None and config.model.head in HEADS:
@@ -240,6 +281,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if fields[key] not in allowed:
             raise UserError(f"config.{key} is {fields[key]!r}: give one of {', '.join(allowed)}")
     train, data, model = config.train, config.data, config.model
+    counts_epochs = None in (train.steps, train.warmup_steps) and train.epochs is not None
+    if data.num_classes is None or (data.num_examples is None and counts_epochs):
+        _count(data)
+        fields = flatten(config)
     for key in ("data.image_size", "data.num_classes", "tokenizer.patch_size", "model.width", "model.encoder_depth",
                 "model.decoder_depth", "model.num_heads", "model.buffer_size", "model.denoiser.depth",
                 "model.denoiser.width", "model.diffusion.batch_mul", "train.batch_size", "train.accumulate",
@@ -264,6 +309,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if train.batch_size % train.accumulate:
         raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
                         f"{train.accumulate}")
+    autoencoder_spec.fill(config.tokenizer, data.channels)
+    _resolve_tokenizer_training(config.tokenizer.train, data.image_size)
     tokens, variant = tokens_of(config), VARIANTS[model.variant]
     if HEADS[model.head].discrete and not tokens.num_codes:
         raise UserError(f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
@@ -289,10 +336,64 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
+    if train.lr is None:
+        train.lr = 4.5e-6 * train.batch_size
+    fields, path = flatten(train), "config.tokenizer.train"
+    for key, value in fields.items():
+        if key in ("batch_size", "steps", "log_every", "checkpoint_every", "scale_images", "disc.layers"):
+            if value < 1:
+                raise UserError(f"{path}.{key} is {value}: give at least 1")
+        elif key in ("lr", "clip"):
+            if not value > 0.0:
+                raise UserError(f"{path}.{key} is {value}: give a positive number")
+        elif key in ("b1", "b2", "ema_decay", "restart_below"):
+            if not 0.0 <= value < 1.0:
+                raise UserError(f"{path}.{key} is {value}: give a number in [0, 1)")
+        elif isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"{path}.{key} is {value}: give at least 0")
+    if train.disc.weight:
+        if train.disc.width < 1 or train.disc.width % autoencoder_spec.GROUPS:
+            raise UserError(f"{path}.disc.width is {train.disc.width}: give a multiple of {autoencoder_spec.GROUPS}")
+        least = 3 * 2**train.disc.layers  # leaves one patch
+        if image_size < least:
+            raise UserError(f"{path}.disc.layers is {train.disc.layers}, which needs images of at least {least} "
+                            f"pixels, but data.image_size is {image_size}: give fewer layers")
+    if train.lpips.weight:
+        if not train.lpips.vgg or not train.lpips.linear:
+            raise UserError(f"{path}.lpips.weight is {train.lpips.weight}, but its weights are files: give "
+                            f"{path}.lpips.vgg (torchvision's vgg16-397923af.pth) and {path}.lpips.linear (the lpips "
+                            f"package's vgg.pth)")
+        if image_size < 16:
+            raise UserError(f"{path}.lpips.weight is {train.lpips.weight}, but LPIPS needs images of at least 16 "
+                            f"pixels: set it to 0")
+
+
+def _count(data: ConfigDict) -> None:
+    """Asks the latent cache, or else the source, for the numbers that are not given."""
+    if data.cache:
+        from marjax.data.latents import read_manifest
+
+        manifest = read_manifest(data.cache)
+        num_classes, num_examples = manifest.num_classes, manifest.num_examples
+    else:
+        from marjax.data.sources import open_source  # imports TFDS, which most configs need not wait for
+
+        source = open_source(data)
+        num_classes, num_examples = source.num_classes, len(source)
+    for key, number in (("num_classes", num_classes), ("num_examples", num_examples)):
+        if data[key] is None:
+            data[key] = number
+
+
 def tokens_of(config: ConfigDict) -> TokenShape:
     """The tokens of the config's images. Raises UserError."""
-    return token_shape(config.tokenizer.name, image_size=config.data.image_size, channels=config.data.channels,
-                       patch_size=config.tokenizer.patch_size, num_codes=config.tokenizer.num_codes)
+    data, tokenizer = config.data, config.tokenizer
+    num_codes = autoencoder_spec.DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes
+    named = tokenizer.name in autoencoder_spec.AUTOENCODERS
+    return token_shape(tokenizer.name, image_size=data.image_size, channels=data.channels,
+                       patch_size=tokenizer.patch_size, num_codes=num_codes,
+                       spec=autoencoder_spec.spec_of(tokenizer, data.channels) if named else None)
 
 
 def check_sample(config: ConfigDict) -> None:
@@ -334,71 +435,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Makes the work directory and writes `config.json`, or checks the one that is there.
-
-    Fields in FREE_FIELDS may change between starts, and so may the number of steps, upwards, under a constant
-    learning rate.
-
-    Raises:
-      UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
-    """
-    path = epath.Path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / "config.json").exists():
-            if any(file.name != "config.json.partial" for file in path.iterdir()):
-                raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
-        else:
-            _refuse_contradiction(workdir, read_workdir(workdir), config)
-        # Renamed into place, so that a crash leaves the old file or the new one.
-        partial = path / "config.json.partial"
-        partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-        partial.replace(path / "config.json")
-    except OSError as error:
-        raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
-                        f"give a folder that can") from None
-
-
-def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict) -> None:
-    before, after = flatten(old), flatten(new)
-    differing = [key for key in sorted(before.keys() | after.keys())
-                 if before.get(key) != after.get(key) and not key.startswith(FREE_FIELDS)]
-    if new.train.schedule == "constant" and new.train.steps >= old.train.steps:
-        differing = [key for key in differing if key not in ("train.steps", "train.epochs")]
-    if differing:
-        listed = ", ".join(f"{key} (was {before.get(key)!r}, now {after.get(key)!r})" for key in differing)
-        raise UserError(f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "
-                        f"the config it was made with")
-
-
-def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The resolved config of a work directory.
-
-    Raises:
-      UserError: there is none, or it was not written by this program.
-    """
-    path = epath.Path(workdir)
-    if not path.is_dir():
-        raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
-    if not (path / "config.json").exists():
-        raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
-    try:
-        content = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{workdir}/config.json is not JSON ({error})") from None
-    template = base()
-    known, given = flatten(template), flatten(content) if isinstance(content, dict) else {}
-    if known.keys() != given.keys():
-        odd = sorted(known.keys() ^ given.keys())
-        raise UserError(f"{workdir}/config.json is not a config of this version: unknown or missing "
-                        f"{', '.join(odd[:5])}")
-    return resolve(apply_overrides(template, given))
-
-
 def _closest(name: str, names: Any) -> str:
     names = list(names)
-    leaves = {known.rsplit(".", 1)[-1]: known for known in reversed(names)}
+    by_depth = sorted(names, key=lambda known: -known.count("."))
+    leaves = {known.rsplit(".", 1)[-1]: known for known in by_depth}  # of equal ones, the one that lies highest
     match = difflib.get_close_matches(name, names, 1, 0.5)
     match = match or [leaves[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
     return f"; the closest is {match[0]!r}" if match else ""
@@ -408,6 +448,10 @@ def _parse(key: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:  # of whole numbers: "1,2,4"
+            return tuple(int(part) for part in text.split(",")) if text else ()
         return kind(text)
     except (ValueError, KeyError):
+        if kind is tuple:
+            raise UserError(f"{key}={text!r}: expected whole numbers with commas, such as 1,2,4") from None
         raise UserError(f"{key}={text!r}: expected {kind.__name__}") from None

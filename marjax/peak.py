@@ -1,5 +1,6 @@
 """How fast a device multiplies matrices: what model FLOP/s are compared with."""
 
+import functools
 import time
 
 import jax
@@ -20,8 +21,9 @@ _BFLOAT16_PEAK = {
 }
 
 
+@functools.cache
 def device_peak(dtype: str) -> float:
-    """FLOP/s of one device: the data sheet's bfloat16 rate where it is known, otherwise measured in `dtype`.
+    """FLOP/s of one device: the data sheet's bfloat16 rate where it is known, otherwise measured in `dtype`, once.
 
     On CPU the devices are shares of one processor, so its measured rate is divided among them.
     """

@@ -3,10 +3,12 @@
 Parameters and activations name their axes in the models; nothing else knows the mesh.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -50,8 +52,38 @@ def batch_shards(mesh: Mesh) -> int:
 
 def rows_on_a_device(rows: int) -> int:
     """How many of a batch's rows each device holds, under the mesh that `jax.set_mesh` has set, if any."""
+    return -(-rows // _shards_set())
+
+
+def _shards_set() -> int:
+    """`batch_shards` of the mesh that `jax.set_mesh` has set, 1 without any."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return -(-rows // (shape.get("data", 1) * shape.get("fsdp", 1)))
+    return shape.get("data", 1) * shape.get("fsdp", 1)
+
+
+def map_rows(function: Callable[[jax.Array], jax.Array], rows: jax.Array, at_once: int) -> jax.Array:
+    """`function` of an array whose rows do not depend on each other, so many rows a device at a time.
+
+    Every device goes through its own rows, those of the mesh that `jax.set_mesh` has set, if any. The number at a time
+    is the largest divisor of a device's rows that is not above `at_once`, so no row is computed twice.
+
+    Args:
+      function: (B', ...) -> (B', ...), for any B'.
+      rows: (B, ...), cut over data and fsdp along B.
+      at_once: at least 1.
+    """
+    total, shards = rows.shape[0], _shards_set()
+    shards = shards if total % shards == 0 else 1  # else it is not cut
+    here = total // shards
+    parts = next(parts for parts in range(1, here + 1) if here % parts == 0 and here // parts <= at_once)
+    if parts == 1:
+        return function(rows)
+    # Every parts-th row goes to a part, so that each device keeps its own rows.
+    cut = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+    if shards > 1:
+        cut = jax.lax.with_sharding_constraint(cut, PartitionSpec(None, ("data", "fsdp")))
+    done = jnp.swapaxes(jax.lax.map(function, cut), 0, 1)
+    return done.reshape(total, *done.shape[2:])
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
@@ -92,6 +124,13 @@ def logical_rules(mesh: Mesh) -> Any:
     """The context in which the models' activation constraints mean something; enter it while tracing."""
     del mesh
     return nn.logical_axis_rules(RULES)
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has, such as frozen weights, as arrays with a copy on every device."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: np.asarray(leaf)[index]), tree)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

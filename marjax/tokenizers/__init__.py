@@ -1,46 +1,118 @@
 """Tokenizers: images to latents and back."""
 
-import ml_collections
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from marjax.errors import UserError
 from marjax.tokenizers.codebook import open_codebook
 from marjax.tokenizers.pixels import Pixels
-from marjax.tokenizers.protocol import Tokenizer, TokenShape
+from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape
+from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 
-__all__ = ["TokenShape", "Tokenizer", "open_tokenizer", "token_shape"]
+if TYPE_CHECKING:
+    from marjax.tokenizers.autoencoder_file import Stored
 
-# Stride, latent channels (None: as many as the image has), and whether tokens are codes.
-_GRIDS: dict[str, tuple[int, int | None, bool]] = {
-    "pixels": (1, None, False), "codebook": (1, None, True), "kl16": (16, 16, False)}
+__all__ = ["Cacheable", "TokenShape", "Tokenizer", "make_tokenizer", "open_tokenizer", "token_shape"]
+
+# Those without a network have stride 1 and the image's channels; whether tokens are codes.
+_PATCHES = {"pixels": False, "codebook": True}
 
 
-def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, num_codes: int = 0) -> TokenShape:
-    """The tokens of a square image under the named tokenizer; `num_codes` counts for discrete ones only.
+def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, num_codes: int = 0,
+                spec: Spec | None = None) -> TokenShape:
+    """The tokens of a square image under the named tokenizer; its weights are not needed.
+
+    Args:
+      name: of the tokenizer.
+      image_size: side, in pixels.
+      channels: of the image.
+      patch_size: side of a token, in latents.
+      num_codes: of tokenizer "codebook".
+      spec: of an autoencoder; by default the name's preset.
 
     Raises:
       UserError: no such tokenizer, an image size that it does not divide, or a discrete one without codes.
     """
-    if name not in _GRIDS:
-        raise UserError(f"tokenizer.name is {name!r}: give one of {', '.join(sorted(_GRIDS))}")
-    stride, latent_channels, discrete = _GRIDS[name]
+    if name in _PATCHES:
+        stride, discrete = 1, _PATCHES[name]
+    elif name in AUTOENCODERS:
+        spec, discrete = spec or AUTOENCODERS[name].preset or Spec(), AUTOENCODERS[name].discrete
+        stride, channels, num_codes = spec.stride, spec.embed_dim, spec.num_codes
+        if discrete and patch_size != 1:
+            raise UserError(f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it "
+                            f"to 1")
+    else:
+        raise UserError(f"tokenizer.name is {name!r}: give one of {', '.join(sorted([*_PATCHES, *AUTOENCODERS]))}")
     if discrete and num_codes < 1:
         raise UserError(f"tokenizer.num_codes is {num_codes}: give at least 1")
     try:
-        return TokenShape.of(image_size, stride, latent_channels or channels, patch_size, num_codes * discrete)
+        return TokenShape.of(image_size, stride, channels, patch_size, num_codes * discrete)
     except ValueError as error:
         raise UserError(f"data.image_size: {error}") from None
 
 
-def open_tokenizer(tokenizer: ml_collections.ConfigDict) -> Tokenizer:
+def open_tokenizer(tokenizer: Any) -> Tokenizer:
     """The tokenizer of a `config.tokenizer`, with its weights.
 
     Raises:
-      UserError: it cannot be run.
+      UserError: no file, a damaged one, or another network, scale or checksum than the config asks for.
     """
-    name = tokenizer.name
+    name, path = tokenizer.name, tokenizer.path
     if name == "pixels":
         return Pixels()
     if name == "codebook":
         return open_codebook(tokenizer)
-    raise UserError(f"tokenizer {name!r} has a known token shape (so its models can be built, traced and benchmarked) "
-                    f"but its autoencoder is not part of this version: train with --config.tokenizer.name=pixels")
+    from marjax.tokenizers import autoencoder_file  # imports Flax, which a config need not
+
+    wanted = spec_of(tokenizer)
+    how = f"marjax convert makes it from {_OFFICIAL.get(name, 'the checkpoint of an LDM autoencoder')}"
+    if not path:
+        raise UserError(f"config.tokenizer.path is empty, but tokenizer {name!r} is a file: {how}; give its path "
+                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)")
+    try:
+        stored = autoencoder_file.read(path)
+    except FileNotFoundError:
+        raise UserError(f"config.tokenizer.path {path} does not exist: {how}, or say where it is now "
+                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)") from None
+    if tokenizer.autoencoder.in_channels is None and AUTOENCODERS[name].preset is None:  # the images decide
+        wanted = dataclasses.replace(wanted, in_channels=stored.spec.in_channels)
+    if stored.spec.kind != wanted.kind:
+        raise UserError(f"{path} holds a {stored.spec.kind.upper()} autoencoder, but config.tokenizer.name is {name}: "
+                        f"give another file or another name")
+    if differences := stored.spec.differences(wanted):
+        raise UserError(f"the autoencoder {path} is another than config.tokenizer asks for: it has "
+                        f"{'; '.join(differences)}: change config.tokenizer.autoencoder (or num_codes), or the path")
+    if tokenizer.checksum and tokenizer.checksum != stored.checksum:
+        raise UserError(f"the model was trained with another autoencoder (checksum {tokenizer.checksum[:12]}) than "
+                        f"{path} (checksum {stored.checksum[:12]}): say where that one is (--config.tokenizer.path, or "
+                        f"--tokenizer_path when sampling)")
+    scale = tokenizer.autoencoder.scale
+    return make_tokenizer(name, stored if scale is None else dataclasses.replace(stored, scale=scale),
+                          tokenizer.autoencoder.dtype, tokenizer.posterior)
+
+
+_OFFICIAL = {"kl16": "the reference's kl16.ckpt", "kl8": "the checkpoint of LDM's kl-f8",
+             "vq16": "the checkpoint of LDM's vq-f16", "vq16_continuous": "the checkpoint of LDM's vq-f16"}
+
+
+def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32",
+                   posterior: str = "sample") -> Tokenizer:
+    """The tokenizer of that name, a key of AUTOENCODERS, around weights of the right kind.
+
+    The scale is that of the weights, or else the name's.
+
+    Raises:
+      UserError: neither knows a scale.
+    """
+    from marjax.tokenizers.kl import KL
+    from marjax.tokenizers.vq import VQ
+
+    kind = AUTOENCODERS[name]
+    scale = 1.0 if kind.discrete else kind.scale if stored.scale is None else stored.scale
+    if scale is None:
+        raise UserError(f"nobody has said what the latents of this {name!r} are multiplied with: measure it with "
+                        f"marjax tokenizer check, and set config.tokenizer.autoencoder.scale")
+    if kind.vq:
+        return VQ(stored.spec, stored.params, discrete=kind.discrete, scale=scale, dtype=dtype,
+                  checksum=stored.checksum)
+    return KL(stored.spec, stored.params, scale=scale, dtype=dtype, checksum=stored.checksum, posterior=posterior)

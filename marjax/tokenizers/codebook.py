@@ -55,6 +55,7 @@ class Codebook:
             raise ValueError("codes are not finite")
         self.patch_size, self.channels, self.num_codes = patch_size, channels, len(codes)
         self.params: Any = {"codebook": codes}
+        self.scale = 1.0
         self.checksum = hashlib.sha256(f"{codes.shape}".encode() + codes.astype("<f4").tobytes()).hexdigest()
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ class Pixels:
     def __init__(self) -> None:
         self.params: Any = {}
         self.checksum = ""
+        self.scale = 1.0
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
         """The image itself, float (B, H, W, C) in [-1, 1]."""

@@ -4,7 +4,7 @@ Shapes: B batch, h x w latent grid of C channels, p patch side, L tokens, D toke
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -14,6 +14,7 @@ class Tokenizer(Protocol):
 
     params: Any
     checksum: str  # of the weights; "" where there are none
+    scale: float  # what latents are multiplied with
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
         """Scaled latents, float32 (B, h, w, C), from images, float32 (B, H, W, 1 or 3) in [-1, 1].
@@ -28,6 +29,22 @@ class Tokenizer(Protocol):
 
     def codebook(self, params: Any) -> jax.Array | None:
         """Every token there is, float32 (K, D), if tokens are discrete: `encode` then gives no others."""
+        ...
+
+
+@runtime_checkable
+class Cacheable(Tokenizer, Protocol):
+    """A tokenizer whose network's part of `encode` can be done once and kept: `encode` is `latents` of `moments`."""
+
+    def moments(self, params: Any, image: jax.Array) -> jax.Array:
+        """All that `latents` needs of images, (B, H, W, 1 or 3) in [-1, 1]: float32 (B, h, w, M) or int32 (B, h, w).
+
+        Nothing is drawn and nothing scaled yet.
+        """
+        ...
+
+    def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
+        """Scaled latents, float32 (B, h, w, C), of images with these moments, of any float dtype or int32."""
         ...
 
 

@@ -1,0 +1,214 @@
+"""What an autoencoder looks like, the networks that have a name, and how a config asks for one.
+
+Nothing here needs JAX: configs are checked with it. Sources: Rombach et al. 2022 (LDM; KL-f8 and VQ-f16), Li et al.
+2024, appendix B (KL-16).
+"""
+
+import dataclasses
+from typing import Any
+
+from marjax.errors import UserError
+
+GROUPS = 32  # of every GroupNorm
+DEFAULT_NUM_CODES = 512
+POSTERIORS = ("sample", "mean")  # what a KL tokenizer takes of its posterior
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything that shapes an autoencoder's weights.
+
+    A level is a resolution of the network: the first sees the image, each further one half of it. At which levels
+    there is attention follows from `resolution`, a nominal image size, whatever the images at hand.
+
+    Attributes:
+      in_channels: of the image.
+      width: channels of the first layer; a multiple of 32, for GroupNorm has 32 groups.
+      channel_mults: channels of every level, in widths.
+      num_res_blocks: on every level of the encoder; the decoder has one more.
+      latent_channels: between the encoder or decoder and the 1 x 1 convolution beside it (`z_channels` of LDM).
+      embed_dim: channels of the latents that a model sees.
+      encoder_attn_resolutions: sizes of levels, out of `resolution`, whose blocks are followed by attention.
+      decoder_attn_resolutions: the same of the decoder. Both always have attention in their middle.
+      resolution: nominal image size.
+      num_codes: of a VQ network; 0 for a KL network.
+
+    Raises:
+      ValueError: no such network can be built.
+    """
+
+    in_channels: int = 3
+    width: int = 128
+    channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    embed_dim: int = 16
+    encoder_attn_resolutions: tuple[int, ...] = ()
+    decoder_attn_resolutions: tuple[int, ...] = ()
+    resolution: int = 256
+    num_codes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "width", "num_res_blocks", "latent_channels", "embed_dim", "resolution"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: give at least 1")
+        if not self.channel_mults or any(not isinstance(mult, int) or mult < 1 for mult in self.channel_mults):
+            raise ValueError(f"channel_mults is {self.channel_mults!r}: give a number of at least 1 for every level")
+        if self.num_codes < 0:
+            raise ValueError(f"num_codes is {self.num_codes}: give at least 1, or 0 for a KL network")
+        if self.width % GROUPS:
+            raise ValueError(f"width is {self.width}: give a multiple of {GROUPS}, the groups of every GroupNorm")
+        if self.resolution % self.stride:
+            raise ValueError(f"resolution {self.resolution} is not divisible by {self.stride}, the stride of "
+                             f"{len(self.channel_mults)} levels: give a multiple of it")
+        for name in ("encoder_attn_resolutions", "decoder_attn_resolutions"):
+            odd = [size for size in getattr(self, name) if size not in self.level_resolutions]
+            if odd:
+                raise ValueError(f"{name} has {odd[0]}, but the levels of a network of resolution {self.resolution} "
+                                 f"are {', '.join(map(str, self.level_resolutions))}: give any of these")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent, in each direction."""
+        return 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def level_resolutions(self) -> tuple[int, ...]:
+        return tuple(self.resolution // 2**level for level in range(len(self.channel_mults)))
+
+    @property
+    def kind(self) -> str:
+        return "vq" if self.num_codes else "kl"
+
+    def has_attention(self, half: str, level: int) -> bool:
+        """Whether the blocks of that level of the "encoder" or the "decoder" are followed by attention."""
+        return self.level_resolutions[level] in getattr(self, f"{half}_attn_resolutions")
+
+    def differences(self, other: "Spec") -> list[str]:
+        """How a network differs from another, a line each; the nominal resolution counts by what it means only."""
+        lines = []
+        for field in dataclasses.fields(self):
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "resolution":
+                continue
+            if field.name.endswith("_attn_resolutions"):
+                half = field.name.removesuffix("_attn_resolutions")
+                mine, others = ([i for i in range(len(spec.channel_mults)) if spec.has_attention(half, i)]
+                                for spec in (self, other))
+                if mine != others:
+                    lines.append(f"{half} attention at levels {mine} instead of {others}")
+            elif mine != others:
+                lines.append(f"{field.name} {mine} instead of {others}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Spec":
+        """Raises ValueError or TypeError: an unknown field, or no possible network."""
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in fields.items()}
+        return cls(**given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What stands behind a tokenizer's name.
+
+    Attributes:
+      vq: a VQ network, else KL.
+      discrete: its tokens are codes; a VQ network's latents before quantisation are not.
+      preset: the network, where the name says it all.
+      scale: what latents are multiplied with, where the name says that too.
+    """
+
+    vq: bool
+    discrete: bool = False
+    preset: Spec | None = None
+    scale: float | None = None
+
+
+_KL16 = Spec(latent_channels=16, embed_dim=16, encoder_attn_resolutions=(16,))
+_KL8 = Spec(channel_mults=(1, 2, 4, 4), latent_channels=4, embed_dim=4)
+_VQ16 = Spec(latent_channels=8, embed_dim=8, encoder_attn_resolutions=(16,), decoder_attn_resolutions=(16,),
+             num_codes=16384)
+
+# Codes are never scaled: the tokens of a discrete tokenizer are rows of its codebook.
+AUTOENCODERS = {
+    "kl": Kind(vq=False),
+    "kl8": Kind(vq=False, preset=_KL8, scale=0.18215),
+    "kl16": Kind(vq=False, preset=_KL16, scale=0.2325),
+    "vq": Kind(vq=True, discrete=True, scale=1.0),
+    "vq_continuous": Kind(vq=True),
+    "vq16": Kind(vq=True, discrete=True, preset=_VQ16, scale=1.0),
+    "vq16_continuous": Kind(vq=True, preset=_VQ16),
+}
+
+# Of networks without a preset. As in LDM, what follows the encoder keeps its number of channels.
+_FREE = {False: dataclasses.replace(_KL16, encoder_attn_resolutions=()),
+         True: dataclasses.replace(_VQ16, encoder_attn_resolutions=(), decoder_attn_resolutions=(),
+                                   num_codes=DEFAULT_NUM_CODES)}
+
+
+def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
+    """The network that a `config.tokenizer` with one of the names in AUTOENCODERS asks for.
+
+    Fields of `config.tokenizer.autoencoder` that are None follow from the name.
+
+    Args:
+      tokenizer: the section, resolved or not.
+      channels: of the images, where they are known.
+
+    Raises:
+      UserError: no such network, or a field at odds with the name's preset.
+    """
+    kind, name = AUTOENCODERS[tokenizer.name], tokenizer.name
+    given = {field.name: tokenizer.autoencoder[field.name] for field in dataclasses.fields(Spec)
+             if field.name != "num_codes"}
+    given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
+    if kind.vq:
+        given["num_codes"] = tokenizer.num_codes
+        if tokenizer.num_codes is not None and tokenizer.num_codes < 1:
+            raise UserError(f"config.tokenizer.num_codes is {tokenizer.num_codes}: give at least 1")
+    given = {field: value for field, value in given.items() if value is not None}
+    if kind.preset is None:
+        if channels is not None:
+            given.setdefault("in_channels", channels)
+        if "latent_channels" in given:
+            given.setdefault("embed_dim", given["latent_channels"])
+        try:
+            spec = dataclasses.replace(_FREE[kind.vq], **given)
+        except ValueError as error:
+            raise UserError(f"config.tokenizer.autoencoder: {error}") from None
+    else:
+        spec = kind.preset
+        for field, value in given.items():
+            if value != getattr(spec, field):
+                path = "" if field == "num_codes" else "autoencoder."
+                raise UserError(f"config.tokenizer.{path}{field} is {value}, but {name} has {getattr(spec, field)}: "
+                                f"leave it out, or set config.tokenizer.name={name.replace('16', '').replace('8', '')}")
+    if channels is not None and spec.in_channels != channels:
+        raise UserError(f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}: set it to "
+                        f"{spec.in_channels} (grey images are repeated, colour ones become grey)")
+    return spec
+
+
+def fill(tokenizer: Any, channels: int) -> None:
+    """Writes what `spec_of` makes of a `config.tokenizer` into its fields that are None. Raises UserError."""
+    if tokenizer.name in AUTOENCODERS:
+        kind, spec = AUTOENCODERS[tokenizer.name], spec_of(tokenizer, channels)
+        for field, value in spec.to_json().items():
+            if field != "num_codes":
+                tokenizer.autoencoder[field] = value
+        if kind.vq:
+            tokenizer.num_codes = spec.num_codes
+        scale = tokenizer.autoencoder.scale
+        if scale is not None and not scale > 0.0:
+            raise UserError(f"config.tokenizer.autoencoder.scale is {scale}: give a positive number")
+        if scale not in (None, 1.0) and kind.discrete:
+            raise UserError(f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
+                            f"are not scaled: leave it out")
+    elif tokenizer.num_codes is None:
+        tokenizer.num_codes = DEFAULT_NUM_CODES
