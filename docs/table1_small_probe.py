@@ -16,6 +16,7 @@ from marjax import config as config_lib
 from marjax.data.sources import open_source
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import draw_randomness
+from marjax.workdir import read_workdir
 
 NUM_IMAGES = 1000
 
@@ -27,7 +28,7 @@ def is_background(tokens: np.ndarray) -> np.ndarray:
 
 def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1.0) -> tuple[float, float, float]:
     """Share of background among the unknown patches, real and drawn, and of those drawn as what they are."""
-    config = config_lib.read_workdir(workdir)
+    config = read_workdir(workdir)
     sampler, params = open_sampler(workdir, step=step, cfg=1.0)
     generator, tokenizer, tokens = sampler.generator, sampler.tokenizer, config_lib.tokens_of(config)
     source = open_source(config.data)

@@ -18,6 +18,7 @@ import numpy as np
 from marjax import config as config_lib
 from marjax.sweep import Point, Sweep
 from marjax.sweep.rows import write_whole
+from marjax.workdir import read_workdir
 
 TEMPERATURES = (0.6, 0.8, 1.0)
 SCALES = (1.5, 3.0, 5.0)
@@ -79,7 +80,7 @@ def prepare(root: pathlib.Path) -> None:
     from marjax.evaluation.classifier import train_classifier
     from marjax.evaluation.frechet import frechet_distance, gaussian
     from marjax.tokenizers.codebook import open_codebook, read
-    from marjax.training.tokenizer import train_codebook
+    from marjax.training.train_codebook import train_codebook
 
     config = config_lib.resolve(config_lib.load(CODEBOOK))
     path = pathlib.Path(config.tokenizer.path)
@@ -105,7 +106,7 @@ def prepare(root: pathlib.Path) -> None:
 
 def measure(workdir: pathlib.Path, root: pathlib.Path) -> list[dict[str, Any]]:
     """One row for each way to sample that ROWS has of this training."""
-    own = config_lib.read_workdir(workdir).sample.num_iter
+    own = read_workdir(workdir).sample.num_iter
     names = [name for name in ROWS if name.partition("/")[0] == workdir.name]
     judge = Judge(root)
     return [measure_row(workdir, root, judge, ONE_BY_ONE if name.endswith("/1") else own, name) for name in names]
@@ -145,11 +146,11 @@ def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_ite
     from marjax.generation.sample import open_sampler
 
     row: dict[str, Any] = {"row": name}
-    sample = config_lib.read_workdir(workdir).sample
+    sample = read_workdir(workdir).sample
     with sample.unlocked():
         sample.num_iter = num_iter
     kept = workdir / f"tuning_{num_iter}.json"
-    terms = {"steps": config_lib.read_workdir(workdir).train.steps, "samples": TUNED_ON, "seed": TUNING_SEED}
+    terms = {"steps": read_workdir(workdir).train.steps, "samples": TUNED_ON, "seed": TUNING_SEED}
     tried: dict[tuple[float, float], float] = {}
     if kept.exists() and (found := json.loads(kept.read_text()))["terms"] == terms:  # a killed measurement goes on
         tried = {(scale, temperature): distance for scale, temperature, distance in found["tried"]}
@@ -224,7 +225,7 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
         axis.set(title=title, xlabel="step", yscale="log")
     for name in done:
         point, _, one = name.partition("/")
-        steps = config_lib.read_workdir(root / point).sample.num_iter
+        steps = read_workdir(root / point).sample.num_iter
         kept = root / point / f"tuning_{ONE_BY_ONE if one else steps}.json"
         tried = np.array(json.loads(kept.read_text())["tried"])
         scales = np.unique(tried[:, 0])

@@ -43,7 +43,8 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 
 
 # Files are handed to the workers whole; the longest go first, so that no worker is left with one at the end.
-LONGEST = ("test_sharding", "test_train", "test_quickstart", "test_causal", "test_sample", "test_two_modes")
+LONGEST = ("test_sharding", "test_train", "test_quickstart", "test_train_autoencoder", "test_causal", "test_sample",
+           "test_sweep", "test_two_modes", "test_cache")
 
 
 def pytest_collection_modifyitems(items):
@@ -77,6 +78,36 @@ def codebook(tmp_path_factory):
     codes = np.random.default_rng(0).uniform(-1, 1, (16, 4)).astype(np.float32)
     write_npz(path, **arrays_of(Codebook(codes, 2, 1), Fit(mse=0.5, psnr=6.0, num_images=1, seed=0, source="random")))
     return path
+
+
+# The smallest autoencoder there is (GroupNorm has 32 groups): 8 x 8 digits become 16 tokens of 4 values.
+TINY_AUTOENCODER = dict(width=32, channel_mults=(1, 1), num_res_blocks=1, latent_channels=4)
+
+
+def make_autoencoder(name, path, **overrides):
+    """`make_digits` with the tokenizer `name`, "kl", "vq" or "vq_continuous", of TINY_AUTOENCODER in that file."""
+    section = {f"tokenizer__autoencoder__{key}": value for key, value in TINY_AUTOENCODER.items()}
+    return make_digits(**{"tokenizer__name": name, "tokenizer__patch_size": 1, "tokenizer__num_codes": 16,
+                          "tokenizer__path": str(path), **section, **overrides})
+
+
+@pytest.fixture(scope="session")
+def autoencoders(tmp_path_factory):
+    """A folder with kl.safetensors and vq.safetensors: TINY_AUTOENCODER with seeded weights, and 16 codes."""
+    from flax import traverse_util
+    from parity.seeded_weights import seeded_array
+
+    from marjax.tokenizers import autoencoder, autoencoder_file
+    from marjax.tokenizers.spec import Spec
+
+    folder = tmp_path_factory.mktemp("autoencoders")
+    for kind, codes, scale in (("kl", 0, 0.5), ("vq", 16, None)):
+        spec = Spec(in_channels=1, embed_dim=4, num_codes=codes, **TINY_AUTOENCODER)
+        flat = traverse_util.flatten_dict(autoencoder.abstract_params(spec), sep="/")
+        params = {path: seeded_array(path.replace("scale", "weight"), leaf.shape) for path, leaf in flat.items()}
+        autoencoder_file.write(folder / f"{kind}.safetensors", spec, traverse_util.unflatten_dict(params, sep="/"),
+                               scale)
+    return folder
 
 
 def make_digits(**overrides):

@@ -514,3 +514,18 @@ def test_other_meshes(tmp_path):
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract(dict.fromkeys(TREES, state)))
     assert restored.step == 3 and all(same(tree, state) for tree in restored.items.values())
+
+
+def test_a_checkpoint_of_weights_alone(tmp_path, states, run):
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(0, ema=states[1]["ema"], meta={"from": "elsewhere"})
+        assert checkpoints.trees() == checkpoints.trees(0) == ["ema"]
+        restored = checkpoints.restore(abstract(states[1], "ema"))
+        assert restored.step == 0 and same(restored.items["ema"], states[1]["ema"])
+        with pytest.raises(UserError, match="has only ema, not params and optimizer: .* training cannot go on"):
+            checkpoints.restore(abstract(states[1]))
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.trees() == checkpoints.trees(1) == list(TREES)
+        shutil.rmtree(run / "3" / "ema")  # damage does not change what it should have
+        (run / "2" / "meta" / "metadata").write_text("{}")
+        assert checkpoints.trees() == checkpoints.trees(3) == checkpoints.trees(2) == list(TREES)

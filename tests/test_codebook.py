@@ -16,8 +16,8 @@ from marjax.errors import UserError
 from marjax.tokenizers import codebook as codebook_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.tokenizers.codebook import Codebook
-from marjax.training import tokenizer as tokenizer_lib
-from marjax.training.tokenizer import train_codebook
+from marjax.training import train_codebook as training
+from marjax.training.train_codebook import train_codebook
 
 NUM_CODES = 16
 
@@ -144,19 +144,19 @@ def test_flips_do_not_matter_but_data_do(made, tmp_path):
 
 def test_large_data_are_sampled(made, tmp_path, monkeypatch):
     _, report = made
-    monkeypatch.setattr(tokenizer_lib, "MAX_PATCHES", 400)
-    monkeypatch.setattr(tokenizer_lib, "_LOOKED_UP", 16 * 70)  # 300 images in batches of 70
+    monkeypatch.setattr(training, "MAX_PATCHES", 400)
+    monkeypatch.setattr(training, "_LOOKED_UP", 16 * 70)  # 300 images in batches of 70
     config = make_config()
     shape = config_lib.tokens_of(config)
-    drawn, num_images = tokenizer_lib._draw_patches(config, shape, seed=0)
+    drawn, num_images = training._draw_patches(config, shape, seed=0)
     assert drawn.shape == (400, 4) and drawn.dtype == np.uint8 and num_images == 300
     everything = np.rint((patches_of(digits(config)).reshape(-1, 4) + 1.0) * 127.5).astype(np.uint8)
     chosen = np.sort(np.random.default_rng(0).choice(4800, 400, replace=False, shuffle=False))
     np.testing.assert_array_equal(drawn, everything[chosen])
     sampled = train_codebook(config, tmp_path / "sampled.npz")
     assert sampled["num_images"] == 300 and report["mse"] < sampled["mse"] < 1.5 * report["mse"]
-    monkeypatch.setattr(tokenizer_lib, "MAX_PATCHES", 4800)
-    whole = tokenizer_lib._draw_patches(config, shape, seed=0)[0]
+    monkeypatch.setattr(training, "MAX_PATCHES", 4800)
+    whole = training._draw_patches(config, shape, seed=0)[0]
     np.testing.assert_array_equal(whole, everything)
 
 
@@ -263,11 +263,12 @@ def test_same_settings_but_other_contents_are_kept(made, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "give --out FILE.npz"),
+    ([], "give --out FILE"),
     (["--out", "/proc/no/c.npz"], "cannot be written"),
     (["--out", "."], "is a folder"),
-    (["--out", "c.npz", "--config.tokenizer.name=pixels"], "give 'codebook'"),
-    (["--out", "c.npz", "--config.tokenizer.name=kl16", "--config.data.image_size=64"], "give 'codebook'"),
+    (["--out", "c.npz", "--config.tokenizer.name=pixels"], "give codebook"),
+    (["--out", "c.npz", "--config.tokenizer.name=kl16", "--config.data.image_size=64", "--config.data.channels=3"],
+     "ends in .safetensors"),
     (["--out", "c.npz", "--config.tokenizer.num_codes=0"], "num_codes is 0"),
     (["--out", "c.npz", "--config.tokenizer.num_codes=1000000"], "num_codes is 1000000, but the patches"),
     (["--out", "c.npz", "--config.tokenizer.patch_size=3"], "not divisible"),

@@ -16,11 +16,14 @@ from marjax.tokenizers.codebook import Codebook
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
+from marjax.workdir import claim_workdir, read_workdir
 
 FORMS = ["digits.py", "digits.py:debug", "imagenet256.py", "imagenet256.py:debug", "imagenet256.py:model=mar_large",
          "imagenet256.py:model=mar_huge,debug=false", "imagenet256.py:variant=ar", "imagenet256.py:variant=ar,debug",
          "mnist.py", "mnist.py:variant=ar,model=medium", "mnist.py:variant=random_ar,head=categorical",
-         "mnist.py:head=categorical,debug", "mnist.py:head=regression,model=large"]
+         "mnist.py:head=categorical,debug", "mnist.py:head=regression,model=large", "mnist.py:tokenizer=kl",
+         "mnist.py:tokenizer=vq,head=categorical,debug", "mnist.py:tokenizer=vq,debug", "folder.py:debug",
+         "folder.py:size=128,variant=random_ar,debug"]
 
 
 def load(form):
@@ -121,7 +124,7 @@ def test_bad_arguments(form, says):
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("train.batch_size", "0", "give at least 1"),
     ("train.accumulate", "3", "not divisible by train.accumulate"),
-    ("tokenizer.name", "vae", "one of codebook, kl16, pixels"),
+    ("tokenizer.name", "vae", "one of codebook, kl, kl16, kl8, pixels, vq, vq16"),
     ("train.steps", "0", "at least 1"),
 ])
 def test_bad_overrides(key, value, says):
@@ -131,13 +134,13 @@ def test_bad_overrides(key, value, says):
 
 def test_workdir_keeps_its_config(tmp_path):
     config = config_lib.resolve(load("digits.py"))
-    config_lib.claim_workdir(tmp_path / "run", config)
-    config_lib.claim_workdir(tmp_path / "run", config)
-    assert config_lib.read_workdir(tmp_path / "run") == config
+    claim_workdir(tmp_path / "run", config)
+    claim_workdir(tmp_path / "run", config)
+    assert read_workdir(tmp_path / "run") == config
 
     def start(**fields):
         given = {key.replace("__", "."): value for key, value in fields.items()}
-        config_lib.claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, given)))
+        claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, given)))
 
     with pytest.raises(UserError, match=r"seed \(was 0, now 1\), train.lr \(was 0.002, now 0.003\)"):
         start(train__lr=0.003, seed=1)
@@ -145,24 +148,24 @@ def test_workdir_keeps_its_config(tmp_path):
         start(train__steps=7)
     with pytest.raises(UserError, match="train.schedule"):
         start(train__schedule="cosine", train__steps=9000)
-    assert config_lib.read_workdir(tmp_path / "run") == config
+    assert read_workdir(tmp_path / "run") == config
     start(train__steps=9000, log__every=3, mesh__data=1, model__remat="full")
-    assert config_lib.read_workdir(tmp_path / "run").train.steps == 9000
+    assert read_workdir(tmp_path / "run").train.steps == 9000
 
 
 def test_foreign_folders(tmp_path):
     config = config_lib.resolve(load("digits.py"))
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"no config\.json: give an empty or new folder"):
-        config_lib.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="does not exist"):
-        config_lib.read_workdir(tmp_path / "none")
+        read_workdir(tmp_path / "none")
     with pytest.raises(UserError, match=r"has no config\.json"):
-        config_lib.read_workdir(tmp_path)
+        read_workdir(tmp_path)
     for content in ("{", "[1]", json.dumps({"model": {"width": 3}})):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config\.json is not"):
-            config_lib.read_workdir(tmp_path)
+            read_workdir(tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
-        config_lib.claim_workdir("/proc/nothing", config)
+        claim_workdir("/proc/nothing", config)

@@ -11,6 +11,7 @@ from marjax import sample, train
 from marjax.cli import main, parse_labels
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
+from marjax.workdir import read_workdir
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_benchmark_times_the_cache_against_recomputing(capsys):
 
 def test_one_program_for_other_scales_and_temperatures(run):
     sampler, params = open_sampler(run, cfg=2.0, temperature=1.0)
-    config = config_lib.read_workdir(run)
+    config = read_workdir(run)
 
     def settings(**fields):
         given = {f"sample.{key}": value for key, value in fields.items()}

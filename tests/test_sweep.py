@@ -138,8 +138,7 @@ def test_a_slip_in_the_last_point_starts_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
+def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
     file, root = write(tmp_path, {"seed": 1}), tmp_path / "root"
     command = ["sweep", file, "--root", str(root)]
     assert cli.main([*command, "--jobs", "2"]) == 1

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import time
 
 import jax
 import numpy as np
@@ -43,9 +45,13 @@ def test_four_steps_are_two_and_two_more(tmp_path, codebook, variant, head):
                for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(whole.params), strict=True))
     assert_same(train(config, parts), whole)
     assert lines(parts) == lines(whole_dir) and [row["step"] for row in lines(parts)] == [1, 2, 3, 4]
-    # A third start has nothing to do.
-    assert_same(train(config, parts), whole)
-    assert lines(parts) == lines(whole_dir)
+
+
+def test_a_run_that_is_complete_is_left_alone(undisturbed):
+    whole, workdir = undisturbed
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert_same(train(make_digits(), workdir), whole)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_codebook_is_refused(tmp_path, codebook):
@@ -71,7 +77,7 @@ def test_another_codebook_is_refused(tmp_path, codebook):
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
         tmp_path, undisturbed, caplog, how):
     whole, whole_dir = undisturbed
-    train(make_digits(), tmp_path)
+    shutil.copytree(whole_dir, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "4"
     files = [path for path in (newest / "params").rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
@@ -123,15 +129,17 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
 
 def test_refusals_before_anything_is_written(tmp_path):
     for overrides, says in (({"data.split": "train[5:5]"}, "empty|no examples"), ({"mesh.data": 3}, "needs 3 devices"),
-                            ({"tokenizer.name": "kl16", "data.image_size": 64, "sample.num_iter": 4}, "kl16"),
+                            ({"tokenizer.name": "kl16", "data.image_size": 64, "data.channels": 3,
+                              "sample.num_iter": 4},
+                             "path is empty, but tokenizer 'kl16' is a file: marjax convert"),
                             ({"data.source": "cats"}, "cats")):
         with pytest.raises(UserError, match=says):
             train(config_lib.apply_overrides(make_digits(), overrides), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    train(make_digits(), tmp_path)
+def test_a_checkpoint_of_another_shape_is_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"width": 32', '"width": 64'))
     with pytest.raises(UserError, match="checkpoint of another model"):
@@ -152,3 +160,22 @@ def test_what_a_run_leaves(tmp_path):
     names = set().union(*rows)
     assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter1", "train/grad_norm", "train/param_norm",
             "train/lr", "perf/images_per_sec_per_chip", "perf/mfu", "data/wait_frac"} <= names
+
+
+def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
+    """A slow source shows in data/wait_frac, one that keeps up does not."""
+    from marjax.data.pipeline import Batches
+
+    def share(workdir):
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return np.median([row["data/wait_frac"] for row in rows if "data/wait_frac" in row])
+
+    following = Batches.__next__
+
+    def slow(self):
+        time.sleep(0.5)
+        return following(self)
+
+    monkeypatch.setattr(Batches, "__next__", slow)
+    train(make_digits(), tmp_path / "slow")
+    assert share(tmp_path / "slow") > 0.6 > share(undisturbed[1])

@@ -1,8 +1,9 @@
 """Checkpoints of a training run: asynchronous saves, restores that notice damage, and what to keep.
 
 A checkpoint is the directory `<directory>/<step>` with four parts: the trees `params`, `ema` and `optimizer`, and
-`meta`, a JSON file with the caller's own values, and the shape, dtype and checksum of every array. Storage is Orbax's,
-which restores overwritten bytes without a word; the checksums are how they are noticed.
+`meta`, a JSON file with the caller's own values, and the shape, dtype and checksum of every array. One that was made of
+weights alone lacks some of the trees. Storage is Orbax's, which restores overwritten bytes without a word; the
+checksums are how they are noticed.
 """
 
 import asyncio
@@ -130,12 +131,23 @@ class Checkpoints:
         self._manager.reload()
         return sorted(int(step) for step in self._manager.all_steps())
 
-    def save(self, step: int, *, params: PyTree, ema: PyTree, optimizer: PyTree, meta: Mapping[str, Any]) -> None:
+    def trees(self, step: int | None = None) -> list[str]:
+        """The trees that a checkpoint has, those of the newest with readable metadata if step is None, else all."""
+        for each in reversed(self.steps()):
+            if step in (None, each):
+                try:
+                    return _trees_of(_read_meta(self.directory / str(each) / META))
+                except _DamageError:
+                    continue  # which `restore` tells
+        return list(TREES)
+
+    def save(self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None,
+             meta: Mapping[str, Any]) -> None:
         """Saves a checkpoint. On return the arrays are copied, and may be donated; writing goes on in the background.
 
         Args:
           step: greater than every step there is.
-          params, ema, optimizer: trees of jax arrays, none of them empty.
+          params, ema, optimizer: trees of jax arrays, none of them empty; those left out can never be restored.
           meta: JSON values.
 
         Raises:
@@ -151,7 +163,8 @@ class Checkpoints:
                 f"Cannot save step {step}: {self.directory} already has step {newest}. "
                 "Continue from that step, move it away, or save to another directory."
             )
-        trees = {"params": params, "ema": ema, "optimizer": optimizer}
+        given = {"params": params, "ema": ema, "optimizer": optimizer}
+        trees = {name: tree for name, tree in given.items() if tree is not None}
         leaves = checksums.paths(trees)
         for path, leaf in leaves.items():
             if not isinstance(leaf, jax.Array) or leaf.size == 0:
@@ -280,6 +293,14 @@ class Checkpoints:
                 f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version of marjax "
                 "that wrote it."
             )
+        there = _trees_of(meta)
+        if not set(targets) <= set(there):
+            missing = [name for name in TREES if name in targets and name not in there]
+            raise UserError(
+                f"Checkpoint {path} has only {' and '.join(there)}, not {' and '.join(missing)}: it was made of "
+                "weights alone. Sample with --weights ema or raw, whichever it has (raw are params); training cannot "
+                "go on from it."
+            )
         _check_fit(meta["arrays"], targets, path)
 
         items: dict[str, PyTree] = {}
@@ -342,6 +363,10 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
     if not whole:
         raise _DamageError(f"wrong checksum of {META}")
     return body
+
+
+def _trees_of(meta: dict[str, Any]) -> list[str]:
+    return [name for name in TREES if any(path.split("/")[0] == name for path in meta["arrays"])]
 
 
 def _digest(body: dict[str, Any]) -> str:

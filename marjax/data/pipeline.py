@@ -11,11 +11,12 @@ on itself, which is more than a step of a small model takes.
 """
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import grain
 import ml_collections
@@ -23,19 +24,18 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
+from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
-from marjax.data.sources import ArraySource, Pixels, Source, open_source
+from marjax.data.sources import open_source
 from marjax.errors import UserError
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
 _ORDER, _AUGMENT = 0, 1
 
 
-class Batch(TypedDict):
-    """This host's rows of a batch: `image` uint8 (local_batch, S, S, C), `label` int32 (local_batch,)."""
-
-    image: Pixels
-    label: npt.NDArray[np.int32]
+# This host's rows of a batch: `image` uint8 (local_batch, S, S, C), or `moments` (local_batch, ...) of a latent cache,
+# and `label` int32 (local_batch,).
+Batch = dict[str, npt.NDArray[Any]]
 
 
 class Batches(Iterator[Batch]):
@@ -66,6 +66,8 @@ class Batches(Iterator[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         train: bool = True,
+        examples: Examples | None = None,
+        first: int = 0,
     ):
         """Opens the source; nothing is read before the first batch.
 
@@ -78,6 +80,9 @@ class Batches(Iterator[Batch]):
           process_index: which of `process_count` hosts this is.
           process_count: the number of hosts.
           train: see the class.
+          examples: what to read in place of the images of `data`, such as a latent cache; of `data`, `workers` is then
+            all that counts.
+          first: without `train`, where the one pass begins, below `num_examples`: row 0 of step 0 is this example.
 
         Raises:
           UserError: for any argument or config field out of its range, and whatever `open_source` raises.
@@ -95,12 +100,16 @@ class Batches(Iterator[Batch]):
             raise UserError(f"start_step={start_step} is negative: expected the number of batches to skip.")
         if workers < 0:
             raise UserError(f"data.workers={workers} is negative: expected 0 (threads only) or a number of processes.")
-        preprocess = Preprocess(int(data.image_size), int(data.channels), bool(data.flip) and train)
-        source = open_source(data)
-        self.num_examples = len(source)
-        self.num_batches = None if train else -(-self.num_examples // batch_size)
+        if examples is None:
+            preprocess = Preprocess(int(data.image_size), int(data.channels), bool(data.flip) and train)
+            examples = Images(open_source(data), preprocess)
+        self.num_examples = len(examples)
+        if first and (train or not 0 <= first < self.num_examples):
+            raise UserError(f"first={first} is out of range: expected 0 to {self.num_examples - 1}, or 0 in training.")
+        self.num_batches = None if train else -(-(self.num_examples - first) // batch_size)
         self._iterator: grain.DatasetIterator | None = None
-        steps = _Steps(source, preprocess, batch_size, seed, process_index, process_count, train)
+        self._workers = workers
+        steps = _Steps(examples, batch_size, seed, process_index, process_count, train, first)
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
     def __next__(self) -> Batch:
@@ -121,6 +130,9 @@ class Batches(Iterator[Batch]):
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
+            del iterator
+            if self._workers:  # Grain's last batches lie in shared memory and in reference cycles
+                gc.collect()
 
     def __enter__(self) -> Self:
         return self
@@ -136,48 +148,45 @@ class _Steps:
 
     def __init__(
         self,
-        source: Source,
-        preprocess: Preprocess,
+        examples: Examples,
         batch_size: int,
         seed: int,
         process_index: int,
         process_count: int,
         train: bool,
+        first: int,
     ):
-        self.source = source
-        self._preprocess = preprocess
+        self.examples = examples
         self._batch_size = batch_size
         self._seed = seed
         self._process_index = process_index
         self._process_count = process_count
         self._train = train
+        self._first = first
 
     def __len__(self) -> int:
-        return sys.maxsize if self._train else -(-len(self.source) // self._batch_size)
+        return sys.maxsize if self._train else -(-(len(self.examples) - self._first) // self._batch_size)
 
     def __getitem__(self, step: int, /) -> Batch:
         local = self._batch_size // self._process_count
-        positions = step * self._batch_size + self._process_index * local + np.arange(local)
-        size = self._preprocess.image_size
-        images = np.empty((len(positions), size, size, self._preprocess.channels), np.uint8)
+        positions = self._first + step * self._batch_size + self._process_index * local + np.arange(local)
+        rows = np.empty((len(positions), *self.examples.shape), self.examples.dtype)
         labels = np.empty(len(positions), np.int32)
         rng, state = _generator(self._seed)
-        examples = zip(positions.tolist(), self._examples_at(positions).tolist(), strict=True)
-        for row, (position, index) in enumerate(examples):
+        indices = self._indices_at(positions).tolist()
+        for row, (position, index) in enumerate(zip(positions.tolist(), indices, strict=True)):
             # Moving one generator to a position takes a quarter of the time of making one there.
             state["state"]["counter"][:] = (0, 0, _AUGMENT, position)
             rng.bit_generator.state = state
-            element = self._preprocess(self.source[index], rng)
-            images[row] = element["image"]
-            labels[row] = element["label"]
-        return {"image": images, "label": labels}
+            rows[row], labels[row] = self.examples.read(index, rng)
+        return {self.examples.kind: rows, "label": labels}
 
-    def _examples_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        epochs, indices = np.divmod(positions, len(self.source))
+    def _indices_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epochs, indices = np.divmod(positions, len(self.examples))
         if self._train:
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
                 rows = epochs == epoch
-                indices[rows] = _order(len(self.source), self._seed, epoch)[indices[rows]]
+                indices[rows] = _order(len(self.examples), self._seed, epoch)[indices[rows]]
         return indices
 
 
@@ -198,7 +207,7 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
     dataset = grain.MapDataset.source(steps)[start_step:]
     # Each thread makes one batch at a time and each place in the buffer holds one. Decoding gains by more threads;
     # what is in memory already needs one, to work ahead of the accelerator.
-    if isinstance(steps.source, ArraySource):
+    if steps.examples.in_memory:
         threads = 1
     elif workers:
         threads = 2
@@ -210,4 +219,11 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
     if not flags.FLAGS.is_parsed():
         # Grain's workers inherit its flags. Without absl.app (notebooks, tests) nobody has parsed any.
         flags.FLAGS.mark_as_parsed()
-    return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    shared = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    # Copied out of the workers' shared memory, by a thread of its own: what still lies there when the program ends is
+    # complained about, and lost until then.
+    return grain.experimental.ThreadPrefetchIterDataset(shared.map(_copied), prefetch_buffer_size=1)
+
+
+def _copied(batch: Batch) -> Batch:
+    return {key: np.array(rows) for key, rows in batch.items()}

@@ -8,6 +8,8 @@ from PIL import Image
 from marjax.data.sources import Element, Pixels
 from marjax.errors import UserError
 
+CROP = "center"  # what `center_crop` does; another crop needs another name, for caches record it
+
 
 def center_crop(image: Pixels, size: int) -> Pixels:
     """The central square of `image`, its shorter side scaled to `size`.
@@ -57,6 +59,11 @@ def to_channels(image: Pixels, channels: int) -> Pixels:
     return np.asarray(Image.fromarray(np.ascontiguousarray(colour)).convert("L"))[..., None]
 
 
+def draw_flip(rng: np.random.Generator) -> bool:
+    """Whether to mirror this image: half of all."""
+    return bool(rng.random() < 0.5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """Turns a source's element into a training example; fits Grain's `random_map`.
@@ -87,6 +94,6 @@ class Preprocess:
         if image.shape[2] > self.channels:
             image = to_channels(image, self.channels)
         image = to_channels(center_crop(image, self.image_size), self.channels)
-        if self.flip and rng.random() < 0.5:
+        if self.flip and draw_flip(rng):
             image = image[:, ::-1]
         return {"image": image, "label": element["label"]}

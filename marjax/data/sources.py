@@ -6,6 +6,7 @@ are the pipeline's business. Sources are picklable, since worker processes hold 
 
 import difflib
 import functools
+import glob
 import io
 import os
 import re
@@ -29,7 +30,13 @@ class Element(TypedDict):
 
 
 class Source(Protocol):
-    """A finite, picklable sequence of examples."""
+    """A finite, picklable sequence of examples.
+
+    Attributes:
+      num_classes: labels lie in [0, num_classes).
+    """
+
+    num_classes: int
 
     def __len__(self) -> int:
         """How many examples there are, at least 1."""
@@ -48,26 +55,28 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
       "tfds:NAME[/CONFIG][:VERSION]": a data set with the features "image" and "label", prepared in the array_record
         format below `data.data_dir` ("" means the default directory of TFDS).
     `data.split` is a split's name ("train" or "all" of the first two) or a slice of it, such as "train[:1000]" or
-    "train[90%:]". Labels lie in [0, `data.num_classes`).
+    "train[90%:]". Labels lie in [0, `data.num_classes`); None stands for as many classes as the data set says it has.
 
     Raises:
       UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
-        features; a package that is not installed; more classes in the data than in the config.
+        features; a package that is not installed; more classes in the data than in the config, or no number in either.
     """
     source, split = str(data.source), str(data.split)
+    num_classes = None if data.num_classes is None else int(data.num_classes)
     if source == "digits":
-        return _open_arrays(source, _digits(), split, int(data.num_classes))
+        return _open_arrays(source, _digits(), split, num_classes)
     if source == "mnist":
-        return _open_arrays(source, _mnist(), split, int(data.num_classes))
+        return _open_arrays(source, _mnist(), split, num_classes)
     if source.startswith("tfds:"):
-        return _open_tfds(source, str(data.data_dir), split, int(data.num_classes))
+        return _open_tfds(source, str(data.data_dir), split, num_classes)
     raise UserError(f"data.source={source!r} is unknown: expected 'digits', 'mnist' or 'tfds:NAME[/CONFIG][:VERSION]'.")
 
 
 class ArraySource:
     """Examples held in memory: `images` uint8 (N, H, W, C), `labels` (N,)."""
 
-    def __init__(self, images: Pixels, labels: npt.NDArray[Any]):
+    def __init__(self, images: Pixels, labels: npt.NDArray[Any], num_classes: int):
+        self.num_classes = num_classes
         self._images = images
         self._labels: list[int] = labels.tolist()
 
@@ -88,7 +97,7 @@ class TfdsSource:
     def __init__(self, reader: Any, name: str, num_classes: int):
         self._reader = reader
         self._name = name
-        self._num_classes = num_classes
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -98,7 +107,7 @@ class TfdsSource:
             record = self._reader[index]
             image = record["image"]
             if isinstance(image, bytes):
-                image = _decode(image)
+                image = decode(image)
         except Exception as error:
             # Whatever went wrong has to cross a process boundary, and so is put into a plain message.
             raise UserError(
@@ -118,19 +127,21 @@ class TfdsSource:
 
     def _checked_label(self, label: Any, index: int) -> int:
         given = np.asarray(label)
-        if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < self._num_classes:
+        if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < self.num_classes:
             raise UserError(
                 f"{self._name}: example {index} has the label {label!r}, expected an integer in "
-                f"[0, {self._num_classes}): set data.num_classes, or choose a split with labels."
+                f"[0, {self.num_classes}): set data.num_classes, or choose a split with labels."
             )
         return int(given)
 
 
-def _open_arrays(source: str, arrays: tuple[Pixels, npt.NDArray[Any]], split: str, num_classes: int) -> ArraySource:
+def _open_arrays(
+    source: str, arrays: tuple[Pixels, npt.NDArray[Any]], split: str, num_classes: int | None
+) -> ArraySource:
     images, labels = arrays
-    _check_num_classes(source, len(np.unique(labels)), num_classes)
+    num_classes = _checked_num_classes(source, len(np.unique(labels)), num_classes)
     chosen = _slice_of(split, source, len(images))
-    return ArraySource(images[chosen], labels[chosen])
+    return ArraySource(images[chosen], labels[chosen], num_classes)
 
 
 def _digits() -> tuple[Pixels, npt.NDArray[Any]]:
@@ -181,7 +192,7 @@ def _slice_of(split: str, source: str, size: int) -> slice:
     return slice(start, stop)
 
 
-def _open_tfds(source: str, data_dir: str, split: str, num_classes: int) -> TfdsSource:
+def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) -> TfdsSource:
     """Raises UserError for all that can be wrong with a data set before its first example is read."""
     name = source.removeprefix("tfds:")
     if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\w.*]+)?", name):
@@ -197,8 +208,7 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int) -> Tfds
             f"data.source={source!r} has the features {sorted(features or ())}, expected 'image' and 'label': "
             "choose a data set for image classification."
         )
-    if isinstance(features["label"], tfds.features.ClassLabel) and features["label"].num_classes is not None:
-        _check_num_classes(source, features["label"].num_classes, num_classes)
+    num_classes = _checked_num_classes(source, getattr(features["label"], "num_classes", None), num_classes)
     try:
         reader = builder.as_data_source(split=split)
     except Exception as error:
@@ -220,9 +230,12 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         if base in known or os.path.isdir(os.path.join(data_dir, base)):
             problem = f"there is a {base!r}, but not in this config or version"
+            if glob.glob(os.path.join(glob.escape(os.path.join(data_dir, base)), "*.preparing")):
+                problem = f"`marjax prepare` has not finished {base!r}: start it again, it goes on from where it was"
         else:
             close = difflib.get_close_matches(base, known, 1)
             problem = "TFDS knows no such data set" + (f" (did you mean {close[0]!r}?)" if close else "")
+            problem += ", and `marjax prepare --images DIR --out` has made none of this name there"
         cause: Exception = error
     except ImportError as error:
         problem, cause = f"it is not prepared there, and to prepare it TFDS needs {error.name or 'TensorFlow'}", error
@@ -239,9 +252,10 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     name, directory = source.removeprefix("tfds:"), str(builder.data_path)
     if not builder.is_prepared():
         return (
-            f"data.source={source!r} is not prepared in {directory}: run `tfds build {name} "
-            "--file_format=array_record` with the --data_dir that data.data_dir names (that needs TensorFlow, reading "
-            "does not)."
+            f"data.source={source!r} is not prepared in {directory}: run `"
+            + ("marjax prepare --imagenet TAR TAR --out` with the folder" if name == "imagenet2012" else
+               f"tfds build {name} --file_format=array_record` (which needs TensorFlow) with the --data_dir")
+            + " that data.data_dir names."
         )
     if isinstance(error, NotImplementedError):
         return (
@@ -260,19 +274,24 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     return f"data.source={source!r} in {directory} cannot be read ({_first_line(error)}): prepare it again."
 
 
-def _check_num_classes(source: str, declared: int, num_classes: int) -> None:
-    if declared > num_classes:
+def _checked_num_classes(source: str, declared: int | None, num_classes: int | None) -> int:
+    if num_classes is None:
+        if declared is None:
+            raise UserError(f"data.source={source!r} does not say how many classes it has: set data.num_classes.")
+        return declared
+    if declared is not None and declared > num_classes:
         raise UserError(
             f"data.source={source!r} has {declared} classes, more than data.num_classes={num_classes}: set "
             f"data.num_classes={declared}."
         )
+    return num_classes
 
 
 def _empty(source: str, split: str) -> str:
     return f"data.split={split!r} of {source!r} is empty: choose a split or a slice with at least one example."
 
 
-def _decode(encoded: bytes) -> Pixels:
+def decode(encoded: bytes) -> Pixels:
     """The pixels of an image file: (H, W, 1) if it is grey, else (H, W, 3). As in the reference, alpha is dropped and
     the EXIF orientation ignored."""
     try:

@@ -1,6 +1,5 @@
 """Sampled images as files: grids, PNG and npz, written whole or not at all."""
 
-import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from etils import epath
 from PIL import Image
 
 from marjax.errors import UserError
+from marjax.files import write_bytes
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -55,24 +55,11 @@ def write_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
     """Writes uint8 (H, W, 3). Raises UserError."""
     data = io.BytesIO()
     Image.fromarray(picture).save(data, format="png")
-    _write(path, data.getvalue())
+    write_bytes(path, data.getvalue())
 
 
 def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
     """Writes arrays under their names. Raises UserError."""
     data = io.BytesIO()
     np.savez(data, **arrays)  # type: ignore[arg-type]
-    _write(path, data.getvalue())
-
-
-def _write(path: str | os.PathLike[str], data: bytes) -> None:
-    target = epath.Path(path)
-    partial = target.parent / f"{target.name}.partial"
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
-                        f"folder") from None
+    write_bytes(path, data.getvalue())

@@ -16,18 +16,19 @@ from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
+from marjax.workdir import read_workdir
 
 
-def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0, weights: str = "ema",
-           step: int | None = None, first_index: int = 0, tokenizer_path: str | None = None,
-           **settings: Any) -> np.ndarray:
+def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0,
+           weights: str | None = None, step: int | None = None, first_index: int = 0,
+           tokenizer_path: str | None = None, **settings: Any) -> np.ndarray:
     """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
 
     Args:
       workdir: of a training run.
       labels: classes; -1 asks for no class.
       seed: of all randomness, in [0, 2^32).
-      weights: "ema" or "raw".
+      weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
       step: of the checkpoint, or None for the newest whole one.
       first_index: index of the first image.
       tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
@@ -52,7 +53,7 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
     return sampler(params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels)))
 
 
-def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step: int | None = None,
+def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
                  tokenizer_path: str | None = None, **settings: Any) -> tuple[Sampler, Any]:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.
 
@@ -61,9 +62,9 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str = "ema", step:
     return _open(_config(workdir, tokenizer_path, settings), workdir, weights, step)
 
 
-def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str,
+def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
           step: int | None) -> tuple[Sampler, Any]:
-    if weights not in ("ema", "raw"):
+    if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
@@ -72,8 +73,8 @@ def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], we
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
-    item = "params" if weights == "raw" else "ema"
     with Checkpoints(folder, read_only=True) as checkpoints:
+        item = "params" if weights == "raw" or (weights is None and "ema" not in checkpoints.trees(step)) else "ema"
         restored = checkpoints.restore({item: abstract_params(generator, mesh)}, step)
     if restored is None:
         raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
@@ -85,4 +86,4 @@ def _config(workdir: str | os.PathLike[str], tokenizer_path: str | None,
     given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
     if tokenizer_path is not None:
         given["tokenizer.path"] = tokenizer_path
-    return config_lib.resolve(config_lib.apply_overrides(config_lib.read_workdir(workdir), given))
+    return config_lib.resolve(config_lib.apply_overrides(read_workdir(workdir), given))

@@ -120,6 +120,7 @@ class Sampler:
     def __init__(self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings,
                  mesh: Mesh) -> None:
         self.generator, self.settings, self.mesh, self.tokenizer = generator, settings, mesh, tokenizer
+        self.tokenizer_params = sharding.put_whole(tokenizer.params, mesh)
 
         def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
                     guidance_n: jax.Array | None, temperature: jax.Array, choice_n: jax.Array | None) -> jax.Array:
@@ -152,7 +153,7 @@ class Sampler:
         scales, choice = (None if each is None else np.asarray(each, np.float32)
                           for each in (self.settings.guidance, self.settings.choice))
         rows = sharding.put_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
-        return (params, self.tokenizer.params, rows[0], np.uint32(seed), rows[1], scales,
+        return (params, self.tokenizer_params, rows[0], np.uint32(seed), rows[1], scales,
                 np.float32(self.settings.temperature), choice)
 
     def __call__(self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *,

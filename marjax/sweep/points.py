@@ -18,6 +18,7 @@ from marjax import config as config_lib
 from marjax.errors import TrainingError, UserError
 from marjax.sweep.definition import Sweep, load
 from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
+from marjax.workdir import FREE_FIELDS, read_workdir
 
 PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, none of which can start like this
 
@@ -112,7 +113,7 @@ class Plan:
         workdir = self.root / name
         try:
             before, after = (_fields_that_count(config) for config in (
-                config_lib.read_workdir(workdir), self.configs[name]))
+                read_workdir(workdir), self.configs[name]))
         except UserError as error:
             return str(error)
         keys = [key for key in sorted(before) if before[key] != after[key] and key != "tokenizer.checksum"]
@@ -177,7 +178,7 @@ def fingerprint(config: ConfigDict) -> str:
 
 
 def _fields_that_count(config: ConfigDict) -> dict[str, Any]:
-    free = tuple(key for key in config_lib.FREE_FIELDS if key != "sample.")  # `measure` may well sample
+    free = tuple(key for key in FREE_FIELDS if key != "sample.")  # `measure` may well sample
     return {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(free)}
 
 

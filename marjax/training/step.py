@@ -14,11 +14,10 @@ from jax.sharding import Mesh
 
 from marjax import sharding
 from marjax.models.generator import Generator, LossRandomness
-from marjax.tokenizers import Tokenizer, TokenShape
+from marjax.tokenizers import Cacheable, Tokenizer, TokenShape
 from marjax.training.optimizer import ema_decay, learning_rate
+from marjax.training.run import Metrics
 from marjax.training.state import TrainState
-
-Metrics = dict[str, jax.Array]
 
 
 def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -88,17 +87,21 @@ def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tok
                     mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted step (state, batch, tokenizer params) -> (state, metrics); the state is donated.
 
-    The batch has "image", uint8 (B, H, W, C), and "label", int32 (B,), sharded along B. Metrics are float32 scalars
+    The batch has "image", uint8 (B, H, W, C), or else "moments" of a `tokenizers.Cacheable`, (B, ...), and "label",
+    int32 (B,), sharded along B. Metrics are float32 scalars
     by their final names; "finite" is 1 while loss, gradient and updated parameters are.
     """
     schedule = learning_rate(config.train)
 
     def step(state: TrainState, batch: Any, tokenizer_params: Any) -> tuple[TrainState, Metrics]:
         key_tokenizer, key_loss, key_dropout = step_keys(config.seed, state.step)
-        image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        latent = tokenizer.encode(tokenizer_params, image, key_tokenizer)
+        if "moments" in batch:  # of a latent cache: the tokenizer's network has been run ahead
+            assert isinstance(tokenizer, Cacheable)
+            latent = tokenizer.latents(tokenizer_params, batch["moments"], key_tokenizer)
+        else:
+            latent = tokenizer.encode(tokenizer_params, batch["image"].astype(jnp.float32) / 127.5 - 1.0, key_tokenizer)
         tokens_BxLxD = tokens.patchify(latent)
-        rand = generator.draw_loss_randomness(key_loss, image.shape[0])
+        rand = generator.draw_loss_randomness(key_loss, latent.shape[0])
         rand = jax.lax.with_sharding_constraint(rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
         with sharding.logical_rules(mesh):
             means, grads = loss_and_grads(generator, state.params, tokens_BxLxD, batch["label"], rand, key_dropout,

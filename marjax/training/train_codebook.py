@@ -1,4 +1,4 @@
-"""Training of a tokenizer: k-means over the patches of all images.
+"""Training of a codebook: k-means over the patches of all images.
 
 Shapes: N images, L patches an image, K codes of D values, P patches k-means sees, U different ones among them.
 """

@@ -1,0 +1,54 @@
+"""What a batch is made of: single examples, ready for the model, by index."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from marjax.data.preprocess import Preprocess
+from marjax.data.sources import ArraySource, Pixels, Source
+
+
+class Examples(Protocol):
+    """Random access to examples of one shape; picklable, since worker processes hold a copy each.
+
+    Attributes:
+      kind: the name of their array in a batch.
+      shape: of one.
+      dtype: of all.
+      in_memory: whether reading one takes next to no time.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    in_memory: bool
+
+    def __len__(self) -> int:
+        """How many there are, at least 1."""
+
+    def read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], int]:
+        """Example `index` of `range(len(self))`, augmented by `rng`, and its label.
+
+        Raises UserError, naming it, where it is unusable.
+        """
+
+
+class Images:
+    """The images of a source, cropped and perhaps mirrored: uint8 (S, S, C)."""
+
+    kind = "image"
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+
+    def __init__(self, source: Source, preprocess: Preprocess) -> None:
+        self.shape: tuple[int, ...] = (preprocess.image_size, preprocess.image_size, preprocess.channels)
+        self.in_memory = isinstance(source, ArraySource)
+        self._source, self._preprocess = source, preprocess
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int, rng: np.random.Generator) -> tuple[Pixels, int]:
+        """See `Examples`."""
+        element = self._preprocess(self._source[index], rng)
+        return element["image"], element["label"]

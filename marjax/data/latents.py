@@ -1,0 +1,239 @@
+"""Latents computed ahead of training: what a cache of them says of itself, and its examples.
+
+A cache is a folder with `manifest.json` and ArrayRecord files. Record i * F + f is example i in the source's order, as
+it is (f = 0) or mirrored (f = 1), F being 2 in a cache with flips and else 1: its label, int32, and then its moments
+(see `marjax.tokenizers.protocol.Cacheable`), both little-endian, the latter in row-major order.
+
+Legend: N examples, h x w latents.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from marjax.data.preprocess import CROP, draw_flip
+from marjax.errors import UserError
+
+MANIFEST = "manifest.json"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)}
+_LABEL_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cache holds, and of which images by which tokenizer.
+
+    Attributes:
+      checksum: of the tokenizer's weights.
+      source, split: of the images: `config.data.source` and `config.data.split`.
+      image_size, channels: of the images, after the crop.
+      crop: how they were cropped (`marjax.data.preprocess.CROP`).
+      num_examples: N.
+      num_classes: labels lie in [0, num_classes).
+      flips: whether every image is there mirrored too.
+      shape: of the moments of one image.
+      dtype: of the moments as they are stored, a key of DTYPES.
+      compute_dtype: of the tokenizer's convolutions.
+      shard_examples: examples in every file but the last, which may hold fewer.
+      format: of the records.
+    """
+
+    checksum: str
+    source: str
+    split: str
+    image_size: int
+    channels: int
+    crop: str
+    num_examples: int
+    num_classes: int
+    flips: bool
+    shape: tuple[int, ...]
+    dtype: str
+    compute_dtype: str
+    shard_examples: int
+    format: int = 1
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_examples // self.shard_examples)
+
+    @property
+    def record_bytes(self) -> int:
+        return _LABEL_BYTES + math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def shard_file(self, shard: int) -> str:
+        return f"latents.array_record-{shard:05d}-of-{self.num_shards:05d}"
+
+    def examples_of(self, shard: int) -> range:
+        start = shard * self.shard_examples
+        return range(start, min(start + self.shard_examples, self.num_examples))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises ValueError, TypeError or KeyError: it is none."""
+        fields = json.loads(text)
+        for field in dataclasses.fields(cls):
+            kind = {"int": int, "str": str, "bool": bool}.get(str(getattr(field.type, "__name__", field.type)))
+            if kind and type(fields.get(field.name)) is not kind:
+                raise ValueError(f"{field.name} is {fields.get(field.name)!r}")
+        made = cls(**fields | {"shape": tuple(int(size) for size in fields["shape"])})
+        if made.format != 1 or made.dtype not in DTYPES or min(made.num_examples, made.shard_examples, *made.shape) < 1:
+            raise ValueError(f"format {made.format}, {made.num_examples} examples of {made.dtype} {made.shape}")
+        return made
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """How a cache differs from another, a line each."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name))
+                 for field in dataclasses.fields(self))
+        return [f"{name} {mine!r} instead of {others!r}" for name, mine, others in pairs if mine != others]
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a finished cache. Raises UserError: there is none, or it cannot be read."""
+    path = os.path.join(os.path.expanduser(folder), MANIFEST)
+    try:
+        with open(path) as file:
+            return Manifest.from_json(file.read())
+    except FileNotFoundError:
+        if os.path.exists(os.path.join(os.path.dirname(path), f"plan-{MANIFEST}")):
+            raise UserError(f"the latent cache {folder} is not finished: start its marjax cache-latents again, which "
+                            f"goes on from where it was") from None
+        raise UserError(f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents "
+                        f"--out {folder}, or leave config.data.cache empty") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): make the cache again with marjax "
+                        f"cache-latents --overwrite") from None
+
+
+def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    """Checks that training from the cache is training on `config.data` with the tokenizer at hand.
+
+    Args:
+      manifest: of the cache `config.data.cache`.
+      config: resolved.
+      checksum: of the tokenizer's weights.
+      shape: of one image's moments under it.
+      dtype: of these, before they are stored.
+
+    Raises:
+      UserError: a difference, naming all of them.
+    """
+    data = config.data
+    wanted = {"checksum": checksum, "source": data.source, "split": data.split, "image_size": data.image_size,
+              "channels": data.channels, "crop": CROP, "shape": tuple(shape)}
+    odd = [f"{name} {getattr(manifest, name)!r} instead of {value!r}" for name, value in wanted.items()
+           if getattr(manifest, name) != value]
+    if np.issubdtype(np.dtype(dtype), np.integer) != (manifest.dtype == "int32"):
+        odd.append(f"dtype {manifest.dtype} instead of {np.dtype(dtype)}")
+    if data.flip and not manifest.flips:
+        odd.append("no mirrored images, but config.data.flip is set")
+    if manifest.num_classes > data.num_classes:
+        odd.append(f"num_classes {manifest.num_classes} instead of {data.num_classes}")
+    if data.num_examples is not None and manifest.num_examples != data.num_examples:
+        odd.append(f"num_examples {manifest.num_examples} instead of {data.num_examples}")
+    if odd:
+        raise UserError(f"the latent cache {data.cache} is another than the config asks for: it has {'; '.join(odd)}: "
+                        f"give another config.data.cache, make one with marjax cache-latents, or leave it empty to "
+                        f"encode while training")
+
+
+class Latents:
+    """The examples of a cache (see `examples.Examples`): moments, of mirrored images half of the time with `flip`.
+
+    Whether an image is mirrored is decided as for images, so that a cache stands for the images it was made of.
+    """
+
+    kind = "moments"
+    in_memory = False
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, flip: bool) -> None:
+        """Opens every file once.
+
+        Raises:
+          UserError: a file is missing, damaged or of another length than the manifest says; flips that are not there.
+        """
+        if flip and not manifest.flips:
+            raise UserError(f"the latent cache {folder} has no mirrored images: set config.data.flip=False, or make it "
+                            f"again with config.data.flip=True")
+        self.shape, self.dtype = manifest.shape, DTYPES[manifest.dtype]
+        self._manifest, self._flip, self._folder = manifest, flip, os.fspath(folder)
+        self._records = _open(self._folder, manifest)
+
+    def __len__(self) -> int:
+        return self._manifest.num_examples
+
+    def read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], int]:
+        """Moments of example `index`, read-only, and its label. Raises UserError where they cannot be read."""
+        mirrored = self._flip and draw_flip(rng)
+        try:
+            record = self._records[index * (1 + self._manifest.flips) + mirrored]
+            return unpack(record, self._manifest)
+        except Exception as error:  # whatever went wrong has to cross a process boundary
+            raise UserError(f"the latent cache {self._folder}: example {index} cannot be read ({type(error).__name__}: "
+                            f"{(str(error).splitlines() or [''])[0]}): make it again with marjax cache-latents "
+                            f"--overwrite") from error
+
+
+def _open(folder: str, manifest: Manifest) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    paths = [os.path.join(os.path.expanduser(folder), manifest.shard_file(shard))
+             for shard in range(manifest.num_shards)]
+    again = "start its marjax cache-latents again, which makes what is missing"
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        raise UserError(f"the latent cache {folder} lacks {len(missing)} of {len(paths)} files, such as {missing[0]}: "
+                        f"{again}")
+    try:
+        records = ArrayRecordDataSource(paths)
+    except Exception as error:
+        bad = next((path for path in paths if _count(path) is None), folder)
+        raise UserError(f"{bad} is damaged ({(str(error).splitlines() or [''])[0]}): remove it, then {again}") from None
+    each = 1 + manifest.flips
+    if len(records) != manifest.num_examples * each:
+        counts = ((path, _count(path), each * len(manifest.examples_of(shard))) for shard, path in enumerate(paths))
+        path, count, expected = next(found for found in counts if found[1] != found[2])
+        raise UserError(f"{path} has {count} records instead of {expected}: remove it, then {again}")
+    return records
+
+
+def _count(path: str) -> int | None:
+    """How many records a file has; None if it cannot be read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(path)
+        try:
+            return int(reader.num_records())
+        finally:
+            reader.close()
+    except Exception:
+        return None
+
+
+def pack(moments: npt.NDArray[Any], label: int) -> bytes:
+    """The record of one example."""
+    return np.int32(label).astype("<i4").tobytes() + np.ascontiguousarray(moments).tobytes()
+
+
+def unpack(record: bytes, manifest: Manifest) -> tuple[npt.NDArray[Any], int]:
+    """The inverse of `pack`. Raises ValueError: the record is of another size."""
+    if len(record) != manifest.record_bytes:
+        raise ValueError(f"a record has {len(record)} bytes, expected {manifest.record_bytes}")
+    label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
+    return np.frombuffer(record, DTYPES[manifest.dtype], offset=_LABEL_BYTES).reshape(manifest.shape), label
+
+
+def runs(shards: list[int]) -> list[range]:
+    """Neighbouring shards together: [range(0, 2), range(4, 5)] of [0, 1, 4]."""
+    grouped = itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0])
+    return [range(found[0][1], found[-1][1] + 1) for found in (list(group) for _, group in grouped)]

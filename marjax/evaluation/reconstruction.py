@@ -1,0 +1,216 @@
+"""What a tokenizer loses: images through it and back, and the statistics of the latents between.
+
+Legend: N images of S x S pixels and C channels.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from marjax import config as config_lib
+from marjax.codes import nearest
+from marjax.data.pipeline import Batches
+from marjax.data.preprocess import Preprocess
+from marjax.data.sources import decode
+from marjax.errors import UserError
+from marjax.generation.images import beside, grid, make_folder, to_uint8, write_png
+from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer
+from marjax.tokenizers import spec as autoencoder_spec
+
+PICTURE = "reconstructions.png"
+_SHOWN = 32  # images in the picture
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def check(images: str | os.PathLike[str] | None = None, config: ml_collections.ConfigDict | None = None, *,
+          name: str = "", path: str = "", image_size: int | None = None, num_images: int = 256, batch_size: int = 16,
+          seed: int = 0, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Encodes and decodes images, cropped as in training and without flips, and measures what comes back.
+
+    The tokenizer is that of `config`, or else the file at `path` says what it is.
+
+    Args:
+      images: a folder of pictures, which may have folders in it, or None for the config's data.
+      config: as a config file returns it, or resolved; `data` and `tokenizer` count.
+      name: of the tokenizer, instead of `config.tokenizer.name`.
+      path: of its weights, instead of `config.tokenizer.path`.
+      image_size: instead of `config.data.image_size`; 256 without a config.
+      num_images: at most; the first ones.
+      batch_size: at a time.
+      seed: of the draws from a KL posterior.
+      out: a folder for the picture of originals beside reconstructions; None for no picture.
+
+    Returns:
+      `num_images`, `image_size`, `mse` (of values in [-1, 1], reconstructions clipped to that), `psnr` (dB, peak to
+      peak 2, of that error), and of the latents before scaling `mean`, `std` (over everything), `channel_means`,
+      `channel_stds`, `scale` (the 1 / std that makes their standard deviation 1); `codes_used` where they are codes,
+      `picture` where there is one.
+
+    Raises:
+      UserError: no images, one that cannot be read, or a tokenizer that cannot be used.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise UserError(f"num_images is {num_images} and batch_size {batch_size}: give at least 1")
+    if images is None and config is None:
+        raise UserError("no images: give --images DIR, or --config FILE.py for those of a config")
+    tokenizer, data = _open(config, name, path, image_size)
+    batch_size = min(batch_size, num_images)
+    batches = from_config(data, batch_size) if images is None else _from_folder(images, data, batch_size)
+    report, originals, made = measure(tokenizer, batches, num_images, seed, before=lambda: out and make_folder(out))
+    report["image_size"] = int(data.image_size)
+    if out is not None:
+        columns = math.ceil(math.sqrt(len(originals)))
+        write_png(epath.Path(out) / PICTURE, beside([grid(each, columns) for each in (originals, made)]))
+        report["picture"] = os.fspath(epath.Path(out) / PICTURE)
+    return report
+
+
+Batch = tuple[np.ndarray, int]  # uint8 (B, S, S, C), with B the same for all, and how many of the B count
+
+
+def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, seed: int, *,
+            before: Callable[[], Any] = lambda: None) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Sends images through a tokenizer and back; closes `batches`.
+
+    Args:
+      tokenizer: whose `scale` the statistics of the latents do without.
+      batches: of images.
+      num_images: at most, at least 1.
+      seed: of the draws from a KL posterior.
+      before: called once the first batch has been read and fits.
+
+    Returns:
+      What `check` returns, but for `image_size` and `picture`; and the first images, uint8 (N, S, S, C), as they were
+      and as they came back.
+    """
+    book = tokenizer.params.get("codebook") if isinstance(tokenizer.params, dict) else None
+
+    @jax.jit
+    def run(params: Any, original: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        latent = tokenizer.encode(params, original, key)
+        unscaled, codes = latent / tokenizer.scale, None
+        if book is not None and latent.shape[-1] == book.shape[-1]:
+            codes = nearest(unscaled, params["codebook"])
+        return unscaled, jnp.clip(tokenizer.decode(params, latent), -1.0, 1.0), codes
+
+    error, seen, originals, made = 0.0, 0, [], []
+    sums: Any = 0.0
+    squares: Any = 0.0
+    used: set[int] = set()
+    with contextlib.closing(batches):
+        first = next(batches)
+        image = jax.ShapeDtypeStruct(first[0].shape, np.float32)
+        jax.eval_shape(run, tokenizer.params, image, jax.random.key(0))
+        before()
+        params = jax.device_put(tokenizer.params)
+        for batch, real in itertools.chain([first], batches):
+            real = min(real, num_images - seen)
+            original = batch.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+            latent, back, codes = jax.device_get(run(params, original, jax.random.fold_in(jax.random.key(seed), seen)))
+            error += float(np.sum(np.square(back[:real] - original[:real], dtype=np.float64)))
+            rows = latent[:real].reshape(-1, latent.shape[-1]).astype(np.float64)
+            sums, squares, places = sums + rows.sum(0), squares + (rows**2).sum(0), len(rows) // real
+            used.update([] if codes is None else np.unique(codes[:real]).tolist())
+            if seen < _SHOWN:
+                originals.append(batch[:real])
+                made.append(to_uint8(back[:real]))
+            seen += real
+            if seen == num_images:
+                break
+    mse = error / (seen * first[0][0].size)
+    means, mean_squares = sums / (seen * places), squares / (seen * places)
+    std = math.sqrt(max(0.0, mean_squares.mean() - means.mean() ** 2))
+    report: dict[str, Any] = {
+        "num_images": seen, "mse": mse,
+        "psnr": 10.0 * math.log10(4.0 / mse) if mse else math.inf,
+        "mean": float(means.mean()), "std": std, "scale": 1.0 / std if std else math.inf,
+        "channel_means": means.tolist(), "channel_stds": np.sqrt(np.maximum(0.0, mean_squares - means**2)).tolist()}
+    if used:
+        report["codes_used"] = len(used)
+    return report, np.concatenate(originals)[:_SHOWN], np.concatenate(made)[:_SHOWN]
+
+
+def _open(config: ml_collections.ConfigDict | None, name: str, path: str,
+          image_size: int | None) -> tuple[Tokenizer, ml_collections.ConfigDict]:
+    """The tokenizer and the `config.data` to read images with."""
+    given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
+    given = {key: value for key, value in given.items() if value}
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size is {image_size}: give at least 1")
+    if config is None and not name:
+        from marjax.tokenizers import autoencoder_file
+
+        if not path:
+            raise UserError("no tokenizer: give --path FILE.safetensors, --name, or --config FILE.py")
+        try:
+            stored = autoencoder_file.read(path)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: give the .safetensors file of an autoencoder") from None
+        data = config_lib.base().data
+        data.update(image_size=image_size or 256, channels=stored.spec.in_channels)
+        return make_tokenizer(stored.spec.kind, dataclasses.replace(stored, scale=1.0)), data
+    base = config_lib.base() if config is None else config
+    if config is None:
+        base.data.update(image_size=256, channels=3)
+    base = config_lib.apply_overrides(base, given)
+    kind = autoencoder_spec.AUTOENCODERS.get(base.tokenizer.name)
+    if kind is not None and not kind.discrete:
+        base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found
+    config_lib.tokens_of(base)
+    autoencoder_spec.fill(base.tokenizer, base.data.channels)
+    return open_tokenizer(base.tokenizer), base.data
+
+
+def from_config(data: ml_collections.ConfigDict, batch_size: int) -> Generator[Batch]:
+    """The images of a `config.data` in its order, once, without flips."""
+    with Batches(data, batch_size, 0, train=False) as batches:
+        left = batches.num_examples
+        for batch in batches:
+            yield batch["image"], min(left, batch_size)
+            left -= batch_size
+
+
+def _from_folder(folder: str | os.PathLike[str], data: ml_collections.ConfigDict, batch_size: int) -> Generator[Batch]:
+    preprocess = Preprocess(int(data.image_size), int(data.channels), flip=False)
+    unused = np.random.default_rng(0)  # without flips, nothing is drawn
+    paths = _pictures(folder)
+    for at in range(0, len(paths), batch_size):
+        rows = [preprocess({"image": _read(path), "label": 0}, unused)["image"]
+                for path in paths[at:at + batch_size]]
+        yield np.stack(rows + rows[-1:] * (batch_size - len(rows))), len(rows)
+
+
+def _pictures(folder: str | os.PathLike[str]) -> list[epath.Path]:
+    """All files with the name of a picture, at any depth, sorted."""
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise UserError(f"images {folder} is no folder: give one with pictures")
+    folders, found = [root], []
+    for each in folders:  # which grows
+        for path in each.iterdir():
+            if path.is_dir():
+                folders.append(path)
+            elif path.suffix.lower() in _SUFFIXES:
+                found.append(path)
+    if not found:
+        raise UserError(f"images {folder} has no pictures (files in {', '.join(_SUFFIXES)}): give another folder")
+    return sorted(found)
+
+
+def _read(path: epath.Path) -> np.ndarray:
+    try:
+        return decode(path.read_bytes())
+    except Exception as error:  # a damaged picture raises almost anything
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise UserError(f"picture {path} cannot be read ({type(error).__name__}: {reason}): repair it, or take it "
+                        f"out of the folder") from None

@@ -1,0 +1,109 @@
+"""LPIPS: how different two images look, by the features of a VGG16 (Zhang et al. 2018), from the user's weight files.
+
+Legend: B batch, S pixels a side, C channels.
+"""
+
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marjax.checkpoints import weights_file
+from marjax.checkpoints.pytorch import Tensor
+from marjax.errors import UserError
+
+# Channels of the convolutions of VGG16, block by block; a block's last output is compared, and then pooled.
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # to and of what VGG16 was trained on, for images in [-1, 1]
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+_CLASSIFIER = re.compile(r"classifier\.\d+\.(weight|bias)")
+
+
+def names() -> dict[str, tuple[int, ...]]:
+    """The tensors of torchvision's VGG16 that are used, with their shapes in PyTorch's layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    place, before = 0, 3
+    for block in BLOCKS:
+        for channels in block:
+            shapes[f"features.{place}.weight"], shapes[f"features.{place}.bias"] = (channels, before, 3, 3), (channels,)
+            place, before = place + 2, channels  # a ReLU follows
+        place += 1  # and a pool the block
+    return shapes
+
+
+def linear_names() -> dict[str, tuple[int, ...]]:
+    """The tensors of LPIPS's own file, with their shapes."""
+    return {f"lin{i}.model.1.weight": (1, block[-1], 1, 1) for i, block in enumerate(BLOCKS)}
+
+
+def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
+    """The weights, a tree of float32 arrays.
+
+    Args:
+      vgg: torchvision's file of VGG16 for ImageNet classification (vgg16-397923af.pth).
+      linear: LPIPS's weights over its features (vgg.pth of the lpips package, or of taming-transformers).
+
+    Raises:
+      UserError: a file that cannot be read, or with other tensors; names them.
+    """
+    features = _read(vgg, names(), "VGG16 of torchvision", _CLASSIFIER)
+    shares = _read(linear, linear_names(), "LPIPS's linear layers over VGG16")
+    places = [name.removesuffix(".weight") for name in names() if name.endswith(".weight")]
+    layers = [(features[f"{place}.weight"], features[f"{place}.bias"]) for place in places]
+    return {"features": [{"kernel": weight.transpose(2, 3, 1, 0), "bias": bias} for weight, bias in layers],
+            "linear": [share.reshape(-1) for share in shares.values()]}
+
+
+def _read(path: str | os.PathLike[str], wanted: dict[str, tuple[int, ...]], what: str,
+          ignored: re.Pattern[str] | None = None) -> dict[str, np.ndarray]:
+    content = weights_file.read(path).content
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected the tensors of {what}")
+    given = {name: each for name, each in content.items()
+             if isinstance(name, str) and not (ignored and ignored.fullmatch(name))}
+    odd = [f"{name} is missing" for name in wanted if name not in given]
+    odd += [f"{name} is unknown" for name in given if name not in wanted]
+    odd += [f"{name} is {getattr(each, 'shape', type(each).__name__)} instead of {wanted[name]}"
+            for name, each in given.items()
+            if name in wanted and not (isinstance(each, Tensor) and tuple(each.shape) == wanted[name])]
+    if odd:
+        raise UserError(f"{path} is not {what}: {'; '.join(odd[:8])}{'; and others' if len(odd) > 8 else ''}")
+    arrays = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
+    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise UserError(f"{path} has weights that are infinite or not a number, such as {bad[0]}: get it again")
+    return arrays
+
+
+def distance(params: Any, one: jax.Array, other: jax.Array) -> jax.Array:
+    """LPIPS, float32 (B,), of float images (B, S, S, 1 or 3) in [-1, 1]; grey ones count as colours. S >= 16."""
+    total = jnp.zeros(one.shape[0])
+    pairs = zip(_features(params, one), _features(params, other), params["linear"], strict=True)
+    for a, b, shares in pairs:
+        total += jnp.mean(jnp.sum(jnp.square(_unit(a) - _unit(b)) * shares, -1), (1, 2))
+    return total
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    # The square root has no gradient at 0, which places without any feature are at.
+    return x / (jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-20) + 1e-10)
+
+
+def _features(params: Any, image: jax.Array) -> list[jax.Array]:
+    x = (jnp.broadcast_to(image, (*image.shape[:3], 3)).astype(jnp.float32) - _SHIFT) / _SCALE
+    layers, outputs = iter(params["features"]), []
+    for number, block in enumerate(BLOCKS):
+        if number:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        for _ in block:
+            layer = next(layers)
+            x = jax.lax.conv_general_dilated(x, jnp.asarray(layer["kernel"]), (1, 1), ((1, 1), (1, 1)),
+                                             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                             precision=jax.lax.Precision.HIGHEST)
+            x = jax.nn.relu(x + layer["bias"])
+        outputs.append(x)
+    return outputs

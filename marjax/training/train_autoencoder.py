@@ -1,0 +1,171 @@
+"""A run that trains a KL or VQ autoencoder, from a config to the file that `config.tokenizer.path` names."""
+
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+
+from marjax import config as config_lib
+from marjax import sharding
+from marjax.checkpoints.manager import Checkpoints
+from marjax.data.pipeline import Batches
+from marjax.errors import UserError
+from marjax.evaluation.reconstruction import from_config, measure
+from marjax.generation.images import beside, grid, make_folder, to_uint8
+from marjax.metrics import MetricWriter
+from marjax.tokenizers import autoencoder_file, make_tokenizer
+from marjax.tokenizers.autoencoder_file import Stored
+from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
+from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
+from marjax.training.run import Intervals, Run
+from marjax.workdir import claim_workdir
+
+_SHOWN = 32  # images in a picture
+_MEASURED_AT_ONCE = 32
+
+
+def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *,
+                      workdir: str | os.PathLike[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Trains the network of `config.tokenizer` on `config.data`, and writes its EMA weights and scale to one file.
+
+    A second start resumes from the newest checkpoint, to the bit. The scale is 1 over the standard deviation of all
+    values of the latents (drawn from the posterior; of a VQ network those before quantisation) of the training images
+    without flips, the first `config.tokenizer.train.scale_images` of them.
+
+    Args:
+      config: as a config file returns it, or resolved; `data`, `tokenizer`, `mesh`, `checkpoint` and `log` count.
+      path: the .safetensors file; its folder is made if need be.
+      workdir: of checkpoints, metrics and pictures; by default `path` without its suffix.
+      overwrite: whether a file with other contents may be replaced.
+
+    Returns:
+      `path`, `checksum`, `scale`, `std`, `num_images` measured, `mse` and `psnr` of these (see
+      `evaluation.reconstruction.check`), `seconds`; of a VQ network also `num_codes` and `codes_used`.
+
+    Raises:
+      UserError: a config, data set, work directory or file that cannot be used.
+      TrainingError: a loss, gradient or parameter became infinite or NaN.
+    """
+    start = time.perf_counter()
+    config = config_lib.resolve(config)
+    if config.tokenizer.name not in AUTOENCODERS:
+        raise UserError(f"config.tokenizer.name is {config.tokenizer.name!r}, which has nothing to train: give "
+                        f"codebook or one with a network ({', '.join(sorted(AUTOENCODERS))})")
+    if not os.fspath(path).endswith(".safetensors"):
+        raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
+    folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
+    train, spec = config.tokenizer.train, spec_of(config.tokenizer, config.data.channels)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sharding.check_batch(mesh, train.batch_size, 1)
+    trainer = Trainer.of(config, spec)
+    abstract = jax.eval_shape(trainer.init, jax.random.key(config.seed))
+    image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
+    jax.eval_shape(trainer.forward, abstract.params, image, jax.random.key(0))
+    _open_batches(config, 0).close()
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        finished = train.steps in checkpoints.steps()
+    if not finished and not overwrite and epath.Path(path).exists():
+        raise UserError(f"{path} is there already, and {folder} is not the finished run that has made it: give "
+                        f"another --out, or --overwrite it")
+    make_folder(epath.Path(path).parent)  # before the work, which would be lost
+    claim_workdir(folder, config, tokenizer=True)
+    state = _run(config, folder, trainer, abstract, mesh)
+    stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
+    report = _measured(config, stored)
+    report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
+               "seconds": time.perf_counter() - start}
+    return report | ({"num_codes": spec.num_codes} if spec.num_codes else {})
+
+
+def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Trainer, abstract: AutoencoderState,
+         mesh: Any) -> AutoencoderState:
+    train, whole = config.tokenizer.train, sharding.replicated(mesh)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
+                     keep_every=config.checkpoint.keep_every) as checkpoints:
+        restored = checkpoints.restore(_items(abstract))
+        if restored is None:
+            state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
+                jax.random.key(config.seed))
+        else:
+            items = restored.items
+            state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],
+                                     rest=items["optimizer"])
+        start = int(state.step)
+        writer = MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
+                              progress=config.log.progress, active=jax.process_index() == 0)
+        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters, mesh "
+                    f"{dict(mesh.shape)}, {jax.devices()[0].device_kind}; "
+                    + (f"resuming at step {start} of {train.steps}" if restored else f"{train.steps} steps"))
+        every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
+        run: Run[AutoencoderState] = Run(
+            every, train.batch_size, mesh, writer, checkpoints, items=_items,
+            draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
+            advice="Lower config.tokenizer.train.lr or look at the data, then start again")
+        step = make_step(trainer, abstract, mesh)
+        try:
+            with _open_batches(config, start) as batches, jax.set_mesh(mesh):
+                return run.steps(state, step, batches)
+        finally:
+            writer.close()
+
+
+def _open_batches(config: ml_collections.ConfigDict, start_step: int) -> Batches:
+    return Batches(config.data, config.tokenizer.train.batch_size, config.seed, start_step=start_step,
+                   process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def _items(state: AutoencoderState) -> dict[str, Any]:
+    """The state as the items of a checkpoint."""
+    return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, **state.rest}}
+
+
+def _tokenizer(stored: Stored) -> Any:
+    """Of a VQ network the one with latents before quantisation, whose scale is to be found; it decodes the same."""
+    return make_tokenizer("vq_continuous" if stored.spec.num_codes else "kl", stored)
+
+
+def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, Any]:
+    """What `measure` says of the training images, and the scale."""
+    images = from_config(config.data, _MEASURED_AT_ONCE)
+    report, _, _ = measure(_tokenizer(stored), images, config.tokenizer.train.scale_images, config.seed)
+    if not math.isfinite(report["scale"]):
+        raise UserError("all latents are the same: look at the pictures in the work directory, and train for longer, "
+                        "or with other settings")
+    return report
+
+
+def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderState) -> np.ndarray:
+    """The first images of the data, left, and what raw and EMA weights make of them."""
+    with Batches(config.data, _SHOWN, 0, train=False) as batches:
+        original = next(batches)["image"][:min(_SHOWN, batches.num_examples)]
+    tokenizer = _tokenizer(Stored(spec, None, 1.0, ""))
+
+    @jax.jit
+    def back(params: Any, image: jax.Array) -> jax.Array:
+        image = image.astype("float32") / 127.5 - 1.0
+        return tokenizer.decode(params, tokenizer.encode(params, image, jax.random.key(0)))
+
+    pictures = [to_uint8(jax.device_get(back(jax.device_get(params), original)))
+                for params in (state.params, state.ema)]
+    columns = math.ceil(math.sqrt(len(original)))
+    return beside([grid(each, columns) for each in (original, *pictures)])
+
+
+def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite: bool) -> str:
+    """Writes the file, unless it is there; returns its checksum."""
+    checksum = autoencoder_file.checksum(autoencoder_file.to_state_dict(stored.spec, stored.params), scale)
+    if epath.Path(path).exists() and not overwrite:
+        if autoencoder_file.read(path).checksum != checksum:
+            raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
+                            f"--overwrite it")
+        return checksum
+    if jax.process_index() == 0:
+        autoencoder_file.write(path, stored.spec, stored.params, scale)
+    return checksum
