@@ -96,11 +96,11 @@ def prepare(root: pathlib.Path) -> None:
     quantised = np.asarray(quantise(images[:MEASURED_ON].astype(np.float32)))
     quantised = np.clip(np.round((quantised + 1.0) * 127.5), 0, 255).astype(np.uint8)
     # As many real images as there are samples in a row, against all others.
-    rest = gaussian(classifier.features(images[MEASURED_ON:]))
+    rest = gaussian(classifier.extract(images[MEASURED_ON:]).features)
     write_whole(root / "reference.json", json.dumps({
         "accuracy": classifier.accuracy(images[4000:], labels[4000:]),
-        "distance_of_real": frechet_distance(gaussian(classifier.features(images[:MEASURED_ON])), rest),
-        "distance_of_quantised": frechet_distance(gaussian(classifier.features(quantised)), rest),
+        "distance_of_real": frechet_distance(gaussian(classifier.extract(images[:MEASURED_ON]).features), rest),
+        "distance_of_quantised": frechet_distance(gaussian(classifier.extract(quantised).features), rest),
         "codes": config.tokenizer.num_codes, "psnr": read(path)[1].psnr}, indent=2) + "\n")
 
 
@@ -120,14 +120,14 @@ class Judge:
         from marjax.evaluation.frechet import gaussian
 
         self.classifier = Classifier.load(root / "classifier.npz")
-        self.real = gaussian(self.classifier.features(real_images()[0]))
+        self.real = gaussian(self.classifier.extract(real_images()[0]).features)
 
     def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """Frechet distance to the real images, and the share recognised as their label."""
         from marjax.evaluation.frechet import frechet_distance, gaussian
 
-        distance = frechet_distance(gaussian(self.classifier.features(images)), self.real)
-        return distance, float((self.classifier.logits(images).argmax(1) == labels).mean())
+        found = self.classifier.extract(images)
+        return frechet_distance(gaussian(found.features), self.real), float((found.logits.argmax(1) == labels).mean())
 
 
 def draw(sampler: Any, params: Any, sample: Any, scale: float, temperature: float, seed: int,
@@ -155,7 +155,7 @@ def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_ite
     if kept.exists() and (found := json.loads(kept.read_text()))["terms"] == terms:  # a killed measurement goes on
         tried = {(scale, temperature): distance for scale, temperature, distance in found["tried"]}
     for kind, scales in (("plain", (1.0,)), ("guided", SCALES)):
-        sampler, params = open_sampler(workdir, num_iter=num_iter, cfg=scales[0])
+        sampler, params, *_ = open_sampler(workdir, num_iter=num_iter, cfg=scales[0])
         for key in itertools.product(scales, TEMPERATURES):
             if key not in tried:
                 tried[key] = judge(*draw(sampler, params, sample, *key, TUNING_SEED, TUNED_ON))[0]

@@ -26,7 +26,8 @@ def test_accuracy_and_shapes(trained, digits):
     images, labels = (part[1400:] for part in digits)
     assert trained.accuracy(images, labels) > 0.9
     assert trained.accuracy(images, (labels + 1) % 10) < 0.1
-    features, logits = trained.features(images), trained.logits(images)
+    features, logits, spatial = trained.extract(images)
+    assert spatial is None
     assert features.shape == (397, trained.num_features) and logits.shape == (397, 10)
     assert features.dtype == logits.dtype == np.float32
     assert (trained.image_size, trained.channels) == (8, 1)
@@ -37,18 +38,18 @@ def test_accuracy_and_shapes(trained, digits):
 
 def test_rows_depend_on_their_own_image_only(trained, digits, monkeypatch):
     images = digits[0][:300]  # more than a batch
-    features = trained.features(images)
+    features = trained.extract(images).features
     assert features.std(axis=0).max() > 0
-    np.testing.assert_array_equal(trained.features(images[257:260]), features[257:260])
-    assert trained.features(images[:0]).shape == (0, trained.num_features)
+    np.testing.assert_array_equal(trained.extract(images[257:260]).features, features[257:260])
+    assert trained.extract(images[:0]).features.shape == (0, trained.num_features)
     monkeypatch.setattr(classifier_lib, "EVAL_BATCH", 7)
-    np.testing.assert_allclose(trained.features(images), features, atol=1e-5)
+    np.testing.assert_allclose(trained.extract(images).features, features, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_network(digits):
     images, labels = digits
     one, same, other, unshifted = (
-        train_classifier(images, labels, 10, steps=3, batch_size=16, **more).logits(images[:8])
+        train_classifier(images, labels, 10, steps=3, batch_size=16, **more).extract(images[:8]).logits
         for more in ({"seed": 3}, {"seed": 3}, {"seed": 4}, {"seed": 3, "max_shift": 0}))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any() and (one != unshifted).any()
@@ -68,8 +69,9 @@ def test_save_and_load(trained, digits, tmp_path):
     trained.save(tmp_path / "classifier.npz")
     again = Classifier.load(tmp_path / "classifier.npz")
     assert (again.image_size, again.channels, again.num_classes) == (8, 1, 10)
-    for method in ("features", "logits"):
-        np.testing.assert_array_equal(getattr(again, method)(digits[0][:20]), getattr(trained, method)(digits[0][:20]))
+    assert again.checksum == trained.checksum
+    for theirs, ours in zip(again.extract(digits[0][:20])[:2], trained.extract(digits[0][:20])[:2], strict=True):
+        np.testing.assert_array_equal(theirs, ours)
     assert [path.name for path in tmp_path.iterdir()] == ["classifier.npz"]
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
@@ -84,9 +86,9 @@ def test_save_and_load(trained, digits, tmp_path):
 def test_refusals(trained, digits):
     images, labels = digits
     with pytest.raises(ValueError, match="expected uint8"):
-        trained.features(images.astype(np.float32))
+        trained.extract(images.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(N, \*\(8, 8, 1\)\)"):
-        trained.features(images[:, :4])
+        trained.extract(images[:, :4])
     with pytest.raises(ValueError, match="one label an image"):
         trained.accuracy(images, labels[:5])
     for wrong_images, wrong_labels, says in (

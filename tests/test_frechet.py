@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from conftest import parity
 
-from marjax.evaluation.frechet import Gaussian, frechet_distance, gaussian
+from marjax.evaluation.frechet import Gaussian, Moments, frechet_distance, gaussian
 
 
 def spd(rng, size):
@@ -84,3 +85,68 @@ def test_refusals():
         gaussian(np.array([[1.0], [np.nan]]))
     with pytest.raises(ValueError, match="different widths"):
         frechet_distance(gaussian(np.eye(3)), gaussian(np.eye(4)))
+    moments = Moments(3)
+    with pytest.raises(ValueError, match=r"give \(N, 3\)"):
+        moments.add(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="finite"):
+        moments.add(np.full((2, 3), np.inf))
+    moments.add(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="1 rows have no covariance"):
+        moments.gaussian()
+
+
+def test_numbers_of_the_reference():
+    stored, _ = parity("fid_is")
+    a, b = (gaussian(stored[f"in/features_{which}"]) for which in (1, 2))
+    assert frechet_distance(a, b) == pytest.approx(float(stored["out/fid"]), rel=1e-10)
+    assert frechet_distance(b, a) == pytest.approx(float(stored["out/fid"]), rel=1e-10)
+
+
+@pytest.mark.parametrize("smallest, tolerance", [(1e-6, 1e-12), (1e-12, 1e-7), (0.0, 1e-6)])
+def test_ill_conditioned_covariances(smallest, tolerance):
+    """Variances over many orders of magnitude, hidden by a rotation; Cholesky's factor or, at last, the other root."""
+    rng = np.random.default_rng(6)
+    rotation = np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    v1 = np.concatenate([np.geomspace(1e-12, 10.0, 60), np.full(4, 1e-12)]).clip(smallest)
+    v1[v1 == 1e-12] = smallest
+    v2 = rng.permutation(v1)
+    a, b = (Gaussian(np.zeros(64), (rotation * v) @ rotation.T, 0) for v in (v1, v2))
+    expected = np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=10 * tolerance)
+
+
+def test_moments_of_batches_of_any_size_far_from_the_origin():
+    """Where sums of squares would lose every digit of a variance."""
+    rng = np.random.default_rng(7)
+    rows = rng.normal(size=(101, 5)) * 1e-3 + 1e6
+    assert np.abs((rows**2).mean(0) - rows.mean(0) ** 2 - rows.var(0)).max() > 1e-5
+    expected = np.cov((rows - 1e6).T)
+    for sizes in ([101], [1] * 101, [0, 2, 50, 49]):
+        moments = Moments(5)
+        for part in np.split(rows, np.cumsum(sizes)[:-1]):
+            moments.add(part)
+        found = moments.gaussian()
+        assert found.count == moments.count == 101
+        np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-15)
+        np.testing.assert_allclose(found.cov, expected, rtol=1e-6, atol=1e-13)
+
+
+def test_merged_moments_are_those_of_all_rows():
+    rng = np.random.default_rng(8)
+    rows = rng.normal(size=(9000, 6)) @ spd(rng, 6) + np.arange(6)
+    whole = gaussian(rows)
+    np.testing.assert_allclose(whole.cov, np.cov(rows.T), rtol=1e-12)  # more rows than are held at a time
+    parts = [Moments(6) for _ in range(4)]
+    for part, some in zip(parts[:3], np.split(rows, [10, 4000]), strict=True):  # one has none
+        part.add(some)
+    left, right = Moments(6), Moments(6)
+    for part in parts:
+        left.merge(part)
+    for part in reversed(parts):
+        right.merge(part)
+    for found in (left.gaussian(), right.gaussian()):
+        assert found.count == 9000
+        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-12, atol=1e-12)
+    assert np.abs(parts[0].gaussian().cov - whole.cov).max() > 0.1

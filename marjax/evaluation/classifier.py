@@ -13,11 +13,14 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
+from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.generation.images import write_npz
+from marjax.evaluation.extractor import Extracted, checksum
+from marjax.generation.images import make_folder, write_npz
 
 NUM_FEATURES = 64
 EVAL_BATCH = 256  # every evaluation is padded to whole batches of it, so that one program serves any number of images
@@ -44,22 +47,33 @@ class Classifier:
       image_size: H and W of its images.
       channels: C of its images.
       num_classes: K.
-      num_features: F.
+      checksum: of its weights.
     """
 
+    name = "classifier"
     num_features = NUM_FEATURES
+    num_spatial = 0
 
     def __init__(self, params: Any, *, image_size: int, channels: int, num_classes: int) -> None:
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self._params = params
+        flat = flax.traverse_util.flatten_dict(params, sep="/")
+        self.checksum = checksum({name: np.asarray(value) for name, value in flat.items()})
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """The last hidden layer, float32 (N, F), of images uint8 (N, H, W, C). Raises ValueError."""
-        return self._evaluate(images)[0]
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Unnormalised log probabilities, float32 (N, K), of images uint8 (N, H, W, C). Raises ValueError."""
-        return self._evaluate(images)[1]
+    def extract(self, images: np.ndarray) -> Extracted:
+        """See `FeatureExtractor`; takes images of its own size and channels only."""
+        shape = (self.image_size, self.image_size, self.channels)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, *{shape})")
+        features_NxF = np.empty((len(images), NUM_FEATURES), np.float32)
+        logits_NxK = np.empty((len(images), self.num_classes), np.float32)
+        for start in range(0, len(images), EVAL_BATCH):
+            part = images[start:start + EVAL_BATCH]
+            padded = np.pad(part, ((0, EVAL_BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+            rows = slice(start, start + len(part))
+            features, logits = _forward(self.num_classes, self._params, padded)
+            features_NxF[rows], logits_NxK[rows] = features[:len(part)], logits[:len(part)]
+        return Extracted(features_NxF, logits_NxK)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """The share of images, uint8 (N, H, W, C), whose likeliest class is their label, int (N,).
@@ -70,7 +84,7 @@ class Classifier:
         labels_N = np.asarray(labels)
         if labels_N.shape != (len(images),) or not len(labels_N):
             raise ValueError(f"{len(images)} images and labels of shape {labels_N.shape}: give one label an image")
-        return float(np.mean(self.logits(images).argmax(axis=1) == labels_N))
+        return float(np.mean(self.extract(images).logits.argmax(axis=1) == labels_N))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one npz file, whole or not at all. Raises UserError."""
@@ -89,21 +103,6 @@ class Classifier:
             raise UserError(f"{os.fspath(path)} is no classifier ({error}): give a file that Classifier.save "
                             f"wrote") from None
         return cls(flax.traverse_util.unflatten_dict(arrays, sep="/"), **sizes)
-
-    def _evaluate(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.image_size, self.image_size, self.channels)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, *{shape})")
-        features_NxF = np.empty((len(images), NUM_FEATURES), np.float32)
-        logits_NxK = np.empty((len(images), self.num_classes), np.float32)
-        for start in range(0, len(images), EVAL_BATCH):
-            part = images[start:start + EVAL_BATCH]
-            padded = np.pad(part, ((0, EVAL_BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
-            rows = slice(start, start + len(part))
-            features, logits = _forward(self.num_classes, self._params, padded)
-            features_NxF[rows], logits_NxK[rows] = features[:len(part)], logits[:len(part)]
-        return features_NxF, logits_NxK
-
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 1000,
                      batch_size: int = 128, lr: float = 3e-3, max_shift: int = 2) -> Classifier:
@@ -154,6 +153,43 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
         params, opt_state = train_step(params, opt_state, *pool, jnp.int32(step))
     return Classifier(jax.device_get(params), image_size=images.shape[1], channels=images.shape[3],
                       num_classes=num_classes)
+
+
+def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], *, seed: int = 0, steps: int = 1000,
+                  held_out: float = 0.2, overwrite: bool = False) -> dict[str, Any]:
+    """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.
+
+    Args:
+      data: a resolved `config.data`; its images are taken without flips, all of them into memory.
+      out: the npz file.
+      seed: of the training, and of which images are held out.
+      steps: of training.
+      held_out: the share of the images that are not trained on but tested with.
+      overwrite: replace a file that is there.
+
+    Returns:
+      `accuracy` on the images held out, `num_trained`, `num_tested`.
+
+    Raises:
+      UserError: anything that cannot be used.
+    """
+    if os.path.exists(out) and not overwrite:
+        raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
+    if steps < 1 or not 0.0 < held_out < 1.0:
+        raise UserError(f"steps is {steps} and held_out {held_out}: give at least 1, and a share in (0, 1)")
+    make_folder(os.path.dirname(os.fspath(out)) or ".")
+    with Batches(data, EVAL_BATCH, 0, train=False) as batches:
+        count, parts = batches.num_examples, list(batches)
+    images, labels = (np.concatenate([part[name] for part in parts])[:count] for name in ("image", "label"))
+    order = np.random.RandomState(seed).permutation(count)
+    tested = round(count * held_out)
+    if not 0 < tested < count:
+        raise UserError(f"{count} images cannot be parted by held_out={held_out}: give more, or another share")
+    train, test = order[tested:], order[:tested]
+    made = train_classifier(images[train], labels[train], data.num_classes, seed=seed, steps=steps,
+                            max_shift=min(2, data.image_size // 8))  # of digits of 8 pixels, 2 would lose too much
+    made.save(out)
+    return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,236 @@
+"""What all metrics promise: the same result for any number of hosts, any blocks and any order of rows.
+
+Hosts are threads that meet at every gather, and once two real processes. Legend: N rows, F features.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from marjax.evaluation import hosts as hosts_lib
+from marjax.evaluation import precision_recall as precision_recall_lib
+from marjax.evaluation.extractor import Extracted
+from marjax.evaluation.frechet import Moments, frechet_distance
+from marjax.evaluation.hosts import Hosts, all_processes
+from marjax.evaluation.inception_score import ScoreSums
+from marjax.evaluation.kernel_distance import kernel_distance
+from marjax.evaluation.precision_recall import precision_recall
+from marjax.evaluation.reference import make_reference
+
+N, F, K = 250, 12, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread(Hosts):
+    """One of several hosts within this process."""
+
+    meeting: Any = None
+    table: Any = None
+
+    def allgather(self, values):
+        values = np.asarray(values)
+        assert values.dtype in (np.float64, np.int64)
+        self.table[self.index] = values.copy()
+        self.meeting.wait()
+        gathered = np.stack(self.table)  # fails where shapes differ
+        self.meeting.wait()
+        return gathered
+
+
+def on_hosts(count, work):
+    """The results of work(hosts), which all hosts must agree on; one of them."""
+    meeting, table = threading.Barrier(count, timeout=60), [None] * count
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(lambda index: work(Thread(index, count, meeting, table)), range(count)))
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+class Network:
+    """A fixed linear map of the pixels; a `FeatureExtractor`."""
+
+    name, checksum, image_size, num_features, num_classes, num_spatial = "linear", "0" * 64, 4, F, K, 3
+
+    def extract(self, images):
+        pixels = images.reshape(len(images), -1) / np.float32(255)
+        weights = np.random.default_rng(9).normal(size=(pixels.shape[1], F + K + 3)).astype(np.float32)
+        # Row by row, so that a row does not depend on the others, as the protocol has it.
+        out = np.stack([row @ weights for row in pixels])
+        return Extracted(out[:, :F], out[:, F:F + K], out[:, F + K:])
+
+
+def sets():
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(F, F))
+    real = (rng.normal(size=(N, F)) @ mix).astype(np.float32)
+    generated = (rng.normal(size=(N, F)) @ mix * 1.1 + 0.4).astype(np.float32)
+    return real, generated, (rng.normal(size=(N, K)) * 2).astype(np.float32)
+
+
+def cut(rows, size):
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
+def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
+    """All metrics; batch b of the generated rows, in the order given, is on host b % count."""
+    hosts = hosts or Hosts()
+    order = np.arange(N) if order is None else order
+    moments, score = [Moments(F), Moments(F)], ScoreSums(N, K)
+    batches = cut(order, size)
+    for batch in hosts.share(len(batches)):
+        moments[0].add(real[batches[batch]])
+        moments[1].add(generated[batches[batch]])
+        score.add(batches[batch], logits[batches[batch]])
+    a, b = (each.merged(hosts).gaussian() for each in moments)
+    blocks = cut(real[order], size), cut(generated[order], size)
+    return {"fid": frechet_distance(a, b), "is": score.merged(hosts).result(),
+            "precision": precision_recall(*blocks, hosts=hosts),
+            "kid": kernel_distance(*blocks, subsets=5, size=N, hosts=hosts)}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(precision_recall_lib, "_TALL", 60)
+    monkeypatch.setattr(precision_recall_lib, "_WIDE", 40)
+    monkeypatch.setattr(hosts_lib, "_AT_A_TIME", 100)
+
+
+def same(found, expected):
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-10), name
+
+
+def test_hosts_batches_and_the_order_of_rows_change_nothing(small_tiles):
+    real, generated, logits = sets()
+    data = {"real": real, "generated": generated, "logits": logits}
+    whole = evaluate(**data)
+    assert 0 < whole["precision"].precision < 1 and whole["fid"] > 0.1 and whole["is"].mean > 1.1
+    for count in (2, 4):
+        same(on_hosts(count, lambda hosts: evaluate(hosts, **data)), whole)
+    for size in (1, 7, N):  # with 4 hosts and one batch, three of them have nothing
+        same(on_hosts(4, lambda hosts, size=size: evaluate(hosts, size=size, **data)), whole)
+    same(evaluate(order=np.random.default_rng(1).permutation(N), **data), whole)
+    # One row more or less is seen by every one of them.
+    other = evaluate(**data | {"generated": np.concatenate([generated[:-1], generated[:1] + 9]),
+                               "logits": np.concatenate([logits[:-1], -logits[-1:]])})
+    assert all(other[name] != pytest.approx(value, rel=1e-6) for name, value in whole.items())
+
+
+def test_one_set_twice():
+    real, _, logits = sets()
+    found = evaluate(real=real, generated=real, logits=logits, size=7, order=np.arange(N))
+    assert found["fid"] == pytest.approx(0.0, abs=1e-9) and found["precision"] == (1.0, 1.0)
+    assert found["kid"].mean < 0.0
+
+
+class OnDisk:
+    """Blocks that are loaded anew at every look."""
+
+    def __init__(self, blocks):
+        self.blocks, self.looks = blocks, 0
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        block = self.blocks[index]
+        self.looks += 1
+        return block.copy()
+
+
+def test_blocks_are_looked_at_as_often_as_there_are_passes(small_tiles):
+    real, generated, _ = sets()
+    blocks = OnDisk(cut(real, 50)), OnDisk(cut(generated, 50))
+    whole = precision_recall(*blocks)
+    assert whole == precision_recall([real], [generated])
+    # Shapes, the origin, then for each of five tall tiles of 60 once, and where a tile ends amid a block once more.
+    assert all(len(each) * 6 < each.looks < len(each) * 20 for each in blocks)
+    blocks = OnDisk(cut(real, 50)), OnDisk(cut(generated, 50))
+    assert kernel_distance(*blocks, subsets=8, size=40) == kernel_distance([real], [generated], subsets=8, size=40)
+    assert all(each.looks == 2 * len(each) for each in blocks)
+
+
+def test_shares_make_a_whole():
+    for count in (1, 2, 4):
+        shares = [Hosts(index, count).share(11) for index in range(count)]
+        assert sorted(piece for share in shares for piece in share) == list(range(11))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all_processes() == Hosts(0, 1)
+    with pytest.raises(ValueError, match="float32: expected float64 or int64"):
+        Hosts().allgather(np.zeros(3, np.float32))
+    assert Hosts().allgather(np.arange(3)).tolist() == [[0, 1, 2]]
+
+
+def made(hosts=None, size=50, total=40, keep=10, seed=0):
+    hosts = hosts or Hosts()
+    images = np.random.default_rng(2).integers(0, 256, (total, 4, 4, 3), np.uint8)
+    batches = cut(np.arange(total), size)
+    found = make_reference([(batches[b], images[batches[b]]) for b in hosts.share(len(batches))], total, Network(),
+                           keep_features=keep, seed=seed, hosts=hosts)
+    numbers = np.concatenate([found.gaussian.mean, found.gaussian.cov.ravel(), found.spatial.mean,
+                              found.spatial.cov.ravel()])
+    return numbers.tolist(), found.features.tolist(), found.gaussian.count
+
+
+def test_a_reference_made_by_any_number_of_hosts(small_tiles):
+    numbers, features, count = made()
+    assert count == 40 and len(features) == 10
+    for hosts, size in ((2, 50), (2, 7), (4, 3)):
+        found = on_hosts(hosts, lambda hosts, size=size: made(hosts, size))
+        assert found[0] == pytest.approx(numbers, rel=1e-11, abs=1e-12) and found[1:] == (features, 40)
+    assert made(seed=1)[1] != features and len(made(keep=99)[1]) == 40
+
+
+SCRIPT = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+index = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, index)
+import numpy as np
+from marjax.evaluation.hosts import Hosts, all_processes
+from test_metrics_properties import evaluate, made, sets
+hosts = all_processes()
+assert hosts == Hosts(index, 2)
+mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # whose digits 32 bits could not hold
+both = hosts.allgather(mine)
+assert both.shape == (2, 2, 2) and both[index].tobytes() == mine.tobytes() and (both[0] == -both[1]).all()
+assert hosts.sum(np.array([2**40 + index])).tolist() == [2**41 + 1]
+real, generated, logits = sets()
+print(json.dumps([evaluate(hosts, real=real, generated=generated, logits=logits), made(hosts)]))
+"""
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    processes = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), address, str(index)], text=True,
+                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for index in range(2)]
+    said = []
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        said.append(json.loads(out.splitlines()[-1]))
+    assert said[0] == said[1]
+    real, generated, logits = sets()
+    whole, (numbers, features, count) = evaluate(real=real, generated=generated, logits=logits), made()
+    metrics, reference = said[0]
+    assert metrics["fid"] == pytest.approx(whole["fid"], rel=1e-10)
+    for name in ("is", "precision", "kid"):
+        assert metrics[name] == pytest.approx(list(whole[name]), rel=1e-10)
+    assert reference[0] == pytest.approx(numbers, rel=1e-11, abs=1e-12) and reference[1:] == [features, count]
