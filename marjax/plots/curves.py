@@ -1,0 +1,106 @@
+"""Results of evaluations as curves: one setting varies along a curve, all others are held fixed."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """One evaluation.
+
+    Attributes:
+      settings: all that it depends on, by name, as JSON has it.
+      metrics: what was measured, `seconds_per_image` among it.
+    """
+
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Results that differ in one setting.
+
+    Attributes:
+      fixed: the other settings.
+      x: values of that setting, increasing.
+      results: one a value.
+    """
+
+    fixed: dict[str, Any]
+    x: Sequence[float]
+    results: Sequence[Result]
+
+    @property
+    def family(self) -> str:
+        """`fixed` as a key."""
+        return json.dumps(self.fixed, sort_keys=True)
+
+    def values(self, metric: str) -> list[float]:
+        """Of a metric that all results have."""
+        return [result.metrics[metric] for result in self.results]
+
+
+def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list[Curve]:
+    """The curves of at least two points along a setting, in order of their other settings.
+
+    "ddim25" counts as 25 diffusion steps, but such steps are spaced in another way: `fixed["spacing"]`, "ddim" or
+    "even", keeps them apart from 25 where `along` is "num_sampling_steps". Of two results with the same settings the
+    later counts.
+
+    Args:
+      results: of any settings.
+      along: the name of a setting with numbers.
+      needed: metrics without which a result is left out.
+    """
+    groups: dict[str, tuple[dict[str, Any], dict[float, Result]]] = {}
+    for result in results:
+        split = _split(result.settings, along)
+        if split is not None and all(metric in result.metrics for metric in needed):
+            x, fixed = split
+            groups.setdefault(json.dumps(fixed, sort_keys=True), (fixed, {}))[1][x] = result
+    found = [Curve(fixed, sorted(points), [points[x] for x in sorted(points)])
+             for fixed, points in groups.values() if len(points) > 1]
+    return sorted(found, key=lambda curve: [_rank(value) for value in curve.fixed.values()])
+
+
+def _split(settings: dict[str, Any], along: str) -> tuple[float, dict[str, Any]] | None:
+    """The value of a setting and all others; None if it has no number there."""
+    value, fixed = settings.get(along), {key: other for key, other in settings.items() if key != along}
+    if along == "num_sampling_steps":
+        digits = str(value).removeprefix("ddim")
+        fixed["spacing"] = "ddim" if digits != str(value) else "even"
+        value = int(digits) if digits.isdecimal() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value, fixed
+
+
+def _rank(value: Any) -> tuple[float, str]:
+    """Numbers, also those in strings, by size and before words."""
+    digits = str(value).removeprefix("ddim")
+    return (float(digits) if digits.replace(".", "", 1).isdecimal() else math.inf), str(value)
+
+
+def describe(drawn: Sequence[Curve]) -> tuple[str, list[str]]:
+    """What all curves have in common, and what tells each from the others, in words; "" for nothing."""
+    keys = dict.fromkeys(key for curve in drawn for key in curve.fixed)
+    differing = {key for key in keys if len({json.dumps(curve.fixed.get(key)) for curve in drawn}) > 1}
+
+    def words(curve: Curve, chosen: Sequence[str]) -> str:
+        return ", ".join(_phrase(key, curve.fixed[key]) for key in chosen if curve.fixed.get(key) is not None)
+
+    return (words(drawn[0], [key for key in keys if key not in differing]) if drawn else "",
+            [words(curve, [key for key in keys if key in differing]) for curve in drawn])
+
+
+def _phrase(key: str, value: Any) -> str:
+    phrases = {"workdir": "{}", "weights": "{} weights", "cfg_schedule": "{} schedule", "spacing": "{} spacing",
+               "num_images": "{:,} images", "reference": "against {}", "extractor": "features of {}"}
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    if isinstance(value, float):
+        return f"{key} {value:g}"
+    return phrases.get(key, f"{key} {{}}").format(value)

@@ -1,0 +1,128 @@
+"""What a work directory has for the figures: metrics, pictures of samples, results of evaluations."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from marjax.errors import UserError
+from marjax.plots.curves import Result
+
+METRICS, SAMPLES, EVALUATION = "metrics.jsonl", "samples", "evaluation.json"
+_PICTURE = re.compile(r"raw_and_ema_(\d+)\.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A work directory.
+
+    Attributes:
+      name: the end of its path, as much as tells it from the others.
+      lines: of its metrics, by step.
+      pictures: files of samples by step, in order; raw weights left, EMA weights right.
+      results: of its evaluation, as `evaluation.json` has them; among the settings is all that they depend on.
+    """
+
+    name: str
+    lines: Sequence[dict[str, Any]] = ()
+    pictures: dict[int, epath.Path] = dataclasses.field(default_factory=dict)
+    results: Sequence[Result] = ()
+
+    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, int64 (N,), and finite values, float64 (N,), of a metric; N is 0 where there are none."""
+        points = [(line["step"], line[metric]) for line in self.lines if _is_finite(line.get(metric))]
+        return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
+
+
+def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Reads work directories, each once; says on standard error what one of them lacks.
+
+    Raises:
+      UserError: none, one that does not exist or has nothing to draw, or a file in it that cannot be read.
+    """
+    paths = list(dict.fromkeys(epath.Path(workdir) for workdir in workdirs))
+    if not paths:
+        raise UserError("no work directory: give at least one")
+    return [_read_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
+
+
+def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The shortest ends of different paths that tell them apart: "run", or "a/run" and "b/run"."""
+    whole = [os.fspath(path) for path in paths]
+    parts = [pathlib.PurePosixPath(path if "://" in path else os.path.abspath(path)).parts for path in whole]
+    names = []
+    for mine in parts:
+        same = [sum(other[-n:] == mine[-n:] for other in parts) for n in range(1, len(mine) + 1)]
+        length = 1 + same.index(1) if 1 in same else len(mine)
+        names.append(str(pathlib.PurePosixPath(*mine[-length:])))
+    return names
+
+
+def _read_run(path: epath.Path, name: str) -> Run:
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory: give a work directory that marjax train has made")
+    try:
+        found = {file: (path / file).exists() for file in (METRICS, SAMPLES, EVALUATION)}
+        if not any(found.values()):
+            raise UserError(f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {EVALUATION}")
+        missing = [file for file, is_there in found.items() if not is_there]
+        if missing:
+            print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
+        return Run(name, _read_metrics(path / METRICS) if found[METRICS] else (),
+                   _find_pictures(path / SAMPLES) if found[SAMPLES] else {},
+                   _read_results(path / EVALUATION, name) if found[EVALUATION] else ())
+    except OSError as error:
+        raise UserError(f"work directory {path} cannot be read ({error.strerror or error}): give one that "
+                        f"can") from None
+
+
+def _read_metrics(path: epath.Path) -> list[dict[str, Any]]:
+    rows = path.read_bytes().splitlines()
+    lines = []
+    for number, row in enumerate(rows, 1):
+        try:
+            line = json.loads(row)
+            if not isinstance(line["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if number == len(rows):
+                break  # cut short by a crash
+            raise UserError(f"{path} cannot be read: line {number} is no JSON object with a step; repair or remove "
+                            f"it") from None
+        lines.append(line)
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:
+    found = [(_PICTURE.fullmatch(path.name), path) for path in folder.iterdir()]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def _read_results(path: epath.Path, name: str) -> list[Result]:
+    try:
+        report = json.loads(path.read_bytes())
+        if report["format"] != 1:
+            raise ValueError(f"format {report['format']!r} instead of 1")
+        # Distances depend on these beside the settings; two checksums of one name are two references.
+        return [Result({"workdir": name, **result["settings"], "num_images": int(result["settings"]["num_images"]),
+                        **{kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
+                           for kind in ("reference", "extractor")}},
+                       {metric: float(value) for metric, value in
+                        {**result["metrics"], "seconds_per_image": result["seconds_per_image"]}.items()
+                        if _is_finite(value)})
+                for result in report["results"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not what marjax evaluate writes ({type(error).__name__}: {error}): evaluate again, "
+                        f"or remove it") from None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

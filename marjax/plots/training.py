@@ -1,0 +1,139 @@
+"""Figures of training: the loss, evaluations by the way, and samples."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from marjax.errors import UserError
+from marjax.plots import style
+from marjax.plots.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NO_LOSSES = ("train/grad_norm", "train/param_norm", "train/lr")
+_TITLES = {"mse": "squared error", "vb": "variational bound, bits",
+           **{f"loss_t_quarter{i}": f"loss, t in quarter {i} of 4" for i in range(1, 5)}}
+_EVALUATIONS = {"eval/fid": "FID", "eval/inception_score": "Inception Score"}
+_GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), "_guided": ("--", "with guidance")}
+_STEPS_SHOWN = 6  # of samples
+_GAP = 16  # pixels between the halves of a picture, as `generation.images.beside` leaves
+
+
+def loss(runs: Sequence[Run]) -> "Figure | None":
+    """The loss over steps, large, and its parts: as logged, faint, and smoothed."""
+    from matplotlib.lines import Line2D
+
+    drawn = _with_any(runs, ["train/loss"])
+    if not drawn:
+        return None
+    names = dict.fromkeys(name for run, _ in drawn for line in run.lines for name in line)
+    parts = [name for name in names if name.startswith("train/") and name not in ("train/loss", *_NO_LOSSES)
+             and any(len(run.series(name)[0]) for run, _ in drawn)]
+    rows = 1 if len(parts) < 2 else 2 if len(parts) <= 8 else 3
+    columns = -(-len(parts) // rows)
+    figure = style.new_figure(3.4 + 1.8 * columns, 2.8 if rows < 3 else 3.8, _title("Training loss", drawn))
+    places = figure.add_gridspec(rows, 1 + columns, width_ratios=[3.4] + [1.8] * columns)
+    panels = [places[:, 0]] + [places[i // columns, 1 + i % columns] for i in range(len(parts))]
+    for i, (place, metric) in enumerate(zip(panels, ["train/loss", *parts], strict=True)):
+        axes = figure.add_subplot(place)
+        for run, color in drawn:
+            steps, values = run.series(metric)
+            smooth = smoothed(values)
+            if smooth is not values:
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+            axes.plot(steps, smooth, color=color)
+        name = metric.removeprefix("train/")
+        axes.set_title(_TITLES.get(name, name), loc="left")
+        if not i or i > len(parts) - columns:  # the lowest of a column
+            axes.set_xlabel("step")
+        style.log_if_wide(axes, "y")
+        style.count_steps(axes)
+    if len(drawn) > 1:
+        style.legend(figure, [Line2D([], [], color=color) for _, color in drawn], [run.name for run, _ in drawn])
+    return figure
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """A centred weighted mean over a twentieth of the values, (N,); the values themselves where they are few."""
+    half = len(values) // 40
+    if not half:
+        return values
+    window = np.hanning(2 * half + 3)[1:-1]
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def evaluations(runs: Sequence[Run]) -> "Figure | None":
+    """FID and Inception Score over steps, without guidance (solid) and with it (dashed)."""
+    from matplotlib.lines import Line2D
+
+    metrics = [metric for metric in _EVALUATIONS if _with_any(runs, [metric + kind for kind in _GUIDANCE])]
+    drawn = _with_any(runs, [metric + kind for metric in metrics for kind in _GUIDANCE])
+    if not drawn:
+        return None
+    kinds = [kind for kind in _GUIDANCE if _with_any(runs, [metric + kind for metric in metrics])]
+    figure = style.new_figure(3.2 * len(metrics), 2.6, _title("Evaluations during training", drawn))
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for run, color in drawn:
+            for kind in kinds:
+                axes.plot(*run.series(metric + kind), linestyle=_GUIDANCE[kind][0], color=color, marker="o")
+        axes.set(xlabel="step", ylabel=_EVALUATIONS[metric])
+        style.log_if_wide(axes, "y")
+        style.count_steps(axes)
+    lines = [Line2D([], [], color=color) for _, color in drawn] if len(drawn) > 1 else []
+    names = [run.name for run, _ in drawn] if len(drawn) > 1 else []
+    lines += [Line2D([], [], color=style.GREY, linestyle=_GUIDANCE[kind][0]) for kind in kinds]
+    style.legend(figure, lines, names + [_GUIDANCE[kind][1] for kind in kinds])
+    return figure
+
+
+def samples(runs: Sequence[Run]) -> "Figure | None":
+    """Samples of EMA weights at up to six steps, the first and the last among them; one row a work directory."""
+    drawn = [run for run in runs if run.pictures]
+    if not drawn:
+        return None
+    rows = []
+    for run in drawn:
+        steps = list(run.pictures)
+        chosen = np.unique(np.linspace(0, len(steps) - 1, _STEPS_SHOWN).round().astype(int))
+        rows.append([(steps[i], ema_half(run.pictures[steps[i]])) for i in chosen])
+    columns = max(map(len, rows))
+    heights = [max(picture.shape[0] / picture.shape[1] for _, picture in row) for row in rows]
+    title = "Samples of EMA weights" + (f": {drawn[0].name}" if len(drawn) == 1 else "")
+    figure = style.new_figure(1.7 * columns + 0.2, 0.4 + sum(0.2 + 1.7 * height for height in heights), title)
+    places = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for i, (run, row) in enumerate(zip(drawn, rows, strict=True)):
+        for j, (step, picture) in enumerate(row):
+            axes = figure.add_subplot(places[i, j], xticks=[], yticks=[])
+            axes.imshow(picture)
+            axes.spines[:].set_visible(False)
+            axes.set_title(f"step {step:,}", pad=3)
+            if not j and len(drawn) > 1:
+                axes.set_ylabel(run.name, parse_math=False)
+    return figure
+
+
+def ema_half(path: epath.Path) -> np.ndarray:
+    """The right half of a picture of samples, uint8 (H, W, 3). Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            picture = np.asarray(Image.open(file).convert("RGB"))
+        if picture.shape[1] <= _GAP + 1:
+            raise ValueError(f"{picture.shape[1]} pixels wide")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow has it
+        raise UserError(f"picture {path} cannot be read ({type(error).__name__}: {error}): repair or remove "
+                        f"it") from None
+    return picture[:, -((picture.shape[1] - _GAP) // 2):]
+
+
+def _with_any(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[Run, str]]:
+    """The runs with any of the metrics, and their colours."""
+    return [(run, color) for run, color in zip(runs, style.colors(len(runs)), strict=True)
+            if any(len(run.series(metric)[0]) for metric in metrics)]
+
+
+def _title(text: str, drawn: Sequence[tuple[Run, str]]) -> str:
+    return f"{text}: {drawn[0][0].name}" if len(drawn) == 1 else text

@@ -1,0 +1,318 @@
+"""Figures: what is drawn, what is grouped, and files that are the same twice; inputs that cannot be read."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.image import AxesImage
+from PIL import Image
+
+from marjax import plots
+from marjax.errors import UserError
+from marjax.generation.images import beside, write_png
+from marjax.plots import style, tradeoffs, training
+from marjax.plots.curves import Result, curves, describe
+from marjax.plots.runs import Run, distinct_names, read_runs
+
+SETTINGS = {"weights": "ema", "num_iter": 64, "num_sampling_steps": "100", "cfg": 2.9, "cfg_schedule": "linear",
+            "temperature": 1.0, "confidence_order": False, "step": 450, "num_images": 10000, "seed": 0}
+
+
+def result(fid=5.0, seconds=1.0, inception_score=9.0, **settings):
+    return Result({"workdir": "run", **SETTINGS, **settings},
+                  {"fid": fid, "inception_score": inception_score, "seconds_per_image": seconds})
+
+
+def line(step, **values):
+    return {"step": step, **{name.replace("__", "/"): value for name, value in values.items()}}
+
+
+def write_lines(folder, lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+
+
+def write_evaluation(folder, measured, **fields):
+    folder.mkdir(parents=True, exist_ok=True)
+    networks = {"reference": {"name": "digits", "checksum": "ab" * 32},
+                "extractor": {"name": "classifier", "checksum": "cd" * 32}}
+    results = [{"settings": SETTINGS | settings, "metrics": {"fid": fid, "kid": None}, "seconds_per_image": seconds,
+                **networks, **fields} for settings, fid, seconds in measured]
+    (folder / "evaluation.json").write_text(json.dumps({"format": 1, "results": results}))
+
+
+def write_samples(folder, steps):
+    (folder / "samples").mkdir(parents=True)
+    for i, step in enumerate(steps):
+        raw, ema = np.full((6, 5, 3), 200, np.uint8), np.full((6, 5, 3), i, np.uint8)
+        write_png(folder / "samples" / f"raw_and_ema_{step:08d}.png", beside([raw, ema]))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """All that a work directory can have."""
+    folder = tmp_path / "run"
+    write_lines(folder, [line(step, train__loss=8 / step, train__lr=1.0, eval__fid=9 / step) for step in (1, 2, 3)])
+    write_samples(folder, [10, 20])
+    varied = ((8, "100", 1.0, 1.0), (64, "100", 1.0, 1.0), (64, "ddim25", 1.0, 1.0), (64, "ddim50", 1.0, 1.0),
+              (64, "100", 2.0, 1.0), (64, "100", 1.0, 0.9))
+    write_evaluation(folder, [({"num_iter": n, "num_sampling_steps": steps, "cfg": cfg, "temperature": t}, n + cfg + t,
+                               0.01 * n) for n, steps, cfg, t in varied])
+    return folder
+
+
+def xy(line):
+    return list(map(tuple, line.get_xydata().tolist()))
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text()
+
+
+def test_every_figure_and_the_same_bytes_twice(tmp_path, workdir, capsys):
+    before = dict(rcParams)
+    made = plots.plot([workdir], tmp_path / "out")
+    assert [path.name for path in made] == [f"{name}.{each}" for name in plots.FIGURES for each in plots.FORMATS]
+    assert sorted(path.name for path in made) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert dict(rcParams) == before  # also after the user's own settings, which change nothing:
+    rcParams.update({"svg.hashsalt": None, "lines.markeredgewidth": 9.0})
+    try:
+        again = plots.plot([workdir], tmp_path / "again", formats=["svg"])
+        assert rcParams["lines.markeredgewidth"] == 9.0
+    finally:
+        rcParams.update(before)
+    whole = {path.name: path.read_bytes() for path in made}
+    assert all(path.read_bytes() == whole[path.name] for path in again)
+    assert len(set(whole.values())) == len(whole)
+    assert b"dc:date" not in whole["loss.svg"] and whole["loss.svg"].rstrip().endswith(b"</svg>")
+    assert Image.open(tmp_path / "out" / "loss.png").size[0] > 600
+    assert capsys.readouterr().err == ""
+
+
+def test_matplotlib_waits_until_it_is_needed():
+    code = """
+import sys
+from marjax.plots import style
+assert "matplotlib" not in sys.modules
+style.new_figure(1, 1, "")
+assert "matplotlib" in sys.modules and not {"matplotlib.pyplot", "jax"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_loss_and_its_parts():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(1, 2, 200)
+    long = Run("long", [line(i + 1, train__loss=x, train__mse=x / 2, train__grad_norm=1.0) for i, x in
+                        enumerate(values)])
+    short = Run("_short$1$", [line(1, train__loss=40.0), line(2, train__other=None)])
+    figure = training.loss([long, Run("empty"), short])
+    loss, mse = figure.axes
+    assert [axes.get_title("left") for axes in figure.axes] == ["loss", "squared error"]
+    raw, smooth, other = loss.get_lines()
+    np.testing.assert_array_equal(raw.get_xydata(), np.stack([np.arange(1, 201), values], 1))
+    assert 0.5 > smooth.get_ydata().std() / values.std() > 0 and raw.get_alpha() < 0.5
+    assert xy(other) == [(1, 40.0)] and [len(each.get_xdata()) for each in mse.get_lines()] == [200, 200, 0]
+    colors = style.colors(3)
+    assert raw.get_color() == smooth.get_color() == colors[0] and other.get_color() == colors[2]
+    assert loss.get_yscale() == "log" and mse.get_yscale() == "linear"
+    assert legend_of(figure) == (["long", "_short$1$"], "")
+    alone = training.loss([long])
+    assert alone.get_suptitle() == "Training loss: long" and not alone.legends
+    assert training.loss([Run("empty"), Run("of an evaluation", [line(1, eval__fid=1.0)])]) is None
+
+
+def test_smoothing():
+    few = np.array([3.0, 1.0])
+    assert training.smoothed(few) is few
+    ramp = np.arange(100.0)
+    np.testing.assert_allclose(training.smoothed(ramp)[3:-3], ramp[3:-3])
+    np.testing.assert_allclose(training.smoothed(np.ones(100)), 1.0)  # to the ends
+    assert training.smoothed(ramp)[0] > 0
+
+
+def test_evaluations_during_training():
+    first = Run("a", [line(5, train__loss=1.0), line(5, eval__fid=90.0, eval__fid_guided=40.0),
+                      line(10, eval__fid=50.0, eval__fid_guided=10.0, eval__inception_score=3.0)])
+    figure = training.evaluations([first, Run("b", [line(7, eval__fid_guided=20.0)]), Run("c")])
+    fid, score = figure.axes
+    drawn = {(each.get_color(), each.get_linestyle()): xy(each) for each in fid.get_lines() if len(each.get_xdata())}
+    a, b, _ = style.colors(3)
+    assert drawn == {(a, "-"): [(5, 90.0), (10, 50.0)], (a, "--"): [(5, 40.0), (10, 10.0)], (b, "--"): [(7, 20.0)]}
+    assert [xy(each) for each in score.get_lines() if len(each.get_xdata())] == [[(10, 3.0)]]
+    assert (fid.get_ylabel(), score.get_ylabel()) == ("FID", "Inception Score")
+    assert legend_of(figure)[0] == ["a", "b", "without guidance", "with guidance"]
+    unguided = training.evaluations([Run("a", [line(5, eval__fid=90.0)])])
+    assert len(unguided.axes) == 1 and legend_of(unguided)[0] == ["without guidance"]
+    assert training.evaluations([Run("a", [line(1, train__loss=1.0)])]) is None
+
+
+def test_samples_are_the_ema_half_at_six_steps(tmp_path):
+    write_samples(tmp_path / "many", range(100, 1200, 100))
+    write_samples(tmp_path / "few", [7, 3])
+    (tmp_path / "few" / "samples" / "other_00000004.png").write_bytes(b"")
+    runs = read_runs([tmp_path / "many", tmp_path / "few"])
+    figure = training.samples(runs)
+    steps = [axes.get_title() for axes in figure.axes]
+    assert steps == [f"step {step}" for step in ("100", "300", "500", "700", "900", "1,100", "3", "7")]
+    pictures = [axes.findobj(AxesImage)[0].get_array() for axes in figure.axes]
+    assert [picture.shape for picture in pictures] == [(6, 5, 3)] * 8
+    assert [int(picture.max()) for picture in pictures] == [0, 2, 4, 6, 8, 10, 1, 0]
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["many", "few"]
+    assert training.samples([Run("none")]) is None
+
+
+def test_a_curve_holds_all_but_one_setting():
+    results = [result(num_iter=64, fid=3.0), result(num_iter=8, fid=9.0), result(num_iter=8, cfg=1.0, fid=20.0),
+               result(num_iter=64, cfg=1.0, fid=30.0), result(num_iter=64, temperature=0.9),  # alone
+               result(num_iter=64, fid=4.0)]  # measured again
+    found = curves(results, "num_iter", ["fid"])
+    assert [(curve.fixed["cfg"], curve.x, curve.values("fid")) for curve in found] == [
+        (1.0, [8, 64], [20.0, 30.0]), (2.9, [8, 64], [9.0, 4.0])]
+    assert all("num_iter" not in curve.fixed for curve in found)
+    untimed = [Result(each.settings, {"fid": 1.0}) for each in results[:2]]
+    assert not curves([*untimed, *results[2:3]], "num_iter", ["fid", "seconds_per_image"])
+    assert len(curves(untimed, "num_iter", ["fid"])) == 1
+    assert not curves(results, "weights", ["fid"]) and not curves(results, "confidence_order", ["fid"])
+    assert not curves(results, "no_such", ["fid"])
+
+
+def test_ddim_steps_are_a_family_of_their_own():
+    steps = ("ddim50", "100", "25", "ddim25", "nonsense", 50)
+    found = curves([result(num_sampling_steps=each) for each in steps], "num_sampling_steps", ["fid"])
+    assert [(curve.fixed["spacing"], curve.x) for curve in found] == [("ddim", [25, 50]), ("even", [25, 50, 100])]
+    # Along another setting they are told apart all the same, and sorted as numbers.
+    results = [result(num_sampling_steps=s, num_iter=n) for s in ("100", "ddim25", "25") for n in (8, 64)]
+    found = curves(results, "num_iter", ["fid"])
+    assert [curve.fixed["num_sampling_steps"] for curve in found] == ["25", "ddim25", "100"]
+    assert all("spacing" not in curve.fixed for curve in found)
+
+
+def test_labels_say_what_differs():
+    results = [result(num_iter=n, cfg=c, workdir=w) for n in (8, 64) for c in (1.0, 2.9) for w in ("a", "b")]
+    common, labels = describe(curves(results, "num_iter", ["fid"]))
+    assert labels == ["a, cfg 1", "a, cfg 2.9", "b, cfg 1", "b, cfg 2.9"]
+    assert common == ("ema weights, num_sampling_steps 100, linear schedule, temperature 1, no confidence_order, "
+                      "step 450, 10,000 images, seed 0")
+    common, labels = describe(curves(results[::4], "num_iter", ["fid"]))
+    assert labels == [""] and common.startswith("a, ema weights, ") and "cfg 1, " in common
+
+
+def test_quality_over_a_setting():
+    first = Run("a", results=[result(workdir="a", num_iter=n, cfg=c, fid=c * n, inception_score=n / 10)
+                              for n in (16, 8, 128) for c in (1.0, 2.0)])
+    second = Run("b", results=[result(workdir="b", num_iter=n, fid=7.0 + n) for n in (8, 16)])
+    figure = tradeoffs.over([first, Run("c"), second], "num_iter")
+    fid, score = figure.axes
+    assert [xy(each) for each in fid.get_lines()] == [
+        [(8, 8.0), (16, 16.0), (128, 128.0)], [(8, 16.0), (16, 32.0), (128, 256.0)], [(8, 15.0), (16, 23.0)]]
+    assert xy(score.get_lines()[0]) == [(8, 0.8), (16, 1.6), (128, 12.8)]
+    lines = fid.get_lines()
+    assert lines[0].get_color() == style.colors(3)[0].lower() and lines[2].get_color() == style.colors(3)[2].lower()
+    assert len({each.get_color() for each in lines}) == 3 and lines[0].get_marker() != lines[1].get_marker()
+    assert [each.get_color() for each in lines] == [each.get_color() for each in score.get_lines()]
+    labels, common = legend_of(figure)
+    assert labels == [each.get_label() for each in lines] == ["a, cfg 1", "a, cfg 2", "b, cfg 2.9"]
+    assert common.replace("\N{NO-BREAK SPACE}", " ").startswith("all: ema weights, num_sampling_steps 100")
+    assert fid.get_xscale() == fid.get_yscale() == "log" and fid.get_xticks().tolist() == [8, 16, 128]
+    assert tradeoffs.over([first, second], "temperature") is None
+    guided = tradeoffs.over([first, second], "cfg")
+    assert guided.axes[0].get_xscale() == "linear" and len(guided.axes[0].get_lines()) == 3
+
+
+def test_quality_over_time():
+    results = [result(num_iter=n, seconds=n / 100, fid=80 / n) for n in (8, 16, 64)]
+    results += [result(num_sampling_steps=s, seconds=t, fid=f) for s, t, f in (("25", 0.2, 4.0), ("50", None, 2.0))]
+    results = [Result(each.settings, {k: v for k, v in each.metrics.items() if v is not None}) for each in results]
+    figure = tradeoffs.over_time([Run("run", results=results)])
+    iterations, sampling = figure.axes
+    (along_iterations,), (along_sampling,) = iterations.get_lines(), sampling.get_lines()
+    assert xy(along_iterations) == [(0.08, 10.0), (0.16, 5.0), (0.64, 1.25)]
+    assert xy(along_sampling) == [(0.2, 4.0), (0.64, 1.25)]  # 50 steps were not timed
+    assert [text.get_text() for text in iterations.texts] == ["8", "16", "64"]
+    assert [text.get_text() for text in sampling.texts] == ["25", "100"]
+    assert legend_of(figure)[0] == ["num_sampling_steps 100", "num_iter 64, even spacing"]
+    assert iterations.get_ylabel() == "FID" and iterations.get_xlabel() == "seconds per image"
+    assert tradeoffs.over_time([Run("run", results=results[:1])]) is None
+
+
+def test_results_of_another_reference_are_told_apart(tmp_path):
+    results = [({"cfg": cfg}, cfg, None) for cfg in (1.0, 2.0)]
+    for name, checksum in (("a", "ab"), ("b", "ef")):
+        write_evaluation(tmp_path / name, results, reference={"name": "digits", "checksum": checksum * 32})
+    labels, common = legend_of(tradeoffs.over(read_runs([tmp_path / "a", tmp_path / "b"]), "cfg"))
+    assert labels == ["a, against digits (abababab)", "b, against digits (efefefef)"]
+    words = common.replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
+    assert "step 450, 10,000 images, seed 0, features of classifier (cdcdcdcd)" in words
+
+
+def test_names_of_work_directories(tmp_path, workdir):
+    assert distinct_names(["/a/run", "/b/run", "/b/other"]) == ["a/run", "b/run", "other"]
+    assert distinct_names(["/run", "/b/run"]) == ["/run", "b/run"]
+    assert distinct_names(["gs://bucket/run", "/bucket/x"]) == ["run", "x"]
+    assert [run.name for run in read_runs([workdir, f"{workdir}/"])] == ["run"]
+    assert len(set(style.colors(6))) == 6 and len(set(style.colors(20))) == 20
+
+
+def test_metrics_cut_short_by_a_crash(tmp_path):
+    write_lines(tmp_path, [line(2, train__loss=1.0), line(1, train__loss=2.0)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    (run,) = read_runs([tmp_path])
+    steps, values = run.series("train/loss")
+    assert steps.tolist() == [1, 2] and values.tolist() == [2.0, 1.0]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: line 3"):
+        read_runs([tmp_path])
+
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    write_lines(tmp_path / "run", [line(1, train__loss=1.0)])
+    made = plots.plot([tmp_path / "run"], tmp_path / "out", formats=("png",))
+    assert [path.name for path in made] == ["loss.png"]
+    assert "run has no samples and no evaluation.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "results": [3]}', "\xff"])
+def test_evaluations_that_are_none(tmp_path, text):
+    write_lines(tmp_path, [line(1, train__loss=1.0)])
+    (tmp_path / "evaluation.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError, match="evaluation.json is not what marjax evaluate writes"):
+        plots.plot([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [{"metrics": None}, {"settings": SETTINGS | {"num_images": "all"}},
+                                    {"reference": "digits"}, {"extractor": {"name": "classifier", "checksum": None}}])
+def test_evaluations_with_wrong_fields(tmp_path, fields):
+    write_evaluation(tmp_path, [({}, 1.0, None)], **fields)
+    with pytest.raises(UserError, match="evaluation.json is not what marjax evaluate writes"):
+        read_runs([tmp_path])
+
+
+def test_broken_inputs(tmp_path, workdir):
+    for given, message in (([], "no work directory"), ([tmp_path / "gone"], "gone is no directory"),
+                           ([workdir / "metrics.jsonl"], "metrics.jsonl is no directory"),
+                           ([workdir, tmp_path / "bare"], "bare has nothing to draw: no metrics.jsonl, no samples")):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            plots.plot(given, tmp_path / "out")
+    for formats in ([], ["png", "gif"]):
+        with pytest.raises(UserError, match="give some of png, svg"):
+            plots.plot([workdir], tmp_path / "out", formats)
+    write_lines(tmp_path / "bare", [line(1, perf__mfu=0.5)])
+    with pytest.raises(UserError, match="nothing to draw in .*bare: looked for train/loss"):
+        plots.plot([tmp_path / "bare"], tmp_path / "out")
+    for content in (b"not a picture", (workdir / "samples" / "raw_and_ema_00000010.png").read_bytes()[:60]):
+        (workdir / "samples" / "raw_and_ema_00000020.png").write_bytes(content)
+        with pytest.raises(UserError, match="raw_and_ema_00000020.png cannot be read"):
+            plots.plot([workdir], tmp_path / "out")
+    write_png(workdir / "samples" / "raw_and_ema_00000020.png", np.zeros((4, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="16 pixels wide"):
+        plots.plot([workdir], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
