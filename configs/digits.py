@@ -23,6 +23,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # wrong by several hundred: after two minutes of training it gets too much wrong.
     config.sample.update(num_iter=16, num_sampling_steps="ddim25", cfg=2.0, temperature=0.9, batch_size=100,
                          max_stages=3)
+    config.eval.update(extractor="classifier", extractor_path="runs/digits_classifier.npz",
+                       reference="runs/digits_reference.npz")
     if args.debug:
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)
         config.model.denoiser.update(depth=1, width=32)

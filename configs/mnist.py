@@ -42,6 +42,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # "ddim25" and the temperature: see configs/digits.py.
     config.sample.update(num_iter=16 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim25", cfg=2.0,
                          temperature=0.9, batch_size=100, max_stages=3)
+    config.eval.update(extractor="classifier", extractor_path="runs/mnist_classifier.npz",
+                       reference="runs/mnist_reference.npz")
     if args.debug:
         config.data.update(split="train[:256]", num_examples=256)
         config.tokenizer.update(num_codes=32, path=config.tokenizer.path.replace(".", "_debug."))

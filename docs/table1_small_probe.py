@@ -29,7 +29,7 @@ def is_background(tokens: np.ndarray) -> np.ndarray:
 def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1.0) -> tuple[float, float, float]:
     """Share of background among the unknown patches, real and drawn, and of those drawn as what they are."""
     config = read_workdir(workdir)
-    sampler, params = open_sampler(workdir, step=step, cfg=1.0)
+    sampler, params, *_ = open_sampler(workdir, step=step, cfg=1.0)
     generator, tokenizer, tokens = sampler.generator, sampler.tokenizer, config_lib.tokens_of(config)
     source = open_source(config.data)
     images = np.stack([source[i]["image"] for i in range(NUM_IMAGES)]).astype(np.float32) / 127.5 - 1.0

@@ -40,6 +40,7 @@ CHOICES = {
     "model.mask_ratio_per": ("image", "batch"),
     "train.schedule": ("constant", "cosine"),
     "sample.cfg_schedule": ("linear", "constant"),
+    "eval.extractor": ("inception", "classifier"),
 }
 
 
@@ -161,6 +162,15 @@ def base() -> ConfigDict:
             confidence_order=False,  # the surest tokens first, instead of an order drawn ahead (MaskGIT)
             choice_temperature=4.5,  # how random that choice is at first; it falls to 0 at the last step
             max_stages=6,  # padded shapes the generation steps are grouped into
+        ),
+        # What marjax evaluate measures with by default, and the smaller evaluation during training.
+        eval=dict(
+            every=0,  # steps between evaluations, and after the last; 0: none
+            num_images=1000,  # of those
+            cfg=derived_float(),  # guidance of the second half of those; sample.cfg, and none if that is 1
+            extractor="inception",  # or "classifier"
+            extractor_path="",  # of its weights; inception has a place of its own
+            reference="",  # file of the real images' statistics (see marjax stats)
         ),
     ))
 
@@ -315,6 +325,14 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if HEADS[model.head].discrete and not tokens.num_codes:
         raise UserError(f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
                         f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook")
+    if config.eval.cfg is None:
+        config.eval.cfg = config.sample.cfg
+    if config.eval.every < 0 or config.eval.num_images < 2 or config.eval.cfg < 0.0:
+        raise UserError(f"config.eval: every is {config.eval.every}, num_images {config.eval.num_images} and cfg "
+                        f"{config.eval.cfg}: give at least 0, 2 and 0")
+    if config.eval.every and not config.eval.reference:
+        raise UserError("config.eval.every is set, but config.eval.reference is not: give the file of the real images' "
+                        "statistics, which marjax stats makes")
     if config.sample.num_iter is None:
         config.sample.num_iter = min(64, tokens.num_tokens) if variant.many else tokens.num_tokens
 

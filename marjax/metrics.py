@@ -38,9 +38,9 @@ class MetricWriter:
         self._root = epath.Path(workdir)
         self._events: Any = None
         self._bar: Any = None
+        self._path = self._root / "metrics.jsonl"
         if not active:
             return
-        self._path = self._root / "metrics.jsonl"
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
         self._lines = [line for line in self._read() if line["step"] <= start_step]
         self._flush()
@@ -60,7 +60,8 @@ class MetricWriter:
             for name, value in finite.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
-        shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip")}
+        shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
+                 **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
@@ -76,6 +77,11 @@ class MetricWriter:
         write_png(folder / f"{name}_{step:08d}.png", picture)
         if self._events is not None:
             self._events.add_image(name, picture, step, dataformats="HWC")
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether a metric with a name that begins so was written at that step; on every process."""
+        lines = self._lines if self.active else self._read()
+        return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in lines)
 
     def progress(self, step: int) -> None:
         """Moves the bar."""

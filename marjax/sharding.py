@@ -3,6 +3,7 @@
 Parameters and activations name their axes in the models; nothing else knows the mesh.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
         raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
                         f"are {len(devices)}: change config.mesh (-1 takes what is left)")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def local_mesh(config: Any) -> Mesh:
+    """A mesh over this process's devices alone, as near to `config.mesh` as their number allows."""
+    devices = jax.local_devices()
+    tensor = math.gcd(config.tensor if config.tensor > 0 else 1, len(devices))
+    fsdp = math.gcd(config.fsdp, len(devices) // tensor) if config.fsdp > 0 else len(devices) // tensor
+    return make_mesh(-1, fsdp, tensor, devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

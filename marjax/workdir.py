@@ -11,7 +11,7 @@ from marjax.config import apply_overrides, base, flatten, resolve
 from marjax.errors import UserError
 
 # What a second start in the same work directory may change: it does not alter what is trained.
-FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "data.workers", "data.data_dir", "data.cache",
+FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
                "model.remat", "model.denoiser.remat",
                "tokenizer.path", "tokenizer.train.")  # of the tokenizer the checksum counts
 

@@ -356,8 +356,8 @@ def test_a_run_of_ours_there_and_back(trained, tmp_path, capsys):
     said = capsys.readouterr()
     assert "raw weights" in said.out and f"marjax sample --workdir {run}" in said.out and not said.err
     assert main(argv) == 0 and "is there already" in capsys.readouterr().out
-    sampler, params = open_sampler(run)
-    raw, ema = (open_sampler(trained, step=2, weights=weights)[1] for weights in ("raw", None))
+    sampler, params, *_ = open_sampler(run)
+    raw, ema = (open_sampler(trained, step=2, weights=weights).params for weights in ("raw", None))
     jax.tree.map(np.testing.assert_array_equal, params, raw)
     images = [sampler(each, np.arange(10), 3, batch_size=10) for each in (params, ema)]
     assert (images[0] != images[1]).any()

@@ -8,7 +8,8 @@ from conftest import DIGITS, ROOT, make_digits, make_model
 
 from marjax import config as config_lib
 from marjax import sample, train
-from marjax.cli import main, parse_labels
+from marjax.cli import main
+from marjax.commands import parse_labels
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
 from marjax.workdir import read_workdir
@@ -146,7 +147,8 @@ def test_benchmark_times_the_cache_against_recomputing(capsys):
 
 
 def test_one_program_for_other_scales_and_temperatures(run):
-    sampler, params = open_sampler(run, cfg=2.0, temperature=1.0)
+    opened = open_sampler(run, cfg=2.0, temperature=1.0)
+    sampler, params = opened.sampler, opened.params
     config = read_workdir(run)
 
     def settings(**fields):
@@ -154,11 +156,21 @@ def test_one_program_for_other_scales_and_temperatures(run):
         return config_lib.resolve(config_lib.apply_overrides(config, given)).sample
 
     other = sampler.with_settings(settings(cfg=3.0, temperature=0.5))
+    assert other.program is sampler.program
     close(other(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=3.0, temperature=0.5))
     close(sampler(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=2.0, temperature=1.0))
     for fields in (dict(cfg=1.0), dict(num_iter=7), dict(num_sampling_steps="4")):
-        with pytest.raises(ValueError, match="another Sampler"):
-            sampler.with_settings(settings(**fields))
+        other = sampler.with_settings(settings(**{"cfg": 2.0, **fields}))
+        assert other.program is not sampler.program and other.tokenizer_params is sampler.tokenizer_params
+    close(other(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=2.0, num_sampling_steps="4"))
+
+
+def test_what_was_opened_says_which_weights_it_has(run):
+    ema, raw, before = (open_sampler(run, weights=weights, step=step)
+                        for weights, step in ((None, None), ("raw", None), ("ema", 30)))
+    assert [(each.weights, each.step) for each in (ema, raw, before)] == [("ema", 60), ("raw", 60), ("ema", 30)]
+    assert len({each.digest for each in (ema, raw, before)}) == 3
+    assert open_sampler(run, cfg=1.0).digest == ema.digest
 
 
 def test_a_run_on_codes_and_its_codebook(tmp_path, codebook, capsys):

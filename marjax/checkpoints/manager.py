@@ -39,11 +39,19 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """One restored checkpoint: `items` has a tree for each name asked for, `meta` is what was given to `save`."""
+    """One restored checkpoint.
+
+    Attributes:
+      step: of it.
+      items: a tree for each name asked for.
+      meta: what was given to `save`.
+      digests: of each of these trees, a hash of all its arrays' names, shapes, dtypes and values.
+    """
 
     step: int
     items: dict[str, PyTree]
     meta: dict[str, Any]
+    digests: dict[str, str]
 
 
 class _DamageError(Exception):
@@ -321,7 +329,9 @@ class Checkpoints:
         changed = [p for p, value in found.items() if value != meta["arrays"][p]["checksum"]]
         if changed:
             raise _DamageError(f"wrong checksum of {_some(changed)}")
-        return Restored(step, items, meta["user"])
+        digests = {name: _digest({path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name})
+                   for name in items}
+        return Restored(step, items, meta["user"], digests)
 
     def _move_aside(self, steps: list[int]) -> None:
         problem = ""

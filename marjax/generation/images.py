@@ -2,6 +2,7 @@
 
 import io
 import os
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,8 +45,9 @@ def make_folder(path: str | os.PathLike[str]) -> epath.Path:
     folder = epath.Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_text("")
-        (folder / ".writable").unlink()
+        trial = folder / f".writable-{uuid.uuid4().hex}"  # several processes may try at once
+        trial.write_text("")
+        trial.unlink()
     except OSError as error:
         raise UserError(f"folder {path} cannot be written ({error.strerror or error}): give one that can") from None
     return folder

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
@@ -49,24 +50,46 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
 
-    sampler, params = _open(config, workdir, weights, step)
-    return sampler(params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels)))
+    opened = _open(config, workdir, weights, step)
+    return opened.sampler(opened.params, labels, seed, first_index,
+                          batch_size=min(config.sample.batch_size, len(labels)))
+
+
+class Opened(NamedTuple):
+    """A work directory ready to be sampled from.
+
+    Attributes:
+      sampler: with its settings.
+      params: what it takes.
+      step: of the checkpoint.
+      weights: "ema" or "raw": which these are.
+      digest: a hash of them.
+    """
+
+    sampler: Sampler
+    params: Any
+    step: int
+    weights: str
+    digest: str
 
 
 def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
-                 tokenizer_path: str | None = None, **settings: Any) -> tuple[Sampler, Any]:
+                 tokenizer_path: str | None = None, local: bool = False, **settings: Any) -> Opened:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.
 
-    Args and errors are those of `sample`.
+    Args and errors are those of `sample`; with `local`, it runs on this process's devices alone, at its own pace.
     """
-    return _open(_config(workdir, tokenizer_path, settings), workdir, weights, step)
+    return _open(_config(workdir, tokenizer_path, settings), workdir, weights, step, local)
 
 
 def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
-          step: int | None) -> tuple[Sampler, Any]:
+          step: int | None, local: bool = False) -> Opened:
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if local and jax.process_count() > 1:
+        mesh = sharding.local_mesh(config.mesh)
+    else:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer)
     generator = generator_lib.of(config, tokens)
@@ -78,7 +101,9 @@ def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], we
         restored = checkpoints.restore({item: abstract_params(generator, mesh)}, step)
     if restored is None:
         raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
-    return Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh), restored.items[item]
+    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
+    return Opened(sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item],
+                  restored.digests[item])
 
 
 def _config(workdir: str | os.PathLike[str], tokenizer_path: str | None,

@@ -119,8 +119,25 @@ class Sampler:
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings,
                  mesh: Mesh) -> None:
-        self.generator, self.settings, self.mesh, self.tokenizer = generator, settings, mesh, tokenizer
+        self.generator, self.settings, self.mesh = generator, settings, mesh
+        self.tokenizer, self.tokens = tokenizer, tokens
         self.tokenizer_params = sharding.put_whole(tokenizer.params, mesh)
+        self.program = self._make_program()
+
+    def with_settings(self, sample: ml_collections.ConfigDict) -> "Sampler":
+        """A sampler with other settings, from a resolved `config.sample`.
+
+        It has the same program where only guidance scales, their schedule or temperatures differ; `num_iter`,
+        `num_sampling_steps`, `max_stages`, `confidence_order` and whether `cfg` is 1 take one of their own.
+        """
+        other = copy.copy(self)
+        other.settings = Settings.of(sample, self.generator)
+        if other.settings.shape() != self.settings.shape():
+            other.program = other._make_program()
+        return other
+
+    def _make_program(self) -> Any:
+        generator, settings, mesh, tokenizer = self.generator, self.settings, self.mesh, self.tokenizer
 
         def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
                     guidance_n: jax.Array | None, temperature: jax.Array, choice_n: jax.Array | None) -> jax.Array:
@@ -131,22 +148,9 @@ class Sampler:
                 tokens_BxLxD = generate(generator, params, labels_B, rand, guidance_n, temperature,
                                         tokenizer.codebook(tokenizer_params), choice_n, stages=settings.stages,
                                         num_sampling_steps=settings.num_sampling_steps)
-            return tokenizer.decode(tokenizer_params, tokens.unpatchify(tokens_BxLxD))
+            return tokenizer.decode(tokenizer_params, self.tokens.unpatchify(tokens_BxLxD))
 
-        self.program = jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
-
-    def with_settings(self, sample: ml_collections.ConfigDict) -> "Sampler":
-        """A sampler with another guidance or temperature, from a resolved `config.sample`, and the same program.
-
-        Raises:
-          ValueError: what shapes the program differs.
-        """
-        other = copy.copy(self)
-        other.settings = Settings.of(sample, self.generator)
-        if other.settings.shape() != self.settings.shape():
-            raise ValueError("num_iter, num_sampling_steps, max_stages, confidence_order and whether cfg is 1 shape "
-                             "the program: make another Sampler")
-        return other
+        return jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
 
     def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
         """What `program` takes for these samples; their number must divide over the mesh."""
@@ -156,21 +160,28 @@ class Sampler:
         return (params, self.tokenizer_params, rows[0], np.uint32(seed), rows[1], scales,
                 np.float32(self.settings.temperature), choice)
 
+    def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
+        """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
+        with jax.set_mesh(self.mesh):
+            return self.program(*self.arguments(params, labels_B, seed, index_B))
+
+    def fitting(self, batch_size: int) -> int:
+        """`batch_size` rounded up to what divides over the mesh."""
+        shards = sharding.batch_shards(self.mesh)
+        return -(-batch_size // shards) * shards
+
     def __call__(self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *,
                  batch_size: int) -> np.ndarray:
         """Images uint8 (N, H, W, C) of N labels, the i-th with index first_index + i.
 
         Every batch is filled up to `batch_size`, rounded up to what divides over the mesh, so that one program serves.
         """
-        shards = sharding.batch_shards(self.mesh)
-        batch_size = -(-batch_size // shards) * shards
+        batch_size = self.fitting(batch_size)
         done = []
         for at in range(0, len(labels), batch_size):
             rows = np.asarray(labels[at:at + batch_size])
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
-            index = first_index + at + np.arange(batch_size)
-            with jax.set_mesh(self.mesh):
-                image = self.program(*self.arguments(params, padded, seed, index))
+            image = self.dispatch(params, padded, seed, first_index + at + np.arange(batch_size))
             if jax.process_count() > 1:
                 image = multihost_utils.process_allgather(image, tiled=True)
             done.append(to_uint8(np.asarray(image))[:len(rows)])

@@ -22,6 +22,7 @@ from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples
 from marjax.data.latents import Latents
 from marjax.data.pipeline import Batches
+from marjax.evaluation.probe import Probe
 from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
 from marjax.metrics import MetricWriter
@@ -63,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
     open_batches(config, start_step=0, examples=examples).close()
+    probe = Probe(config) if config.eval.every else None
     claim_workdir(workdir, config)
 
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
@@ -90,11 +92,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
                     + (f"resuming at step {start} of {config.train.steps}" if restored else
                        f"{config.train.steps} steps"))
         log = config.log
-        every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every)
+        every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every)
         run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
                   draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
                   advice="Lower config.train.lr or look at the data, then start again",
-                  flops_share=flops.train_flops(generator) / peak.device_peak(config.model.dtype))
+                  flops_share=flops.train_flops(generator) / peak.device_peak(config.model.dtype),
+                  evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
         weights = sampler.tokenizer_params
         try:
             with open_batches(config, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):

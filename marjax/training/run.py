@@ -36,12 +36,18 @@ class Intervals:
       log: between lines of metrics.
       save: between checkpoints; the last step is always saved.
       draw: between pictures, and after the last step; 0 for none.
+      evaluate: between evaluations, and after the last step; 0 for none.
     """
 
     total: int
     log: int
     save: int
     draw: int
+    evaluate: int = 0
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and after the last, is done after this one."""
+        return bool(every) and (step % every == 0 or step == self.total)
 
 
 class Run(Generic[S]):
@@ -53,7 +59,7 @@ class Run(Generic[S]):
 
     def __init__(self, every: Intervals, batch_size: int, mesh: Mesh, writer: MetricWriter, checkpoints: Checkpoints, *,
                  items: Callable[[S], dict[str, Any]], draw: Callable[[S], tuple[str, np.ndarray]], advice: str,
-                 flops_share: float = 0.0) -> None:
+                 flops_share: float = 0.0, evaluate: Callable[[S], dict[str, float]] | None = None) -> None:
         """Args:
           every: when what is done.
           batch_size: images a step, of all processes.
@@ -64,10 +70,12 @@ class Run(Generic[S]):
           draw: the name and the picture, uint8 (H, W, 3), of a state.
           advice: what to do about a loss that is not finite.
           flops_share: FLOPs of an image over a device's FLOP/s, for `perf/mfu`; 0 to leave that out.
+          evaluate: metrics of a state, by name; needed if `every.evaluate`.
         """
         self.every, self.batch_size, self.mesh = every, batch_size, mesh
         self.writer, self.checkpoints = writer, checkpoints
         self.items, self.draw, self.advice, self.flops_share = items, draw, advice, flops_share
+        self.evaluate = evaluate
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
         self.window_start: float | None = None  # None until the first step, which compiles, is through
         self.window_steps, self.window_wait = 0, 0.0
@@ -75,7 +83,10 @@ class Run(Generic[S]):
     def steps(self, state: S, step_fn: Callable[[S, Any], tuple[S, Metrics]], batches: Iterator[Batch]) -> S:
         """Runs `step_fn` on one batch after the other; `state` may be donated. Raises TrainingError."""
         every = self.every
-        for step in range(int(state.step) + 1, every.total + 1):
+        start = int(state.step)
+        if start and every.is_due(start, every.evaluate) and not self.writer.has(start, "eval/"):
+            self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
+        for step in range(start + 1, every.total + 1):
             before = time.perf_counter()
             batch = sharding.put_batch(next(batches), self.mesh)
             if self._is_idle():  # else the devices were busy all the while
@@ -89,17 +100,22 @@ class Run(Generic[S]):
             if self.window_start is None:
                 jax.block_until_ready(metrics)
                 self._restart_clock()
-            saves = step % every.save == 0 or step == every.total
-            draws = every.draw and (step % every.draw == 0 or step == every.total)
-            if saves or draws:
+            saves, draws, evaluates = (every.is_due(step, each) for each in (every.save, every.draw, every.evaluate))
+            if saves or draws or evaluates:
                 self._read()  # also makes sure that what is saved is finite
             if saves:
                 self.checkpoints.save(step, **self.items(state), meta={"images": step * self.batch_size})
             if draws:
                 self.writer.image(step, *self.draw(state))
-            if saves or draws:
+            if evaluates:
+                self._evaluate(step, state)
+            if saves or draws or evaluates:
                 self._restart_clock()
         return state
+
+    def _evaluate(self, step: int, state: S) -> None:
+        assert self.evaluate is not None
+        self.writer.scalars(step, self.evaluate(state))
 
     def _is_idle(self) -> bool:
         """Whether the devices are through with all steps dispatched."""

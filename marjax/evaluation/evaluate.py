@@ -1,0 +1,277 @@
+"""What `marjax evaluate` does, as a function: samples, metrics, and a record of both that can be trusted.
+
+Every setting has a set of samples of its own, made as `evaluation.samples` says; once it is scored, one entry goes into
+`evaluation.json` and the set is deleted, unless it is asked for. A second start skips what has its entry and goes on
+where the first was ended.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from marjax import config as config_lib
+from marjax.errors import UserError
+from marjax.evaluation.extractor import FeatureExtractor, open_extractor
+from marjax.evaluation.hosts import Hosts, all_processes
+from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
+from marjax.evaluation.samples import Plan, SampleSet
+from marjax.evaluation.score import Features, check_fits, score
+from marjax.files import write_bytes
+from marjax.generation.images import make_folder
+from marjax.generation.sample import Opened, open_sampler
+from marjax.generation.sampler import Sampler
+from marjax.workdir import read_workdir
+
+RECORD = "evaluation.json"
+FOLDER = "evaluation"  # of samples, in the work directory or `out`
+FORMAT = 1
+# The fields of config.sample that alter an image.
+FIELDS = ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule", "temperature", "confidence_order",
+          "choice_temperature")
+SAVES = ("", "npz", "png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate and how.
+
+    Attributes:
+      num_images: of every setting, equally many of each class.
+      seed: of all randomness, in [0, 2^32).
+      weights: "ema", "raw" or both; the first that there is by default.
+      step: of the checkpoint; the newest by default.
+      settings: values to try of FIELDS, all combinations of them; the run's own by default.
+      batch_size: images at a time on one host's devices; `config.sample.batch_size` by default.
+      extractor, extractor_path, reference: as in `config.eval`, which has the defaults.
+      tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
+      save: "npz" or "png" to keep the samples, as one file for the ADM evaluator or as a folder of pictures.
+      out: where record and samples go; the work directory by default.
+      overwrite: measure again what has its entry.
+      progress: whether to show bars on a terminal.
+    """
+
+    num_images: int = 50_000
+    seed: int = 0
+    weights: Sequence[str | None] = (None,)
+    step: int | None = None
+    settings: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    batch_size: int | None = None
+    extractor: str | None = None
+    extractor_path: str | None = None
+    reference: str | None = None
+    tokenizer_path: str | None = None
+    save: str = ""
+    out: str | os.PathLike[str] | None = None
+    overwrite: bool = False
+    progress: bool = True
+
+
+def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> list[dict[str, Any]]:
+    """Measures a work directory's weights; every process of a run calls this, with folders that all of them see.
+
+    Returns:
+      The entries of the settings asked for, in order, as they stand in `evaluation.json` (see docs/evaluation.md).
+
+    Raises:
+      UserError: anything that cannot be used; found before any sample is made.
+    """
+    hosts = all_processes()
+    config = read_workdir(workdir)
+    if request.tokenizer_path is not None:
+        config = config_lib.apply_overrides(config, {"tokenizer.path": request.tokenizer_path})
+    combinations = _combinations(config, request)
+    measure = _Measure.open(config, request)
+    out = make_folder(workdir if request.out is None else request.out)
+    record = _Record(out / RECORD)
+    measure = measure.with_features(out / FOLDER, hosts)
+    entries = []
+    for weights in request.weights:
+        opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
+                              local=True)
+        samplers: dict[Any, Sampler] = {}
+        for sample in combinations:
+            plan = _plan(config, sample, opened, request)
+            identity = {**plan.identity, "extractor": measure.extractor.checksum,
+                        "reference": measure.reference.checksum}
+            entry = None if request.overwrite else record.find(identity)
+            if entry is None or (request.save and not _saved(out, plan, request.save).exists()):
+                sampler = opened.sampler.with_settings(sample)
+                sampler = samplers.setdefault(sampler.settings.shape(), sampler).with_settings(sample)
+                entry = _one(out, plan, sampler, opened.params, measure, request, hosts)
+                if hosts.index == 0:
+                    record.put(identity, entry)
+                hosts.meet()
+            entries.append(entry)
+    return entries
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Entries as a Markdown table: the settings that differ between them, every metric, the time."""
+    names = [name for name in entries[0]["settings"]
+             if name in ("weights", "num_images") or len({str(entry["settings"][name]) for entry in entries}) > 1]
+    metrics = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
+    lines = ["| " + " | ".join([*names, *metrics, "s/image"]) + " |", "|" + "---|" * (len(names) + len(metrics) + 1)]
+    for entry in entries:
+        cells = [str(entry["settings"][name]) for name in names]
+        cells += [f"{entry['metrics'][name]:.5g}" if name in entry["metrics"] else "" for name in metrics]
+        seconds = entry["seconds_per_image"]
+        lines.append("| " + " | ".join([*cells, "" if seconds is None else f"{seconds:.4g}"]) + " |")
+    return "\n".join(lines)
+
+
+def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[ml_collections.ConfigDict]:
+    """A resolved `config.sample` for each combination of settings. Raises UserError."""
+    if unknown := sorted(set(request.settings) - set(FIELDS)):
+        raise UserError(f"{unknown[0]} is no setting of a sample: give some of {', '.join(FIELDS)}")
+    if request.save not in SAVES:
+        raise UserError(f"save is {request.save!r}: give npz or png")
+    if request.num_images < 2:
+        raise UserError(f"num_images is {request.num_images}: give at least 2")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"seed is {request.seed}: give 0 to {2**32 - 1}")
+    if request.batch_size is not None and request.batch_size < 1:
+        raise UserError(f"batch_size is {request.batch_size}: give at least 1")
+    names = list(request.settings)
+    found = []
+    for values in itertools.product(*request.settings.values()):
+        given = {f"sample.{name}": str(value) for name, value in zip(names, values, strict=True)}
+        found.append(config_lib.resolve(config_lib.apply_overrides(config, given)).sample)
+    return found
+
+
+def _plan(config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, opened: Opened,
+          request: Request) -> Plan:
+    settings = {name: sample[name] for name in FIELDS}
+    if sample.cfg == 1.0:  # no guidance, whatever its schedule
+        settings["cfg_schedule"] = "linear"
+    if not sample.confidence_order:
+        settings["choice_temperature"] = 0.0
+    return Plan(num_images=request.num_images, seed=request.seed, num_classes=config.data.num_classes,
+                settings=settings, weights=opened.weights, step=opened.step, digest=opened.digest,
+                tokenizer=opened.sampler.tokenizer.checksum,
+                batch_size=opened.sampler.fitting(request.batch_size or sample.batch_size))
+
+
+def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_Measure", request: Request,
+         hosts: Hosts) -> dict[str, Any]:
+    """Samples and scores one setting."""
+    samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count)
+    hosts.meet()  # the plan is there
+    with samples.claimed():
+        samples.generate(sampler, params, request.progress)
+        hosts.meet()  # all batches are there
+        metrics = score(samples.batches(), plan.num_images, measure.extractor, measure.reference, hosts,
+                        num_classes=plan.num_classes, features=Features(samples.folder))
+        seconds = samples.seconds_per_image()
+        if request.save == "png":
+            samples.write_pngs(_saved(out, plan, "png"))
+        elif request.save and hosts.index == 0:
+            samples.write_npz(_saved(out, plan, "npz"))
+    hosts.meet()  # nobody reads it or holds it any more
+    if hosts.index == 0:
+        samples.remove()
+    return {"settings": {**plan.settings, "weights": plan.weights, "step": plan.step, "num_images": plan.num_images,
+                         "seed": plan.seed, "batch_size": samples.plan.batch_size},
+            "metrics": metrics, "seconds_per_image": seconds,
+            "samples": os.fspath(_saved(out, plan, request.save).relative_to(out)) if request.save else None,
+            **measure.identity, "weights_checksum": plan.digest, "tokenizer_checksum": plan.tokenizer,
+            "machine": _machine(hosts)}
+
+
+def _saved(out: epath.Path, plan: Plan, save: str) -> epath.Path:
+    return out / FOLDER / (f"{plan.name}.npz" if save == "npz" else f"{plan.name}-png")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """What samples are measured with and against."""
+
+    extractor: FeatureExtractor
+    reference: Reference
+
+    @classmethod
+    def open(cls, config: ml_collections.ConfigDict, request: Request) -> "_Measure":
+        name = request.extractor or config.eval.extractor
+        path = request.extractor_path
+        if path is None:
+            path = config.eval.extractor_path if name == config.eval.extractor else ""
+        reference = request.reference or config.eval.reference
+        if not reference:
+            raise UserError("no reference to measure against: give the file of the real images' statistics "
+                            "(--reference, config.eval.reference), which marjax stats makes; for ImageNet, "
+                            "docs/evaluation.md says where to get it")
+        made = cls(open_extractor(name, path), read_reference(reference))
+        check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)
+        return made
+
+    def with_features(self, folder: epath.Path, hosts: Hosts) -> "_Measure":
+        """With what a reference of images lacks, made of these; kept in `folder` for the next time."""
+        given = self.reference
+        if given.images is None or (given.gaussian is not None and given.features is not None):
+            return self
+        kept = folder / f"reference-{given.checksum[:12]}-{self.extractor.checksum[:12]}.npz"
+        if not kept.exists():
+            made = make_reference(given.images.batches(64, hosts), len(given.images), self.extractor, hosts=hosts,
+                                  source=given.source or given.path)
+            if hosts.index == 0:
+                make_folder(folder)
+                write_reference(kept, made)
+            hosts.meet()
+        made = read_reference(kept)
+        return dataclasses.replace(self, reference=dataclasses.replace(
+            given, gaussian=given.gaussian or made.gaussian, spatial=given.spatial or made.spatial,
+            features=made.features))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"extractor": {"name": self.extractor.name, "checksum": self.extractor.checksum},
+                "reference": {"name": self.reference.name, "checksum": self.reference.checksum}}
+
+
+class _Record:
+    """`evaluation.json`: {"format": 1, "results": [entry, ...]}."""
+
+    def __init__(self, path: epath.Path) -> None:
+        """Raises UserError: there is one that cannot be read."""
+        self.path = path
+        self.results: list[dict[str, Any]] = []
+        if path.exists():
+            try:
+                content = json.loads(path.read_text())
+                if content["format"] != FORMAT:
+                    raise ValueError(f"format {content['format']}")
+                self.results = list(content["results"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path} is no record of this version ({error}): move it away, or give another "
+                                f"--out") from None
+
+    def find(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The entry of the same samples measured the same way."""
+        return next((entry for entry in self.results if entry["identity"] == _digest(identity)), None)
+
+    def put(self, identity: Mapping[str, Any], entry: dict[str, Any]) -> None:
+        """Adds an entry, in place of one of the same."""
+        entry["identity"] = _digest(identity)
+        self.results = [each for each in self.results if each["identity"] != entry["identity"]] + [entry]
+        write_bytes(self.path, (json.dumps({"format": FORMAT, "results": self.results}, indent=1) + "\n").encode())
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _machine(hosts: Hosts) -> dict[str, Any]:
+    """What it ran on and with, for whoever wonders why numbers differ."""
+    versions = {name: importlib.metadata.version(name) for name in ("marjax", "jax", "jaxlib", "flax", "numpy")}
+    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "hosts": hosts.count,
+            "python": platform.python_version(), **versions}

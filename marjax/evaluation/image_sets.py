@@ -1,0 +1,169 @@
+"""Sets of real images, each read by its index: arrays in an npz file, pictures in a folder, the data of a config.
+
+Legend: N images of H x W pixels and C channels, B of them at a time.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from marjax.data.examples import Images
+from marjax.data.pipeline import Batches
+from marjax.data.preprocess import Preprocess, center_crop, to_channels
+from marjax.data.sources import open_source
+from marjax.errors import UserError
+from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.reconstruction import _pictures, _read
+
+Batch = tuple[np.ndarray, np.ndarray]  # indices int (B,), images uint8 (B, H, W, C)
+
+
+class ImageSet(Protocol):
+    """Images of one size.
+
+    Attributes:
+      source: where they come from, for people.
+    """
+
+    source: str
+
+    def __len__(self) -> int:
+        """N, at least 1."""
+
+    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+        """Each image once: those of a host's share, at most `batch_size` at a time. Raises UserError."""
+
+
+class NpzImages:
+    """The array uint8 (N, H, W, C) in a member of an npz file, read front to back, a batch at a time.
+
+    Attributes:
+      source: the file's path.
+      shape: (N, H, W, C).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], key: str = "arr_0") -> None:
+        """Reads the header. Raises UserError: no such file or array, or one of another kind."""
+        self.source, self._key = os.fspath(path), key
+        with self._opened() as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran, dtype = header(file)
+            self._start = file.tell()
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] not in (1, 3) or fortran or 0 in self.shape:
+            raise UserError(f"{self.source}: {key} is {dtype} {self.shape}{' in Fortran order' * fortran}: give images "
+                            f"as uint8 (N, H, W, 1 or 3)")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+        """See `ImageSet`."""
+        image_bytes = int(np.prod(self.shape[1:]))
+        with self._opened() as file:
+            for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
+                indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
+                file.seek(self._start + int(indices_B[0]) * image_bytes)  # forwards only, which a stream can do
+                data = file.read(len(indices_B) * image_bytes)
+                if len(data) < len(indices_B) * image_bytes:
+                    raise EOFError(f"{self._key} ends early")
+                yield indices_B, np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipExtFile]:
+        try:
+            with (epath.Path(self.source).open("rb") as stored, zipfile.ZipFile(stored) as archive,
+                  archive.open(f"{self._key}.npy") as file):
+                yield file  # type: ignore[misc]
+        except KeyError:
+            raise UserError(f"{self.source} has no {self._key}: give an npz with images uint8 (N, H, W, C) under that "
+                            f"name") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"images {self.source} cannot be read ({error}): give an npz file with "
+                            f"{self._key}") from None
+
+
+class FolderImages:
+    """The pictures in a folder and those in it, in the order of their paths.
+
+    Attributes:
+      source: the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], image_size: int | None = None, channels: int = 3) -> None:
+        """Lists them.
+
+        Args:
+          folder: with pictures at any depth.
+          image_size: the side of the square that is cropped out of each as in training; None takes them as they are.
+          channels: 1 or 3, which colours are turned into.
+
+        Raises:
+          UserError: no pictures, or impossible sizes.
+        """
+        self.source = os.fspath(folder)
+        self._paths = _pictures(folder)
+        self._channels = channels
+        self._crop = None if image_size is None else Preprocess(image_size, channels, flip=False).image_size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+        """See `ImageSet`."""
+        shape = self._picture(self._paths[0]).shape
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
+                indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
+                paths = [self._paths[index] for index in indices_B]
+                images = list(pool.map(self._picture, paths))
+                for path, image in zip(paths, images, strict=True):
+                    if image.shape != shape:
+                        raise UserError(f"picture {path} has {image.shape[0]} x {image.shape[1]} pixels, the first of "
+                                        f"the folder {shape[0]} x {shape[1]}: give an image size to crop all to")
+                yield indices_B, np.stack(images)
+
+    def _picture(self, path: epath.Path) -> np.ndarray:
+        image = _read(path)
+        # Before the crop if channels are lost and after it if they are repeated, as `Preprocess` does.
+        image = to_channels(image, min(self._channels, image.shape[2]))
+        return to_channels(image if self._crop is None else center_crop(image, self._crop), self._channels)
+
+
+class ConfigImages:
+    """The images of a `config.data`, cropped as in training, in its order and without flips.
+
+    Attributes:
+      source: the data set and its split.
+    """
+
+    def __init__(self, data: ml_collections.ConfigDict) -> None:
+        """Opens the source. Raises UserError: see `open_source` and `Preprocess`."""
+        self.source = f"{data.source} {data.split}"
+        self._data = data
+        self._examples = Images(open_source(data), Preprocess(int(data.image_size), int(data.channels), flip=False))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+        """See `ImageSet`."""
+        hosts = hosts or Hosts()
+        opened = Batches(self._data, batch_size * hosts.count, 0, process_index=hosts.index,
+                         process_count=hosts.count, train=False, examples=self._examples)
+        with opened as batches:
+            for step, batch in enumerate(batches):
+                first = (step * hosts.count + hosts.index) * batch_size
+                indices_B = np.arange(first, min(len(self), first + batch_size))
+                if len(indices_B):  # the last batch is filled up, for some hosts wholly
+                    yield indices_B, batch["image"][:len(indices_B)]

@@ -1,0 +1,248 @@
+"""A set of samples as files, made in any number of sittings and by any number of hosts.
+
+A set is a folder with `plan.json`, which says all that decides the images, and a file a batch, in NumPy's format, which
+is renamed into place when it is whole. Hosts share nothing but the folder: host h of H makes batches h, h + H, ... on
+its own devices, at its own pace. What a killed run has finished is not done again, and the set is the same to the byte
+as if it had not been killed.
+
+Legend: N images in all, B a batch, H x W pixels of C channels.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from marjax.errors import UserError
+from marjax.files import claimed, write_bytes
+from marjax.generation.images import make_folder, to_uint8, write_png
+from marjax.generation.sampler import Sampler
+
+_AHEAD = 2  # batches on the devices at a time, so that these never wait for a file to be written
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides a set of samples: image i is a function of (weights, settings, seed, i) and its class is i mod K.
+
+    Attributes:
+      num_images: N.
+      seed: of all randomness.
+      num_classes: K: of every class there are as many images as of any other, give or take one.
+      settings: the fields of `config.sample` that alter an image.
+      weights: "ema" or "raw".
+      step: of the checkpoint.
+      digest: of these weights.
+      tokenizer: the checksum of its weights.
+      batch_size: images a file, B; of no influence on what they are but for rounding.
+    """
+
+    num_images: int
+    seed: int
+    num_classes: int
+    settings: dict[str, Any]
+    weights: str
+    step: int
+    digest: str
+    tokenizer: str
+    batch_size: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All but the batch size: what two sets of the same images have in common."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "batch_size"}
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return f"{self.weights}-{self.step}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def indices(self, batch: int) -> np.ndarray:
+        """Of the images in a file, int64 (B,), or fewer in the last."""
+        return np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """The classes of images, int64, by index."""
+        return indices % self.num_classes
+
+
+class SampleSet:
+    """The folder `root/<plan.name>`. A set that was begun there with another batch size keeps that.
+
+    Attributes:
+      plan: of the set.
+      folder: where it is.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], plan: Plan, host: int = 0, hosts: int = 1) -> None:
+        """Raises UserError: the folder cannot be written, or holds a plan that cannot be read."""
+        self.folder = epath.Path(root) / plan.name
+        self.host, self.hosts = host, hosts
+        make_folder(self.folder)
+        path = self.folder / "plan.json"
+        if path.exists():
+            try:
+                plan = dataclasses.replace(plan, batch_size=int(json.loads(path.read_text())["batch_size"]))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path} cannot be read ({error}): delete the folder and start again") from None
+        elif host == 0:
+            write_bytes(path, (json.dumps(dataclasses.asdict(plan), indent=1) + "\n").encode())
+        self.plan = plan
+
+    def missing(self) -> list[int]:
+        """This host's batches that are not there yet, in order."""
+        there = {path.name for path in self.folder.iterdir()}
+        return [batch for batch in range(self.host, self.plan.num_batches, self.hosts)
+                if _file(batch) not in there]
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the set against a second start of this host's part. Raises UserError: another process has it."""
+        with contextlib.ExitStack() as stack:
+            if "://" not in os.fspath(self.folder):  # object stores have no locks
+                stack.enter_context(claimed(os.fspath(self.folder), "marjax evaluate",
+                                            f"lock-{self.host}-of-{self.hosts}"))
+            yield
+
+    def generate(self, sampler: Sampler, params: Any, progress: bool = True) -> None:
+        """Makes this host's missing batches. Raises UserError: a file cannot be written."""
+        missing = self.missing()
+        mine = len(range(self.host, self.plan.num_batches, self.hosts))
+        clock = _Clock(self.folder / f"timing-{self.host}.json")
+        with tqdm(total=mine, initial=mine - len(missing), unit=" batches", desc="sampling",
+                  disable=None if progress else True) as bar:
+            for batch, image in self._dispatched(sampler, params, missing):
+                pixels = to_uint8(np.asarray(image)[:len(self.plan.indices(batch))])
+                write_bytes(self.folder / _file(batch), _to_npy(pixels))
+                clock.tick(len(pixels))
+                bar.update()
+
+    def _dispatched(self, sampler: Sampler, params: Any, batches: list[int]) -> Iterator[tuple[int, Any]]:
+        """The images of these batches, on the devices, where those of the next are being made already."""
+        plan, pending = self.plan, collections.deque[tuple[int, Any]]()
+        for batch in batches:
+            index = batch * plan.batch_size + np.arange(sampler.fitting(plan.batch_size))
+            pending.append((batch, sampler.dispatch(params, plan.labels(index), plan.seed, index)))
+            if len(pending) == _AHEAD:
+                yield pending.popleft()
+        yield from pending
+
+    def batches(self, everyones: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Indices, int64 (B,), and images, uint8 (B, H, W, C), of this host's batches, or of all.
+
+        Raises:
+          UserError: a file is missing or damaged.
+        """
+        first, step = (0, 1) if everyones else (self.host, self.hosts)
+        for batch in range(first, self.plan.num_batches, step):
+            path, indices = self.folder / _file(batch), self.plan.indices(batch)
+            try:
+                images = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path} cannot be read ({error}): delete it and start again, which makes it "
+                                f"anew") from None
+            if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(indices):
+                raise UserError(f"{path} holds {images.dtype} {images.shape} instead of {len(indices)} images: delete "
+                                f"it and start again, which makes it anew")
+            yield indices, images
+
+    def seconds_per_image(self) -> float | None:
+        """Of all hosts together, without each sitting's first batch, which compiles; None if nothing was timed."""
+        rate = 0.0
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"timing-\d+\.json", path.name):
+                timing = json.loads(path.read_text())
+                rate += timing["images"] / timing["seconds"] if timing["seconds"] else 0.0
+        return 1.0 / rate if rate else None
+
+    def write_npz(self, path: str | os.PathLike[str]) -> None:
+        """All images and labels as `arr_0` and `arr_1` of one file, as the ADM evaluator reads it; whole or not at all.
+
+        Goes through one batch at a time. Raises UserError.
+        """
+        target = epath.Path(path)
+        partial = target.parent / f"{target.name}.partial"
+        plan = self.plan
+        try:
+            with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+                batches = self.batches(everyones=True)
+                _, first = next(batches)
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    _write_header(member, (plan.num_images, *first.shape[1:]), first.dtype)
+                    member.write(first.tobytes())
+                    for _, images in batches:
+                        member.write(images.tobytes())
+                labels = plan.labels(np.arange(plan.num_images))
+                with archive.open("arr_1.npy", "w") as member:
+                    _write_header(member, labels.shape, labels.dtype)
+                    member.write(labels.tobytes())
+            partial.replace(target)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
+                            f"folder") from None
+
+    def write_pngs(self, folder: str | os.PathLike[str]) -> None:
+        """This host's images as `folder/000123.png`, by index; those that are there are left. Raises UserError."""
+        target = make_folder(folder)
+        there = {path.name for path in target.iterdir()}
+        for indices, images in self.batches():
+            for index, image in zip(indices.tolist(), images, strict=True):
+                if (name := f"{index:06d}.png") not in there:
+                    write_png(target / name, image[..., 0] if image.shape[-1] == 1 else image)
+
+    def remove(self) -> None:
+        """Deletes the folder, all of whose files can be made again."""
+        self.folder.rmtree(missing_ok=True)
+
+
+class _Clock:
+    """Keeps the time that images took, over several sittings; the first batch of each compiles and does not count."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self.path = path
+        self.images, self.seconds = 0, 0.0
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads(path.read_text())
+            self.images, self.seconds = kept["images"], kept["seconds"]
+        self.last: float | None = None
+
+    def tick(self, images: int) -> None:
+        """To be called when a batch is done."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.images += images
+            self.seconds += now - self.last
+            write_bytes(self.path, json.dumps({"images": self.images, "seconds": self.seconds}).encode())
+        self.last = now
+
+
+def _file(batch: int) -> str:
+    return f"batch-{batch:06d}.npy"
+
+
+def _to_npy(array: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def _write_header(member: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    np.lib.format.write_array_header_1_0(member, {
+        "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})

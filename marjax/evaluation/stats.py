@@ -1,0 +1,70 @@
+"""What `marjax stats` does, as a function: the statistics file of a set of real images."""
+
+import os
+
+import ml_collections
+
+from marjax import config as config_lib
+from marjax.errors import UserError
+from marjax.evaluation.extractor import open_extractor
+from marjax.evaluation.hosts import all_processes
+from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
+from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
+from marjax.generation.images import make_folder
+
+
+def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.ConfigDict | None = None,
+                    images: str | os.PathLike[str] | None = None, npz: str | os.PathLike[str] | None = None,
+                    extractor: str | None = None, extractor_path: str | None = None, image_size: int | None = None,
+                    keep_features: int = 10_000, batch_size: int = 64, overwrite: bool = False) -> Reference:
+    """Sends images through an extractor and writes what `marjax evaluate` measures against.
+
+    All processes of a run may call this; each reads its share, and the first writes.
+
+    Args:
+      out: the npz file.
+      config: its data set, cropped as in training, without flips; `config.eval` has the extractor by default.
+      images: instead, a folder of pictures.
+      npz: instead, a file with images uint8 (N, H, W, C) as `arr_0`, such as the samples of another program.
+      extractor, extractor_path: see `open_extractor`; inception by default.
+      image_size: that pictures of a folder are cropped to; by default they all have one size.
+      keep_features: of how many images, at most, the features are kept, for precision, recall and KID.
+      batch_size: images read at a time.
+      overwrite: replace a file that is there.
+
+    Raises:
+      UserError: not exactly one source, or anything that cannot be used.
+    """
+    if (images is None) + (npz is None) + (config is None) != 2:
+        raise UserError("statistics are made of one source: give --dataset FILE.py, --images DIR or --npz FILE")
+    if image_size is not None and images is None:
+        raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
+    if keep_features < 0 or batch_size < 1:
+        raise UserError(f"keep_features is {keep_features} and batch_size {batch_size}: give at least 0 and 1")
+    if os.path.exists(out) and not overwrite:
+        raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
+    make_folder(os.path.dirname(os.fspath(out)) or ".")
+    if config is not None:
+        extractor = extractor or config.eval.extractor
+        if extractor_path is None and extractor == config.eval.extractor:
+            extractor_path = config.eval.extractor_path
+    network = open_extractor(extractor or "inception", extractor_path or "")
+    source: ImageSet
+    if images is not None:
+        source = FolderImages(images, image_size, getattr(network, "channels", 3))
+    elif npz is not None:
+        source = NpzImages(npz)
+    else:
+        assert config is not None
+        config_lib.tokens_of(config)  # a slip in the data's sizes is told before anything is read
+        source = ConfigImages(config.data)
+    hosts = all_processes()
+    try:
+        made = make_reference(source.batches(batch_size, hosts), len(source), network, source=source.source,
+                              keep_features=keep_features, hosts=hosts)
+    except ValueError as error:
+        raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
+    if hosts.index == 0:
+        write_reference(out, made)
+    hosts.meet()
+    return read_reference(out)

@@ -1,0 +1,231 @@
+"""marjax evaluate: samples and their measures, what is shared and what is skipped, hosts, and slips."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DIGITS, ROOT, make_digits
+
+from marjax import train
+from marjax.cli import main
+from marjax.errors import UserError
+from marjax.evaluation.classifier import Classifier
+from marjax.evaluation.evaluate import Request, evaluate
+from marjax.evaluation.frechet import frechet_distance, gaussian
+from marjax.evaluation.inception_score import ScoreSums
+from marjax.evaluation.reference import read_reference
+from marjax.evaluation.stats import make_statistics
+from marjax.generation.images import write_npz
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    """A classifier and a reference of the digits, made by the commands."""
+    folder = tmp_path_factory.mktemp("measure")
+    network, reference = folder / "classifier.npz", folder / "reference.npz"
+    config = [f"--config.eval.extractor_path={network}", f"--config.eval.reference={reference}"]
+    assert main(["train-classifier", "--config", DIGITS, "--steps", "60", *config]) == 0
+    assert main(["stats", "--dataset", DIGITS, "--keep_features", "300", *config]) == 0
+    return {"extractor": "classifier", "extractor_path": str(network), "reference": str(reference)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evaluate") / "run"
+    train(make_digits(train__steps=40, train__lr=5e-3, checkpoint__every=40, log__every=40, sample__cfg=2.0,
+                      sample__batch_size=20, eval__reference=""), workdir)
+    return workdir
+
+
+def ask(measure, out, **fields):
+    return Request(num_images=50, out=out, progress=False, **{**measure, **fields})
+
+
+def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
+    (entry,) = evaluate(run, ask(measure, tmp_path, save="npz"))
+    images = np.load(tmp_path / entry["samples"])["arr_0"]
+    found = Classifier.load(measure["extractor_path"]).extract(images)
+    metrics = entry["metrics"]
+    real = read_reference(measure["reference"])
+    assert len(images) == 50 and real.features.shape == (300, 64) and real.gaussian.count == 1797
+    assert metrics["fid"] == pytest.approx(frechet_distance(gaussian(found.features), real.gaussian), rel=1e-9)
+    sums = ScoreSums(50, 10)
+    sums.add(np.arange(50), found.logits)
+    assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(tuple(sums.result()))
+    assert metrics["accuracy"] == np.mean(found.logits.argmax(1) == np.arange(50) % 10)
+    assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kid"] > 0
+    assert entry["settings"] == {
+        "num_iter": 4, "num_sampling_steps": "5", "cfg": 2.0, "cfg_schedule": "linear", "temperature": 0.9,
+        "confidence_order": False, "choice_temperature": 0.0, "weights": "ema", "step": 40, "num_images": 50, "seed": 0,
+        "batch_size": 20}
+    assert entry["seconds_per_image"] > 0 and entry["reference"]["checksum"] == real.checksum
+    assert entry["machine"]["hosts"] == 1 and entry["machine"]["jax"]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"format": 1, "results": [entry]}
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [entry["samples"].split("/")[1]]
+
+
+def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
+    arguments = ["evaluate", "--workdir", str(run), "--out", str(tmp_path), "--num_images", "50", "--cfg", "1,2",
+                 "--cfg_schedule", "linear,constant", "--temperature", "0.5,1", "--weights", "ema,raw",
+                 "--extractor_path", measure["extractor_path"], "--reference", measure["reference"]]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert len(first.splitlines()) == 2 + 16 + 1 and "against reference.npz" in first
+    # Without guidance the schedule is nothing: 16 combinations, of which 4 are others' twins.
+    assert len(results) == 12
+    # Every setting matters; some images of so short a training do not show it.
+    assert len({json.dumps(each["metrics"]) for each in results}) > 6
+    monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # nothing is sampled again
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    monkeypatch.undo()
+    (again,) = evaluate(run, ask(measure, tmp_path, overwrite=True, settings={"cfg": [1], "temperature": [0.5]}))
+    kept = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert len(kept) == 12 and again["metrics"] == next(
+        each["metrics"] for each in results if each["identity"] == again["identity"])
+    (other,) = evaluate(run, ask(measure, tmp_path, seed=1, settings={"cfg": [1], "temperature": [0.5]}))
+    assert other["metrics"]["fid"] != again["metrics"]["fid"]
+
+
+def test_images_as_a_reference(run, measure, tmp_path):
+    """As in the ADM's batches: features for precision and recall come from the file's own images."""
+    digits = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    write_npz(tmp_path / "images.npz", arr_0=digits)
+    (entry,) = evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "images.npz")))
+    given = {key: measure[key] for key in ("extractor", "extractor_path")}
+    made = make_statistics(tmp_path / "made.npz", npz=tmp_path / "images.npz", **given)
+    assert made.features.shape == (40, 64)
+    (other,) = evaluate(run, ask(measure, tmp_path / "other", reference=str(tmp_path / "made.npz")))
+    assert entry["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+    assert "precision" in entry["metrics"] and len(list((tmp_path / "evaluation").glob("reference-*.npz"))) == 1
+    (again,) = evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "images.npz"), seed=1))
+    assert again["metrics"]["fid"] != entry["metrics"]["fid"]
+
+
+SCRIPT = """
+import sys
+import jax
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    assert jax.device_count() == 4
+    from marjax.evaluation.evaluate import Request, evaluate
+    import json
+    print(json.dumps(evaluate(sys.argv[3], Request(**json.loads(sys.argv[4])))))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(run, measure, tmp_path):
+    fields = {**measure, "num_images": 50, "batch_size": 8, "progress": False, "save": "npz",
+              "settings": {"cfg": [1, 2]}}
+    one = evaluate(run, Request(**fields, out=tmp_path / "one"))
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    given = json.dumps(fields | {"out": str(tmp_path / "two")})
+    said, processes = [], []
+    for index in range(2):  # into files: a pipe that nobody reads fills up, and then both wait
+        said.append((tmp_path / f"out{index}", tmp_path / f"err{index}"))
+        with said[-1][0].open("w") as out, said[-1][1].open("w") as err:
+            processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(index), str(run), given],
+                                              cwd=ROOT, stdout=out, stderr=err))
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], said[codes.index(next(filter(None, codes)))][1].read_text()[-3000:]
+    two = json.loads(said[0][0].read_text().splitlines()[-1])
+    for a, b in zip(one, two, strict=True):
+        images = [np.load(folder / each["samples"])["arr_0"].astype(int)
+                  for folder, each in ((tmp_path / "one", a), (tmp_path / "two", b))]
+        assert np.abs(images[0] - images[1]).max() <= 1  # rounding
+        assert a["metrics"] == pytest.approx(b["metrics"], rel=0.02)
+        assert b["machine"]["hosts"] == 2 and b["seconds_per_image"] > 0
+    assert sorted(path.name for path in (tmp_path / "two" / "evaluation").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one" / "evaluation").iterdir())
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"reference": None}, "no reference to measure against"), ({"reference": "gone.npz"}, "gone.npz does not exist"),
+    ({"extractor_path": "gone.npz"}, "gone.npz is no classifier"), ({"extractor_path": ""}, "no weights of the class"),
+    ({"settings": {"cfg": ["much"]}}, "cfg"), ({"settings": {"steps": [1]}}, "steps is no setting"),
+    ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"save": "gif"}, "save is 'gif'"),
+    ({"weights": ["best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),
+    ({"num_images": 1}, "at least 2"), ({"batch_size": 0}, "batch_size is 0"),
+])
+def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
+    request = Request(**{**measure, "num_images": 50, "out": tmp_path / "out", **fields})
+    with pytest.raises(UserError, match=says):
+        evaluate(run, request)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_evaluations_during_training(measure, tmp_path):
+    """Every so many steps and after the last, without guidance and with; and one that a kill left out is made up."""
+    fields = {"train__steps": 4, "checkpoint__every": 1, "eval__every": 3, "eval__num_images": 30, "sample__cfg": 2.0,
+              **{f"eval__{key}": value for key, value in measure.items()}}
+    train(make_digits(**fields), tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    measured = [line for line in lines if "eval/fid" in line]
+    assert [line["step"] for line in measured] == [3, 4] and len(lines) == 6
+    assert {"eval/fid_guided", "eval/inception_score", "eval/accuracy_guided"} <= measured[0].keys()
+    assert measured[0]["eval/fid"] != measured[1]["eval/fid"]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line not in measured))
+    train(make_digits(**fields), tmp_path / "run")
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line for line in again if "eval/fid" in line] == measured[1:]
+    plain = make_digits(**{**fields, "sample__cfg": 1.0, "train__steps": 3})
+    train(plain, tmp_path / "plain")
+    last = json.loads((tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/fid"] == measured[0]["eval/fid"] and "eval/fid_guided" not in last
+    with pytest.raises(UserError, match=r"gone\.npz does not exist"):
+        train(make_digits(**{**fields, "eval__reference": "gone.npz"}), tmp_path / "none")
+    with pytest.raises(UserError, match=r"config\.eval\.reference is not"):
+        train(make_digits(**{**fields, "eval__reference": ""}), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_reference_of_another_network(run, measure, tmp_path):
+    arguments = ["--config", DIGITS, "--out", str(tmp_path / "other.npz"), "--steps", "1"]
+    assert main(["train-classifier", *arguments]) == 0
+    with pytest.raises(UserError, match="was made with classifier .* but the extractor is classifier"):
+        evaluate(run, ask(measure, tmp_path, extractor_path=str(tmp_path / "other.npz")))
+    write_npz(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="has 3 features, but classifier has 64"):
+        evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "narrow.npz")))
+
+
+def test_a_record_that_is_none(run, measure, tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"format": 7}')
+    with pytest.raises(UserError, match=r"evaluation\.json is no record of this version"):
+        evaluate(run, ask(measure, tmp_path))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["stats", "--out", "x.npz"], "one source"), (["stats", "--dataset", "DIGITS", "--images", "."], "one source"),
+    (["stats", "--npz", "gone.npz"], "no file to write"),
+    (["stats", "--npz", "gone.npz", "--config.seed=1"], "give --dataset"),
+    (["stats", "--npz", "gone.npz", "--out", "x.npz", "--image_size", "8"], "image_size crops"),
+    (["stats", "--dataset", "DIGITS", "--out", "x.npz", "--extractor", "inception"], "MARJAX_INCEPTION"),
+    (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out 1.0"),
+    (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
+    (["plot", "--workdir", "gone", "--out", "x"], "no directory"), (["convert"], "no --out"),
+    (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),
+    (["evaluate", "--workdir", "gone"], "does not exist"),
+])
+def test_slips_of_the_commands(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MARJAX_INCEPTION", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path))
+    assert main([DIGITS if argument == "DIGITS" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]

@@ -1,0 +1,184 @@
+"""Statistics files: those of others, ours and back, broken ones; images from npz files, folders and configs."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from conftest import make_digits
+from PIL import Image
+from test_metrics_properties import Network
+
+from marjax.data.preprocess import center_crop
+from marjax.data.sources import open_source
+from marjax.errors import UserError
+from marjax.evaluation.frechet import gaussian
+from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.image_sets import ConfigImages, FolderImages, NpzImages
+from marjax.evaluation.reference import make_reference, read_reference, write_reference
+
+RNG = np.random.default_rng(0)
+STATS = gaussian(RNG.normal(size=(30, 5)))
+SPATIAL = gaussian(RNG.normal(size=(30, 3)))
+IMAGES = RNG.integers(0, 256, (11, 4, 6, 3), np.uint8)
+ADM = {"mu": STATS.mean, "sigma": STATS.cov, "mu_s": SPATIAL.mean, "sigma_s": SPATIAL.cov, "arr_0": IMAGES}
+
+
+def npz(tmp_path, compressed=False, **arrays):
+    path = tmp_path / "stats.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+def all_of(images, batch_size, hosts=None):
+    batches = list(images.batches(batch_size, hosts))
+    return np.concatenate([indices for indices, _ in batches]), np.concatenate([images for _, images in batches])
+
+
+def test_a_reference_batch(tmp_path):
+    path = npz(tmp_path, **ADM)
+    found = read_reference(path)
+    assert (found.name, found.path, found.source) == ("stats.npz", str(path), "")
+    assert found.checksum == hashlib.sha256(path.read_bytes()).hexdigest()
+    for ours, theirs in ((found.gaussian, STATS), (found.spatial, SPATIAL)):
+        np.testing.assert_array_equal(ours.mean, theirs.mean)
+        np.testing.assert_array_equal(ours.cov, theirs.cov)
+        assert ours.count == 0
+    assert found.features is None and found.extractor is None and found.images.shape == IMAGES.shape
+    np.testing.assert_array_equal(all_of(found.images, 4)[1], IMAGES)
+
+
+@pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
+def test_statistics_alone(tmp_path, keys):
+    single = STATS.mean.astype(np.float32), STATS.cov.astype(np.float32)
+    found = read_reference(npz(tmp_path, **dict(zip(keys, single, strict=True))))
+    assert found.gaussian.mean.dtype == found.gaussian.cov.dtype == np.float64
+    np.testing.assert_array_equal(found.gaussian.cov, single[1])
+    assert found.spatial is None and found.images is None
+
+
+def test_images_alone(tmp_path):
+    found = read_reference(npz(tmp_path, arr_0=IMAGES, arr_1=np.arange(11)))
+    assert found.gaussian is None and len(found.images) == 11
+
+
+def test_ours_there_and_back(tmp_path):
+    images = RNG.integers(0, 256, (40, 4, 4, 3), np.uint8)
+    batches = [(np.arange(0, 30), images[:30]), (np.arange(30, 40), images[30:])]
+    made = make_reference(batches, 40, Network(), source="noise", keep_features=8)
+    extracted = Network().extract(images)
+    np.testing.assert_allclose(made.gaussian.cov, np.cov(extracted.features.T), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made.spatial.mean, extracted.spatial.mean(0), rtol=1e-5, atol=1e-6)
+    rows = [np.flatnonzero((extracted.features == row).all(axis=1)).tolist() for row in made.features]
+    assert rows == sorted(rows) and all(len(found) == 1 for found in rows) and rows != [[i] for i in range(8)]
+    written = write_reference(tmp_path / "ours.npz", made)
+    found = read_reference(tmp_path / "ours.npz")
+    assert (found.path, found.checksum) == (written.path, written.checksum)
+    assert (found.source, found.extractor) == ("noise", {"name": "linear", "checksum": "0" * 64})
+    assert found.gaussian.count == found.spatial.count == 40
+    np.testing.assert_array_equal(found.gaussian.cov, made.gaussian.cov)
+    np.testing.assert_array_equal(found.spatial.cov, made.spatial.cov)
+    assert found.features.dtype == np.float32 and found.features.tolist() == made.features.tolist()
+    assert write_reference(tmp_path / "again.npz", made).checksum == written.checksum
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.npz", "ours.npz"]
+
+
+def test_each_image_once():
+    images = RNG.integers(0, 256, (4, 4, 4, 3), np.uint8)
+    for indices in ([0, 1, 2], [0, 1, 2, 2]):
+        with pytest.raises(ValueError, match="of 4 images are missing or came more than once"):
+            make_reference([(np.array(indices), images[:len(indices)])], 4, Network())
+    with pytest.raises(UserError, match="1 images have no statistics"):
+        make_reference([], 1, Network())
+
+
+ASYMMETRIC = STATS.cov + np.eye(5, k=1)
+META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
+
+
+@pytest.mark.parametrize("arrays, said", [
+    ({"weights": np.zeros(3)}, "holds weights: expected statistics"),
+    ({"mu": STATS.mean}, "has no sigma"),
+    ({"ref_sigma": STATS.cov}, "has no ref_mu"),
+    ({**ADM, "sigma_s": STATS.cov}, r"sigma_s has the shape \(5, 5\), expected \(3, 3\)"),
+    ({"mu": STATS.mean, "sigma": STATS.mean}, "sigma is float64 .*2 axes"),
+    ({"mu": np.arange(5), "sigma": STATS.cov}, "mu is int64"),
+    ({"mu": STATS.mean, "sigma": ASYMMETRIC}, "sigma is no covariance"),
+    ({"mu": STATS.mean, "sigma": -STATS.cov}, "sigma is no covariance"),
+    ({"mu": STATS.mean * np.nan, "sigma": STATS.cov}, "mu holds values that are not finite"),
+    ({"mu": np.array([print, None]), "sigma": STATS.cov}, "mu cannot be read .*pickle"),
+    ({**ADM, "arr_0": IMAGES.astype(np.float32)}, "arr_0 is float32"),
+    ({**ADM, "arr_0": IMAGES[0]}, r"arr_0 is uint8 \(4, 6, 3\)"),
+    ({**ADM, "arr_0": np.asfortranarray(IMAGES)}, "in Fortran order"),
+    ({**ADM, "features": np.zeros((4, 3), np.float32)}, "features has the shape"),
+    ({**ADM, "meta": META.replace("1", "2", 1)}, "meta is not that of format 1"),
+    ({**ADM, "meta": META.replace("30", "true")}, "meta is not that of format 1"),
+    ({**ADM, "meta": META.replace("null", '{"name": 1, "checksum": ""}')}, "meta is not that of format 1"),
+    ({**ADM, "meta": "[]"}, "meta is not that of format 1"),
+])
+def test_defects_are_told_with_file_and_key(tmp_path, arrays, said):
+    path = npz(tmp_path, **arrays)
+    with pytest.raises(UserError, match=said) as caught:
+        read_reference(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_reference(tmp_path / "none.npz")
+    whole = npz(tmp_path, **ADM).read_bytes()
+    single = tmp_path / "single.npy"
+    np.save(single, STATS.mean)
+    for content in (whole[:len(whole) // 2], b"", b"text", single.read_bytes(),
+                    whole.replace(STATS.cov.tobytes(), STATS.cov.tobytes()[::-1])):
+        (tmp_path / "stats.npz").write_bytes(content)
+        with pytest.raises(UserError, match="stats.npz"):
+            read_reference(tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_of_an_npz_shared_out(tmp_path, compressed):
+    images = NpzImages(npz(tmp_path, compressed, other=IMAGES), "other")
+    for size in (1, 4, 99):
+        indices, found = all_of(images, size)
+        assert indices.tolist() == list(range(11))
+        np.testing.assert_array_equal(found, IMAGES)
+    shares = [all_of(images, 3, Hosts(index, 2)) for index in range(2)]
+    assert [share[0].tolist() for share in shares] == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10]]
+    for indices, found in shares:
+        np.testing.assert_array_equal(found, IMAGES[indices])
+    with pytest.raises(UserError, match="has no arr_0"):
+        NpzImages(tmp_path / "stats.npz")
+
+
+def test_pictures_of_a_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, image in zip(("b/0.png", "a.png", "c.png"), IMAGES, strict=False):
+        Image.fromarray(image).save(tmp_path / name)
+    images = FolderImages(tmp_path)
+    indices, found = all_of(images, 2)
+    assert len(images) == 3 and indices.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(found, IMAGES[[1, 0, 2]])
+    np.testing.assert_array_equal(all_of(images, 2, Hosts(1, 2))[1], IMAGES[[2]])
+    np.testing.assert_array_equal(all_of(FolderImages(tmp_path, 4), 9)[1][0], center_crop(IMAGES[1], 4))
+    Image.fromarray(IMAGES[3, :3, :3, 0]).save(tmp_path / "d.png")
+    with pytest.raises(UserError, match=r"d.png has 3 x 3 pixels, the first of the folder 4 x 6"):
+        all_of(FolderImages(tmp_path), 9)
+    assert all_of(FolderImages(tmp_path, 4), 9)[1].shape == (4, 4, 4, 3)
+    grey = all_of(FolderImages(tmp_path, 4, channels=1), 9)[1]
+    assert grey.shape == (4, 4, 4, 1)
+    with pytest.raises(UserError, match="no folder"):
+        FolderImages(tmp_path / "none")
+
+
+def test_the_data_of_a_config():
+    data = make_digits(data__split="train[:11]").data
+    images, source = ConfigImages(data), open_source(data)
+    expected = np.stack([source[index]["image"] for index in range(11)])
+    assert len(images) == 11 and "digits" in images.source
+    for size, count in ((4, 1), (2, 2), (3, 4), (5, 4)):  # with the last, one of the hosts has none
+        shares = [list(images.batches(size, Hosts(index, count))) for index in range(count)]
+        seen = np.concatenate([indices for share in shares for indices, _ in share])
+        assert sorted(seen.tolist()) == list(range(11))
+        for indices, found in [batch for share in shares for batch in share]:
+            np.testing.assert_array_equal(found, expected[indices])

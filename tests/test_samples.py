@@ -1,0 +1,163 @@
+"""Sets of samples on disk: what a plan says, sittings that end early, several hosts, files for other programs."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_digits
+from PIL import Image
+
+from marjax import train
+from marjax.errors import UserError
+from marjax.evaluation.samples import Plan, SampleSet
+from marjax.generation.sample import open_sampler
+
+PLAN = Plan(num_images=23, seed=3, num_classes=10, settings={"cfg": 1.0}, weights="ema", step=4, digest="d",
+            tokenizer="", batch_size=6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("samples") / "run"
+    train(make_digits(train__steps=2, checkpoint__every=2), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_sampler(run, local=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, opened):
+    """All 23 images, made in one go, and the bytes of their file."""
+    folder = tmp_path_factory.mktemp("whole")
+    samples = SampleSet(folder, PLAN)
+    samples.generate(opened.sampler, opened.params)
+    samples.write_npz(folder / "all.npz")
+    return np.load(folder / "all.npz")["arr_0"], (folder / "all.npz").read_bytes()
+
+
+def test_names_of_plans():
+    same = dataclasses.replace(PLAN, batch_size=7)
+    others = [dataclasses.replace(PLAN, **change) for change in (
+        {"num_images": 24}, {"seed": 4}, {"settings": {"cfg": 2.0}}, {"weights": "raw"}, {"step": 5}, {"digest": "e"},
+        {"tokenizer": "t"}, {"num_classes": 9})]
+    assert same.name == PLAN.name and len({each.name for each in [PLAN, *others]}) == 9
+    assert PLAN.num_batches == 4 and PLAN.indices(3).tolist() == [18, 19, 20, 21, 22]
+    assert np.bincount(PLAN.labels(np.arange(23))).tolist() == [3, 3, 3, *[2] * 7]
+
+
+def test_images_are_the_sampler_s_own_by_index(whole, opened):
+    images = whole[0]
+    assert images.shape == (23, 8, 8, 1) and images.dtype == np.uint8
+    direct = opened.sampler(opened.params, np.arange(7, 13) % 10, 3, first_index=7, batch_size=6)
+    assert np.abs(images[7:13].astype(int) - direct).max() <= 1
+    assert len({image.tobytes() for image in images}) == 23
+
+
+def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path):
+    first = SampleSet(tmp_path, PLAN)
+    first.generate(opened.sampler, opened.params)
+    for batch in (1, 3):
+        (first.folder / f"batch-{batch:06d}.npy").unlink()
+    kept = os.stat(first.folder / "batch-000000.npy").st_mtime_ns
+    again = SampleSet(tmp_path, dataclasses.replace(PLAN, batch_size=5))
+    assert again.missing() == [1, 3] and again.plan.batch_size == 6
+    again.generate(opened.sampler, opened.params)
+    again.write_npz(tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == whole[1]
+    assert os.stat(first.folder / "batch-000000.npy").st_mtime_ns == kept
+    assert again.seconds_per_image() > 0
+    again.remove()
+    assert not again.folder.exists()
+
+
+def test_hosts_make_a_share_each(whole, opened, tmp_path):
+    for host in range(3):
+        part = SampleSet(tmp_path, PLAN, host, 3)
+        part.generate(opened.sampler, opened.params)
+        found = np.concatenate([indices for indices, _ in part.batches()])
+        assert found.tolist() == [index for batch in range(host, 4, 3) for index in PLAN.indices(batch)]
+        part.write_pngs(tmp_path / "png")
+    everything = list(part.batches(everyones=True))
+    np.testing.assert_array_equal(np.concatenate([images for _, images in everything]), whole[0])
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert names == [f"{index:06d}.png" for index in range(23)]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "000019.png")), whole[0][19, :, :, 0])
+
+
+def test_the_file_is_what_numpy_writes(whole, tmp_path):
+    (tmp_path / "all.npz").write_bytes(whole[1])
+    with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
+        assert sorted(file.files) == ["arr_0", "arr_1"] and file["arr_1"].tolist() == [i % 10 for i in range(23)]
+    assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
+
+
+def test_damage_is_told(opened, tmp_path):
+    samples = SampleSet(tmp_path, PLAN)
+    samples.generate(opened.sampler, opened.params)
+    path = samples.folder / "batch-000002.npy"
+    content = path.read_bytes()
+    for broken in (content[:60], b"", content.replace(b"|u1", b"|i1")):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="batch-000002.npy .*delete it and start again"):
+            list(samples.batches())
+    path.unlink()
+    with pytest.raises(UserError, match=r"batch-000002\.npy cannot be read"):
+        samples.write_npz(tmp_path / "x.npz")
+    assert not (tmp_path / "x.npz").exists()
+    (samples.folder / "plan.json").write_text("[]")
+    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
+        SampleSet(tmp_path, PLAN)
+
+
+CHILD = """
+import sys
+from marjax.evaluation.samples import Plan, SampleSet
+from marjax.generation.sample import open_sampler
+opened = open_sampler(sys.argv[1], local=True)
+plan = Plan(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
+samples = SampleSet(sys.argv[2], plan)
+print(samples.folder, flush=True)
+with samples.claimed():
+    samples.generate(opened.sampler, opened.params)
+    samples.write_npz(sys.argv[2] + "/all.npz")
+"""
+
+
+def start(run, folder):
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(run), str(folder)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_survive_kills(run, tmp_path):
+    """Killed at random moments, the final set is that of a run that nobody disturbed, to the byte."""
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    process = start(run, calm)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    rng, kills = np.random.default_rng(), 0
+    for _ in range(4):
+        process = start(run, killed)
+        assert "killed" in process.stdout.readline()  # it is about to begin, or to go on
+        time.sleep(rng.uniform(0.2, 2.0))
+        process.kill()
+        _, errors = process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills, errors
+    process = start(run, killed)
+    other = start(run, killed)  # a second one at the same time is refused, or finds all done
+    codes = [each.wait() for each in (process, other)]
+    said = [each.communicate()[1] for each in (process, other)]
+    assert 0 in codes and all(code == 0 or "is being written by another marjax evaluate" in text
+                              for code, text in zip(codes, said, strict=True)), said
+    assert (killed / "all.npz").read_bytes() == (calm / "all.npz").read_bytes()
+    assert len(np.load(killed / "all.npz")["arr_0"]) == 10_000
