@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from marjax.errors import UserError
+from marjax.errors import TrainingError, UserError
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -25,13 +25,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a local file at once or not at all, and to the disk. Raises OSError: it cannot be written."""
+    """Writes a local file at once or not at all, and to the disk. Raises TrainingError: it cannot be written."""
     partial = f"{path}.partial{os.getpid()}"
-    with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise TrainingError(f"{path} cannot be written ({error.strerror or error}): make room, then start the same "
+                            f"again") from None
 
 
 def sync(path: str) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ from conftest import ROOT, make_autoencoder
 
 from marjax import config as config_lib
 from marjax import train
-from marjax.data.cache import cache_latents
+from marjax.config import resolve
+from marjax.data.cache import cache_latents, open_fitting
 from marjax.data.latents import Latents, Manifest, pack, read_manifest, runs, unpack
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -209,6 +211,39 @@ def test_a_cache_of_other_images_is_refused(autoencoders, cache, tmp_path, chang
     assert said in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache, tmp_path, monkeypatch):
+    """Other contents under the same source, split and number: told by a sample of what is stored."""
+    import marjax.data.sources as sources
+
+    own = sources._digits()
+    other = (255 - own[0], own[1])
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    (copy / "latents.array_record-00002-of-00004").unlink()
+    monkeypatch.setattr(sources, "_digits", lambda: other)
+    with pytest.raises(UserError, match="fingerprint '.*' instead of"):
+        train(make(autoencoders, data__cache=str(cache)), tmp_path / "run")
+    with pytest.raises(UserError, match="another latent cache .it has fingerprint"):
+        cache_latents(make(autoencoders), copy, dtype="float32", batch_size=16)
+    assert not (tmp_path / "run").exists() and len(list(copy.glob("latents*"))) == 3
+    # Where the images are gone, the cache stands for itself.
+    def gone(data):
+        raise UserError("gone")
+
+    monkeypatch.setattr("marjax.data.cache.open_source", gone)
+    assert open_fitting(resolve(make(autoencoders, data__cache=str(cache))), open_tokenizer(
+        make(autoencoders).tokenizer)).num_examples == 100
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}'])
+def test_a_manifest_that_is_none(autoencoders, cache, tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"a manifest\.json that cannot be read"):
+        cache_latents(make(autoencoders), tmp_path)
+
+
 def test_a_cache_of_another_tokenizer_is_refused(autoencoders, cache, tmp_path):
     with pytest.raises(UserError, match=r"checksum .* instead of .*shape \(4, 4, 8\) instead of \(4, 4\).*dtype"):
         train(make(autoencoders, "vq", data__cache=str(cache)), tmp_path / "run")
@@ -291,7 +326,7 @@ def test_arguments_out_of_range_are_refused(autoencoders, tmp_path, changes, sai
 
 
 def test_records_and_runs():
-    manifest = Manifest("c", "s", "train", 8, 1, "center", 5, 10, True, (2, 3), "bfloat16", "float32", 2)
+    manifest = Manifest("c", "s", "train", "f", 8, 1, "center", 5, 10, True, (2, 3), "bfloat16", "float32", 2)
     moments = np.arange(6, dtype=np.float32).reshape(2, 3).astype("bfloat16")
     record = pack(moments, 7)
     assert len(record) == manifest.record_bytes == 16

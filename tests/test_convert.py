@@ -15,7 +15,7 @@ from marjax import config as config_lib
 from marjax import orders, sample, sharding, train
 from marjax.checkpoints import reference, weights_file
 from marjax.checkpoints.convert import convert
-from marjax.checkpoints.convert_tokenizer import convert_tokenizer
+from marjax.checkpoints.convert_tokenizer import convert_tokenizer, read_autoencoder
 from marjax.checkpoints.export import export
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
@@ -216,7 +216,9 @@ def change(tmp_path, name, function):
     ("decoder_embed.weight", lambda x: x[:32], "decoder is 32 wide and its encoder 64"),
     ("fake_latent", lambda x: x * np.nan, "not a number, in null_embedding"),
     ("fake_latent", lambda x: x.astype(np.int32), r"no floating point numbers: fake_latent \(int32\)"),
-    ("encoder.conv_in.weight", lambda x: np.zeros(1, np.float32), "encoder.conv_in.weight is not used")])
+    ("encoder.conv_in.weight", lambda x: np.zeros(1, np.float32), "encoder.conv_in.weight is not used"),
+    ("encoder_blocks.30000000.x", lambda x: np.zeros(1, np.float32), "names a layer 30000000, and no such network"),
+    (f"decoder_blocks.{'9' * 5000}.x", lambda x: np.zeros(1, np.float32), "names a layer 99999999999999999999,")])
 def test_every_tensor_is_used_and_every_parameter_filled(tmp_path, name, function, text):
     file = change(tmp_path, name, function)
     with pytest.raises(UserError, match=f"{file} cannot be converted: .*{text}"):
@@ -243,11 +245,28 @@ def test_half_precision_is_widened(tmp_path):
     (OFFICIAL, {"overrides": {"model.width": 128}}, "do not match"),
     (OFFICIAL, {"tokenizer": BARE}, "this is no LDM autoencoder: encoder.conv_in.weight is missing"),
     (BARE, {"tokenizer": VAE, "overrides": HEADS}, "give --config.tokenizer.autoencoder.scale"),
+    (BARE, {"tokenizer": VAE, "overrides": {**HEADS, "tokenizer.autoencoder.scale": "abc"}}, "'abc': expected float"),
     (PARITY / "lr_schedule.json", {}, "is a text, not a checkpoint"), (PARITY / "none.pth", {}, "does not exist")])
 def test_slips(tmp_path, file, given, text):
     with pytest.raises(UserError, match=text):
         convert(file, tmp_path / "run", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
+    (tmp_path / "run.partial" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run.partial" / "config.json").write_text("{")
+    convert(OFFICIAL, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_layer_number_without_bound_in_an_autoencoder(tmp_path):
+    shapes = {"encoder.down.0.block.3000000.x": (1,), "encoder.conv_in.weight": (32, 3, 3, 3),
+              "encoder.down.0.block.0.conv1.weight": (32, 32, 3, 3), "post_quant_conv.weight": (4, 4, 1, 1)}
+    state = {name: np.zeros(shape) for name, shape in shapes.items()}
+    save_file({name: array.astype(np.float32) for name, array in state.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="names a layer 3000000, and no such network"):
+        read_autoencoder(tmp_path / "x.safetensors")
 
 
 def test_what_files_of_others_hold(tmp_path):

@@ -103,6 +103,14 @@ def test_sixteen_bits_in_colour_and_no_leftovers():
     assert b"iCCP" not in stored
 
 
+def test_sixteen_bits_of_grey_with_a_transparent_value():
+    deep = np.array([[0x1234, 0xABCD], [7, 0x1234]], np.uint16)
+    data = as_file(Image.fromarray(deep), "PNG", transparency=0x1234)
+    assert Image.open(io.BytesIO(data)).info["transparency"] == 0x1234
+    stored, kind = storable(data)
+    assert kind == "16-bit, transparency" and decoded(stored).tolist() == [[255, 0xAB], [0, 255]]
+
+
 def test_orientation_may_be_ignored():
     data = as_file(RGB, "JPEG", exif=exif(6))
     assert storable(data, upright=False) == (data, "JPEG")

@@ -1,6 +1,7 @@
 """From files to a data set that marjax and plain TFDS read, whatever interrupts the way."""
 
 import collections
+import errno
 import io
 import json
 import os
@@ -189,6 +190,41 @@ def test_a_second_run_does_nothing_and_another_input_is_refused(mixed, tmp_path,
     assert contents(made.data_dir) == before
 
 
+def test_files_that_are_lost_are_missed(tmp_path, monkeypatch):
+    few(tmp_path / "own")
+    made = prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1)
+    folder = tmp_path / "data" / "own" / "1.0.0"
+    (shard,) = folder.glob("*-00001-of-00002")
+    shard.unlink()
+    with pytest.raises(UserError, match="lacks 1 of its files, such as own-train.*--overwrite"):
+        prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1)
+    again = prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1, overwrite=True)
+    assert shard.exists() and again.num_examples == made.num_examples
+    (folder / "prepared.json").write_text("[1]")
+    with pytest.raises(UserError, match="is no JSON object"):
+        prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1)
+
+
+def test_records_that_are_none_are_written_again(tmp_path):
+    from marjax.data.shards import Shard, read_record
+
+    for text in ("", "[]", "null", '{"unreadable": 3}', '{"unreadable": [], "odd": 1}'):
+        (tmp_path / "record.json").write_text(text)
+        assert read_record(Shard("x", str(tmp_path / "record.json"), [], True, 0)) is None
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    few(tmp_path / "own")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("marjax.files.os.fsync", full)
+    arguments = ["--images", str(tmp_path / "own"), "--out", str(tmp_path / "data"), "--workers", "1"]
+    assert cli.main(["prepare", *arguments]) == 1
+    assert "No space left on device): make room" in capsys.readouterr().err
+
+
 def test_overwrite_replaces(tmp_path):
     few(tmp_path / "one")
     prepare(tmp_path / "one", out=tmp_path / "data", name="own", workers=1)
@@ -338,6 +374,8 @@ def test_links(tmp_path):
     layout(tmp_path / "own", "a/1.png")
     os.symlink(tmp_path / "far", tmp_path / "own" / "b")
     os.symlink(tmp_path / "own", tmp_path / "own" / "a" / "around")
+    os.mkfifo(tmp_path / "pipe.png")  # which whoever opens waits for ever
+    os.symlink(tmp_path / "pipe.png", tmp_path / "own" / "a" / "3.png")
     made = prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     assert examples("own", tmp_path / "data").keys() == {"a/1.png", "b/2.png"}
     assert any("a/around is a link to a folder around it" in text for text in made.warnings)

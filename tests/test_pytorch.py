@@ -463,10 +463,26 @@ def test_time_and_memory_are_bounded(tmp_path, monkeypatch):
                   {"x": Call(Global("numpy", "dtype"), (doubling,))}, Raw(b"}" + doubling.opcodes + b"Ns")):
         with pytest.raises(UserError):
             read(write_zip(tmp_path / "x.pth", value, [bytes(8)]))
+    monkeypatch.setattr(unpickle, "MAX_MADE", 10_000)
+    few, pairs = (Raw(b"}" + opcodes("x") + opcodes(value) + b"q\x09" + b"".join(
+        b"0" + opcodes(function) + b"(h\x09" + extra + b"tR" for _ in range(3)) + b"s")
+        for value, function, extra in (("y" * 4000, Global("_codecs", "encode"), opcodes("latin1")),
+                                       ([[f"k{i}", 1] for i in range(40)], Global("collections", "OrderedDict"), b"")))
+    for value in (few, pairs):  # each call makes something large of what is there once
+        says(write_zip(tmp_path / "x.pth", value), "makes objects of more than")
+    read(write_zip(tmp_path / "x.pth", {"x": Call(Global("_codecs", "encode"), ("y" * 3000, "latin1"))}))
     monkeypatch.setattr(unpickle, "MAX_OPCODES", 1000)
     says(write_zip(tmp_path / "x.pth", Raw(b"N0" * 1000)), "more than 1000 opcodes")
     monkeypatch.setattr(unpickle, "MAX_STRING", 1000)
     says(write_zip(tmp_path / "x.pth", {"x": "y" * 1001}), "1022 bytes, where a list of tensors")
+
+
+def test_a_directory_that_leads_before_the_file(tmp_path):
+    data = bytearray(write_zip(tmp_path / "x.pth", {"x": 1}).read_bytes())
+    end = data.rindex(b"PK\x05\x06")
+    struct.pack_into("<I", data, end + 12, len(data) * 2)  # the size of the directory, so that it begins before 0
+    (tmp_path / "x.pth").write_bytes(data)
+    says(tmp_path / "x.pth", "its end is missing or damaged .*download")
 
 
 def test_the_older_format_says_the_same_twice(tmp_path):

@@ -27,8 +27,12 @@ def pictures(tmp_path_factory):
         shape = (size, size + 3) if mode in "LP" else (size, size + 3, len(mode))
         Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode if mode != "P" else "L").convert(mode).save(
             folder / name, lossless=True)
-        made.append(np.asarray(Image.open(folder / name).convert("RGB").convert("L")))
+        layer = Image.open(folder / name).convert("RGBA")
+        over_white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        made.append(np.asarray(over_white.convert("RGB").convert("L")))
     (folder / "b" / "labels.txt").write_text("no picture")
+    (folder / "._a.png").write_text("what a Mac leaves")
+    (folder / "b" / "around").symlink_to(folder)
     return folder, np.stack([center_crop(image[..., None], 8) for image in made])
 
 
@@ -107,8 +111,8 @@ def test_command(autoencoders, pictures, tmp_path, capsys):
     (["--path", "KL"], "no images: give --images DIR"),
     (["--images", "PICTURES"], "no tokenizer: give --path"),
     (["--images", "none", "--path", "KL"], "images none is no folder"),
-    (["--images", "EMPTY", "--path", "KL"], "has no pictures (files in .bmp"),
-    (["--images", "BAD", "--path", "KL"], "bad.png cannot be read (ValueError: 4 bytes that are no image file"),
+    (["--images", "EMPTY", "--path", "KL"], "has no pictures: give another folder"),
+    (["--images", "BAD", "--path", "KL"], "bad.png cannot be read (no image file that Pillow can read here"),
     (["--images", "PICTURES", "--path", "none"], "none does not exist"),
     (["--images", "PICTURES", "--path", "PICTURES"], "is a folder"),
     (["--images", "PICTURES", "--path", "KL", "--image_size", "9"], "sides that 2 divides"),

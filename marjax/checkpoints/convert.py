@@ -24,6 +24,7 @@ from marjax.checkpoints.convert_tokenizer import Autoencoder, holds, read_autoen
 from marjax.checkpoints.manager import Checkpoints
 from marjax.checkpoints.pytorch import Tensor
 from marjax.errors import UserError
+from marjax.files import claimed
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import init_unboxed
@@ -90,8 +91,9 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
         if given["tokenizer.autoencoder.scale"] is None:
             raise UserError(f"{tokenizer} is no released autoencoder, so nobody knows what its latents were multiplied "
                             f"with: give --config.tokenizer.autoencoder.scale=X (the reference's training has 0.2325)")
-        given |= {"tokenizer.autoencoder.scale": float(given["tokenizer.autoencoder.scale"])}
-        autoencoder = dataclasses.replace(autoencoder, scale=given["tokenizer.autoencoder.scale"])
+        checked = config_lib.apply_overrides(config_lib.base(), {
+            "tokenizer.autoencoder.scale": given["tokenizer.autoencoder.scale"]})
+        autoencoder = dataclasses.replace(autoencoder, scale=checked.tokenizer.autoencoder.scale)
         given["tokenizer.checksum"] = autoencoder.checksum
     try:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -190,23 +192,27 @@ def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
 def _write(target: pathlib.Path, config: ConfigDict, source: _Source, params: Any, autoencoder: Autoencoder | None,
            file_name: str) -> None:
     """Writes the work directory under another name and renames it, so that it is whole or not there."""
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f"{target.name}.partial")
     try:
-        claim_workdir(partial, config)
-        if autoencoder is not None:
-            write_tokenizer(partial / _TOKENIZER, autoencoder)
-            # What sampling will do, which finds whatever does not fit.
-            open_tokenizer(read_workdir(partial).tokenizer)
-        cpu = jax.local_devices(backend="cpu")[0]
-        with Checkpoints(partial / "checkpoints") as checkpoints:
-            checkpoints.save(source.step, **{_OURS[source.weights]: jax.device_put(params, cpu)},
-                             meta={"converted": {"file": file_name, "weights": source.weights}})
-        partial.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(os.fspath(target.parent), "marjax convert", f"{partial.name}.lock"):
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
+            try:
+                claim_workdir(partial, config)
+                if autoencoder is not None:
+                    write_tokenizer(partial / _TOKENIZER, autoencoder)
+                    # What sampling will do, which finds whatever does not fit.
+                    open_tokenizer(read_workdir(partial).tokenizer)
+                cpu = jax.local_devices(backend="cpu")[0]
+                with Checkpoints(partial / "checkpoints") as checkpoints:
+                    checkpoints.save(source.step, **{_OURS[source.weights]: jax.device_put(params, cpu)},
+                                     meta={"converted": {"file": file_name, "weights": source.weights}})
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"work directory {target} cannot be written ({error.strerror or error}): free space, or give "
                         f"another") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_same(target: pathlib.Path, config: ConfigDict, source: _Source, params: Any,

@@ -7,6 +7,7 @@ memory than they take. Everything a file says is checked against its size before
 
 import argparse
 import dataclasses
+import errno
 import io
 import itertools
 import math
@@ -148,7 +149,7 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
         with zipfile.ZipFile(file) as archive:
             entries, directory = archive.infolist(), archive.start_dir
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):  # a damaged directory makes it seek to places that there are not
             raise
         entries = None
     except Exception:  # a damaged zip file raises almost anything

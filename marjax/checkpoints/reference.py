@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax.errors import UserError
+from marjax.tokenizers.autoencoder_names import count_layers
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
 from marjax.variants import VARIANTS
 
@@ -200,7 +201,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int) -> tuple
 
 def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     numbers = [name[len(prefix) + 1:].split(".")[0] for name in shapes if name.startswith(f"{prefix}.")]
-    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    return count_layers([number for number in numbers if number.isdecimal()])
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:

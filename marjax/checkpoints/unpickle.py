@@ -10,8 +10,10 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-# Far above what the largest checkpoint needs, far below what would fill the memory: an opcode makes one small object.
+# Far above what the largest checkpoint needs, far below what would fill the memory: an opcode makes one small object,
+# but for calls, and what these make is counted.
 MAX_OPCODES = 5_000_000
+MAX_MADE = 1 << 27  # bytes that all calls together may make, at 128 for an element of a container
 MAX_STRING = 1 << 26  # bytes
 _MAX_BITS = 128  # of an integer; PyTorch's magic number has 77
 
@@ -91,6 +93,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.made = 0  # see MAX_MADE
 
     def pop(self) -> Any:
         if not self.stack:
@@ -203,9 +206,16 @@ class _Machine:
         if not isinstance(function, Function) or type(arguments) is not tuple:
             raise PickleError("calls something that is no function, which is refused")
         try:
-            return function.call(*arguments)
+            made = function.call(*arguments)
         except TypeError:
             raise PickleError("is damaged (a function with other arguments than it takes)") from None
+        if isinstance(made, str | bytes):
+            self.made += len(made)
+        elif isinstance(made, dict | list | tuple):
+            self.made += 128 * len(made)
+        if self.made > MAX_MADE:
+            raise PickleError(f"makes objects of more than {MAX_MADE >> 20} MiB, so it is no list of tensors")
+        return made
 
 
 def as_dict(items: list[Any]) -> dict[Any, Any]:

@@ -26,6 +26,7 @@ from marjax import sharding
 from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
+from marjax.data.sources import fingerprint, open_source
 from marjax.errors import TrainingError, UserError
 from marjax.files import claimed, sync, write_text
 from marjax.tokenizers import Cacheable, Tokenizer, open_tokenizer
@@ -95,7 +96,8 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     if not isinstance(tokenizer, Cacheable):
         raise UserError(f"tokenizer {config.tokenizer.name!r} has no network: there is nothing to encode ahead")
     with Batches(config.data, 1, 0, train=False) as batches:
-        manifest = _plan(config, tokenizer, batches.num_examples, dtype, shard_examples or _shard_examples_of(folder))
+        manifest = _plan(config, tokenizer, batches.num_examples, dtype, shard_examples or _shard_examples_of(folder),
+                         fingerprint(open_source(config.data)))
     index, count = jax.process_index(), jax.process_count()
     try:
         os.makedirs(folder, exist_ok=True)
@@ -124,7 +126,12 @@ def open_fitting(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Man
         raise UserError(f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no "
                         f"network whose latents could be in it: leave it empty")
     moments = _moments(config, tokenizer)
-    check_fits(manifest, config, checksum=tokenizer.checksum, shape=moments.shape[1:], dtype=moments.dtype)
+    try:
+        images = fingerprint(open_source(config.data))
+    except UserError:  # a cache does without the images it was made of
+        images = None
+    check_fits(manifest, config, checksum=tokenizer.checksum, shape=moments.shape[1:], dtype=moments.dtype,
+               fingerprint=images)
     return manifest
 
 
@@ -135,12 +142,13 @@ def _moments(config: ml_collections.ConfigDict, tokenizer: Cacheable) -> jax.Sha
 
 
 def _plan(config: ml_collections.ConfigDict, tokenizer: Cacheable, num_examples: int, dtype: str,
-          shard_examples: int | None) -> Manifest:
+          shard_examples: int | None, images: str) -> Manifest:
     data, moments = config.data, _moments(config, tokenizer)
     if jnp.issubdtype(moments.dtype, jnp.integer):
         dtype = "int32"
-    made = Manifest(tokenizer.checksum, data.source, data.split, data.image_size, data.channels, CROP, num_examples,
-                    data.num_classes, bool(data.flip), moments.shape[1:], dtype, config.tokenizer.autoencoder.dtype, 1)
+    made = Manifest(tokenizer.checksum, data.source, data.split, images, data.image_size, data.channels, CROP,
+                    num_examples, data.num_classes, bool(data.flip), moments.shape[1:], dtype,
+                    config.tokenizer.autoencoder.dtype, 1)
     if shard_examples is None:
         shard_examples = min(_SHARD_BYTES // (made.record_bytes * (1 + made.flips)), -(-num_examples // _LEAST_SHARDS))
     return dataclasses.replace(made, shard_examples=max(1, shard_examples))

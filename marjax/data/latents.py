@@ -33,6 +33,7 @@ class Manifest:
     Attributes:
       checksum: of the tokenizer's weights.
       source, split: of the images: `config.data.source` and `config.data.split`.
+      fingerprint: of what was stored of them (`marjax.data.sources.fingerprint`).
       image_size, channels: of the images, after the crop.
       crop: how they were cropped (`marjax.data.preprocess.CROP`).
       num_examples: N.
@@ -48,6 +49,7 @@ class Manifest:
     checksum: str
     source: str
     split: str
+    fingerprint: str
     image_size: int
     channels: int
     crop: str
@@ -82,6 +84,8 @@ class Manifest:
     def from_json(cls, text: str) -> "Manifest":
         """Raises ValueError, TypeError or KeyError: it is none."""
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}")
         for field in dataclasses.fields(cls):
             kind = {"int": int, "str": str, "bool": bool}.get(str(getattr(field.type, "__name__", field.type)))
             if kind and type(fields.get(field.name)) is not kind:
@@ -115,7 +119,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
                         f"cache-latents --overwrite") from None
 
 
-def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[int, ...], dtype: npt.DTypeLike,
+               fingerprint: str | None = None) -> None:
     """Checks that training from the cache is training on `config.data` with the tokenizer at hand.
 
     Args:
@@ -124,6 +129,7 @@ def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[i
       checksum: of the tokenizer's weights.
       shape: of one image's moments under it.
       dtype: of these, before they are stored.
+      fingerprint: of the images, or None where they are not at hand.
 
     Raises:
       UserError: a difference, naming all of them.
@@ -131,6 +137,8 @@ def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[i
     data = config.data
     wanted = {"checksum": checksum, "source": data.source, "split": data.split, "image_size": data.image_size,
               "channels": data.channels, "crop": CROP, "shape": tuple(shape)}
+    if fingerprint is not None:
+        wanted["fingerprint"] = fingerprint
     odd = [f"{name} {getattr(manifest, name)!r} instead of {value!r}" for name, value in wanted.items()
            if getattr(manifest, name) != value]
     if np.issubdtype(np.dtype(dtype), np.integer) != (manifest.dtype == "int32"):

@@ -131,6 +131,12 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
     return Listing("images", f"Pictures of {len(names)} classes.", names, made, tree.ignored, tree.warnings)
 
 
+def list_pictures(folder: str) -> list[Item]:
+    """All pictures in and below a folder, in the order of their names, without a label. Raises UserError."""
+    root = os.path.realpath(folder)
+    return _Tree().below(root, os.path.basename(root), ())
+
+
 def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
     """The pictures of ILSVRC2012_img_train.tar and, if given, ILSVRC2012_img_val.tar, labelled as TFDS labels them.
 
@@ -197,8 +203,9 @@ class _Tree:
                     self.warnings.append(f"{prefix}{entry.name} is a link to a folder around it: left out")
                 else:
                     folders.append(entry.name)
-            elif suffix in SUFFIXES and (entry.is_file() or entry.is_symlink()):
-                # A link to nothing is a picture that cannot be read, and is found to be so later.
+            elif suffix in SUFFIXES and (entry.is_file() or not os.path.exists(entry.path)):
+                # A link to nothing is a picture that cannot be read, and is found to be so later; one to a device or
+                # pipe is none.
                 size = entry.stat().st_size if os.path.exists(entry.path) else 0
                 items.append(Item(prefix + entry.name, -1, entry.path, 0, size))
             else:

@@ -124,7 +124,11 @@ def _plain(image: Image.Image, kind: str, transparent: bool) -> Image.Image:
     """The same picture in mode L or RGB."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillows open 16-bit PNG files as "I"
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        deep = np.asarray(image).astype(np.uint32)
+        pixels = (deep >> 8).astype(np.uint8)
+        if isinstance(through := image.info.get("transparency"), int):  # the value that stands for nothing
+            pixels[deep == through] = 255
+        return Image.fromarray(pixels)
     if mode in ("I", "F", "LAB"):
         raise UnreadableError(f"pixels of mode {mode}, whose range is not known: convert the file to 8 bits a channel")
     grey = mode in ("1", "L", "LA", "La")

@@ -150,6 +150,11 @@ def prepare(
     if os.path.exists(os.path.join(final, "dataset_info.json")) and not overwrite:
         made = _read_json(os.path.join(final, "prepared.json"))
         _refuse_other(final, made.get("plan"), plan)
+        missing = [file for split, parts in shards.items() for file in _files(name, split, len(parts))
+                   if not os.path.exists(os.path.join(final, file))]
+        if missing:
+            raise UserError(f"{final} lacks {len(missing)} of its files, such as {missing[0]}: start with --overwrite, "
+                            f"which makes it anew")
         _tidy(final)
         return _prepared(out, listing, made, fresh=False)
 
@@ -171,7 +176,7 @@ def prepare(
         write_text(os.path.join(folder, "plan.json"), json.dumps(plan, indent=1))
         tasks: dict[str, list[Shard]] = {}
         for split, parts in shards.items():
-            files = [f"{name}-{split}.array_record-{i:05d}-of-{len(parts):05d}" for i in range(len(parts))]
+            files = _files(name, split, len(parts))
             tasks[split] = [Shard(os.path.join(folder, file), os.path.join(folder, _RECORDS, f"{file}.json"), part,
                                   listing.kind == "images", max_bad) for file, part in zip(files, parts, strict=True)]
         records = write_shards([task for split in tasks.values() for task in split], max_bad,
@@ -215,6 +220,11 @@ def _cut(items: list[Item], num_shards: int | None) -> list[list[Item]]:
     num_shards = min(num_shards, len(items))
     bounds = [round(len(items) * index / num_shards) for index in range(num_shards + 1)]
     return [items[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _files(name: str, split: str, count: int) -> list[str]:
+    """The names of a split's shards."""
+    return [f"{name}-{split}.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, Any]) -> None:
@@ -308,11 +318,14 @@ def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> 
 def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path) as file:
-            return json.load(file)
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError
+        return content
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise UserError(f"{path} is no JSON: remove its folder, or start with --overwrite") from None
+        raise UserError(f"{path} is no JSON object: remove its folder, or start with --overwrite") from None
 
 
 def _listed(counts: dict[str, int]) -> str:

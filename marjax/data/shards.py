@@ -59,7 +59,7 @@ def read_record(shard: Shard) -> Record | None:
         with open(shard.record) as file:
             given = json.load(file)
         return Record(**given | {"unreadable": [(name, why) for name, why in given["unreadable"]]})
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # of no use: as if it were not there
         return None
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 
 from marjax.data.examples import Images
+from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess, center_crop, to_channels
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.evaluation.hosts import Hosts
-from marjax.evaluation.reconstruction import _pictures, _read
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices int (B,), images uint8 (B, H, W, C)
 
@@ -112,7 +112,7 @@ class FolderImages:
           UserError: no pictures, or impossible sizes.
         """
         self.source = os.fspath(folder)
-        self._paths = _pictures(folder)
+        self._paths = pictures(folder)
         self._channels = channels
         self._crop = None if image_size is None else Preprocess(image_size, channels, flip=False).image_size
 
@@ -133,8 +133,8 @@ class FolderImages:
                                         f"the folder {shape[0]} x {shape[1]}: give an image size to crop all to")
                 yield indices_B, np.stack(images)
 
-    def _picture(self, path: epath.Path) -> np.ndarray:
-        image = _read(path)
+    def _picture(self, path: str) -> np.ndarray:
+        image = read_picture(path)
         # Before the crop if channels are lost and after it if they are repeated, as `Preprocess` does.
         image = to_channels(image, min(self._channels, image.shape[2]))
         return to_channels(image if self._crop is None else center_crop(image, self._crop), self._channels)

@@ -19,9 +19,9 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax.codes import nearest
+from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
-from marjax.data.sources import decode
 from marjax.errors import UserError
 from marjax.generation.images import beside, grid, make_folder, to_uint8, write_png
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer
@@ -29,7 +29,6 @@ from marjax.tokenizers import spec as autoencoder_spec
 
 PICTURE = "reconstructions.png"
 _SHOWN = 32  # images in the picture
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def check(images: str | os.PathLike[str] | None = None, config: ml_collections.ConfigDict | None = None, *,
@@ -183,34 +182,8 @@ def from_config(data: ml_collections.ConfigDict, batch_size: int) -> Generator[B
 def _from_folder(folder: str | os.PathLike[str], data: ml_collections.ConfigDict, batch_size: int) -> Generator[Batch]:
     preprocess = Preprocess(int(data.image_size), int(data.channels), flip=False)
     unused = np.random.default_rng(0)  # without flips, nothing is drawn
-    paths = _pictures(folder)
+    paths = pictures(folder)
     for at in range(0, len(paths), batch_size):
-        rows = [preprocess({"image": _read(path), "label": 0}, unused)["image"]
+        rows = [preprocess({"image": read_picture(path), "label": 0}, unused)["image"]
                 for path in paths[at:at + batch_size]]
         yield np.stack(rows + rows[-1:] * (batch_size - len(rows))), len(rows)
-
-
-def _pictures(folder: str | os.PathLike[str]) -> list[epath.Path]:
-    """All files with the name of a picture, at any depth, sorted."""
-    root = epath.Path(folder)
-    if not root.is_dir():
-        raise UserError(f"images {folder} is no folder: give one with pictures")
-    folders, found = [root], []
-    for each in folders:  # which grows
-        for path in each.iterdir():
-            if path.is_dir():
-                folders.append(path)
-            elif path.suffix.lower() in _SUFFIXES:
-                found.append(path)
-    if not found:
-        raise UserError(f"images {folder} has no pictures (files in {', '.join(_SUFFIXES)}): give another folder")
-    return sorted(found)
-
-
-def _read(path: epath.Path) -> np.ndarray:
-    try:
-        return decode(path.read_bytes())
-    except Exception as error:  # a damaged picture raises almost anything
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise UserError(f"picture {path} cannot be read ({type(error).__name__}: {reason}): repair it, or take it "
-                        f"out of the folder") from None

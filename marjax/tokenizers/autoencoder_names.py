@@ -5,7 +5,7 @@ the same. `from_state_dict` reads the network itself off names and shapes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from flax import traverse_util
 from marjax.errors import UserError
 from marjax.tokenizers.autoencoder import abstract_params
 from marjax.tokenizers.spec import Spec
+
+_MAX_LAYERS = 1000
 
 # What training left in a checkpoint besides the autoencoder.
 IGNORED = ("loss.", "discriminator.")
@@ -121,7 +123,7 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
 
     def count(pattern: str) -> int:
         found = (re.match(pattern, name) for name in shapes)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        return count_layers([match[1] for match in found if match])
 
     def attention(half: str, way: str) -> tuple[int, ...]:
         return tuple(256 // 2**i for i in range(levels) if f"{half}.{way}.{i}.attn.0.norm.weight" in shapes)
@@ -140,6 +142,15 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
                     attention("encoder", "down"), attention("decoder", "up"), 256, codes[0])
     except ValueError as error:
         raise UserError(f"this is no LDM autoencoder: {error}") from None
+
+
+def count_layers(numbers: Sequence[str]) -> int:
+    """How many layers there are, by the numbers in names of tensors. Raises UserError: more than any network has."""
+    for number in numbers:
+        if len(number) > len(str(_MAX_LAYERS)) or int(number) >= _MAX_LAYERS:
+            raise UserError(f"it names a layer {number[:20]}, and no such network has {_MAX_LAYERS}: it is damaged, or "
+                            f"of another kind")
+    return 1 + max(map(int, numbers), default=-1)
 
 
 def _to_marjax(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""The pictures of a folder as they are, without class folders or a data set made of them."""
+
+import os
+
+from marjax.data.listing import list_pictures
+from marjax.data.pictures import UnreadableError, storable
+from marjax.data.sources import Pixels, decode
+from marjax.errors import UserError
+
+
+def pictures(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of all pictures in a folder and those below it, in the order of their names.
+
+    What counts as a picture is what does for `marjax prepare`.
+
+    Raises:
+      UserError: no such folder, or no picture in it.
+    """
+    root = os.path.expanduser(os.fspath(folder))
+    if not os.path.isdir(root):
+        raise UserError(f"images {folder} is no folder: give one with pictures, on this machine")
+    found = [item.path for item in list_pictures(root)]
+    if not found:
+        raise UserError(f"images {folder} has no pictures: give another folder")
+    return found
+
+
+def read_picture(path: str | os.PathLike[str]) -> Pixels:
+    """The pixels, uint8 (H, W, 1 or 3), that training would get of a picture once it is prepared.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode(storable(file.read())[0])
+    except (OSError, UnreadableError) as error:
+        raise UserError(f"picture {os.fspath(path)} cannot be read ({error}): repair it, or take it out of the "
+                        f"folder") from None
