@@ -200,9 +200,10 @@ def _parser() -> argparse.ArgumentParser:
     point.add_argument("--root", required=True)
     point.add_argument("--name", required=True)
 
-    bench = command("benchmark", commands.benchmark, "Measure training or sampling; prints one JSON line.")
-    bench.add_argument("what", choices=("train", "sample"))
-    bench.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    bench = command("benchmark", commands.benchmark, "Measure training, sampling, Inception's features of images of a "
+                    "config's size, or the metrics of 10,000 features; prints one JSON line.")
+    bench.add_argument("what", choices=("train", "sample", "features", "metrics"))
+    bench.add_argument("--config", metavar="FILE.py[:ARG]", help="for all but metrics")
     bench.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
     bench.add_argument("--recompute", type=int, default=0, help="sampling by a causal backbone: time so many steps "
                        "without the KV cache too")

@@ -286,5 +286,17 @@ def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     for name in ("repeats", "recompute"):
         if getattr(given, name) < 0:
             raise UserError(f"{name} is {getattr(given, name)}: give at least 0")
+    if given.what == "metrics":
+        from marjax.evaluation.rates import metric_seconds
+
+        print(json.dumps(metric_seconds()))
+        return
+    if given.config is None:
+        raise UserError(f"benchmark {given.what} needs --config FILE.py")
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
+    if given.what == "features":
+        from marjax.evaluation.rates import feature_rate
+
+        print(json.dumps(feature_rate(config.data.image_size, max(1, given.repeats))))
+        return
     print(json.dumps(benchmark(given.what, config, given.repeats, given.recompute)))

@@ -60,7 +60,7 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kid"] > 0
     assert entry["settings"] == {
         "num_iter": 4, "num_sampling_steps": "5", "cfg": 2.0, "cfg_schedule": "linear", "temperature": 0.9,
-        "confidence_order": False, "choice_temperature": 0.0, "weights": "ema", "step": 40, "num_images": 50, "seed": 0,
+        "confidence_order": False, "weights": "ema", "step": 40, "num_images": 50, "seed": 0,
         "batch_size": 20}
     assert entry["seconds_per_image"] > 0 and entry["reference"]["checksum"] == real.checksum
     assert entry["machine"]["hosts"] == 1 and entry["machine"]["jax"]

@@ -244,7 +244,9 @@ def test_results_of_another_reference_are_told_apart(tmp_path):
     results = [({"cfg": cfg}, cfg, None) for cfg in (1.0, 2.0)]
     for name, checksum in (("a", "ab"), ("b", "ef")):
         write_evaluation(tmp_path / name, results, reference={"name": "digits", "checksum": checksum * 32})
-    labels, common = legend_of(tradeoffs.over(read_runs([tmp_path / "a", tmp_path / "b"]), "cfg"))
+    figure = tradeoffs.over(read_runs([tmp_path / "a", tmp_path / "b"]), "cfg")
+    assert figure.axes[0].get_ylabel() == "Frechet distance"  # FID is what Inception's features give
+    labels, common = legend_of(figure)
     assert labels == ["a, against digits (abababab)", "b, against digits (efefefef)"]
     words = common.replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
     assert "step 450, 10,000 images, seed 0, features of classifier (cdcdcdcd)" in words

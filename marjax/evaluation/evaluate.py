@@ -117,12 +117,12 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:
     """Entries as a Markdown table: the settings that differ between them, every metric, the time."""
-    names = [name for name in entries[0]["settings"]
-             if name in ("weights", "num_images") or len({str(entry["settings"][name]) for entry in entries}) > 1]
+    names = [name for name in dict.fromkeys(name for entry in entries for name in entry["settings"])
+             if name in ("weights", "num_images") or len({str(entry["settings"].get(name)) for entry in entries}) > 1]
     metrics = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
     lines = ["| " + " | ".join([*names, *metrics, "s/image"]) + " |", "|" + "---|" * (len(names) + len(metrics) + 1)]
     for entry in entries:
-        cells = [str(entry["settings"][name]) for name in names]
+        cells = [str(entry["settings"].get(name, "")) for name in names]
         cells += [f"{entry['metrics'][name]:.5g}" if name in entry["metrics"] else "" for name in metrics]
         seconds = entry["seconds_per_image"]
         lines.append("| " + " | ".join([*cells, "" if seconds is None else f"{seconds:.4g}"]) + " |")
@@ -155,7 +155,7 @@ def _plan(config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, 
     if sample.cfg == 1.0:  # no guidance, whatever its schedule
         settings["cfg_schedule"] = "linear"
     if not sample.confidence_order:
-        settings["choice_temperature"] = 0.0
+        del settings["choice_temperature"]
     return Plan(num_images=request.num_images, seed=request.seed, num_classes=config.data.num_classes,
                 settings=settings, weights=opened.weights, step=opened.step, digest=opened.digest,
                 tokenizer=opened.sampler.tokenizer.checksum,

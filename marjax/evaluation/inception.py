@@ -7,6 +7,7 @@ Legend: B or N images of H x W pixels and C channels.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -235,6 +236,16 @@ class Inception:
             for whole, part in zip(found, output, strict=True):
                 whole[start:start + rows] = np.asarray(part)[:total - start]
         return Extracted(*found)
+
+    def network_alone(self) -> tuple[Callable[[jax.Array], Any], jax.Array]:
+        """To be timed: the network as `extract` runs it, without the resize, and a batch of random input for it."""
+        mesh = self._rows.mesh
+        program = jax.jit(jax.shard_map(
+            lambda params, x: Network().apply({"params": params}, x), mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec("batch")), out_specs=PartitionSpec("batch")))
+        shape = (self.batch_size * mesh.size, IMAGE_SIZE, IMAGE_SIZE, 3)
+        made = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32), self._rows)
+        return lambda x: program(self._params, x), made
 
     def _batch(self, images: np.ndarray, rows: int) -> jax.Array:
         """`rows` images with three channels, on the devices."""

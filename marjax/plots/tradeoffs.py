@@ -29,7 +29,7 @@ def over(runs: Sequence[Run], along: str) -> "Figure | None":
     for axes, (metric, found) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         for curve in found:
             looks.draw(axes, curve, curve.x, curve.values(metric))
-        axes.set(xlabel=AXES[along], ylabel=_METRICS[metric])
+        axes.set(xlabel=AXES[along], ylabel=_name(metric, found))
         style.tick_points(axes, log=along in _COUNTS)
         style.log_if_wide(axes, "y")
     looks.legend(figure)
@@ -53,9 +53,15 @@ def over_time(runs: Sequence[Run]) -> "Figure | None":
         axes.set_xlabel("seconds per image")
         style.log_if_wide(axes, "x")
         style.log_if_wide(axes, "y")
-    panels[0].set_ylabel("FID")
+    panels[0].set_ylabel(_name("fid", [curve for found in drawn.values() for curve in found]))
     looks.legend(figure)
     return figure
+
+
+def _name(metric: str, drawn: Sequence[Curve]) -> str:
+    """What a metric is called: without Inception's features no distance is an FID."""
+    inception = all(str(curve.fixed.get("extractor", "inception")).startswith("inception") for curve in drawn)
+    return _METRICS[metric] if inception or metric != "fid" else "Frechet distance"
 
 
 class _Looks:
