@@ -44,7 +44,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 
 # Files are handed to the workers whole; the longest go first, so that no worker is left with one at the end.
 LONGEST = ("test_sharding", "test_train", "test_quickstart", "test_train_autoencoder", "test_causal", "test_sample",
-           "test_sweep", "test_two_modes", "test_cache")
+           "test_evaluate", "test_samples", "test_sweep", "test_two_modes", "test_cache", "test_inception")
 
 
 def pytest_collection_modifyitems(items):
