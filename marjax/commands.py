@@ -225,9 +225,10 @@ def stats(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     made = make_statistics(out, config=config, images=given.images, npz=given.npz, extractor=given.extractor,
                            extractor_path=given.extractor_path, image_size=given.image_size,
                            keep_features=given.keep_features, batch_size=given.batch_size, overwrite=given.overwrite)
-    assert made.gaussian is not None and made.features is not None and made.extractor is not None
+    assert made.gaussian is not None and made.extractor is not None
+    kept = 0 if made.features is None else len(made.features)
     print(f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
-          f"{made.extractor['name']}, those of {len(made.features)} images kept; sha256 {made.checksum[:12]}")
+          f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}")
 
 
 def evaluate(given: argparse.Namespace, overrides: dict[str, str]) -> None:

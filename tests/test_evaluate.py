@@ -60,8 +60,8 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kid"] > 0
     assert entry["settings"] == {
         "num_iter": 4, "num_sampling_steps": "5", "cfg": 2.0, "cfg_schedule": "linear", "temperature": 0.9,
-        "confidence_order": False, "weights": "ema", "step": 40, "num_images": 50, "seed": 0,
-        "batch_size": 20}
+        "confidence_order": False, "weights": "ema", "step": 40, "num_images": 50, "seed": 0, "dtype": "float32"}
+    assert entry["batch_size"] == 20
     assert entry["seconds_per_image"] > 0 and entry["reference"]["checksum"] == real.checksum
     assert entry["machine"]["hosts"] == 1 and entry["machine"]["jax"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"format": 1, "results": [entry]}
@@ -123,7 +123,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(run, measure, tmp_path):
     fields = {**measure, "num_images": 50, "batch_size": 8, "progress": False, "save": "npz",
-              "settings": {"cfg": [1, 2]}}
+              "settings": {"cfg": [1, 2], "cfg_schedule": ["linear", "constant"]}}  # of which two are one
     one = evaluate(run, Request(**fields, out=tmp_path / "one"))
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -157,7 +157,7 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
     ({"extractor_path": "gone.npz"}, "gone.npz is no classifier"), ({"extractor_path": ""}, "no weights of the class"),
     ({"settings": {"cfg": ["much"]}}, "cfg"), ({"settings": {"steps": [1]}}, "steps is no setting"),
     ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"save": "gif"}, "save is 'gif'"),
-    ({"weights": ["best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),
+    ({"weights": ["ema", "best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),
     ({"num_images": 1}, "at least 2"), ({"batch_size": 0}, "batch_size is 0"),
 ])
 def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
@@ -165,6 +165,71 @@ def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
     with pytest.raises(UserError, match=says):
         evaluate(run, request)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_killed_at_any_point(run, measure, tmp_path, monkeypatch):
+    """Nothing is lost before its entry is written, nothing stays behind after, and no half of a folder counts."""
+    request = ask(measure, tmp_path, save="png")
+    (whole,) = evaluate(run, ask(measure, tmp_path / "whole", save="png"))
+
+    def killed(*arguments, **fields):
+        raise KeyboardInterrupt
+
+    for target in ("marjax.evaluation.samples.write_png", "marjax.evaluation.evaluate._Record.put"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, killed)
+            evaluate(run, request)
+        (folder,) = (path for path in (tmp_path / "evaluation").iterdir() if not path.name.endswith(("partial", "png")))
+        assert len(list(folder.glob("batch-*"))) == 3
+    np.save(folder / "features-000000007.npy", np.full((9, 64), 5, np.float32))  # of a run with other hosts
+    with monkeypatch.context() as patch:
+        patch.setattr("marjax.generation.sampler.Sampler.dispatch", killed)  # all images are there
+        (entry,) = evaluate(run, request)
+    assert entry["metrics"] == whole["metrics"]
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [entry["samples"].split("/")[1]]
+    assert len(list((tmp_path / entry["samples"]).iterdir())) == 50
+    (tmp_path / "evaluation" / folder.name).mkdir()  # killed after the entry and before it was deleted
+    assert evaluate(run, request) == [entry] and not folder.exists()
+
+
+def test_a_batch_too_large_is_not_remembered(run, measure, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("marjax.generation.sampler.Sampler.dispatch", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        evaluate(run, ask(measure, tmp_path, batch_size=30))
+    (entry,) = evaluate(run, ask(measure, tmp_path, batch_size=15))
+    assert entry["batch_size"] == 15
+
+
+def test_two_commands_write_one_record(run, measure, tmp_path, monkeypatch):
+    import marjax.evaluation.evaluate as module
+
+    own = module._one
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(module, "_one", own)
+        evaluate(run, ask(measure, tmp_path, seed=1))
+        return own(*arguments)
+
+    monkeypatch.setattr(module, "_one", meanwhile)
+    evaluate(run, ask(measure, tmp_path))
+    results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert [each["settings"]["seed"] for each in results] == [1, 0]
+
+
+def test_references_that_do_not_suffice(run, measure, tmp_path):
+    few = [make_statistics(tmp_path / f"{kept}.npz", npz=_images(tmp_path, 8, 20), keep_features=kept,
+                           extractor="classifier", extractor_path=measure["extractor_path"]) for kept in (0, 3)]
+    assert few[0].features is None and len(few[1].features) == 3
+    for reference in few:  # which have no neighbours for precision and recall
+        (entry,) = evaluate(run, ask(measure, tmp_path / "out", reference=reference.path))
+        assert "fid" in entry["metrics"] and "precision" not in entry["metrics"]
+    with pytest.raises(UserError, match="cannot be seen by classifier"):
+        evaluate(run, ask(measure, tmp_path / "wide", reference=str(_images(tmp_path, 28, 20))))
+
+
+def _images(folder, size, count):
+    write_npz(folder / f"{size}.npz", arr_0=np.random.default_rng(0).integers(0, 256, (count, size, size, 1), np.uint8))
+    return folder / f"{size}.npz"
 
 
 def test_evaluations_during_training(measure, tmp_path):
@@ -204,9 +269,10 @@ def test_a_reference_of_another_network(run, measure, tmp_path):
 
 
 def test_a_record_that_is_none(run, measure, tmp_path):
-    (tmp_path / "evaluation.json").write_text('{"format": 7}')
-    with pytest.raises(UserError, match=r"evaluation\.json is no record of this version"):
-        evaluate(run, ask(measure, tmp_path))
+    for text in ('{"format": 7}', '{"format": 1, "results": [{}]}', "[]", "{"):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(UserError, match=r"evaluation\.json is no record of this version"):
+            evaluate(run, ask(measure, tmp_path))
 
 
 @pytest.mark.parametrize("arguments, says", [

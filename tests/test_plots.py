@@ -192,6 +192,15 @@ def test_ddim_steps_are_a_family_of_their_own():
     assert all("spacing" not in curve.fixed for curve in found)
 
 
+def test_every_schedule_begins_without_guidance():
+    results = [result(fid=9.0, cfg=1.0), *(result(fid=c, cfg=c, cfg_schedule=s) for c in (2.0, 3.0)
+                                           for s in ("linear", "constant"))]
+    found = curves(results, "cfg", ["fid"])
+    assert [(curve.fixed["cfg_schedule"], curve.x) for curve in found] == [
+        ("constant", [1, 2, 3]), ("linear", [1, 2, 3])]
+    assert len(curves(results, "temperature", ["fid"])) == 0
+
+
 def test_labels_say_what_differs():
     results = [result(num_iter=n, cfg=c, workdir=w) for n in (8, 64) for c in (1.0, 2.9) for w in ("a", "b")]
     common, labels = describe(curves(results, "num_iter", ["fid"]))

@@ -100,6 +100,30 @@ def test_the_file_is_what_numpy_writes(whole, tmp_path):
     assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
 
 
+def test_what_is_left_of_a_deleted_set_is_cleared_away(opened, tmp_path):
+    samples = SampleSet(tmp_path, PLAN)
+    samples.generate(opened.sampler, opened.params)
+    (samples.folder / "plan.json").unlink()
+    again = SampleSet(tmp_path, dataclasses.replace(PLAN, batch_size=5))
+    assert again.plan.batch_size == 5 and again.missing() == [0, 1, 2, 3, 4]
+    again.remove()
+    with pytest.raises(UserError, match="has finished it meanwhile"), again.claimed():
+        pass
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
+    samples = SampleSet(tmp_path, PLAN)
+    samples.generate(opened.sampler, opened.params)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("marjax.evaluation.samples._write_header", full)
+    with pytest.raises(UserError, match=r"x\.npz cannot be written .No space left"):
+        samples.write_npz(tmp_path / "x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == [PLAN.name]
+
+
 def test_damage_is_told(opened, tmp_path):
     samples = SampleSet(tmp_path, PLAN)
     samples.generate(opened.sampler, opened.params)

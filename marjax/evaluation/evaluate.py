@@ -108,9 +108,10 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
                 sampler = opened.sampler.with_settings(sample)
                 sampler = samplers.setdefault(sampler.settings.shape(), sampler).with_settings(sample)
                 entry = _one(out, plan, sampler, opened.params, measure, request, hosts)
-                if hosts.index == 0:
-                    record.put(identity, entry)
+                record.put(identity, entry, write=hosts.index == 0)
                 hosts.meet()
+            if hosts.index == 0:  # once the entry is there, and not before; a kill may have left them
+                (out / FOLDER / plan.name).rmtree(missing_ok=True)
             entries.append(entry)
     return entries
 
@@ -135,6 +136,8 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
         raise UserError(f"{unknown[0]} is no setting of a sample: give some of {', '.join(FIELDS)}")
     if request.save not in SAVES:
         raise UserError(f"save is {request.save!r}: give npz or png")
+    if wrong := [each for each in request.weights if each not in (None, "ema", "raw")]:
+        raise UserError(f"weights is {wrong[0]!r}: give 'ema' or 'raw'")
     if request.num_images < 2:
         raise UserError(f"num_images is {request.num_images}: give at least 2")
     if not 0 <= request.seed < 2**32:
@@ -151,7 +154,7 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
 
 def _plan(config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, opened: Opened,
           request: Request) -> Plan:
-    settings = {name: sample[name] for name in FIELDS}
+    settings = {name: sample[name] for name in FIELDS} | {"dtype": config.model.dtype}
     if sample.cfg == 1.0:  # no guidance, whatever its schedule
         settings["cfg_schedule"] = "linear"
     if not sample.confidence_order:
@@ -165,24 +168,33 @@ def _plan(config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, 
 def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_Measure", request: Request,
          hosts: Hosts) -> dict[str, Any]:
     """Samples and scores one setting."""
+    if hosts.index:
+        hosts.meet()  # until the first host has made the folder
     samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count)
-    hosts.meet()  # the plan is there
+    if not hosts.index:
+        hosts.meet()
     with samples.claimed():
         samples.generate(sampler, params, request.progress)
+        features = Features(samples.folder)
+        if hosts.index == 0:
+            features.clear()  # what a killed run has left, perhaps of other hosts
         hosts.meet()  # all batches are there
         metrics = score(samples.batches(), plan.num_images, measure.extractor, measure.reference, hosts,
-                        num_classes=plan.num_classes, features=Features(samples.folder))
+                        num_classes=plan.num_classes, features=features)
         seconds = samples.seconds_per_image()
+        saved = _saved(out, plan, request.save)
+        begun = saved.with_name(f"{saved.name}.partial")
         if request.save == "png":
-            samples.write_pngs(_saved(out, plan, "png"))
+            samples.write_pngs(begun)
         elif request.save and hosts.index == 0:
-            samples.write_npz(_saved(out, plan, "npz"))
-    hosts.meet()  # nobody reads it or holds it any more
-    if hosts.index == 0:
-        samples.remove()
+            samples.write_npz(saved)
+    hosts.meet()  # nobody reads the set or holds it any more
+    if request.save == "png" and hosts.index == 0:
+        saved.rmtree(missing_ok=True)
+        begun.rename(saved)
     return {"settings": {**plan.settings, "weights": plan.weights, "step": plan.step, "num_images": plan.num_images,
-                         "seed": plan.seed, "batch_size": samples.plan.batch_size},
-            "metrics": metrics, "seconds_per_image": seconds,
+                         "seed": plan.seed},
+            "metrics": metrics, "seconds_per_image": seconds, "batch_size": samples.plan.batch_size,
             "samples": os.fspath(_saved(out, plan, request.save).relative_to(out)) if request.save else None,
             **measure.identity, "weights_checksum": plan.digest, "tokenizer_checksum": plan.tokenizer,
             "machine": _machine(hosts)}
@@ -221,8 +233,12 @@ class _Measure:
             return self
         kept = folder / f"reference-{given.checksum[:12]}-{self.extractor.checksum[:12]}.npz"
         if not kept.exists():
-            made = make_reference(given.images.batches(64, hosts), len(given.images), self.extractor, hosts=hosts,
-                                  source=given.source or given.path)
+            try:
+                made = make_reference(given.images.batches(64, hosts), len(given.images), self.extractor, hosts=hosts,
+                                      source=given.source or given.path)
+            except ValueError as error:
+                raise UserError(f"the images of {given.path} cannot be seen by {self.extractor.name} ({error}): give "
+                                f"another --reference") from None
             if hosts.index == 0:
                 make_folder(folder)
                 write_reference(kept, made)
@@ -251,6 +267,8 @@ class _Record:
                 if content["format"] != FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.results = list(content["results"])
+                if not all(isinstance(entry["identity"], str) for entry in self.results):
+                    raise ValueError("an entry without an identity")
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is no record of this version ({error}): move it away, or give another "
                                 f"--out") from None
@@ -259,11 +277,14 @@ class _Record:
         """The entry of the same samples measured the same way."""
         return next((entry for entry in self.results if entry["identity"] == _digest(identity)), None)
 
-    def put(self, identity: Mapping[str, Any], entry: dict[str, Any]) -> None:
-        """Adds an entry, in place of one of the same."""
+    def put(self, identity: Mapping[str, Any], entry: dict[str, Any], write: bool) -> None:
+        """Adds an entry, in place of one of the same; every host knows it then, and one of them writes."""
         entry["identity"] = _digest(identity)
+        if write:
+            self.results = _Record(self.path).results  # which another command may have added to
         self.results = [each for each in self.results if each["identity"] != entry["identity"]] + [entry]
-        write_bytes(self.path, (json.dumps({"format": FORMAT, "results": self.results}, indent=1) + "\n").encode())
+        if write:
+            write_bytes(self.path, (json.dumps({"format": FORMAT, "results": self.results}, indent=1) + "\n").encode())
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

@@ -161,7 +161,8 @@ def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtra
             some = slice(start, start + 1024)
             kept_nxF[some] = hosts.sum(kept_nxF[some].astype(np.float64))
     return Reference(moments.merged(hosts).gaussian(),
-                     spatial.merged(hosts).gaussian() if extractor.num_spatial else None, kept_nxF,
+                     spatial.merged(hosts).gaussian() if extractor.num_spatial else None,
+                     kept_nxF if len(kept_nxF) else None,
                      extractor={"name": extractor.name, "checksum": extractor.checksum}, source=source)
 
 

@@ -95,9 +95,12 @@ class SampleSet:
         """Raises UserError: the folder cannot be written, or holds a plan that cannot be read."""
         self.folder = epath.Path(root) / plan.name
         self.host, self.hosts = host, hosts
-        make_folder(self.folder)
         path = self.folder / "plan.json"
-        if path.exists():
+        if host == 0 and self.folder.exists() and not path.exists():
+            self.remove()  # what was left of a set that was being deleted
+        make_folder(self.folder)
+        # A batch size with which nothing was made, such as one that the memory did not suffice for, is forgotten.
+        if path.exists() and any(each.name.startswith("batch-") for each in self.folder.iterdir()):
             try:
                 plan = dataclasses.replace(plan, batch_size=int(json.loads(path.read_text())["batch_size"]))
             except (ValueError, TypeError, KeyError) as error:
@@ -117,8 +120,12 @@ class SampleSet:
         """Holds the set against a second start of this host's part. Raises UserError: another process has it."""
         with contextlib.ExitStack() as stack:
             if "://" not in os.fspath(self.folder):  # object stores have no locks
-                stack.enter_context(claimed(os.fspath(self.folder), "marjax evaluate",
-                                            f"lock-{self.host}-of-{self.hosts}"))
+                try:
+                    stack.enter_context(claimed(os.fspath(self.folder), "marjax evaluate",
+                                                f"lock-{self.host}-of-{self.hosts}"))
+                except FileNotFoundError:
+                    raise UserError(f"{self.folder} is gone: another marjax evaluate has finished it meanwhile, so "
+                                    f"start again, which finds what that has measured") from None
             yield
 
     def generate(self, sampler: Sampler, params: Any, progress: bool = True) -> None:
@@ -195,6 +202,8 @@ class SampleSet:
                     member.write(labels.tobytes())
             partial.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
                             f"folder") from None
 

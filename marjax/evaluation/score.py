@@ -22,6 +22,7 @@ from marjax.evaluation.precision_recall import precision_recall
 from marjax.evaluation.reference import Reference
 from marjax.files import write_bytes
 
+NEIGHBOURS = 3  # k of precision and recall
 _SPLITS = 10  # of the Inception Score
 _GROUP = 512  # images that an extractor gets at a time, at least: it waits for its devices at the end of each
 
@@ -38,6 +39,12 @@ class Features(Sequence[np.ndarray]):
         data = io.BytesIO()
         np.save(data, features)
         write_bytes(self.folder / f"features-{first:09d}.npy", data.getvalue())
+
+    def clear(self) -> None:
+        """Deletes all blocks."""
+        for path in self.folder.iterdir():
+            if path.name.startswith("features-"):
+                path.unlink()
 
     def list(self) -> None:
         """Makes the blocks of all hosts those of this sequence, in the order of the images."""
@@ -63,10 +70,11 @@ def check_fits(extractor: FeatureExtractor, reference: Reference, image_size: in
         raise UserError(f"reference {reference.path} was made with {made['name']} (checksum {made['checksum'][:12]}), "
                         f"but the extractor is {extractor.name} (checksum {extractor.checksum[:12]}): give that one, "
                         f"or make the reference anew with marjax stats")
-    gaussian = reference.gaussian
-    if gaussian is not None and len(gaussian.mean) != extractor.num_features:
-        raise UserError(f"reference {reference.path} has {len(gaussian.mean)} features, but {extractor.name} has "
-                        f"{extractor.num_features}: give another --reference or --extractor")
+    for gaussian, kind, number in ((reference.gaussian, "features", extractor.num_features),
+                                   (reference.spatial, "spatial features", extractor.num_spatial)):
+        if gaussian is not None and number and len(gaussian.mean) != number:
+            raise UserError(f"reference {reference.path} has {len(gaussian.mean)} {kind}, but {extractor.name} has "
+                            f"{number}: give another --reference or --extractor")
     try:
         extractor.extract(np.zeros((0, image_size, image_size, channels), np.uint8))
     except ValueError as error:
@@ -97,7 +105,9 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
     """
     moments, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial)
     sums = ScoreSums(total, extractor.num_classes, min(_SPLITS, total))
-    real, made = (None, None) if features is None or reference.features is None else (reference.features, features)
+    real, made = reference.features, features
+    if real is None or made is None or min(len(real), total) <= NEIGHBOURS:  # too few to have such a neighbour
+        real = made = None
     asks = num_classes == extractor.num_classes
     right = 0
     for indices, images in _grouped(batches):
@@ -121,7 +131,7 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
         metrics["accuracy"] = float(hosts.sum(np.array([right]))[0]) / total
     if real is not None and made is not None:
         made.list()
-        pair = precision_recall([real], made, hosts=hosts)
+        pair = precision_recall([real], made, k=NEIGHBOURS, hosts=hosts)
         kid = kernel_distance(made, [real], hosts=hosts)  # in the order of torch-fidelity
         metrics |= {"precision": pair.precision, "recall": pair.recall, "kid": kid.mean, "kid_std": kid.std}
     return metrics

@@ -56,7 +56,7 @@ def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list
       needed: metrics without which a result is left out.
     """
     groups: dict[str, tuple[dict[str, Any], dict[float, Result]]] = {}
-    for result in results:
+    for result in _for_every_schedule(results) if along == "cfg" else results:
         split = _split(result.settings, along)
         if split is not None and all(metric in result.metrics for metric in needed):
             x, fixed = split
@@ -64,6 +64,14 @@ def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list
     found = [Curve(fixed, sorted(points), [points[x] for x in sorted(points)])
              for fixed, points in groups.values() if len(points) > 1]
     return sorted(found, key=lambda curve: [_rank(value) for value in curve.fixed.values()])
+
+
+def _for_every_schedule(results: Sequence[Result]) -> list[Result]:
+    """Those without guidance once for each of its schedules: all of them begin there."""
+    schedules = {result.settings["cfg_schedule"]: None for result in results if "cfg_schedule" in result.settings}
+    return [each for result in results for each in
+            ([result._replace(settings={**result.settings, "cfg_schedule": schedule})
+              for schedule in schedules] if schedules and result.settings.get("cfg") == 1.0 else [result])]
 
 
 def _split(settings: dict[str, Any], along: str) -> tuple[float, dict[str, Any]] | None:
