@@ -3,32 +3,57 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marjax import commands
-from marjax.errors import TrainingError, UserError
+from marjax import commands, storage
+from marjax.errors import PREEMPTED, PreemptedError, TrainingError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C."""
+    """Runs a command, and returns the exit code.
+
+    0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C; after 42 (preempted, and saved)
+    and 134 (another process of the run was lost) the same command goes on.
+    """
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
+    failure: BaseException | None = None
     try:
         overrides = parse_overrides(rest)
         if overrides and not given.takes_overrides:
             raise UserError(f"{given.command} takes no --config.key=value: the config is in the work directory")
+        for path in (*vars(given).values(), *overrides.values()):
+            if isinstance(path, str) and path.startswith("gs://"):
+                storage.check(path)
         given.run(given, overrides)
+        code = 0
+    except PreemptedError as error:
+        print(f"marjax {given.command}: preempted: {error}", file=sys.stderr)
+        code = PREEMPTED
     except (UserError, TrainingError) as error:
         print(f"marjax {given.command}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
+        code, failure = 2 if isinstance(error, UserError) else 1, error
+    except KeyboardInterrupt as error:
         print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        code, failure = 130, error
+    except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        code, failure = 1, error
+    except Exception as error:
+        if (told := storage.explain(error)) is not None:
+            print(f"marjax {given.command}: error: {told}", file=sys.stderr)
+            code = 2 if isinstance(told, UserError) else 1
+        else:
+            traceback.print_exc()
+            code = 1
+        failure = error
+    if "marjax.distributed" in sys.modules:  # else the command has not touched a device
+        from marjax import distributed
+
+        return distributed.end(code, failure)
+    return code
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -66,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", commands.train, "Train, or resume, in a work directory.")
     train.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     train.add_argument("--workdir", required=True)
+    train.add_argument("--profile", metavar="FIRST:LAST", help="trace those steps, for TensorBoard or xprof, into "
+                       "the work directory's profile/")
 
     tokenizer = command("train-tokenizer", commands.train_tokenizer, "Train the tokenizer of a config, or resume.")
     tokenizer.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
@@ -188,10 +215,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep = command("sweep", commands.sweep, "Train and measure the points of a sweep file, and tabulate them.",
                     takes_overrides=False)
     sweep.add_argument("file", metavar="FILE.py")
-    sweep.add_argument("--root", required=True, metavar="DIR", help="where work directories, logs and the table go")
-    sweep.add_argument("--jobs", type=int, default=1, help="points at a time")
+    sweep.add_argument("--root", required=True, metavar="DIR", help="where work directories, logs and the table go; "
+                       "local or gs://")
+    sweep.add_argument("--engine", choices=("local", "slurm", "xpk"), default="local", help="what runs a point: a "
+                       "process of this machine, a task of a Slurm array, or a workload of a GKE cluster")
+    sweep.add_argument("--engine_args", default="", metavar="ARGS", help="of sbatch or xpk workload create, such as "
+                       "--engine_args=\"--partition=x --time=4:00:00\"")
+    sweep.add_argument("--jobs", type=int, help="points at a time; by default 1 on this machine, no limit for Slurm")
     sweep.add_argument("--only", metavar="NAME,NAME", help="points to run; all by default")
     sweep.add_argument("--table", action="store_true", help="only write the table of what is there")
+    sweep.add_argument("--status", action="store_true", help="only say how each point is")
 
     # What `sweep` starts; left out of the help, because nobody needs to.
     point = subparsers.add_parser("sweep-point", allow_abbrev=False)
@@ -199,6 +232,18 @@ def _parser() -> argparse.ArgumentParser:
     point.add_argument("file")
     point.add_argument("--root", required=True)
     point.add_argument("--name", required=True)
+    point.add_argument("--alone", action="store_true")
+
+    ahead = command("compile", commands.compile_for_slice, "Compile a config's programs for a TPU slice that need not "
+                    "be there: do they fit, what do they send, how long would they take.")
+    ahead.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8, v4:2x2x4, v5e-64 or v4-32")
+    ahead.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    ahead.add_argument("--programs", default="", metavar="A,B", help="of train, sample, encode, decode; all by default")
+    ahead.add_argument("--cached", action="store_true", help="train on a latent cache, as with config.data.cache")
+    ahead.add_argument("--search", action="store_true", help="instead, find the largest batch a device that fits, by "
+                       "remat policy")
+    ahead.add_argument("--json", action="store_true", help="print JSON instead of text")
+    ahead.add_argument("--hlo", default="", metavar="DIR", help="keep the compiled programs' HLO texts")
 
     bench = command("benchmark", commands.benchmark, "Measure training, sampling, Inception's features of images of a "
                     "config's size, or the metrics of 10,000 features; prints one JSON line.")

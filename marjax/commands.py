@@ -7,9 +7,12 @@ needed, so that a slip is told at once.
 import argparse
 import json
 import os
+import socket
+import sys
 
 from marjax import config as config_lib
 from marjax.errors import TrainingError, UserError
+from marjax.storage import is_remote
 from marjax.workdir import read_workdir
 
 # Fields of config.sample that `marjax sample` takes.
@@ -41,12 +44,40 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
+def join(given: argparse.Namespace, stops_at_steps: bool = False) -> None:
+    """Connects this process to the others of its run, if there are any, and says who they are.
+
+    What only differs in where files are on a host need not be the same; `marjax train` looks at its config itself.
+    """
+    import jax
+
+    from marjax import distributed
+
+    distributed.start(stops_at_steps=stops_at_steps)
+    if jax.distributed.is_initialized() and jax.process_count() > 1 and given.command != "train":
+        from marjax import sharding
+
+        line = distributed.check(sharding.make_mesh(), {"command": given.command})
+        if jax.process_index() == 0:
+            print(line, file=sys.stderr)
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """(10, 15) from "10:15". Raises UserError: anything else."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"steps {text!r}: give the first and the last, such as 10:15")
+    return int(first), int(last)
+
+
 def train(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     config = config_lib.resolve(config)  # a slip is told before JAX has started
+    profile = None if given.profile is None else parse_range(given.profile)
+    join(given, stops_at_steps=True)
     from marjax.training.loop import train
 
-    train(config, given.workdir)
+    train(config, given.workdir, profile=profile)
 
 
 def train_tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -55,6 +86,7 @@ def train_tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> Non
     out = given.out or config.tokenizer.path
     if not out:
         raise UserError("no file to write the tokenizer to: give --out FILE, or --config.tokenizer.path=FILE")
+    join(given, stops_at_steps=config.tokenizer.name != "codebook")
     if config.tokenizer.name == "codebook":
         if given.workdir:
             raise UserError("--workdir is for networks: a codebook is found in one go")
@@ -94,8 +126,11 @@ def tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
+    import jax
     import numpy as np
+    from etils import epath
 
+    from marjax import distributed
     from marjax.generation.images import grid, make_folder, write_npz, write_png
     from marjax.generation.sample import sample
 
@@ -104,16 +139,20 @@ def sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = read_workdir(given.workdir)
     classes = parse_labels(given.labels) if given.labels else list(range(config.data.num_classes))
     labels = np.repeat(np.array(classes), given.num_per_label)
-    is_new = not os.path.exists(given.out)
-    out = make_folder(given.out)  # before the work, which would be lost
+    join(given)
+    is_new = not is_remote(given.out) and not os.path.exists(given.out)  # an empty folder would be left behind
+    out = epath.Path(given.out)
+    distributed.on_first(lambda: make_folder(out))  # before the work, which would be lost
     try:
         images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
                         tokenizer_path=given.tokenizer_path,
                         **{name: getattr(given, name) for name in SAMPLE_FIELDS})
     except UserError:
-        if is_new:
+        if is_new and jax.process_index() == 0:
             out.rmdir()
         raise
+    if jax.process_index():
+        return
     write_npz(out / "samples.npz", images=images, labels=labels)
     columns = given.num_per_label if len(classes) > 1 else max(1, round(len(images) ** 0.5))
     shown = min(columns, 20)  # of each class
@@ -181,6 +220,7 @@ def prepare(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 def cache_latents(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     config = config_lib.resolve(config)  # a slip is told before JAX has started
+    join(given)
     from marjax.data.cache import cache_latents
 
     made = cache_latents(config, given.out, dtype=given.dtype, batch_size=given.batch_size,
@@ -220,6 +260,7 @@ def stats(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     out = given.out or (config.eval.reference if config is not None else "")
     if not out:
         raise UserError("no file to write the statistics to: give --out FILE.npz, or --config.eval.reference=FILE")
+    join(given)
     from marjax.evaluation.stats import make_statistics
 
     made = make_statistics(out, config=config, images=given.images, npz=given.npz, extractor=given.extractor,
@@ -235,6 +276,7 @@ def evaluate(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
     from marjax.evaluation.evaluate import RECORD, Request, evaluate, table
 
+    join(given)
     settings = {name: getattr(given, name).split(",") for name in EVALUATE_FIELDS if getattr(given, name) is not None}
     entries = evaluate(given.workdir, Request(
         num_images=given.num_images, seed=given.seed, weights=given.weights.split(",") if given.weights else (None,),
@@ -257,14 +299,19 @@ def plot(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def sweep(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
-    from marjax.sweep import select, sweep, table
+    from marjax.sweep import select, status, sweep, table
 
-    if given.table:
-        if given.only or given.jobs != 1:
-            raise UserError("--table runs nothing: leave out --only and --jobs")
-        table(given.file, given.root)
+    if given.table or given.status:
+        if given.only or given.jobs is not None or given.engine != "local" or given.engine_args:
+            raise UserError(f"{'--table' if given.table else '--status'} runs nothing: leave out --only, --jobs and "
+                            f"--engine")
+        if given.table:
+            table(given.file, given.root)
+        if given.status:
+            print("\n".join(status(given.file, given.root)))
         return
-    rows = sweep(given.file, given.root, jobs=given.jobs, only=given.only)
+    rows = sweep(given.file, given.root, jobs=given.jobs, only=given.only, engine=given.engine,
+                 engine_args=given.engine_args)
     names = list(dict.fromkeys(row["point"] for row in rows))
     chosen = names if given.only is None else select(given.only, names)
     failed = [row["point"] for row in rows if row["status"] == "failed" and row["point"] in chosen]
@@ -276,9 +323,43 @@ def sweep(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def sweep_point(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
-    from marjax.sweep.points import run_point
+    from marjax import distributed
+    from marjax.sweep.points import PREPARE, run_point
 
+    steps = given.name != PREPARE  # which SIGTERM has to end as usual
+    if given.alone:  # several on one machine would take each other's address, and each other for one run
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        distributed.start(stops_at_steps=steps, coordinator=f"127.0.0.1:{port}", num_processes=1, process_id=0)
+    else:
+        distributed.start(stops_at_steps=steps)
     run_point(given.file, given.root, given.name)
+
+
+def compile_for_slice(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
+    config_lib.resolve(config)  # a slip is told before JAX has started
+    if given.search and (given.programs or given.hlo):
+        raise UserError("--search compiles train steps only and keeps none: leave out --programs and --hlo")
+    from marjax.compile.topology import prepare_environment
+
+    prepare_environment()
+    from marjax.compile.programs import NAMES
+    from marjax.compile.run import compile_for, search_batch
+
+    names = tuple(given.programs.split(",")) if given.programs else NAMES
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"--programs has {unknown[0]!r}: give some of {','.join(NAMES)}")
+    if given.search:
+        found = search_batch(config, given.topology, cached=given.cached)
+        if given.json:
+            print(json.dumps([{"remat": each.policy, "batch": each.batch, "hbm_bytes": each.needed,
+                               "usable": each.usable} for each in found]))
+        return
+    made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo,
+                       say=(lambda text: None) if given.json else print)
+    if given.json:
+        print(json.dumps(made))
 
 
 def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:

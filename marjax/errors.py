@@ -1,4 +1,11 @@
-"""The exceptions that the command line prints as one line, without a traceback."""
+"""The exceptions that the command line prints as one line, without a traceback, and the codes it ends with.
+
+Beside these are 0, 1 (a run that cannot go on), 2 (a slip) and 130 (Ctrl-C). A launcher starts the same command again
+after either of those below; GKE's xpk calls 42 and all from 127 to 255 retriable.
+"""
+
+PREEMPTED = 42  # asked to stop by SIGTERM, and saved
+LOST_PEER = 134  # another process of the run has gone; an abort, as JAX's own watchdog ends a process
 
 
 class UserError(ValueError):
@@ -7,3 +14,7 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on through no slip of the user's; the command line prints it as one line too."""
+
+
+class PreemptedError(RuntimeError):
+    """A run that was asked to stop and has saved; the same command goes on."""

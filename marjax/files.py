@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from marjax.errors import TrainingError, UserError
+from marjax.storage import is_remote
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -15,11 +16,15 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     target = epath.Path(path)
     partial = target.parent / f"{target.name}.partial"
     try:
+        if is_remote(path):  # an object appears as a whole, and renaming it would cost ten requests
+            target.write_bytes(data)
+            return
         partial.write_bytes(data)
         partial.replace(target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if not is_remote(path):
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
                         f"one") from None
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import time
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from marjax import storage
 from marjax.config import apply_overrides, base, flatten, resolve
 from marjax.errors import UserError
+from marjax.files import write_bytes
 
 # What a second start in the same work directory may change: it does not alter what is trained.
 FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
@@ -33,18 +36,17 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
     Raises:
       UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
     """
+    storage.check(workdir)
     path = epath.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
-            if any(file.name != "config.json.partial" for file in path.iterdir()):
+            if any(file.name != "config.json.partial" for file in storage.children(path)):
                 raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
         else:
             _refuse_contradiction(workdir, read_workdir(workdir), config, tokenizer)
-        # Renamed into place, so that a crash leaves the old file or the new one.
-        partial = path / "config.json.partial"
-        partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-        partial.replace(path / "config.json")
+        text = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+        write_bytes(path / "config.json", text.encode())  # a crash leaves the old file or the new one
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
                         f"give a folder that can") from None
@@ -74,6 +76,7 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     Raises:
       UserError: there is none, or it was not written by this program.
     """
+    storage.check(workdir)
     path = epath.Path(workdir)
     if not path.is_dir():
         raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
@@ -93,3 +96,24 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     if config.tokenizer.path and (path / config.tokenizer.path).exists():
         config.tokenizer.path = os.fspath(path / config.tokenizer.path)
     return resolve(config)
+
+
+def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
+    """When the run was first started, in seconds since 1970: kept in `started.json`, which the first start writes.
+
+    Without `write` (processes but the first, which do not tell the goodput) the present time.
+    """
+    path, now = epath.Path(workdir) / "started.json", time.time()
+    if not write:
+        return now
+    try:
+        return float(json.loads(path.read_text())["unix_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        write_bytes(path, (json.dumps({"unix_seconds": now}) + "\n").encode())
+        return now
+
+
+def settings_of_all(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a resolved config that all processes of a run must share: all but where a host has its data."""
+    own = ("data.data_dir", "data.cache", "tokenizer.path", "log.progress")
+    return {key: value for key, value in flatten(config).items() if key not in own}

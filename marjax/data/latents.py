@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from marjax.data.preprocess import CROP, draw_flip
 from marjax.errors import UserError
+from marjax.storage import on_this_machine
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)}
@@ -104,6 +105,7 @@ class Manifest:
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a finished cache. Raises UserError: there is none, or it cannot be read."""
+    on_this_machine(folder, "config.data.cache")
     path = os.path.join(os.path.expanduser(folder), MANIFEST)
     try:
         with open(path) as file:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from marjax.errors import UserError
+from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -228,6 +229,7 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
     name = source.removeprefix("tfds:")
     if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\w.*]+)?", name):
         raise UserError(f"data.source={source!r} is malformed: expected 'tfds:NAME[/CONFIG][:VERSION]'.")
+    on_this_machine(data_dir, "config.data.data_dir")  # the reader of array_record waits for ever at gs://
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from etils import epath
 
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -173,7 +174,7 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
     Raises:
       UserError: anything that cannot be used.
     """
-    if os.path.exists(out) and not overwrite:
+    if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     if steps < 1 or not 0.0 < held_out < 1.0:
         raise UserError(f"steps is {steps} and held_out {held_out}: give at least 1, and a share in (0, 1)")

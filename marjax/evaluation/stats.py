@@ -3,6 +3,7 @@
 import os
 
 import ml_collections
+from etils import epath
 
 from marjax import config as config_lib
 from marjax.errors import UserError
@@ -41,7 +42,7 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
         raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
     if keep_features < 0 or batch_size < 1:
         raise UserError(f"keep_features is {keep_features} and batch_size {batch_size}: give at least 0 and 1")
-    if os.path.exists(out) and not overwrite:
+    if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     if config is not None:

@@ -2,24 +2,33 @@
 
 import dataclasses
 import difflib
+import hashlib
 import itertools
+import json
 import os
-import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from marjax.config import load_function
 from marjax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
-_TAKEN = ("logs", "sweep.lock", "table.csv", "table.md")  # in the root folder, beside the points
+_TAKEN = ("logs", "jobs", "sweep.lock", "table.csv", "table.md")  # in the root folder, beside the points
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One training: a folder name, a config as `--config` takes it, and single fields as `--config.key` sets them."""
+    """One training.
+
+    Attributes:
+      name: of its folder; `name_of` makes one of an overlay.
+      config: as `--config` takes it.
+      overlay: single fields, as `--config.key` sets them.
+    """
 
     name: str
     config: str
@@ -44,9 +53,9 @@ class Sweep:
     """
 
     points: Sequence[Point]
-    measure: Callable[[pathlib.Path, pathlib.Path], list[dict[str, Any]]] | None = None
-    prepare: Callable[[pathlib.Path], None] | None = None
-    report: Callable[[pathlib.Path, list[dict[str, Any]]], None] | None = None
+    measure: Callable[[epath.Path, epath.Path], list[dict[str, Any]]] | None = None
+    prepare: Callable[[epath.Path], None] | None = None
+    report: Callable[[epath.Path, list[dict[str, Any]]], None] | None = None
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -61,21 +70,39 @@ class Sweep:
             raise UserError(f"a sweep has several points named {twice[0]!r}: give each its own name")
 
 
+def name_of(overlay: Mapping[str, Any]) -> str:
+    """A folder's name for an overlay, the same on every start: "lr=0.001,seed=0", or "base" of an empty one.
+
+    A field goes by the last part of its key, or by all of it where two fields share that. What a folder cannot be
+    called by becomes -, and a hash of the overlay follows; so too where the name would be too long.
+    """
+    if not overlay:
+        return "base"
+    name = _joined(overlay)
+    if _NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(json.dumps(dict(overlay), sort_keys=True, default=repr).encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", name).lstrip("_.,=+-")[:150] + f"-{digest}"
+
+
+def _joined(overlay: Mapping[str, Any]) -> str:
+    leaves = Counter(key.rsplit(".", 1)[-1] for key in overlay)
+    short = {key: key if leaves[key.rsplit(".", 1)[-1]] > 1 else key.rsplit(".", 1)[-1] for key in overlay}
+    return ",".join(f"{short[key]}={value}" for key, value in overlay.items())
+
+
 def grid(axes: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Every combination of the values, the last axis running fastest, as overlays by name.
 
-    `grid({"train.lr": [1e-3], "seed": [0, 1]})` has the keys "lr=0.001,seed=0" and "lr=0.001,seed=1". A field goes by
-    the last part of its key, or by all of it where two axes share that.
+    `grid({"train.lr": [1e-3], "seed": [0, 1]})` has the keys "lr=0.001,seed=0" and "lr=0.001,seed=1"; see `name_of`.
 
     Raises:
       UserError: a value that cannot be part of a folder's name, or one that is there twice.
     """
-    leaves = Counter(key.rsplit(".", 1)[-1] for key in axes)
-    short = {key: key if leaves[key.rsplit(".", 1)[-1]] > 1 else key.rsplit(".", 1)[-1] for key in axes}
     overlays: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*axes.values()):
         overlay = dict(zip(axes, values, strict=True))
-        name = ",".join(f"{short[key]}={value}" for key, value in overlay.items())
+        name = _joined(overlay)
         if not _NAME.fullmatch(name):
             raise UserError(f"grid: {name!r} cannot name a folder (letters, digits and _.,=+-, at most 200): name "
                             f"these points yourself")
@@ -109,12 +136,34 @@ def select(only: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def load(path: str | os.PathLike[str]) -> Sweep:
-    """The sweep of a file.
+    """The sweep of a file: what its `get_sweep` returns, or the points that it yields.
+
+    A `get_sweep` that yields may give a `Point`, an overlay, or a name and an overlay; the last two are of the config
+    that the file's `CONFIG` names. `measure`, `prepare` and `report` are then the functions of these names in the file.
 
     Raises:
-      UserError: no such file, one without `get_sweep`, or points whose names cannot be used.
+      UserError: no such file, one without `get_sweep`, or points that cannot be used.
     """
-    loaded = load_function(os.fspath(path), "sweep", "get_sweep")()
-    if not isinstance(loaded, Sweep):
-        raise UserError(f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep")
-    return loaded
+    function = load_function(os.fspath(path), "sweep", "get_sweep")
+    loaded = function()
+    if isinstance(loaded, Sweep):
+        return loaded
+    if isinstance(loaded, str | Mapping) or not isinstance(loaded, Iterable):
+        raise UserError(f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep: return one, or yield "
+                        f"overlays")
+    names = getattr(function, "__globals__", {})
+    points = [_point(each, names.get("CONFIG"), path) for each in loaded]
+    return Sweep(points, **{name: names.get(name) for name in ("measure", "prepare", "report")})
+
+
+def _point(given: Any, config: Any, path: Any) -> Point:
+    name, overlay = given if isinstance(given, tuple) and len(given) == 2 else ("", given)
+    if isinstance(given, Point):
+        return given
+    if not isinstance(name, str) or not isinstance(overlay, Mapping):
+        raise UserError(f"get_sweep of {path!r} yielded {given!r:.100}: yield a Point, an overlay (a dict of config "
+                        f"fields), or a name and an overlay")
+    if not isinstance(config, str):
+        raise UserError(f"{path!r} yields overlays, but does not say of which config: set CONFIG = 'FILE.py:ARG' in "
+                        f"it")
+    return Point(name or name_of(overlay), config, overlay)

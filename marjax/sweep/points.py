@@ -7,15 +7,16 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import time
 from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
-from marjax.errors import TrainingError, UserError
+from marjax import storage
+from marjax.errors import PreemptedError, TrainingError, UserError
 from marjax.sweep.definition import Sweep, load
 from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
 from marjax.workdir import FREE_FIELDS, read_workdir
@@ -54,13 +55,14 @@ class Plan:
     """
 
     path: str
-    root: pathlib.Path
+    root: epath.Path
     sweep: Sweep
     configs: dict[str, ConfigDict]
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Plan":
         """Loads the file, and loads, overlays and resolves every point of it. Raises UserError, naming the point."""
+        storage.check(root)
         loaded = load(path)
         configs = {}
         for point in loaded.points:
@@ -69,35 +71,43 @@ class Plan:
                 configs[point.name] = config_lib.resolve(config)
             except UserError as error:
                 raise UserError(f"point {point.name!r}: {error}") from None
-        return cls(os.fspath(path), pathlib.Path(root), loaded, configs)
+        return cls(os.fspath(path), epath.Path(root), loaded, configs)
 
-    def log(self, name: str) -> pathlib.Path:
+    def log(self, name: str) -> epath.Path:
         """What the process of a point prints."""
         return self.root / "logs" / f"{name}.log"
 
-    def failure(self, name: str) -> pathlib.Path:
+    def failure(self, name: str) -> epath.Path:
         """Why a point failed; outside its work directory, which a failed point may not have, or not rightfully."""
         return self.root / "logs" / f"{name}.failed.json"
 
+    def job(self, name: str) -> epath.Path:
+        """Which job was given the point, as `jobs.Job` has it."""
+        return self.root / "jobs" / f"{name}.json"
+
+    def command(self, name: str, python: str) -> list[str]:
+        """What a point's process runs; for PREPARE, the one of `prepare`."""
+        return [python, "-m", "marjax", "sweep-point", self.path, "--root", os.fspath(self.root), "--name", name]
+
     def state(self, name: str) -> State:
-        """What the files of a point say."""
-        result = _read(self.root / name / "result.json")
+        """What the files of a point say, or of PREPARE."""
+        result = read_json(self.root / name / "result.json")
         if result is not None:
             if result.get("fingerprint") == fingerprint(self.configs[name]):
                 return State("done", result["rows"], result["seconds"])
             return State("failed", error=self._contradiction(name), conflict=True)
-        failure = _read(self.failure(name))
+        failure = read_json(self.failure(name))
         if failure is not None:
             return State("failed", seconds=failure["seconds"], error=failure["error"])
         return State("unfinished")
 
     def fail(self, name: str, error: str, seconds: float) -> None:
         """Notes why a point failed."""
-        _write(self.failure(name), {"error": error, "seconds": round(seconds, 1)})
+        write_json(self.failure(name), {"error": error, "seconds": round(seconds, 1)})
 
     def finish(self, name: str, measured: list[Row], seconds: float) -> None:
         """Notes that a point is done."""
-        _write(self.root / name / "result.json", {
+        write_json(self.root / name / "result.json", {
             "fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)})
 
     def varying(self) -> dict[str, Row]:
@@ -125,21 +135,28 @@ class Plan:
 def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: str) -> None:
     """What the process of a point does: trains, measures, writes `result.json`. For PREPARE, what `prepare` does.
 
-    A failure is noted for the table, and raised.
+    A failure is noted for the table, and raised. Where the point has several processes, all call this, and the first
+    one writes.
     """
     plan = Plan.of(path, root)
     if name not in (PREPARE, *plan.configs):
         raise UserError(f"sweep file {path} has no point {name!r} any more: start the sweep again")
+    state = State("unfinished") if name == PREPARE else plan.state(name)
+    if state.status == "done":  # a job that was queued twice, or started again after its last line
+        return
     start = time.monotonic()
     try:
         if name != PREPARE:
             _train_and_measure(plan, name, start)
         elif plan.sweep.prepare is not None:
             plan.sweep.prepare(plan.root)
+    except PreemptedError:
+        raise  # nothing failed: the same command goes on
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
-        plan.fail(name, told, time.monotonic() - start)
+        if is_first_process():
+            plan.fail(name, told, time.monotonic() - start)
         raise
 
 
@@ -149,7 +166,17 @@ def _train_and_measure(plan: Plan, name: str, start: float) -> None:
     workdir = plan.root / name
     train(plan.configs[name], workdir)
     measured = plan.sweep.measure(workdir, plan.root) if plan.sweep.measure is not None else []
-    plan.finish(name, checked(measured, plan.varying()[name].keys()), time.monotonic() - start)
+    rows = checked(measured, plan.varying()[name].keys())
+    if is_first_process():
+        plan.failure(name).unlink(missing_ok=True)
+        plan.finish(name, rows, time.monotonic() - start)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that run a point."""
+    import jax  # not needed by the process of the sweep
+
+    return bool(jax.process_index() == 0)
 
 
 def checked(measured: Any, taken: Any = ()) -> list[Row]:
@@ -182,7 +209,7 @@ def _fields_that_count(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(free)}
 
 
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
+def read_json(path: epath.Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -190,5 +217,5 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(path: epath.Path, content: dict[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from marjax.errors import UserError
+from etils import epath
+
+from marjax.files import write_bytes
 
 Row = dict[str, Any]
 
@@ -18,7 +18,7 @@ _TRAINING = ("step", "train/loss")
 FIXED_COLUMNS = (*_FIRST, *_TRAINING, *_LAST)
 
 
-def last_metrics(workdir: pathlib.Path) -> Row:
+def last_metrics(workdir: epath.Path) -> Row:
     """"step" and "train/loss" of the last whole line of `metrics.jsonl`, those that it has."""
     try:
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -62,20 +62,13 @@ def to_markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_table(root: pathlib.Path, rows: Sequence[Row], varying: Sequence[str]) -> None:
+def write_table(root: epath.Path, rows: Sequence[Row], varying: Sequence[str]) -> None:
     """Writes `table.csv` and `table.md`. Raises UserError."""
     names = columns(rows, varying)
     write_whole(root / "table.csv", to_csv(rows, names))
     write_whole(root / "table.md", to_markdown(rows, names))
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file under another name and renames it. Raises UserError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give a folder that "
-                        f"can") from None
+def write_whole(path: epath.PathLike, text: str) -> None:
+    """Writes a file at once or not at all. Raises UserError."""
+    write_bytes(path, text.encode())

@@ -1,0 +1,274 @@
+"""Sweeps that are submitted: stand-ins for sbatch, squeue, sacct, xpk and kubectl note what they are called with."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DIGITS
+
+from marjax import cli
+from marjax.errors import TrainingError, UserError
+from marjax.sweep import Point, jobs, load, name_of, slurm, status, sweep, xpk
+from marjax.sweep.jobs import Job
+from marjax.sweep.points import PREPARE, Plan
+
+FILE = f"""
+CONFIG = {DIGITS + ":debug"!r}
+
+def report(root, rows):
+    (root / "report.txt").write_text(" ".join(row["status"] for row in rows))
+
+def get_sweep():
+    for lr in (1e-3, 2e-3):
+        yield {{"train.lr": lr, "seed": 1}}
+    yield "named", {{"train.steps": 40}}
+"""
+NAMES = ["lr=0.001,seed=1", "lr=0.002,seed=1", "named"]
+PREPARES = FILE + '\ndef prepare(root):\n    (root / "prepared").write_text("yes")\n'
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A function that puts a program of this name in the path: it notes its arguments and input, and answers so."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(name, answer="", code=0):
+        path = folder / name
+        path.write_text(f"#!{sys.executable}\nimport json, sys\n"
+                        f"said = sys.stdin.read() if {name == 'sbatch'} else ''\n"
+                        f"with open({str(folder / name)!r} + '.jsonl', 'a') as file:\n"
+                        f"    file.write(json.dumps([sys.argv[1:], said]) + '\\n')\n"
+                        f"print({answer!r})\nsys.exit({code})\n")
+        path.chmod(0o755)
+
+        def calls():
+            noted = folder / f"{name}.jsonl"
+            return [json.loads(line) for line in noted.read_text().splitlines()] if noted.exists() else []
+
+        return calls
+
+    for name in ("squeue", "sacct", "kubectl"):  # whatever is installed here
+        make(name, code=1)
+    return make
+
+
+def write(folder, text=FILE):
+    path = folder / "sweep_file.py"
+    path.write_text(text)
+    return str(path)
+
+
+def metrics(root, name, *steps):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps]
+    (root / name / "metrics.jsonl").write_text("".join(lines))
+
+
+def finish(plan, *names):
+    for name in names:
+        (plan.root / name).mkdir(parents=True, exist_ok=True)
+        plan.finish(name, [], 300.0)
+
+
+def test_get_sweep_may_yield(tmp_path):
+    loaded = load(write(tmp_path))
+    assert [point.name for point in loaded.points] == NAMES
+    assert loaded.points[0] == Point(NAMES[0], f"{DIGITS}:debug", {"train.lr": 1e-3, "seed": 1})
+    assert loaded.report is not None and loaded.prepare is None
+    more = "from marjax.sweep import Point\n" + FILE + '    yield Point("own", "x.py")\n'
+    assert load(write(tmp_path, more)).points[-1] == Point("own", "x.py")
+    for text, says in ((FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'FILE.py:ARG'"),
+                       (FILE + "    yield 3\n", "yielded 3: yield a Point"),
+                       ("def get_sweep():\n    return 3\n", "returned int"),
+                       (FILE + '    yield {"seed": 1, "train.lr": 1e-3}\n    yield {"train.lr": 0.001, "seed": 1}\n',
+                        "several points named")):
+        with pytest.raises(UserError, match=says):
+            load(write(tmp_path, text))
+
+
+def test_names_of_overlays():
+    assert name_of({"train.lr": 1e-3, "seed": 0}) == "lr=0.001,seed=0"
+    assert name_of({"model.width": 8, "model.denoiser.width": 16}) == "model.width=8,model.denoiser.width=16"
+    assert name_of({}) == "base"
+    for odd in ({"data.source": "tfds:a/b"}, {"data.data_dir": "x" * 300}, {"seed": "é"}):
+        name = name_of(odd)
+        assert name == name_of(dict(odd)) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}", name)
+    assert name_of({"data.source": "a:b"}) != name_of({"data.source": "a/b"})  # which look alike without the hash
+
+
+def test_slips_start_nothing(tmp_path, capsys, programs):
+    file, root = write(tmp_path), tmp_path / "root"
+    programs("sbatch")
+    for arguments, says in ((["--engine_args=--x=1"], "engine_args are for slurm and xpk"),
+                            (["--engine", "slurm", "--engine_args='"], "mend the quotes"),
+                            (["--engine", "xpk"], "xpk needs --cluster --docker-image --tpu-type"),
+                            (["--engine", "xpk", "--jobs", "2"], "not for xpk"),
+                            (["--engine", "xpk", "--engine_args=--cluster=c --docker-image=i --tpu-type=t --command=x"],
+                             "--command is made for each point"),
+                            (["--status", "--engine", "slurm"], "runs nothing"), (["--status"], "does not exist")):
+        assert cli.main(["sweep", file, "--root", str(root), *arguments]) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(UserError, match="a folder of this machine"):
+        sweep(file, "root", engine="xpk", engine_args="--cluster=c --docker-image=i --device-type=t")
+    assert not root.exists()
+
+
+def test_a_missing_program_and_one_that_refuses(tmp_path, programs):
+    file, root = write(tmp_path), tmp_path / "root"
+    os.environ["PATH"] = str(tmp_path / "bin")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        sweep(file, root, engine="slurm")
+    programs("sbatch", "sbatch: error: invalid partition", code=1)
+    with pytest.raises(TrainingError, match="exit code 1: sbatch: error: invalid partition"):
+        sweep(file, root, engine="slurm")
+    programs("sbatch", "submitted")
+    with pytest.raises(TrainingError, match="no job's id"):
+        sweep(file, root, engine="slurm")
+    assert not list((root / "jobs").glob("*"))  # so that the next start submits them all
+
+
+def test_slurm_array(tmp_path, programs, capsys):
+    file, root = write(tmp_path, PREPARES), tmp_path / "root"
+    sbatch = programs("sbatch", "17;cluster")
+    rows = sweep(file, root, engine="slurm", jobs=2, engine_args="--partition=x --comment='a b'")
+    assert [row["status"] for row in rows] == ["unfinished"] * 3
+    (first, prepare), (second, points) = sbatch()
+    assert first == ["--parsable", "--partition=x", "--comment=a b", "--nodes=1", "--ntasks=1"]
+    assert second[:3] == first[:3] and second[3:] == ["--dependency=afterok:17", "--kill-on-invalid-dep=yes"]
+    assert "#SBATCH --array=0-2%2\n" in points and "--array" not in prepare and f"names=({PREPARE})" in prepare
+    assert [jobs.read(Plan.of(file, root), NAMES)[name].id for name in NAMES] == ["17_0", "17_1", "17_2"]
+    assert not (root / "report.txt").exists() and not (root / "prepared").exists()  # nothing has run
+
+    # What is queued or runs is left alone; so is what nobody knows. One that is over is submitted again.
+    programs("squeue", "17_0 PENDING\n17_1 RUNNING\n17_2 PREEMPTED")
+    sweep(file, root, engine="slurm")
+    assert "#SBATCH --array=0-0\n" in sbatch()[-1][1] and len(sbatch()) == 4
+    assert jobs.read(Plan.of(file, root), NAMES)["named"] == Job("slurm", "17_0", 2)
+    programs("squeue", code=1)
+    capsys.readouterr()
+    sweep(file, root, engine="slurm")
+    assert len(sbatch()) == 4 and capsys.readouterr().out.count("nothing can be learnt") == 3
+    programs("sacct", "17_0|COMPLETED\n17_1|CANCELLED by 0")
+    sweep(file, root, engine="slurm", only=[NAMES[1]])
+    assert sbatch()[-1][1].count(NAMES[1]) == 1 and len(sbatch()) == 6
+
+
+def test_states_of_slurm_jobs(programs):
+    asked = [Job("slurm", id_) for id_ in ("1_0", "1_1", "2_0", "3_0")]
+    assert slurm.states(asked) == {}
+    programs("squeue", "1_0 PENDING\n1_1 COMPLETING\n2_0 FAILED")
+    assert slurm.states(asked) == {"1_0": "queued", "1_1": "running", "2_0": "ended", "3_0": "ended"}
+    programs("sacct", "3_0|RUNNING\n2_0|RUNNING")  # the accounting lags behind
+    assert slurm.states(asked)["3_0"] == "running" and slurm.states(asked)["2_0"] == "ended"
+
+
+@pytest.mark.parametrize(("code", "restarts", "again"), [(0, 0, False), (1, 0, False), (2, 0, False), (42, 99, True),
+                                                         (127, 0, False), (134, 0, True), (137, slurm.RESTARTS, False)])
+def test_the_script_of_an_array(tmp_path, programs, code, restarts, again):
+    """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
+    plan = Plan.of(write(tmp_path), tmp_path / "the root")
+    jobs.make_folder(plan.root / "logs")
+    srun, scontrol = programs("srun", "step 1", code), programs("scontrol")
+    programs("sleep")
+    text = slurm.script(plan, NAMES, None)
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "8",
+                                "SLURM_RESTART_COUNT": str(restarts)}
+    assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
+    (arguments, _), = srun()
+    assert arguments == ["--kill-on-bad-exit=1", sys.executable, "-m", "marjax", "sweep-point", plan.path, "--root",
+                         str(tmp_path / "the root"), "--name", NAMES[1]]
+    assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
+    assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
+    assert all(line.startswith("#SBATCH --") for line in text.splitlines()[1:6])
+
+
+def test_xpk_workloads(tmp_path, programs):
+    file, root = write(tmp_path), str(tmp_path / "mount")
+    xpk_calls = programs("xpk")
+    arguments = "--cluster=c --docker-image=image:1 --tpu-type=v5litepod-16 --max-restarts=3"
+    sweep(file, root, engine="xpk", engine_args=arguments)
+    calls = [dict(each.removeprefix("--").split("=", 1) for each in call[2:]) for call, _ in xpk_calls()]
+    assert all(call[:2] == ["workload", "create"] for call, _ in xpk_calls())
+    plan = Plan.of(file, root)
+    names = [xpk.workload(plan, name) for name in NAMES]
+    assert [call["workload"] for call in calls] == names
+    assert [call["command"] for call in calls] == [
+        f"exec python -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES]
+    assert calls[0]["max-restarts"] == "3" and "42" in calls[0]["restart-on-exit-codes"]
+
+    # Suspended is queued, as Kueue has it. A failed one gets another name, since the old one is kept.
+    items = [{"metadata": {"name": names[0]}, "spec": {"suspend": True}}, {"metadata": {"name": names[1]}, "spec": {}},
+             {"metadata": {"name": names[2]}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}]
+    programs("kubectl", json.dumps({"items": items}))
+    lines = status(file, root)
+    assert [line.split()[1] for line in lines] == ["queued", "running", "unfinished"]
+    sweep(file, root, engine="xpk", engine_args=arguments)
+    assert len(xpk_calls()) == 4 and f"--workload={xpk.workload(plan, 'named', 2)}" in xpk_calls()[-1][0]
+
+
+def test_names_of_workloads(tmp_path):
+    plan, other = (Plan.of(write(tmp_path), tmp_path / name) for name in ("a", "b"))
+    points = ["lr=0.001,seed=1", "lr=0.001,seed=10", "9", "A" * 200, "A" * 199, "_prepare", "x-" * 15 + "y,z"]
+    names = [xpk.workload(each, name, attempt) for each in (plan, other) for name in points for attempt in (1, 2)]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name) for name in names)
+    assert xpk.workload(plan, "9") == xpk.workload(Plan.of(plan.path, tmp_path / "a"), "9")
+
+
+def test_status_of_all_kinds(tmp_path, programs):
+    file, root = write(tmp_path, PREPARES), tmp_path / "root"
+    plan = Plan.of(file, root)
+    jobs.make_folder(plan.root / "logs")
+    assert [line.split(maxsplit=1)[1] for line in status(file, root)] == ["unfinished"] * 3
+    metrics(root, NAMES[0], 10, 20)
+    old = time.time() - 7200
+    os.utime(root / NAMES[0] / "metrics.jsonl", (old, old))
+    metrics(root, "named", 5)
+    finish(plan, NAMES[1])
+    plan.fail("named", "ValueError: no", 2.0)
+    jobs.write(plan, NAMES[0], Job("slurm", "5_0"))
+    read = [line.split(maxsplit=1)[1] for line in status(file, root)]
+    assert [re.sub("updated [0-9]+ s ", "updated now ", line) for line in read] == [
+        "submitted (slurm 5_0, state unknown here), step 20 of 20, updated 2 h ago", "done in 5 min",
+        "failed: ValueError: no, step 5 of 40, updated now ago"]
+    programs("squeue", "5_0 RUNNING")
+    assert status(file, root)[0].split(maxsplit=1)[1] == "running (slurm 5_0), step 20 of 20, updated 2 h ago"
+    programs("squeue")
+    plan.fail(PREPARE, "no", 1.0)
+    assert status(file, root)[0].endswith("updated 2 h ago; prepare failed: no")
+
+
+def test_local_processes_are_known(tmp_path):
+    host = socket.gethostname()
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True); import time; time.sleep(60)", "sweep-point"],
+                               stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()  # until then it has another's command line
+        asked = [Job("local", f"{host}:{process.pid}"), Job("local", f"{host}:{os.getpid()}"), Job("local", "other:1")]
+        assert jobs.local_states(asked) == {asked[0].id: "running", asked[1].id: "ended"}  # which is no point's
+    finally:
+        process.kill()
+        process.communicate()
+    assert jobs.local_states(asked[:1]) == {asked[0].id: "ended"}
+
+
+def test_report_waits_for_the_last(tmp_path, programs):
+    file, root = write(tmp_path), tmp_path / "root"
+    programs("sbatch", "3")
+    plan = Plan.of(file, root)
+    sweep(file, root, engine="slurm")
+    programs("squeue", "3_0 COMPLETED\n3_1 COMPLETED\n3_2 RUNNING")
+    finish(plan, *NAMES[:2])
+    sweep(file, root, engine="slurm")
+    assert not (root / "report.txt").exists()
+    finish(plan, "named")
+    sweep(file, root, engine="slurm")
+    assert pathlib.Path(root / "report.txt").read_text() == "done done done"
