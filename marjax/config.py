@@ -144,7 +144,12 @@ def base() -> ConfigDict:
             ema_decay=0.9999,
             ema_warmup=False,  # min(ema_decay, (1 + n) / (10 + n)) at step n
         ),
-        mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis; -1 takes what is left
+        mesh=dict(  # devices along each axis; -1 takes what is left
+            data=-1,  # the batch is cut, the state is whole on each
+            fsdp=1,  # the batch and the state are cut
+            tensor=1,  # heads and hidden features are cut, within one host
+            replicate_below=2**16,  # elements (of a layer); smaller tensors stay whole all the same
+        ),
         checkpoint=dict(every=1000, keep=3, keep_every=0),  # steps; keep_every=0: only the latest `keep`
         log=dict(
             every=50,  # steps between lines of metrics
@@ -316,6 +321,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
     if model.diffusion.num_steps < 4:
         raise UserError(f"config.model.diffusion.num_steps is {model.diffusion.num_steps}: give at least 4")
+    if config.mesh.replicate_below < 0:
+        raise UserError(f"config.mesh.replicate_below is {config.mesh.replicate_below}: give at least 0")
     if train.batch_size % train.accumulate:
         raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
                         f"{train.accumulate}")

@@ -6,31 +6,18 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by the start of `device_kind`.
-_BFLOAT16_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from marjax import chips
 
 
 @functools.cache
 def device_peak(dtype: str) -> float:
-    """FLOP/s of one device: the data sheet's bfloat16 rate where it is known, otherwise measured in `dtype`, once.
+    """FLOP/s of one device: its chip's bfloat16 rate (`chips.CHIPS`) where known, otherwise measured in `dtype`, once.
 
     On CPU the devices are shares of one processor, so its measured rate is divided among them.
     """
     device = jax.devices()[0]
-    for kind, peak in _BFLOAT16_PEAK.items():
-        if device.device_kind.startswith(kind):
-            return peak
+    if (chip := chips.of_kind(device.device_kind)) is not None:
+        return chip.device_flops
     measured = measured_peak(dtype, seconds=0.3)
     return measured / jax.local_device_count() if device.platform == "cpu" else measured
 

@@ -17,22 +17,45 @@ from marjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Batches are cut over data and fsdp; parameters over fsdp along "embed" and over tensor between heads and features.
+# Batches are cut over data and fsdp; parameters over fsdp along "embed", and those of Transformer blocks over tensor
+# between heads and hidden features.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
+    ("tokens", "tensor"),  # of the diffusion head's loss
     ("kv", None),
     ("layers", None),
 )
+
+# Elements of a tensor (of one layer, where layers are stacked) below which it stays whole on every device. To gather
+# 64Ki float32 values takes a TPU's links a few microseconds, no more than it takes to start; all biases, norms and the
+# like of mar_huge together are under 1 % of its parameters, so that cutting them would save next to nothing.
+REPLICATE_BELOW = 2**16
+
+
+class Parameter(jax.ShapeDtypeStruct):
+    """A parameter's shape, dtype and sharding, with the logical names of its axes (none: it has no names).
+
+    `undivided` are mesh axes that the rules would cut it along, but whose size does not divide the axis in question.
+    """
+
+    __slots__ = ["names", "undivided"]
+
+    def __init__(self, leaf: Any, names: tuple[str | None, ...], sharding: NamedSharding,
+                 undivided: tuple[str, ...] = ()) -> None:
+        super().__init__(leaf.shape, leaf.dtype, sharding=sharding)
+        self.names, self.undivided = names, undivided
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
     """A mesh over all devices, or those given; one axis may be -1 and takes what the others leave.
 
+    Devices along "tensor" are of one process: what tensor parallelism sends in every layer must stay within a host.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or `tensor` does not divide those of a process.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -43,7 +66,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
                         f"are {len(devices)}: change config.mesh (-1 takes what is left)")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if not _spans_processes(mesh.devices):
+        return mesh
+    return Mesh(_within_processes(devices, tuple(sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _spans_processes(grid: np.ndarray) -> bool:
+    """Whether devices along the last axis of a grid belong to several processes."""
+    return any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, grid.shape[-1]))
+
+
+def _within_processes(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices in a grid of that shape, those along its last axis of one process. Raises UserError."""
+    by_process: dict[int, list[Any]] = {}
+    for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
+        by_process.setdefault(device.process_index, []).append(device)
+    for process, own in by_process.items():
+        if len(own) % sizes[-1]:
+            raise UserError(f"config.mesh.tensor is {sizes[-1]}, but process {process} has {len(own)} devices, and a "
+                            f"tensor group must not span hosts: give a divisor of {len(own)}, and the rest to "
+                            f"config.mesh.fsdp or data")
+    ordered = np.empty(len(devices), object)
+    ordered[:] = [device for own in by_process.values() for device in own]
+    return ordered.reshape(sizes)
 
 
 def local_mesh(config: Any) -> Mesh:
@@ -111,22 +157,99 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """The sharding of every parameter of an abstract tree that still carries its logical names.
+def parameters(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
+    """A tree of Parameter from an abstract one that still carries its logical names.
 
-    An axis that its mesh axis does not divide stays whole.
+    A tensor of fewer than `replicate_below` elements, not counting stacked layers, stays whole, and so does an axis
+    that its mesh axis does not divide.
     """
     rules = dict(RULES)
 
-    def one(leaf: Any) -> NamedSharding:
+    def one(leaf: Any) -> Parameter:
         if not isinstance(leaf, nn.LogicallyPartitioned):
-            return replicated(mesh)
-        spec = [rules[name] if name else None for name in leaf.names]
-        spec = [axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(spec, leaf.value.shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+            return Parameter(leaf, (None,) * len(leaf.shape), replicated(mesh))
+        shape, names = leaf.value.shape, leaf.names
+        if math.prod(size for size, name in zip(shape, names, strict=True) if name != "layers") < replicate_below:
+            return Parameter(leaf.value, names, replicated(mesh))
+        wanted: list[Any] = [rules[name] if name else None for name in names]
+        undivided = tuple(axis for axis, size in zip(wanted, shape, strict=True) if axis and size % mesh.shape[axis])
+        spec = [axis if axis not in undivided else None for axis in wanted]
+        return Parameter(leaf.value, names, NamedSharding(mesh, PartitionSpec(*spec)), undivided)
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
+    """The sharding of every parameter of an abstract tree that still carries its logical names; see `parameters`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, parameters(boxed, mesh, replicate_below))
+
+
+def overview(params: Any) -> str:
+    """A table of how parameters lie on the mesh, for people.
+
+    A line a tensor that is cut, with its logical axes and the mesh axes they are cut over; one line for all that are
+    whole on every device. "state" is what a device holds of the tensor, its EMA and Adam's two moments, all float32.
+    Further lines warn of mesh axes that cut less than the rules would have them.
+
+    Args:
+      params: a tree of Parameter, as `training.state.abstract_params` gives it.
+    """
+    leaves = _named(params)
+    mesh = leaves[0][1].sharding.mesh
+    rows: list[tuple[str, ...]] = [("parameters", "shape", "axes", "total", "state a device")]
+    whole, total, state = [], 0, 0
+    for path, leaf in leaves:
+        size, here = _bytes(leaf.shape, leaf), 4 * _bytes(leaf.sharding.shard_shape(leaf.shape), leaf)
+        total, state = total + size, state + here
+        if leaf.sharding.is_fully_replicated:
+            whole.append(leaf)
+            continue
+        axes = [f"{name or '-'}{f'>{axis}' if axis and mesh.shape[axis] > 1 else ''}"
+                for name, axis in zip(leaf.names, leaf.sharding.spec, strict=True)]
+        rows.append((path, " x ".join(map(str, leaf.shape)), " ".join(axes), _mib(size), _mib(here)))
+    size = sum(_bytes(leaf.shape, leaf) for leaf in whole)
+    if whole:
+        rows.append((f"{len(whole)} tensors, whole on every device", "", "", _mib(size), _mib(4 * size)))
+    rows.append((f"all {len(leaves)}", "", "", _mib(total), _mib(state)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if i < 3 else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, *warnings(params)])
+
+
+def warnings(params: Any) -> list[str]:
+    """A sentence for every mesh axis that does not divide what it should cut, from a tree of Parameter."""
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for path, leaf in _named(params):
+        for axis in leaf.undivided:
+            found.setdefault(axis, []).append((path, leaf))
+    lines = []
+    for axis, leaves in found.items():
+        path, leaf = max(leaves, key=lambda item: math.prod(item[1].shape))
+        size = leaf.sharding.mesh.shape[axis]
+        name, length = next((name, length) for name, length in zip(leaf.names, leaf.shape, strict=True)
+                            if dict(RULES).get(name or "") == axis and length % size)
+        share = sum(_bytes(leaf.shape, leaf) for _, leaf in leaves)
+        lines.append(f"warning: mesh axis {axis}={size} cannot cut {len(leaves)} tensors of {_mib(share)}, among them "
+                     f"{path}, whose {length} {name} it does not divide: they stay whole along it")
+    return lines
+
+
+def _named(params: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, as "backbone/encoder/..."."""
+    return [("/".join(str(entry.key) for entry in path), leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
+def _bytes(shape: tuple[int, ...], leaf: Any) -> int:
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
 
 
 def logical_rules(mesh: Mesh) -> Any:
@@ -136,10 +259,18 @@ def logical_rules(mesh: Mesh) -> Any:
 
 
 def put_whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has, such as frozen weights, as arrays with a copy on every device."""
+    """Arrays that every process has, such as frozen weights, as arrays with a copy on every device.
+
+    Those that are only described, as ShapeDtypeStruct, stay so, with that sharding.
+    """
     sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(
-        leaf.shape, sharding, lambda index: np.asarray(leaf)[index]), tree)
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf)[index])
+
+    return jax.tree.map(one, tree)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

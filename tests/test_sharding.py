@@ -35,7 +35,7 @@ host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": n
 
 def run(shape, devices):
     mesh = sharding.make_mesh(*shape, devices=devices)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh, replicate_below=0)
     with jax.set_mesh(mesh):
         state = state_lib.create(generator, optimizer, abstract, 0)
         placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract)

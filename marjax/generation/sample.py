@@ -98,7 +98,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], we
         raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
     with Checkpoints(folder, read_only=True) as checkpoints:
         item = "params" if weights == "raw" or (weights is None and "ema" not in checkpoints.trees(step)) else "ema"
-        restored = checkpoints.restore({item: abstract_params(generator, mesh)}, step)
+        restored = checkpoints.restore({item: abstract_params(generator, mesh, config.mesh.replicate_below)}, step)
     if restored is None:
         raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)

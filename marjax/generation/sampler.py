@@ -160,6 +160,18 @@ class Sampler:
         return (params, self.tokenizer_params, rows[0], np.uint32(seed), rows[1], scales,
                 np.float32(self.settings.temperature), choice)
 
+    def described_arguments(self, params: Any, batch_size: int) -> tuple[Any, ...]:
+        """What `arguments` gives for so many samples, as shapes: to compile `program` without devices or weights.
+
+        The tokenizer's parameters must be described too (see `sharding.put_whole`).
+        """
+        rows = sharding.batch_sharding(self.mesh)
+        labels, index = (jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.uint32))
+        scales, choice = (None if each is None else np.asarray(each, np.float32)
+                          for each in (self.settings.guidance, self.settings.choice))
+        return (params, self.tokenizer_params, labels, np.uint32(0), index, scales,
+                np.float32(self.settings.temperature), choice)
+
     def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
         """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
         with jax.set_mesh(self.mesh):

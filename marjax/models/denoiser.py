@@ -44,17 +44,18 @@ class ResBlock(nn.Module):
 
     def setup(self) -> None:
         width, dtype = self.width, self.dtype
-        self.modulation = Dense((width,), (3, width), ("embed", None, "mlp"), dtype, nn.initializers.zeros)
+        # Not cut over "tensor": tokens are (see DiffusionHead), whose activations are larger than these weights.
+        self.modulation = Dense((width,), (3, width), ("embed", None, None), dtype, nn.initializers.zeros)
         self.norm = LayerNorm(dtype=dtype)
-        self.fc1 = Dense((width,), (width,), ("embed", "mlp"), dtype)
-        self.fc2 = Dense((width,), (width,), ("mlp", "embed"), dtype)
+        self.fc1 = Dense((width,), (width,), ("embed", None), dtype)
+        self.fc2 = Dense((width,), (width,), (None, "embed"), dtype)
 
-    def modulate(self, condition: jax.Array) -> jax.Array:
-        """Shift, scale and gate, (..., 3, V), from (..., V)."""
-        return self.modulation(condition)
+    def modulate(self, condition: jax.Array) -> tuple[jax.Array, ...]:
+        """Shift, scale and gate, (..., V) each, from (..., V)."""
+        return self.modulation.split(condition)
 
-    def __call__(self, x: jax.Array, modulation: jax.Array) -> jax.Array:
-        shift, scale, gate = modulation[..., 0, :], modulation[..., 1, :], modulation[..., 2, :]
+    def __call__(self, x: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
+        shift, scale, gate = modulation
         h = nn.silu(self.fc1(self.norm(x) * (1.0 + scale) + shift))
         return x + gate * self.fc2(h)
 
@@ -62,11 +63,11 @@ class ResBlock(nn.Module):
 class Modulation(NamedTuple):
     """All that the denoiser has to know of timesteps and z, for C timesteps and tokens (...).
 
-    `blocks` is `dtype` (depth, C, ..., 3, V), `final` (C, ..., 2, V).
+    `blocks` are shift, scale and gate, `dtype` (depth, C, ..., V) each; `final`, shift and scale, (C, ..., V).
     """
 
-    blocks: jax.Array
-    final: jax.Array
+    blocks: tuple[jax.Array, ...]
+    final: tuple[jax.Array, ...]
 
 
 class Denoiser(nn.Module):
@@ -90,7 +91,7 @@ class Denoiser(nn.Module):
         self.input_proj = Dense((self.token_dim,), (width,), (None, "embed"), dtype)
         self.blocks = ResBlock(width, dtype)
         self.final_norm = LayerNorm(affine=False, dtype=dtype)
-        self.final_modulation = Dense((width,), (2, width), ("embed", None, "mlp"), dtype, nn.initializers.zeros)
+        self.final_modulation = Dense((width,), (2, width), ("embed", None, None), dtype, nn.initializers.zeros)
         self.final_linear = Dense((width,), (2 * self.token_dim,), ("embed", None), dtype, nn.initializers.zeros)
 
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
@@ -102,7 +103,7 @@ class Denoiser(nn.Module):
         time = lookup(self.time_embed(jnp.arange(self.num_steps)), t) if t.ndim else self.time_embed(t)
         condition = nn.silu(time + self.cond_embed(z))
         h, _ = over_layers(layer, self.depth, self.remat)(self.blocks, self.input_proj(x), condition)
-        return self._output(h, self.final_modulation(condition))
+        return self._output(h, self.final_modulation.split(condition))
 
     def embed_condition(self, z: jax.Array) -> jax.Array:
         """The part of the modulation's input that does not depend on t: (..., V) from z (..., W)."""
@@ -114,24 +115,24 @@ class Denoiser(nn.Module):
         They need no x, so a sampler can have them ahead for many steps, with the weights read once.
         """
 
-        def layer(block: ResBlock, none: None, condition: jax.Array) -> tuple[None, jax.Array]:
+        def layer(block: ResBlock, none: None, condition: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
             return none, block.modulate(condition)
 
         time = self.time_embed(t_C)
         condition = nn.silu(time.reshape(len(t_C), *(1,) * (condition.ndim - 1), -1) + condition)
         _, blocks = over_layers(layer, self.depth)(self.blocks, None, condition)
-        return Modulation(blocks, self.final_modulation(condition))
+        return Modulation(blocks, self.final_modulation.split(condition))
 
     def predict(self, x: jax.Array, modulation: Modulation, i: jax.Array) -> jax.Array:
         """The prediction (..., 2 D) for x_t (..., D) at the i-th timestep of a `modulate`."""
 
-        def layer(block: ResBlock, h: jax.Array, modulation: jax.Array) -> tuple[jax.Array, None]:
+        def layer(block: ResBlock, h: jax.Array, modulation: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             return block(h, modulation), None
 
-        h, _ = over_layers(layer, self.depth, per_layer=(True,))(self.blocks, self.input_proj(x),
-                                                                modulation.blocks[:, i])
-        return self._output(h, modulation.final[i])
+        blocks = tuple(part[:, i] for part in modulation.blocks)
+        h, _ = over_layers(layer, self.depth, per_layer=(True,))(self.blocks, self.input_proj(x), blocks)
+        return self._output(h, tuple(part[i] for part in modulation.final))
 
-    def _output(self, h: jax.Array, modulation: jax.Array) -> jax.Array:
-        h = self.final_norm(h) * (1.0 + modulation[..., 1, :]) + modulation[..., 0, :]
-        return self.final_linear(h)
+    def _output(self, h: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
+        shift, scale = modulation
+        return self.final_linear(self.final_norm(h) * (1.0 + scale) + shift)

@@ -62,6 +62,10 @@ class DiffusionHead(nn.Module):
         schedule = diffusion.respace(self.num_steps, self.num_steps)
         tokens = tokens_BxLxD[:, None].astype(jnp.float32)
         noised = diffusion.add_noise(schedule, tokens, noise)
+        # Tokens do not depend on each other here, so a tensor group shares them out instead of every weight: it sends
+        # z's gradient once, where cut weights would make it send several activations of B x K x L in every block.
+        noised = nn.with_logical_constraint(noised, ("batch", None, "tokens", None))
+        z_BxLxW = nn.with_logical_constraint(z_BxLxW, ("batch", "tokens", None))
         prediction = self.denoiser(noised, noise.t, z_BxLxW[:, None])
         terms = diffusion.loss_terms(schedule, tokens, noised, noise, prediction)
         loss = terms["mse"] + terms["vb"]

@@ -3,6 +3,7 @@
 Parameters are float32 and carry logical axis names (see `marjax/sharding.py`); matmuls run in `dtype`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,18 +45,36 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer | None = None
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., *out_shape) from (..., *in_shape)."""
+        kernel, bias = self._weights()
+        return self._apply(x, kernel, bias)
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`__call__`, cut along the first axis of `out_shape`: so many products, each (..., *out_shape[1:]).
+
+        Whoever takes the parts by themselves asks for them so: cutting one product's result costs a TPU copies of it in
+        another layout, several times the product's own traffic.
+        """
+        kernel, bias = self._weights()
+        axis = len(self.in_shape)
+        return tuple(self._apply(x, jax.lax.index_in_dim(kernel, i, axis, keepdims=False), bias[i])
+                     for i in range(self.out_shape[0]))
+
+    @nn.compact
+    def _weights(self) -> tuple[jax.Array, jax.Array]:
         fan_in, fan_out = int(np.prod(self.in_shape)), int(np.prod(self.out_shape))
         init = self.kernel_init or xavier(fan_in, fan_out)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes),
                             (*self.in_shape, *self.out_shape), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[len(self.in_shape):]),
                           self.out_shape, jnp.float32)
+        return jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
+
+    def _apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         contract = tuple(range(x.ndim - len(self.in_shape), x.ndim)), tuple(range(len(self.in_shape)))
-        y = jax.lax.dot_general(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), (contract, ((), ())),
-                                precision=precision(self.dtype))
-        return y + jnp.asarray(bias, self.dtype)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())), precision=precision(self.dtype))
+        return y + bias
 
 
 class LayerNorm(nn.Module):
@@ -112,6 +131,32 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
     return x ^ (x >> 15)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`einsum(spec, x, y)` in float32 from two arrays of one dtype, with gradients from products in that dtype.
+
+    Every letter stands in two of the three terms of `spec`, "x,y->out". JAX's own gradient multiplies the float32
+    cotangent with a bfloat16 operand, which takes a TPU several passes.
+    """
+    return jnp.einsum(spec, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _wide_forward(spec: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return wide_product(spec, x, y), (x, y)
+
+
+def _wide_backward(spec: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y = residuals
+    operands, out = spec.split("->")
+    for_x, for_y = operands.split(",")
+    grad = grad.astype(x.dtype)
+    product = functools.partial(jnp.einsum, precision=precision(x.dtype))
+    return product(f"{out},{for_y}->{for_x}", grad, y), product(f"{out},{for_x}->{for_y}", grad, x)
+
+
+wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marjax.models.layers import Dense, Dropout, LayerNorm, precision
+from marjax.models.layers import Dense, Dropout, LayerNorm, precision, wide_product
 
 # What the backward pass may keep: everything, the outputs of weight matmuls, or only each layer's input.
 REMAT_POLICIES = {
@@ -44,13 +44,12 @@ class Attention(nn.Module):
                  cache: KeyValue | None = None) -> tuple[jax.Array, KeyValue | None]:
         width = x_BxTxW.shape[-1]
         heads, head_width = self.num_heads, width // self.num_heads
-        qkv = Dense((width,), (3, heads, head_width), ("embed", None, "heads", "kv"), self.dtype, name="qkv")(x_BxTxW)
-        q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = Dense((width,), (3, heads, head_width), ("embed", None, "heads", "kv"), self.dtype, name="qkv")
+        q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = qkv.split(x_BxTxW)
         q_BxTxHxE, new = q_BxTxHxE * head_width**-0.5, None
 
         def scores(spec: str, keys: jax.Array) -> jax.Array:
-            return jnp.einsum(spec, q_BxTxHxE, keys, precision=precision(self.dtype),
-                              preferred_element_type=jnp.float32)
+            return wide_product(spec, q_BxTxHxE, keys)
 
         def mixed(spec: str, weights: jax.Array, values: jax.Array) -> jax.Array:
             return jnp.einsum(spec, weights, values, precision=precision(self.dtype))

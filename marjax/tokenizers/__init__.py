@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from marjax.errors import UserError
-from marjax.tokenizers.codebook import open_codebook
+from marjax.tokenizers.codebook import Codebook, open_codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
@@ -12,7 +12,8 @@ from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 if TYPE_CHECKING:
     from marjax.tokenizers.autoencoder_file import Stored
 
-__all__ = ["Cacheable", "TokenShape", "Tokenizer", "make_tokenizer", "open_tokenizer", "token_shape"]
+__all__ = ["Cacheable", "TokenShape", "Tokenizer", "described_tokenizer", "make_tokenizer", "open_tokenizer",
+           "token_shape"]
 
 # Those without a network have stride 1 and the image's channels; whether tokens are codes.
 _PATCHES = {"pixels": False, "codebook": True}
@@ -89,6 +90,30 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     scale = tokenizer.autoencoder.scale
     return make_tokenizer(name, stored if scale is None else dataclasses.replace(stored, scale=scale),
                           tokenizer.autoencoder.dtype, tokenizer.posterior)
+
+
+def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
+    """The tokenizer of a resolved `config.tokenizer` without its weights: `params` are ShapeDtypeStructs.
+
+    It is for compiling. A scale that only the weights' file knows is taken to be 1.
+    """
+    name = tokenizer.name
+    if name == "pixels":
+        return Pixels()
+    import jax
+    import numpy as np
+
+    if name == "codebook":
+        codes = Codebook(np.zeros((tokens.num_codes, tokens.token_dim), np.float32), tokens.patch, tokens.channels)
+        codes.params = jax.eval_shape(lambda: codes.params)
+        return codes
+    from marjax.tokenizers.autoencoder import abstract_params
+    from marjax.tokenizers.autoencoder_file import Stored
+
+    spec = spec_of(tokenizer)
+    scale = 1.0 if tokenizer.autoencoder.scale is None else tokenizer.autoencoder.scale
+    stored = Stored(spec, abstract_params(spec), scale=scale, checksum="")
+    return make_tokenizer(name, stored, tokenizer.autoencoder.dtype, tokenizer.posterior)
 
 
 _OFFICIAL = {"kl16": "the reference's kl16.ckpt", "kl8": "the checkpoint of LDM's kl-f8",

@@ -37,15 +37,19 @@ def init_unboxed(generator: Generator, key: jax.Array) -> Any:
     return nn.unbox(init_params(generator, key))
 
 
-def abstract_params(generator: Generator, mesh: Mesh) -> Any:
-    """The parameters as ShapeDtypeStructs with their shardings, without computing anything."""
+def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sharding.REPLICATE_BELOW) -> Any:
+    """The parameters as ShapeDtypeStructs with their shardings (`sharding.Parameter`), without computing anything.
+
+    `replicate_below` is `config.mesh.replicate_below`.
+    """
     boxed = jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
-    return _with_shardings(nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh))
+    return sharding.parameters(boxed, mesh, replicate_below)
 
 
-def abstract_state(generator: Generator, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(generator: Generator, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   replicate_below: int = sharding.REPLICATE_BELOW) -> TrainState:
     """The whole state as ShapeDtypeStructs with shardings: optimizer and EMA follow the parameters."""
-    params = abstract_params(generator, mesh)
+    params = abstract_params(generator, mesh, replicate_below)
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, lambda leaf, param: _struct(leaf, param.sharding), jax.eval_shape(optimizer.init, params), params,
@@ -71,7 +75,3 @@ def create(generator: Generator, optimizer: optax.GradientTransformation, abstra
 
 def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(_struct, tree, shardings)

@@ -1,0 +1,237 @@
+"""What a run compiles, lowered for described devices: the train step, the sampler, the tokenizer both ways.
+
+No arrays are made: states, batches and the tokenizer's weights are shapes with shardings, and the programs are those
+that training and sampling run.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from marjax import config as config_lib
+from marjax import flops, orders, sharding
+from marjax.compile import hlo
+from marjax.errors import UserError
+from marjax.generation.sampler import Sampler, Settings
+from marjax.models import generator as generator_lib
+from marjax.tokenizers import Cacheable, Tokenizer, TokenShape, described_tokenizer
+from marjax.training import state as state_lib
+from marjax.training.optimizer import make_optimizer
+from marjax.training.step import make_train_step
+
+NAMES = ("train", "sample", "encode", "decode")
+_OTHERS_FLAGS = ("--xla_cpu_", "--xla_gpu_", "--xla_backend_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program ready to compile.
+
+    Attributes:
+      name: one of NAMES.
+      images: that one run takes or makes, on all devices.
+      model_flops: of one run on all devices, as `flops` counts them: no padding, no recomputation.
+      lower: traces and lowers it.
+      state_bytes: of what a device holds from run to run: parameters, EMA, optimizer; or parameters alone.
+    """
+
+    name: str
+    images: int
+    model_flops: float
+    lower: Callable[[], jax.stages.Lowered]
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a device's HBM that a program needs, in all (`peak`) and by what for; -1 where it is not known."""
+
+    peak: float
+    arguments: float = -1
+    temporaries: float = -1
+    code: float = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came of compiling one: `program` is None where memory did not suffice, `usable` is then what there was."""
+
+    lowered: Lowered
+    seconds: float
+    memory: Memory
+    program: hlo.Program | None
+    usable: float
+    text: str = ""
+
+
+def lowered_programs(config: ml_collections.ConfigDict, mesh: Mesh, names: Sequence[str] = NAMES,
+                     cached: bool = False) -> list[Lowered]:
+    """The programs of these names, for a resolved config.
+
+    A tokenizer without a network has no "encode" and "decode" worth compiling: they are left out.
+
+    Args:
+      config: resolved.
+      mesh: of real or described devices.
+      names: of NAMES.
+      cached: the train step's batches are of a latent cache, as with `config.data.cache`.
+
+    Raises:
+      UserError: the batch does not divide over the mesh, or the tokenizer's latents cannot be cached.
+    """
+    tokens = config_lib.tokens_of(config)
+    tokenizer = described_tokenizer(config.tokenizer, tokens)
+    tokenizer.params = sharding.put_whole(tokenizer.params, mesh)
+    generator = generator_lib.of(config, tokens)
+    made = []
+    for name in names:
+        if name == "train":
+            made.append(_train(config, mesh, generator, tokenizer, tokens, cached or bool(config.data.cache)))
+        elif name == "sample":
+            made.append(_sample(config, mesh, generator, tokenizer, tokens))
+        elif isinstance(tokenizer, Cacheable):
+            made.append(_tokenizer(name, config, mesh, tokenizer))
+    return made
+
+
+def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text: bool = False) -> Compiled:
+    """Compiles it; memory that does not suffice is a result, not an error.
+
+    Args:
+      lowered: from `lowered_programs`, with that mesh.
+      mesh: what it was lowered for.
+      usable: bytes of HBM on a device, where they are known.
+      keep_text: keep the program's HLO text.
+    """
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = lowered.lower()
+        try:
+            with _compiler_alone():
+                compiled = traced.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed, limit = out_of_memory(str(error))
+            memory = Memory(peak=needed, arguments=lowered.state_bytes)
+            return Compiled(lowered, time.perf_counter() - start, memory, None, limit)
+    seconds = time.perf_counter() - start
+    found, text = compiled.memory_analysis(), compiled.as_text()
+    assert found is not None and text is not None
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    peak = getattr(found, "peak_memory_in_bytes", 0) or arguments + fresh + temporaries
+    memory = Memory(peak + found.generated_code_size_in_bytes, arguments, max(0, peak - arguments),
+                    found.generated_code_size_in_bytes)
+    return Compiled(lowered, seconds, memory, hlo.read(text, mesh.size), usable, text if keep_text else "")
+
+
+@contextlib.contextmanager
+def _compiler_alone() -> Iterator[None]:
+    """Without a persistent cache, which programs for absent devices would only fill, and flags of other compilers.
+
+    libtpu ends the process when it meets a flag in XLA_FLAGS that it does not know, such as those for CPUs.
+    """
+    cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - the type does not tell of it
+    given = os.environ.get("XLA_FLAGS")
+    jax.config.update("jax_enable_compilation_cache", False)
+    if given is not None:
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if not flag.startswith(_OTHERS_FLAGS))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        if given is not None:
+            os.environ["XLA_FLAGS"] = given
+
+
+def out_of_memory(message: str) -> tuple[float, float]:
+    """Bytes needed and bytes there are, from the compiler's message.
+
+    Raises:
+      UserError: another message.
+    """
+    found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+                      message)
+    if not found:
+        raise UserError(f"the compiler gave up: {message.strip().splitlines()[0][:400]}")
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+
+
+def _train(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
+           tokens: TokenShape, cached: bool) -> Lowered:
+    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
+    optimizer = make_optimizer(config.train)
+    state = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
+    step = make_train_step(config, generator, tokenizer, tokens, optimizer, state, mesh)
+    size = config.train.batch_size
+    batch = {"label": _rows((size,), jnp.int32, mesh)}
+    if cached:
+        if not isinstance(tokenizer, Cacheable):
+            raise UserError(f"latents of tokenizer {config.tokenizer.name!r} cannot be cached: leave out --cached and "
+                            f"config.data.cache")
+        one = jax.eval_shape(tokenizer.moments, tokenizer.params, _images(config, 1, mesh, jnp.float32))
+        dtype = one.dtype if jnp.issubdtype(one.dtype, jnp.integer) else jnp.bfloat16  # as marjax cache-latents has it
+        batch["moments"] = _rows((size, *one.shape[1:]), dtype, mesh)
+    else:
+        batch["image"] = _images(config, size, mesh, jnp.uint8)
+    return Lowered("train", size, flops.train_flops(generator) * size,
+                   lambda: step.lower(state, batch, tokenizer.params), bytes_on_a_device(state))
+
+
+def _sample(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
+            tokens: TokenShape) -> Lowered:
+    settings = Settings.of(config.sample, generator)
+    sampler = Sampler(generator, tokenizer, tokens, settings, mesh)
+    params = state_lib.abstract_params(generator, mesh, config.mesh.replicate_below)
+    size = sampler.fitting(config.sample.batch_size)
+    plan = orders.generation_plan(generator.num_tokens, config.sample.num_iter)
+    each = flops.sample_flops(generator, plan, settings.num_sampling_steps, settings.guidance is not None,
+                              settings.choice is not None)
+    if isinstance(tokenizer, Cacheable):
+        each += flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)[1]
+    inputs = sampler.described_arguments(params, size)
+    return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), bytes_on_a_device(params))
+
+
+def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokenizer: Cacheable) -> Lowered:
+    """As `marjax cache-latents` and the sampler run it: 32 images a device."""
+    size = 32 * mesh.size
+    encode, decode = flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)
+    image = _images(config, size, mesh, jnp.float32)
+    if name == "encode":
+        program, given, each = jax.jit(tokenizer.moments), image, encode
+    else:
+        latent = jax.eval_shape(tokenizer.encode, tokenizer.params, image, jax.random.key(0))
+        program, given, each = jax.jit(tokenizer.decode), _rows(latent.shape, latent.dtype, mesh), decode
+    return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given),
+                   bytes_on_a_device(tokenizer.params))
+
+
+def tokenizer_spec(tokenizer: Any) -> Any:
+    """The network of a tokenizer that has one."""
+    return tokenizer.spec
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Of a tree of ShapeDtypeStructs with shardings."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
+
+
+def _images(config: ml_collections.ConfigDict, size: int, mesh: Mesh, dtype: Any) -> jax.ShapeDtypeStruct:
+    data = config.data
+    return _rows((size, data.image_size, data.image_size, data.channels), dtype, mesh)
+
+
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))

@@ -1,0 +1,91 @@
+"""The largest batch a chip that fits, by remat policy: few compiles, since memory grows evenly with the batch."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+POLICIES = ("none", "dots", "full")  # of backbone and denoiser alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Attributes:
+    policy: of `config.model.remat` and `config.model.denoiser.remat`.
+    batch: images a device, a power of two; 0: not even one fits.
+    needed: bytes of HBM at that batch.
+    usable: bytes there are.
+    more: bytes needed at twice the batch.
+    result: what `compile_at` gave for that batch besides, or None.
+    """
+
+    policy: str
+    batch: int
+    needed: float
+    usable: float
+    more: float
+    result: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One compile: bytes needed, bytes usable, and anything to keep."""
+
+    needed: float
+    usable: float
+    result: Any = None
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.usable
+
+
+def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, fixed: float,
+                  most: int = 1024) -> Found:
+    """The largest power of two that fits, where twice as many do not.
+
+    Args:
+      policy: only noted.
+      compile_at: compiles for so many images a device.
+      start: where to begin, images a device.
+      fixed: bytes that do not depend on the batch, as far as they are known; the first guess rests on them.
+      most: where to stop.
+    """
+    trials: dict[int, Trial] = {}
+
+    def at(batch: int) -> Trial:
+        if batch not in trials:
+            trials[batch] = compile_at(batch)
+        return trials[batch]
+
+    batch = _power(start)
+    first = at(batch)
+    slope = max(first.needed - fixed, 1.0) / batch
+    batch = min(most, max(1, _power(int((first.usable - fixed) / slope))))
+    while at(batch).fits and batch < most and at(2 * batch).fits:
+        batch *= 2
+    while batch and not at(batch).fits:
+        batch //= 2
+    if not batch:
+        return Found(policy, 0, math.nan, first.usable, at(1).needed)
+    more = at(2 * batch).needed if batch < most else math.nan
+    return Found(policy, batch, at(batch).needed, at(batch).usable, more, at(batch).result)
+
+
+def table(found: Sequence[Found]) -> str:
+    """A line a policy, for people."""
+    lines = ["remat  images a device  needs        twice as many need  there are"]
+    for each in found:
+        cells = (each.policy.ljust(5), str(each.batch or "none").rjust(15), _gib(each.needed).rjust(11),
+                 _gib(each.more).rjust(18), _gib(each.usable).rjust(9))
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _power(number: int) -> int:
+    """The largest power of two that is not above it; 1 for less."""
+    return 1 << (max(1, number).bit_length() - 1)
+
+
+def _gib(size: float) -> str:
+    return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"

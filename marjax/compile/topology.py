@@ -1,0 +1,112 @@
+"""A TPU slice by its name, as devices to compile programs for: no TPU is needed, only its compiler, libtpu."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+from marjax import chips
+from marjax.errors import UserError
+
+# The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
+_SHAPES_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SHAPES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+_SHAPES = {"v4": _SHAPES_3D, "v5p": _SHAPES_3D, "v5e": _SHAPES_2D, "v5litepod": _SHAPES_2D, "v6e": _SHAPES_2D,
+           "tpu7x": _SHAPES_3D}
+_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # that an accelerator type counts a chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A described slice: `name` as libtpu has it, its chip, its shape in chips, and JAX's devices."""
+
+    name: str
+    chip: chips.Chip
+    shape: tuple[int, ...]
+    devices: tuple[Any, ...]
+
+    @property
+    def is_torus(self) -> bool:
+        """Whether its ends are linked: whole rows of a pod of v5e or v6e, or cubes of 4 x 4 x 4 of the others."""
+        if len(self.shape) == 2:
+            return max(self.shape) >= 16
+        return all(size % 4 == 0 for size in self.shape)
+
+    def link_bandwidth(self, group: list[Any]) -> float:
+        """Bytes/s that a device can send while these devices run a ring: over the links along their directions.
+
+        Along a direction in which they differ there are two links, one where the slice has ends there (the ring then
+        comes back the way it went).
+        """
+        points = [tuple(device.coords) for device in group]
+        links = 0
+        for axis, size in enumerate(self.shape):
+            extent = len({point[axis] for point in points})
+            if extent > 1:
+                wraps = (size >= 16 if len(self.shape) == 2 else self.is_torus) and extent == size
+                links += 2 if wraps else 1
+        return max(links, 1) * self.chip.link_bandwidth / self.chip.devices
+
+
+def prepare_environment() -> None:
+    """Makes JAX start on the CPU, whatever else there is. Before anything starts JAX; only for a process of its own."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+
+def _prepare_compiler() -> None:
+    """Makes libtpu look for no TPU when it is loaded; without effect where a TPU is in use."""
+    # One process at a time may hold a TPU's libtpu; compilers need not wait for each other. The others are what libtpu
+    # would ask the machine for and say that it did not find; no slice's shape follows from them.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_HOST_BOUNDS", "1,1,1"),
+                        ("TPU_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
+        os.environ.setdefault(name, value)
+
+
+def describe(name: str) -> Slice:
+    """The slice of a topology, "v5e:8x8", or of an accelerator type, "v5e-64" or "v4-32".
+
+    Raises:
+      UserError: no libtpu, a chip that is not in `chips.CHIPS`, or a shape that libtpu refuses.
+    """
+    kind, shape = _parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("marjax compile needs the TPU compiler, libtpu, which is not installed: pip install "
+                        "'marjax[tpu]' (no TPU is needed)")
+    _prepare_compiler()
+    from jax.experimental import topologies
+
+    # A v4 chip's two cores appear as one device, as they do on a real slice.
+    settings = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    text = f"{kind}:{'x'.join(map(str, shape))}"
+    try:
+        devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=text, **settings).devices
+    except Exception as error:  # libtpu's own, of a type that is not public
+        raise UserError(f"--topology {name}: libtpu does not take {text}: {str(error).splitlines()[0]}") from None
+    chip = chips.of_kind(devices[0].device_kind)
+    if chip is None:
+        raise UserError(f"--topology {name}: nothing is known of chip {devices[0].device_kind!r}; see marjax/chips.py")
+    return Slice(text, chip, shape, tuple(devices))
+
+
+def _parse(name: str) -> tuple[str, tuple[int, ...]]:
+    known = ", ".join(dict.fromkeys(chip.name for chip in chips.CHIPS if chip.source.startswith("http")))
+    expected = f"give CHIP:SHAPE such as v5e:8x8 or v4:2x2x4, or a type such as v5e-64; chips: {known}"
+    if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
+        kind, text = found.groups()
+    elif found := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
+        kind, count = found[1], int(found[2])
+        shapes = _SHAPES.get(kind, {})
+        text = shapes.get(count // _CORES.get(kind, 1), "")
+        if kind in _SHAPES and not text:
+            counts = ", ".join(str(number * _CORES.get(kind, 1)) for number in shapes)
+            raise UserError(f"--topology {name}: the sizes of {kind} are {counts}; or give its shape, such as "
+                            f"{kind}:{next(iter(shapes.values()))}")
+    else:
+        raise UserError(f"--topology {name!r}: {expected}")
+    kind = "v5e" if kind == "v5litepod" else kind
+    if kind not in _SHAPES:
+        raise UserError(f"--topology {name}: there is no chip {kind!r}: {expected}")
+    return kind, tuple(int(size) for size in text.split("x"))

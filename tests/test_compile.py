@@ -1,0 +1,200 @@
+"""Compiling for slices that are not there: names, estimates, advice, the search; one real compile where libtpu is."""
+
+import importlib.util
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import DIGITS, make_autoencoder, make_digits
+from jax.sharding import AxisType, Mesh
+
+from marjax import chips, cli, sharding
+from marjax import config as config_lib
+from marjax.compile import hlo, programs, report, roofline, search, topology
+from marjax.errors import UserError
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: marjax[tpu]")
+
+
+@pytest.mark.parametrize("name, kind, shape", [
+    ("v5e:8x8", "v5e", (8, 8)), ("v5e-64", "v5e", (8, 8)), ("v5litepod-256", "v5e", (16, 16)),
+    ("v4-32", "v4", (2, 2, 4)),
+    ("v5p-32", "v5p", (2, 2, 4)), ("v6e-8", "v6e", (2, 4)), ("v4:4x4x4", "v4", (4, 4, 4))])
+def test_slices_are_named_as_google_does(name, kind, shape):
+    assert topology._parse(name) == (kind, shape)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("v5e-63", "4, 8, 16"), ("v4-24", "8, 16, 32"), ("v9:2x2", "no chip 'v9'"), ("h100:8", "no chip 'h100'"),
+    ("tpu", "give CHIP:SHAPE"), ("", "give CHIP:SHAPE")])
+def test_other_names_are_told(name, message):
+    with pytest.raises(UserError, match=message):
+        topology._parse(name)
+
+
+def test_without_libtpu_the_message_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cli.main(["compile", "--topology", "v5e:2x2", "--config", f"{DIGITS}:debug"]) == 2
+    assert "pip install 'marjax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--search", "--programs", "train"], "--search"), (["--programs", "train,sing"], "'sing'")])
+def test_other_slips_are_told(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cli.main(["compile", "--topology", "v5e:2x2", "--config", f"{DIGITS}:debug", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def described(shape, chip="v5e"):
+    """A slice of that shape, its devices in order of their coordinates, four a host."""
+    points = list(np.ndindex(*shape))
+    devices = [types.SimpleNamespace(id=i, coords=point, process_index=i // 4) for i, point in enumerate(points)]
+    found = next(each for each in chips.CHIPS if each.name == chip)
+    return topology.Slice(f"{chip}:{shape}", found, shape, tuple(devices))
+
+
+def test_links_count_along_the_directions_of_a_ring():
+    small, pod = described((4, 4)), described((16, 16))
+    link = small.chip.link_bandwidth
+    row = [device for device in small.devices if device.coords[0] == 0]
+    assert small.link_bandwidth(row) == link and small.link_bandwidth(list(small.devices)) == 2 * link
+    # A pod's rows and columns close into rings; half a row does not.
+    row = [device for device in pod.devices if device.coords[0] == 0]
+    assert pod.link_bandwidth(row) == 2 * link and pod.link_bandwidth(list(pod.devices)) == 4 * link
+    assert pod.link_bandwidth(row[:8]) == link
+    cube = described((4, 4, 4), "v4")
+    assert cube.link_bandwidth(list(cube.devices)) == 6 * cube.chip.link_bandwidth
+    assert described((2, 2, 4), "v4").link_bandwidth(list(described((2, 2, 4)).devices)) == 3 * cube.chip.link_bandwidth
+
+
+def test_an_estimate_adds_up_what_binds_each_instruction():
+    there = described((2, 4))
+    mesh = types.SimpleNamespace(devices=np.array(there.devices, object).reshape(2, 4, 1), size=8)
+
+    def operation(passes, moved, times, cycles=0):
+        return hlo.Operation("x", "fusion", passes, passes, moved, cycles, times, "")
+
+    def collective(sent, group, overlapped):
+        return hlo.Collective("all-reduce", "f32", group, sent, 1, "", overlapped)
+
+    chip = there.chip
+    program = hlo.Program(
+        (collective(50e9 * 0.5, 4, False), collective(100e9 * 0.25, 8, True), collective(1e20, 1, False)),
+        (operation(chip.flops, 1.0, 2, cycles=int(chip.clock)), operation(1.0, chip.hbm_bandwidth, 3)), (), ())
+    found = roofline.estimate(program, 8 * chip.flops, there, mesh)
+    assert found.products == pytest.approx(2) and found.memory == pytest.approx(3)
+    assert found.collectives == pytest.approx(0.5) and found.overlapped == pytest.approx(0.25)
+    assert found.seconds == pytest.approx(5.5) and found.bound == "HBM"
+    assert found.mfu == pytest.approx(1 / 5.5) and found.compiler == pytest.approx(2.5)
+    # What cannot be hidden is waited for.
+    slow = hlo.Program((collective(100e9 * 9, 8, True),), program.operations, (), ())
+    assert roofline.estimate(slow, 1.0, there, mesh).collectives == pytest.approx(9 - 5)
+
+
+def test_out_of_memory_is_read_from_the_compiler_s_message():
+    message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+               "HLO temporaries (19.89G) exceeds available HBM (15.75G). HLO module: jit_step.")
+    assert programs.out_of_memory(message) == (19.89 * 2**30, 15.75 * 2**30)
+    with pytest.raises(UserError, match="gave up: INTERNAL: something"):
+        programs.out_of_memory("INTERNAL: something\nelse")
+
+
+def test_too_much_is_met_with_what_to_change():
+    config = config_lib.resolve(config_lib.load("configs/imagenet256.py:model=mar_huge"))
+    mesh = types.SimpleNamespace(shape={"data": 64, "fsdp": 1, "tensor": 1}, size=64)
+    lowered = programs.Lowered("train", 2048, 1.0, lambda: None, state_bytes=14 * 2**30)
+    compiled = programs.Compiled(lowered, 1.0, programs.Memory(20 * 2**30), None, 15.75 * 2**30)
+    tips = report.advice(compiled, config, mesh)
+    # 16 parts of 1280 and 1536 rows are tiles of 16; 32 of 1280 are not.
+    assert "--config.mesh.fsdp=16" in tips[0] and "accumulate=2" in tips[-1] and not any("remat" in tip for tip in tips)
+    looser = {"model.remat": "none", "model.denoiser.remat": "dots"}
+    looser = config_lib.resolve(config_lib.apply_overrides(config, looser))
+    tips = " ".join(report.advice(compiled, looser, types.SimpleNamespace(shape={"data": 4, "fsdp": 16}, size=64)))
+    assert "model.remat=dots" in tips and "denoiser.remat=full" in tips
+
+
+@pytest.mark.parametrize("fixed, each, start, most", [
+    (3.0, 0.1, 32, 3), (3.0, 0.1, 128, 4), (3.0, 0.1, 1, 6), (3.0, 0.1, 1024, 4), (0.0, 0.012, 8, 5), (14.0, 1.5, 64, 4)])
+def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
+    compiles = []
+
+    def trial(batch):  # not quite even growth
+        return search.Trial(fixed + each * batch + 0.001 * batch**1.1, 16.0, batch)
+
+    def compile_at(batch):
+        compiles.append(batch)
+        return trial(batch)
+
+    found = search.largest_batch("full", compile_at, start, fixed)
+    assert found.batch == found.result == max(batch for batch in (2**i for i in range(11)) if trial(batch).fits)
+    assert len(compiles) == len(set(compiles)) <= most
+    assert "full" in search.table([found])
+
+
+def test_the_search_says_when_nothing_fits():
+    found = search.largest_batch("none", lambda batch: search.Trial(17.0 + batch, 16.0), 32, 17.0)
+    assert found.batch == 0 and found.more == 18.0 and "none" in search.table([found])
+
+
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_programs_need_no_weights(name):
+    head = {"vq": {"model__head": "categorical"}}.get(name, {})
+    config = config_lib.resolve(make_autoencoder(name, "no/such/file", **head))
+    mesh = sharding.make_mesh(1)
+    made = programs.lowered_programs(config, mesh, cached=True)
+    assert [each.name for each in made] == list(programs.NAMES)
+    with jax.set_mesh(mesh):
+        text = made[0].lower().as_text()
+    moments = "tensor<16x4x4xi32>" if name == "vq" else "tensor<16x4x4x8xbf16>"
+    assert moments in text and "xui8>" not in text
+    assert all(each.model_flops > 0 and each.state_bytes > 0 for each in made)
+
+
+def test_pixels_have_no_latents_to_cache():
+    config = config_lib.resolve(make_digits())
+    with pytest.raises(UserError, match="cannot be cached"):
+        programs.lowered_programs(config, sharding.make_mesh(1), ("train",), cached=True)
+    assert [each.name for each in programs.lowered_programs(config, sharding.make_mesh(1))] == ["train", "sample"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_train_step_compiles_for_tpus_that_are_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    before = jax.config.jax_enable_compilation_cache
+    assert cli.main(["compile", "--topology", "v5e-4", "--config", f"{DIGITS}:debug", "--programs", "train", "--json",
+                     "--hlo", str(tmp_path), "--config.model.dtype=bfloat16"]) == 0
+    assert jax.config.jax_enable_compilation_cache == before
+    made = json.loads(capsys.readouterr().out)
+    (step,) = made["programs"]
+    assert made["topology"] == "v5e:2x2" and made["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert step["fits"] and 0 < step["hbm_bytes"]["state"] < step["hbm_bytes"]["needed"] < step["hbm_bytes"]["usable"]
+    assert step["roofline"]["seconds"] > 0 and step["roofline"]["compiler"] > step["roofline"]["seconds"] / 2
+    assert 0 < step["roofline"]["mfu"] < 1 and step["steps"] == 20
+    # Products in bfloat16 as asked for, but for the class table's gradient.
+    assert step["flops_by_dtype"]["bf16"] > 0.98 * step["flops"] > 0.98 * step["model_flops_all_devices"] / 4
+    assert set(step["collective_bytes"]) == {"all-reduce"}
+    program = hlo.read((tmp_path / "train.txt").read_text(), 4)
+    assert program.flops == step["flops"]
+
+
+@needs_libtpu
+def test_a_described_mesh_keeps_tensor_groups_on_a_host():
+    there = topology.describe("v5e:4x4")
+    mesh = sharding.make_mesh(-1, 2, 4, there.devices)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 4} and (hosts == hosts[..., :1]).all()
+    assert len({device.id for device in mesh.devices.flat}) == 16
+    with pytest.raises(UserError, match="tensor is 8.*must not span hosts"):
+        sharding.make_mesh(-1, 1, 8, there.devices)
+    assert isinstance(mesh, Mesh) and mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@needs_libtpu
+def test_a_shape_that_libtpu_refuses_is_told():
+    with pytest.raises(UserError, match="libtpu does not take v5e:3x3"):
+        topology.describe("v5e:3x3")

@@ -1,0 +1,177 @@
+"""Reading compiled programs: snippets as XLA writes them on CPU and TPU, with the numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marjax.compile import hlo
+
+LOOP = """HloModule jit_f, is_scheduled=true
+
+%region_0.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%fused (p0: bf16[4,128,256], p1: s32[], p2: bf16[64,128]) -> bf16[64,256] {
+  %p0 = bf16[4,128,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %p2 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,128,256]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,128,256}
+  %one = bf16[128,256]{1,0} bitcast(%slice)
+  ROOT %product = bf16[64,256]{1,0} convolution(%p2, %one), dim_labels=bf_io->bf
+}
+
+%body (arg: (s32[], bf16[4,128,256], bf16[64,128])) -> (s32[], bf16[4,128,256], bf16[64,128]) {
+  %arg = (s32[]{:T(128)}, bf16[4,128,256]{2,1,0}, /*index=2*/bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %w = bf16[4,128,256]{2,1,0} get-tuple-element(%arg), index=1
+  %x = bf16[64,128]{1,0} get-tuple-element(%arg), index=2
+  %y = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %i, %x), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/mlp"}, backend_config={"estimated_cycles":"1000"}
+  %sum = (f32[10]{0}, bf16[20]{0:T(256)(128)(2,1)S(1)}) all-reduce(%i, %i), channel_id=1, replica_groups=mesh['a'=4,'b'=16] {'b'}, to_apply=%region_0.1
+  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%i, %w, %x)
+}
+
+%condition (arg: (s32[], bf16[4,128,256], bf16[64,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(4)
+  %arg = (s32[]{:T(128)}, bf16[4,128,256]{2,1,0}, bf16[64,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (w: bf16[4,128,256], x: bf16[64,128]) -> bf16[64,128] {
+  %w = bf16[4,128,256]{2,1,0} parameter(0)
+  %x = bf16[64,128]{1,0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%zero, %w, %x)
+  %loop = (s32[], bf16[4,128,256], bf16[64,128]) while(%start), condition=%condition, body=%body
+  ROOT %end = bf16[64,128]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+def entry(*lines, head=""):
+    body = "\n".join(f"  {line}" for line in lines)
+    start = "ENTRY %main (x: f32[8,16]) -> f32[8,16] {\n  %x = f32[8,16]{1,0} parameter(0)\n"
+    return f"HloModule m\n\n{head}{start}{body}\n}}\n"
+
+
+def test_what_a_loop_holds_counts_as_often_as_it_runs():
+    program = hlo.read(LOOP, 64)
+    assert program.flops == 4 * 2 * 64 * 128 * 256
+    assert program.flops_by_dtype() == {"bf16": program.flops}
+    (found,) = program.collectives
+    # Rings of 16: 10 float32 and 20 bfloat16 values, twice 15/16 of them, four times.
+    assert (found.kind, found.group, found.times) == ("all-reduce", 16, 4)
+    assert found.total == pytest.approx(4 * 2 * 15 / 16 * 80)
+    fusion = next(each for each in program.operations if each.opcode == "fusion")
+    # One layer of the weights, not all four, and x; the result stays on the chip. (A scalar index counts too.)
+    assert fusion.bytes == 128 * 256 * 2 + 64 * 128 * 2 + 4 and fusion.times == 4
+    assert fusion.cycles == 1000 and fusion.source == "jit(f)/mlp"
+
+
+def test_a_known_trip_count_is_believed():
+    text = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert hlo.read(text, 64).collectives[0].times == 7
+
+
+@pytest.mark.parametrize("line, kind, group, sent", [
+    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add", "all-reduce", 2, 2 / 2 * 512),
+    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add", "all-reduce", 8, 2 * 7 / 8 * 512),
+    ("%r = f32[32,16]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", 4, 3 / 4 * 2048),
+    ("%r = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]", "all-gather", 4,
+     3 / 4 * 2048),
+    ("%r = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", 4, 3 * 128),
+    ("%r = f32[8,16]{1,0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-to-all", 4, 3 / 4 * 512),
+    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 8, 512),
+    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, to_apply=%add", "all-reduce", 2,
+     2 / 2 * 512),
+])
+def test_a_ring_sends(line, kind, group, sent):
+    (found,) = hlo.read(entry(line), 8).collectives
+    assert (found.kind, found.group) == (kind, group) and found.bytes == pytest.approx(sent)
+    assert found.overlapped == ("-start" in line)
+
+
+def test_the_second_half_of_an_asynchronous_collective_is_no_other():
+    text = entry("%s = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]",
+                 "%r = f32[32,16]{1,0} all-gather-done(%s)")
+    assert len(hlo.read(text, 8).collectives) == 1
+
+
+def test_a_collective_spread_over_fusions_counts_once_and_a_written_out_reduce_scatter_as_one():
+    def fused(name, line):
+        start = f"%{name} (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
+        return f"{start}  ROOT %c = {line}\n}}\n\n"
+
+    chain = ('f32[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1,2,3}}, '
+             'frontend_attributes={chain_id="2"}')
+    reduce = "f32[8,16]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add"
+    head = fused("first", chain) + fused("second", chain) + fused("all-reduce-scatter.3", reduce)
+    text = entry(*(f"%r{i} = f32[8,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
+                   for i, name in enumerate(("first", "second", "all-reduce-scatter.3"))), head=head)
+    found = hlo.read(text, 4).collectives
+    assert [(each.kind, each.overlapped) for each in found] == [("all-gather", True), ("reduce-scatter", False)]
+    assert found[1].bytes == pytest.approx(3 / 4 * 512)  # what goes in is whole
+
+
+def test_float32_products_take_as_many_passes_as_their_precision_says():
+    line = ("%r = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}, "
+            "operand_precision={highest,highest}")
+    (product,) = hlo.read(entry(line), 1).products
+    assert product.flops == 2 * 8 * 8 * 16 and product.passes == 6
+    assert hlo.read(entry(line), 1).operations[0].passes == 6 * product.flops
+
+
+@pytest.mark.parametrize("given, message", [("nothing", "no ENTRY")])
+def test_other_text_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        hlo.read(given, 1)
+
+
+def counted(function, *shapes):
+    """Our FLOPs and XLA's own of a compiled function without loops."""
+    compiled = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+    return hlo.read(compiled.as_text(), 1).flops, compiled.cost_analysis()["flops"]
+
+
+def test_flops_of_what_jax_compiles_here_are_xla_s():
+    ours, theirs = counted(lambda a, b: a @ b, (32, 48), (48, 64))
+    assert ours == theirs == 2 * 32 * 48 * 64
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    ours, theirs = counted(convolve, (2, 16, 16, 8), (3, 3, 8, 4))
+    # XLA's count leaves out taps on padding, and so does ours.
+    assert ours == pytest.approx(theirs, rel=0.02) and ours < 2 * 2 * 8 * 8 * 4 * 9 * 8
+
+
+def test_scans_count_fully_where_xla_counts_once():
+    def scanned(x, w):
+        return jax.lax.scan(lambda c, w: (c @ w, None), x, w)[0]
+
+    ours, theirs = counted(scanned, (16, 32), (5, 32, 32))
+    assert ours == 5 * 2 * 16 * 32 * 32 and theirs < ours
+
+
+def test_an_autoencoder_s_flops_by_hand_are_those_of_its_program():
+    from marjax import flops
+    from marjax.tokenizers import autoencoder
+    from marjax.tokenizers.spec import Spec
+
+    spec = Spec(width=32, channel_mults=(1, 2), num_res_blocks=1, latent_channels=4, embed_dim=8,
+                encoder_attn_resolutions=(128,))
+    params = autoencoder.abstract_params(spec)
+    network = autoencoder.Autoencoder(spec)
+    for method, shape, by_hand in zip(("encode", "decode"), ((1, 16, 16, 3), (1, 8, 8, 8)),
+                                      flops.autoencoder_flops(spec, 16), strict=True):
+        given = jax.ShapeDtypeStruct(shape, jnp.float32)
+        run = jax.jit(lambda params, x, method=method: network.apply({"params": params}, x, method=method))
+        program = hlo.read(run.lower(params, given).compile().as_text(), 1)
+        # Padding makes up the difference: at 16 pixels a border of 3 x 3 taps is some percent.
+        assert 0.85 * by_hand < program.flops <= by_hand, method
+    assert np.isfinite(by_hand)
