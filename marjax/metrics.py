@@ -1,14 +1,16 @@
 """Where metrics go: JSON lines and TensorBoard in the work directory, a progress bar on a terminal.
 
-Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes. TensorBoard files are written by tensorboardX:
-no TensorFlow.
+Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes, in a thread of its own, so that slow storage
+does not hold up the steps. TensorBoard files are written by tensorboardX: no TensorFlow.
 """
 
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,11 @@ import tqdm
 from etils import epath
 
 from marjax.errors import UserError
+from marjax.files import write_bytes
 from marjax.generation.images import write_png
+from marjax.storage import is_remote
+
+_REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object store
 
 
 class MetricWriter:
@@ -39,11 +45,17 @@ class MetricWriter:
         self._events: Any = None
         self._bar: Any = None
         self._path = self._root / "metrics.jsonl"
+        self._pool = ThreadPoolExecutor(1, "marjax-metrics")
+        self._writes: list[Future[None]] = []
+        self._unwritten = self._lines_wait = False
+        # An object is written anew as a whole: at every line, that would be gigabytes over a long run.
+        self._pause = _REMOTE_PAUSE if is_remote(workdir) else 0.0
+        self._last_write = -math.inf
         if not active:
             return
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
         self._lines = [line for line in self._read() if line["step"] <= start_step]
-        self._flush()
+        self._write_lines()
         if tensorboard:
             self._events = tensorboardX.SummaryWriter(os.fspath(self._root / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
@@ -55,11 +67,11 @@ class MetricWriter:
             return
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._lines.append({"step": step, **finite})
-        self._flush()
+        self._unwritten = True
+        if time.monotonic() - self._last_write >= self._pause:
+            self._queue_lines()
         if self._events is not None:
-            for name, value in finite.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()
+            self._queue(lambda: self._write_events(step, finite))
         shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
                  **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
@@ -72,11 +84,7 @@ class MetricWriter:
         """A picture, uint8 (H, W, 3), as `samples/<name>_<step>.png` and in TensorBoard."""
         if not self.active:
             return
-        folder = self._root / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(folder / f"{name}_{step:08d}.png", picture)
-        if self._events is not None:
-            self._events.add_image(name, picture, step, dataformats="HWC")
+        self._queue(lambda: self._write_picture(step, name, picture))
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether a metric with a name that begins so was written at that step; on every process."""
@@ -93,11 +101,52 @@ class MetricWriter:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
 
+    def flush(self, seconds: float | None = None) -> bool:
+        """Waits until all is written, or for so long; whether it is. Raises UserError: something could not be."""
+        if self._unwritten:
+            self._queue_lines()
+        wait(self._writes, seconds)
+        self._raise_failures()
+        return not self._writes
+
     def close(self) -> None:
+        """Writes what is left. Raises UserError: something could not be written."""
+        if self._unwritten:
+            self._queue_lines()
+        self._pool.shutdown()
         if self._events is not None:
             self._events.close()
         if self._bar is not None:
             self._bar.close()
+        self._raise_failures()
+
+    def _queue_lines(self) -> None:
+        self._unwritten, self._last_write = False, time.monotonic()
+        if not self._lines_wait:  # else the write that waits takes the lines along
+            self._lines_wait = True
+            self._queue(self._write_lines)
+
+    def _queue(self, write: Callable[[], None]) -> None:
+        self._raise_failures()
+        self._writes.append(self._pool.submit(write))
+
+    def _raise_failures(self) -> None:
+        done = [write for write in self._writes if write.done()]
+        self._writes = [write for write in self._writes if not write.done()]
+        for write in done:
+            write.result()
+
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def _write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        folder = self._root / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / f"{name}_{step:08d}.png", picture)
+        if self._events is not None:
+            self._events.add_image(name, picture, step, dataformats="HWC")
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -110,12 +159,10 @@ class MetricWriter:
                 break  # cut short by a crash; what follows would be later still
         return lines
 
-    def _flush(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        partial = self._root / "metrics.jsonl.partial"
+    def _write_lines(self) -> None:
+        self._lines_wait = False
+        text = "".join(json.dumps(line) + "\n" for line in list(self._lines))
         try:
-            partial.write_text(text)
-            partial.replace(self._path)
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror or error}): free space, or resume in a "
-                            f"folder that can") from None
+            write_bytes(self._path, text.encode())
+        except UserError as error:
+            raise UserError(f"{error}, to resume") from None

@@ -1,10 +1,12 @@
 """Metric files: names, resumption, lines cut short."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 
+from marjax import metrics
 from marjax.errors import UserError
 from marjax.metrics import MetricWriter
 
@@ -45,3 +47,47 @@ def test_pictures(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "gone", [1], tensorboard=False)
+
+
+def test_storage_that_hangs_holds_up_nothing(tmp_path, monkeypatch):
+    """Lines that come meanwhile are written together once it goes on."""
+    hangs, writes, real = threading.Event(), [], metrics.write_bytes
+
+    def slow(path, data):
+        writes.append(data)
+        assert hangs.wait(60)
+        real(path, data)
+
+    writer = MetricWriter(tmp_path, start_step=0, total_steps=9, tensorboard=False, progress=False)
+    monkeypatch.setattr(metrics, "write_bytes", slow)
+    for step in range(1, 6):
+        writer.scalars(step, {"train/loss": 1.0})
+    assert not writer.flush(seconds=0.05) and lines(tmp_path) == []
+    hangs.set()
+    assert writer.flush() and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5] and len(writes) <= 3
+    writer.close()
+
+
+def test_a_failed_write_is_told_at_the_next(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = MetricWriter(folder, start_step=0, total_steps=9, tensorboard=False, progress=False)
+    (folder / "metrics.jsonl").unlink()
+    folder.rmdir()
+    writer.scalars(1, {"train/loss": 1.0})
+    with pytest.raises(UserError, match="cannot be written"):
+        writer.flush()
+
+
+def test_an_object_store_is_not_written_at_every_line(tmp_path, monkeypatch):
+    """But before a checkpoint and at the end it has them all."""
+    writes, real = [], metrics.write_bytes
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "write_bytes", lambda path, data: (writes.append(data), real(path, data)))
+    writer = MetricWriter(tmp_path, start_step=0, total_steps=99, tensorboard=False, progress=False)
+    for step in range(1, 11):
+        writer.scalars(step, {"train/loss": 1.0})
+    assert writer.flush() and len(lines(tmp_path)) == 10
+    writer.scalars(11, {"train/loss": 1.0})
+    writer.close()
+    assert len(lines(tmp_path)) == 11 and len(writes) <= 4

@@ -148,8 +148,8 @@ def test_a_checkpoint_of_another_shape_is_refused(undisturbed, tmp_path):
 
 def test_what_a_run_leaves(tmp_path):
     train(make_digits(log__samples_every=2, log__tensorboard=True, sample__batch_size=4), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "samples",
-                                                          "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "started.json", "metrics.jsonl", "checkpoints",
+                                                          "samples", "tensorboard"}
     from PIL import Image
 
     pictures = sorted((tmp_path / "samples").iterdir())
@@ -159,7 +159,9 @@ def test_what_a_run_leaves(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     names = set().union(*rows)
     assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter1", "train/grad_norm", "train/param_norm",
-            "train/lr", "perf/images_per_sec_per_chip", "perf/mfu", "data/wait_frac"} <= names
+            "train/lr", "perf/images_per_sec_per_chip", "perf/mfu", "perf/step_seconds_p50", "perf/step_seconds_p99",
+            "perf/host_seconds_p50", "perf/checkpoint_seconds", "perf/draw_seconds", "perf/goodput",
+            "data/wait_frac"} <= names
 
 
 def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
@@ -179,3 +181,11 @@ def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "__next__", slow)
     train(make_digits(), tmp_path / "slow")
     assert share(tmp_path / "slow") > 0.6 > share(undisturbed[1])
+
+
+def test_a_trace_of_some_steps(tmp_path):
+    with pytest.raises(UserError, match=r"steps 3:9 cannot be traced: this start goes from step 1 to 4"):
+        train(make_digits(), tmp_path / "run", profile=(3, 9))
+    train(make_digits(), tmp_path / "run", profile=(2, 3))
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000

@@ -19,11 +19,10 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from marjax import distributed
 from marjax.checkpoints import checksums
 from marjax.errors import UserError
 
@@ -238,6 +237,10 @@ class Checkpoints:
             "Restore them from a copy, or start again in another directory."
         )
 
+    def is_busy(self) -> bool:
+        """Whether a save is under way on any process: the next would wait for it. All processes must call this."""
+        return distributed.any_process(self._manager.is_saving_in_progress())
+
     def wait(self) -> None:
         """Waits until the save under way is complete.
 
@@ -418,13 +421,7 @@ def _free_name(folder: epath.Path, step: int) -> epath.Path:
 
 def _agree(problem: str) -> None:
     """Raises _DamageError in every process if any process has a problem."""
-    if jax.process_count() > 1:
-        text = np.zeros(512, np.uint8)
-        encoded = np.frombuffer(problem.encode()[:512], np.uint8)
-        text[: encoded.size] = encoded
-        texts = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, 512)
-        found = [bytes(t).rstrip(b"\0").decode(errors="replace") for t in texts]
-        problem = next((f"process {i}: {t}" for i, t in enumerate(found) if t), "")
+    problem = distributed.agree(problem)
     if problem:
         raise _DamageError(problem)
 

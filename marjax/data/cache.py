@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from marjax import config as config_lib
-from marjax import sharding
+from marjax import distributed, sharding
 from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
@@ -104,9 +104,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
     with claimed(folder, "marjax cache-latents", f"lock-{index}-of-{count}"):
-        if index == 0:
-            _begin(folder, manifest, overwrite)
-        _meet(count)
+        distributed.on_first(lambda: _begin(folder, manifest, overwrite))
         mine = range(index * manifest.num_shards // count, (index + 1) * manifest.num_shards // count)
         waiting = [shard for shard in mine if not os.path.exists(os.path.join(folder, manifest.shard_file(shard)))]
         worker = _Encoder(config, tokenizer, manifest, folder, batch_size, measure, progress)

@@ -27,6 +27,7 @@ from absl import flags
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
+from marjax.data.workers import serve_parent
 from marjax.errors import UserError
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
@@ -219,10 +220,15 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
     if not flags.FLAGS.is_parsed():
         # Grain's workers inherit its flags. Without absl.app (notebooks, tests) nobody has parsed any.
         flags.FLAGS.mark_as_parsed()
-    shared = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    shared = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker)
     # Copied out of the workers' shared memory, by a thread of its own: what still lies there when the program ends is
     # complained about, and lost until then.
     return grain.experimental.ThreadPrefetchIterDataset(shared.map(_copied), prefetch_buffer_size=1)
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    serve_parent()
 
 
 def _copied(batch: Batch) -> Batch:

@@ -91,7 +91,16 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
 def _start_worker(count: Any, stop: Any) -> None:
     global _shared
     _shared = count, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which then says stop
+    serve_parent()
+
+
+def serve_parent() -> None:
+    """In a worker process: it ends when its parent says so or is gone, and not by a signal to all of its group.
+
+    Ctrl-C and a scheduler's SIGTERM reach a whole group; what to do then is the parent's business.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -16,7 +16,7 @@ from clu import parameter_overview
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import flops, peak, sharding
+from marjax import distributed, flops, peak, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples
@@ -29,25 +29,32 @@ from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training import state as state_lib
+from marjax.training.clock import Clock
 from marjax.training.optimizer import make_optimizer
+from marjax.training.profile import Profile
 from marjax.training.run import Intervals, Run
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
-from marjax.workdir import claim_workdir
+from marjax.workdir import claim_workdir, first_start, settings_of_all
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
+          profile: tuple[int, int] | None = None) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
+
+    With several processes (see `marjax/distributed.py`) all of them call this, with the same config.
 
     Args:
       config: as a config file returns it, or resolved.
-      workdir: local path or gs:// address; made if need be.
+      workdir: local path or gs:// address; made if need be. Of several processes, one that all of them see.
+      profile: the first and the last step of a trace, written below the work directory.
 
     Returns:
       The final state, on the devices.
 
     Raises:
       UserError: a config, data set, work directory or checkpoint that cannot be used.
+      PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
     config = config_lib.resolve(config)
@@ -65,12 +72,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
     open_batches(config, start_step=0, examples=examples).close()
     probe = Probe(config) if config.eval.every else None
-    claim_workdir(workdir, config)
+    about = distributed.check(mesh, settings_of_all(config))
+    distributed.on_first(lambda: claim_workdir(workdir, config))
 
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
     optimizer = make_optimizer(config.train)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
     train_step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
 
@@ -83,20 +91,25 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) ->
             items = restored.items
             state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],
                                opt_state=items["optimizer"]["opt_state"])
-        start = int(state.step)
+        start, meta = int(state.step), {} if restored is None else restored.meta
+        tracer = None if profile is None else Profile(*profile, workdir, start, config.train.steps)
+        active = jax.process_index() == 0
+        clock = Clock(config.train.batch_size, mesh.size,
+                      flops.train_flops(generator) / peak.device_peak(config.model.dtype),
+                      productive=meta.get("productive_seconds", 0.0), first_start=first_start(workdir, write=active))
         writer = MetricWriter(workdir, start_step=start, total_steps=config.train.steps,
-                              tensorboard=config.log.tensorboard, progress=config.log.progress,
-                              active=jax.process_index() == 0)
-        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters, mesh "
-                    f"{dict(mesh.shape)}, {jax.devices()[0].device_kind}; "
+                              tensorboard=config.log.tensorboard, progress=config.log.progress, active=active)
+        writer.note(about)
+        if mesh.size > 1:
+            writer.note(sharding.overview(abstract.params))
+        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
                     + (f"resuming at step {start} of {config.train.steps}" if restored else
                        f"{config.train.steps} steps"))
         log = config.log
         every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every)
         run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
                   draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
-                  advice="Lower config.train.lr or look at the data, then start again",
-                  flops_share=flops.train_flops(generator) / peak.device_peak(config.model.dtype),
+                  advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
                   evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
         weights = sampler.tokenizer_params
         try:

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from marjax import sharding
+from marjax import distributed, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
-from marjax.errors import TrainingError
+from marjax.errors import PreemptedError, TrainingError
 from marjax.metrics import MetricWriter
+from marjax.training.clock import Clock
+from marjax.training.profile import Profile
 
 Metrics = dict[str, jax.Array]
 S = TypeVar("S", bound="State")
@@ -53,13 +55,15 @@ class Intervals:
 class Run(Generic[S]):
     """Takes a state from its step to the last.
 
-    Metrics of a step are read once the next is dispatched, so that the devices never wait for the host. "finite" among
-    them, 1 or 0, says whether the run may go on.
+    The devices never wait for the host: a step is dispatched while the one before runs, and metrics are read later. Nor
+    for the storage: a checkpoint that is due while the one before is still being written is saved a little later.
+    "finite" among the metrics, 1 or 0, says whether the run may go on.
     """
 
     def __init__(self, every: Intervals, batch_size: int, mesh: Mesh, writer: MetricWriter, checkpoints: Checkpoints, *,
                  items: Callable[[S], dict[str, Any]], draw: Callable[[S], tuple[str, np.ndarray]], advice: str,
-                 flops_share: float = 0.0, evaluate: Callable[[S], dict[str, float]] | None = None) -> None:
+                 clock: Clock, profile: Profile | None = None,
+                 evaluate: Callable[[S], dict[str, float]] | None = None) -> None:
         """Args:
           every: when what is done.
           batch_size: images a step, of all processes.
@@ -69,61 +73,87 @@ class Run(Generic[S]):
           items: the trees of a checkpoint.
           draw: the name and the picture, uint8 (H, W, 3), of a state.
           advice: what to do about a loss that is not finite.
-          flops_share: FLOPs of an image over a device's FLOP/s, for `perf/mfu`; 0 to leave that out.
+          clock: of this start.
+          profile: which steps to trace, or None.
           evaluate: metrics of a state, by name; needed if `every.evaluate`.
         """
         self.every, self.batch_size, self.mesh = every, batch_size, mesh
-        self.writer, self.checkpoints = writer, checkpoints
-        self.items, self.draw, self.advice, self.flops_share = items, draw, advice, flops_share
-        self.evaluate = evaluate
+        self.writer, self.checkpoints, self.clock = writer, checkpoints, clock
+        self.items, self.draw, self.advice = items, draw, advice
+        self.evaluate, self.profile = evaluate, profile
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
-        self.window_start: float | None = None  # None until the first step, which compiles, is through
-        self.window_steps, self.window_wait = 0, 0.0
+        self.unsaved = 0  # the step whose checkpoint was due and is still to be saved; 0: none
 
     def steps(self, state: S, step_fn: Callable[[S, Any], tuple[S, Metrics]], batches: Iterator[Batch]) -> S:
-        """Runs `step_fn` on one batch after the other; `state` may be donated. Raises TrainingError."""
-        every = self.every
+        """Runs `step_fn` on one batch after the other; `state` may be donated.
+
+        Raises:
+          PreemptedError: the run was asked to stop, and has saved.
+          TrainingError: it cannot go on.
+        """
+        every, clock = self.every, self.clock
         start = int(state.step)
         if start and every.is_due(start, every.evaluate) and not self.writer.has(start, "eval/"):
             self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
         for step in range(start + 1, every.total + 1):
-            before = time.perf_counter()
-            batch = sharding.put_batch(next(batches), self.mesh)
-            if self._is_idle():  # else the devices were busy all the while
-                self.window_wait += time.perf_counter() - before
+            begun = time.perf_counter()
+            rows = next(batches)
+            waited, idle = time.perf_counter() - begun, self._is_idle()
+            batch = sharding.put_batch(rows, self.mesh)
+            if self.profile is not None:
+                self.profile.before(step, [metrics for _, metrics in self.unread])
             state, metrics = step_fn(state, batch)
+            if self.profile is not None:
+                self.profile.after(step, metrics)
+            begun = time.perf_counter()
+            # While this one runs, the host gets the next ready, and no more: batches would pile up. The first compiles.
+            if self.unread or step == start + 1:
+                jax.block_until_ready((self.unread[-1][1] if self.unread else metrics)["finite"])
+            clock.step(waited, idle, time.perf_counter() - begun)
             if self.unread and self.unread[-1][0] % every.log == 0:
                 self._read()
             self.unread.append((step, metrics))
-            self.window_steps += 1
             self.writer.progress(step)
-            if self.window_start is None:
-                jax.block_until_ready(metrics)
-                self._restart_clock()
-            saves, draws, evaluates = (every.is_due(step, each) for each in (every.save, every.draw, every.evaluate))
-            if saves or draws or evaluates:
-                self._read()  # also makes sure that what is saved is finite
-            if saves:
-                self.checkpoints.save(step, **self.items(state), meta={"images": step * self.batch_size})
-            if draws:
-                self.writer.image(step, *self.draw(state))
-            if evaluates:
+            stops = distributed.preempted(step)
+            if stops or every.is_due(step, every.save) or (self.unsaved and step % every.log == 0):
+                self._save(step, state, waits=stops or step == every.total)
+            if stops and step < every.total:
+                self.checkpoints.wait()
+                raise PreemptedError(f"saved at step {step} of {every.total}; the same command goes on")
+            if every.is_due(step, every.draw):
+                self._read()
+                with clock.pause("draw"):
+                    self.writer.image(step, *self.draw(state))
+            if every.is_due(step, every.evaluate):
                 self._evaluate(step, state)
-            if saves or draws or evaluates:
-                self._restart_clock()
         return state
+
+    def _save(self, step: int, state: S, waits: bool) -> None:
+        """Saves a checkpoint, unless the storage is still busy with the one before and this one can wait."""
+        self._read()  # also makes sure that what is saved is finite
+        with self.clock.pause("checkpoint"):
+            if not waits and self.checkpoints.is_busy():
+                if not self.unsaved:
+                    self.writer.note(f"step {step}: the checkpoint before is still being written; this one is put off")
+                self.unsaved = step
+                return
+            if not self.writer.flush(seconds=10.0):  # a resumed run does not write these lines again
+                self.writer.note(f"step {step}: metrics.jsonl is still being written")
+            self.checkpoints.save(step, **self.items(state), meta={
+                "images": step * self.batch_size, "productive_seconds": self.clock.productive,
+                "first_start": self.clock.first_start})
+            self.unsaved = 0
 
     def _evaluate(self, step: int, state: S) -> None:
         assert self.evaluate is not None
-        self.writer.scalars(step, self.evaluate(state))
+        self._read()
+        with self.clock.pause("eval"):
+            self.writer.scalars(step, self.evaluate(state))
 
     def _is_idle(self) -> bool:
         """Whether the devices are through with all steps dispatched."""
         last: Any = self.unread[-1][1]["finite"] if self.unread else None
         return last is None or last.is_ready()
-
-    def _restart_clock(self) -> None:
-        self.window_start, self.window_steps, self.window_wait = time.perf_counter(), 0, 0.0
 
     def _read(self) -> None:
         """Fetches the metrics kept back, stops if any step was not finite, and writes the lines that are due."""
@@ -141,14 +171,4 @@ class Run(Generic[S]):
                 + self.advice)
         for step, metrics in fetched:
             if step % self.every.log == 0:
-                self.writer.scalars(step, {**metrics, **self._performance()})
-
-    def _performance(self) -> dict[str, float]:
-        if self.window_start is None or not self.window_steps:
-            return {}
-        elapsed = time.perf_counter() - self.window_start
-        rate = self.window_steps * self.batch_size / elapsed / self.mesh.size
-        mfu = {"perf/mfu": rate * self.flops_share} if self.flops_share else {}
-        wait = self.window_wait / elapsed
-        self._restart_clock()
-        return {"perf/images_per_sec_per_chip": rate, **mfu, "data/wait_frac": wait}
+                self.writer.scalars(step, {**metrics, **self.clock.line()})

@@ -12,7 +12,7 @@ from clu import parameter_overview
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import sharding
+from marjax import distributed, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -23,8 +23,9 @@ from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
+from marjax.training.clock import Clock
 from marjax.training.run import Intervals, Run
-from marjax.workdir import claim_workdir
+from marjax.workdir import claim_workdir, first_start, settings_of_all
 
 _SHOWN = 32  # images in a picture
 _MEASURED_AT_ONCE = 32
@@ -74,7 +75,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
         raise UserError(f"{path} is there already, and {folder} is not the finished run that has made it: give "
                         f"another --out, or --overwrite it")
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
-    claim_workdir(folder, config, tokenizer=True)
+    distributed.on_first(lambda: claim_workdir(folder, config, tokenizer=True))
     state = _run(config, folder, trainer, abstract, mesh)
     stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
     report = _measured(config, stored)
@@ -97,17 +98,19 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
             items = restored.items
             state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],
                                      rest=items["optimizer"])
-        start = int(state.step)
+        start, meta = int(state.step), {} if restored is None else restored.meta
+        clock = Clock(train.batch_size, mesh.size, productive=meta.get("productive_seconds", 0.0),
+                      first_start=first_start(workdir, write=jax.process_index() == 0))
         writer = MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
                               progress=config.log.progress, active=jax.process_index() == 0)
-        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters, mesh "
-                    f"{dict(mesh.shape)}, {jax.devices()[0].device_kind}; "
+        writer.note(distributed.check(mesh, settings_of_all(config)))
+        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
                     + (f"resuming at step {start} of {train.steps}" if restored else f"{train.steps} steps"))
         every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
         run: Run[AutoencoderState] = Run(
             every, train.batch_size, mesh, writer, checkpoints, items=_items,
             draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
-            advice="Lower config.tokenizer.train.lr or look at the data, then start again")
+            advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
         step = make_step(trainer, abstract, mesh)
         try:
             with _open_batches(config, start) as batches, jax.set_mesh(mesh):
@@ -166,6 +169,5 @@ def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite
             raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
                             f"--overwrite it")
         return checksum
-    if jax.process_index() == 0:
-        autoencoder_file.write(path, stored.spec, stored.params, scale)
+    distributed.on_first(lambda: autoencoder_file.write(path, stored.spec, stored.params, scale))
     return checksum

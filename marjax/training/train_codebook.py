@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
+from marjax import distributed
 from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -78,7 +79,7 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
     psnr = 10.0 * math.log10(4.0 / mse) if mse else math.inf
     fit = Fit(mse, psnr, num_images, seed, source)
     if old is None:
-        write_npz(path, **arrays_of(codebook, fit))
+        distributed.on_first(lambda: write_npz(path, **arrays_of(codebook, fit)))
     elif old[0].checksum != codebook.checksum or old[1] != fit:
         _refuse(path, [f"mse {old[1].mse:.6g}, not {mse:.6g}, for the same settings"])
     return {"path": os.fspath(path), "checksum": codebook.checksum, "num_codes": codebook.num_codes,

@@ -1,0 +1,266 @@
+"""The JAX processes of a run: how they find each other, agree, are stopped together, and end when one is lost.
+
+`start` is for commands; nothing here is called at import. Slurm steps, Open MPI, Cloud TPU VMs and GKE are detected by
+JAX itself. JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID override what is
+detected; without any of these a process is alone.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from marjax.errors import LOST_PEER, PREEMPTED, UserError
+
+HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
+_DEFAULT_HEARTBEAT = 60
+_WIDTH = 1024  # bytes of a text that travels between processes
+
+# Number and rank of the processes of an MPI that JAX does not detect itself.
+_MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+
+
+class _Notice:
+    """Whether a process without others was asked to stop, and what SIGTERM did before it was listened for."""
+
+    given = False
+    before: Any = None
+
+
+def start(*, stops_at_steps: bool = False, coordinator: str | None = None, num_processes: int | None = None,
+          process_id: int | None = None) -> None:
+    """Connects this process to the others of its run, if there are any. Before the first use of a device.
+
+    A second call does nothing. A process that dies takes the others with it within MARJAX_HEARTBEAT_SECONDS (60).
+
+    Args:
+      stops_at_steps: whether SIGTERM is a notice that `preempted` gives at a common step, instead of the end.
+      coordinator, num_processes, process_id: in place of what the environment says.
+
+    Raises:
+      UserError: settings that are incomplete, or others that do not answer.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = _settings(coordinator, num_processes, process_id)
+    jax.config.update("jax_enable_preemption_service", stops_at_steps)
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
+                                   shutdown_timeout_seconds=_heartbeat())
+    except ValueError as error:
+        if given or "should be defined" not in str(error):
+            raise UserError(f"the processes of this run cannot be started: {_first_line(error)}. Give "
+                            f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
+        if stops_at_steps:
+            _listen()
+    except RuntimeError as error:
+        if "before any JAX" in str(error) and not given:  # called from a session that has used its devices
+            if stops_at_steps:
+                _listen()
+            return
+        raise UserError(f"the processes of this run do not find each other ({_first_line(error)}): start all of them, "
+                        f"within five minutes, with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES") from None
+
+
+def _settings(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
+    """What `jax.distributed.initialize` is told; nothing, to let it detect everything."""
+    given: dict[str, Any] = {}
+    for key, value, variable in (("num_processes", num_processes, "JAX_NUM_PROCESSES"),
+                                 ("process_id", process_id, "JAX_PROCESS_ID")):
+        if value is None and variable in os.environ:
+            if not os.environ[variable].isdecimal():
+                raise UserError(f"{variable} is {os.environ[variable]!r}: give a whole number")
+            value = int(os.environ[variable])
+        if value is not None:
+            given[key] = value
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None:
+        if not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"the coordinator's address is {address!r}: give host:port of process 0")
+        given["coordinator_address"] = address
+    for size, rank in _MPI:
+        if address is not None and size in os.environ and rank in os.environ:
+            given.setdefault("num_processes", int(os.environ[size]))
+            given.setdefault("process_id", int(os.environ[rank]))
+        elif (int(os.environ.get(size, "1")) > 1 and "OMPI_MCA_orte_hnp_uri" not in os.environ
+              and "SLURM_STEP_NODELIST" not in os.environ and not given):
+            raise UserError(f"{size} says that there are {os.environ[size]} processes of this kind of MPI, whose first "
+                            f"host is not known: give all of them JAX_COORDINATOR_ADDRESS=host:port")
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
+        given.setdefault("num_processes", int(os.environ["SLURM_STEP_NUM_TASKS"]))  # JAX takes those of the whole job
+    return given
+
+
+def _heartbeat() -> int:
+    text = os.environ.get(HEARTBEAT, str(_DEFAULT_HEARTBEAT))
+    if not text.isdecimal() or int(text) < 5:
+        raise UserError(f"{HEARTBEAT} is {text!r}: give a number of seconds, at least 5")
+    return int(text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _listen() -> None:
+    """Takes SIGTERM as a notice, once: a second one ends the process as usual."""
+
+    def notice(number: int, frame: Any) -> None:
+        del frame
+        _Notice.given = True
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        _Notice.given, _Notice.before = False, signal.signal(signal.SIGTERM, notice)
+
+
+def preempted(step: int) -> bool:
+    """Whether to save and stop after this step; on all processes at the same one, shortly after SIGTERM to any.
+
+    To be called after every step, by all of them, without waiting for anything.
+    """
+    if jax.distributed.is_initialized():
+        try:
+            return multihost_utils.reached_preemption_sync_point(step)
+        except RuntimeError:  # a caller that has started JAX itself, without the preemption service
+            return False
+    return _Notice.given
+
+
+def agree(problem: str) -> str:
+    """The first of all processes' problems, naming the process, or "": all of them go on, or none. Waits for all."""
+    if jax.process_count() == 1:
+        return problem
+    texts = [text for text in _texts(problem) if text[1]]
+    return f"process {texts[0][0]}: {texts[0][1]}" if texts else ""
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true on any process. Waits for all of them."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array([flag])).any())
+
+
+def on_first(action: Callable[[], Any]) -> None:
+    """Does something on process 0 alone, and waits for it. Raises its UserError on all."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            problem = str(error)
+    if jax.process_count() > 1:
+        problem = dict(_texts(problem))[0]
+    if problem:
+        raise UserError(problem)
+
+
+def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
+    """One line about the run, once all devices have added up a number, and all processes run the same thing.
+
+    Args:
+      mesh: of all devices.
+      settings: JSON values that must be the same everywhere, such as the config.
+
+    Raises:
+      UserError: another version or other settings on one of the processes.
+      RuntimeError: the devices add up wrongly.
+    """
+    begun = time.perf_counter()
+    versions = {name: _version(name) for name in ("marjax", "jax", "jaxlib", "libtpu")}
+    digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode()).hexdigest()
+    digests = [text for _, text in _texts(digest)] if jax.process_count() > 1 else [digest]
+    odd = [index for index, each in enumerate(digests) if each != digests[0]]
+    if odd:
+        raise UserError(f"process {', '.join(map(str, odd))} of {len(digests)} has another config, or other versions "
+                        f"of marjax or JAX, than process 0: start the same command, from the same installation")
+    count, axes = mesh.size, tuple(mesh.axis_names)
+    cut, whole = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
+    numbers = jax.make_array_from_callback((count,), cut, lambda index: np.arange(count, dtype=np.int32)[index])
+    total = int(jax.jit(lambda x: jnp.sum(x, dtype=jnp.int32), out_shardings=whole)(numbers))
+    if total != count * (count - 1) // 2:
+        raise RuntimeError(f"the self-check failed: {count} devices added up to {total} instead of "
+                           f"{count * (count - 1) // 2}; look for a faulty chip or link")
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {count} devices "
+            f"({jax.devices()[0].device_kind}), mesh {shape}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+            + f"; all agree after {time.perf_counter() - begun:.1f} s")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _texts(text: str) -> list[tuple[int, str]]:
+    """Every process's text, cut to what travels, with its number."""
+    line = np.zeros(_WIDTH, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_WIDTH], np.uint8)
+    line[:encoded.size] = encoded
+    lines = np.asarray(multihost_utils.process_allgather(line)).reshape(-1, _WIDTH)
+    return [(index, bytes(each).rstrip(b"\0").decode(errors="replace")) for index, each in enumerate(lines)]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error, or what it came from, is that another process of this run has gone."""
+    following: BaseException | None = error
+    seen: list[BaseException] = []
+    while following is not None and following not in seen:
+        seen.append(following)
+        text = str(following)
+        if isinstance(following, jax.errors.JaxRuntimeError) and not re.match(
+                r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED)", text):
+            return True
+        if re.search(r"DEADLINE_EXCEEDED|Barrier|heartbeat|coordination service|Connection (closed|reset)", text):
+            return True
+        following = following.__cause__ or following.__context__
+    return False
+
+
+def stop() -> None:
+    """Undoes `start`. Waits for all processes, so that none takes another's end for a failure."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    if _Notice.before is not None:
+        signal.signal(signal.SIGTERM, _Notice.before)
+        _Notice.given, _Notice.before = False, None
+
+
+def end(code: int, failure: BaseException | None) -> int:
+    """The exit code of a command that ends with `code`, after `failure` if any; does not return if others wait for it.
+
+    Of several processes, one that fails ends at once: the others may be waiting for it, and end when it has gone.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        stop()
+        return code
+    if code in (0, PREEMPTED):
+        try:
+            stop()
+            return code
+        except Exception as error:
+            failure = error
+            print(f"marjax: the other processes did not end in order: {_first_line(error)}", file=sys.stderr)
+    code = LOST_PEER if failure is not None and is_lost_peer(failure) else code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(3.0)  # it serves all of them, so it goes last
+    os._exit(code)

@@ -1,0 +1,104 @@
+"""Real processes on this machine that JAX joins to one run; they can be killed.
+
+They are forked from a server that has imported marjax once and has touched no device: a process is there in a moment,
+where a fresh interpreter would import for seconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import socket
+import sys
+import time
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["marjax.cli", "marjax.training.loop", "marjax.training.train_autoencoder",
+                                "marjax.data.cache", "marjax.evaluation.evaluate", "marjax.distributed"])
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def _run(variables, devices, log, target, arguments):
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(variables)
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    code = target(*arguments)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class Run:
+    """Processes that all call `target(*arguments)`, whose result is their exit code; alone, or joined by JAX.
+
+    A context manager: on leaving it none of them is left.
+    """
+
+    def __init__(self, folder, target, *arguments, count=1, devices=1, heartbeat=10, alone=None, each=False):
+        """`each`: the process's number comes first among the arguments."""
+        folder = pathlib.Path(folder)
+        variables = [{"MARJAX_HEARTBEAT_SECONDS": str(heartbeat)} for _ in range(count)]
+        if not (count == 1 if alone is None else alone):
+            address = f"localhost:{free_port()}"
+            for index, given in enumerate(variables):
+                given |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+                          "JAX_PROCESS_ID": str(index)}
+        self.logs = [folder / f"process{index}.log" for index in range(count)]
+        self.processes = [
+            CONTEXT.Process(target=_run, args=(given, devices, log, target, ((index,) if each else ()) + arguments))
+            for index, (given, log) in enumerate(zip(variables, self.logs, strict=True))]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def wait(self, seconds=240):
+        """The exit codes; a signal's is negative. Fails the test if one does not end."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"still running after {seconds} s: {codes}\n{self.said()}"
+        return codes
+
+    def wait_for(self, condition, seconds=120):
+        """Until it is true. Fails the test if it does not become so, or all processes end before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and any(process.is_alive() for process in self.processes), self.said()
+            time.sleep(0.01)
+
+    def said(self):
+        """The last that each has printed."""
+        return "\n".join(f"{log.name}: {log.read_text()[-20_000:] if log.exists() else ''}" for log in self.logs)
+
+
+def steps_of(workdir):
+    """The steps of the checkpoints that are complete."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(path.name) for path in (pathlib.Path(workdir) / "checkpoints").iterdir()
+                      if path.name.isdecimal())
+    return []
+
+
+def command(*arguments):
+    """`marjax` with these arguments."""
+    from marjax.cli import main
+
+    return main(list(map(str, arguments)))

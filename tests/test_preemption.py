@@ -1,0 +1,174 @@
+"""What real processes do that are asked to stop, killed, left alone by others, or kept waiting by the storage."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import DIGITS
+from processes import Run, command, steps_of
+
+from marjax.errors import LOST_PEER, PREEMPTED
+from marjax.generation.sample import open_sampler
+
+ABORTED = (LOST_PEER, -signal.SIGABRT)  # by us, or by JAX's watchdog
+
+
+def arguments(workdir, steps, every, **fields):
+    """Of `marjax train`, for a run that begins in a moment."""
+    fields = {"train.steps": steps, "train.warmup_steps": 1, "checkpoint.every": every, "log.every": 1,
+              "log.samples_every": 0, "log.tensorboard": "false", "log.progress": "false",
+              **{key.replace("__", "."): value for key, value in fields.items()}}
+    return ["train", "--config", f"{DIGITS}:debug", "--workdir", workdir,
+            *(f"--config.{key}={value}" for key, value in fields.items())]
+
+
+def lines(workdir):
+    try:
+        return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def last_line(workdir):
+    return (lines(workdir) or [{"step": 0}])[-1]
+
+
+def params(workdir):
+    """Of the newest checkpoint, by name."""
+    opened = open_sampler(workdir, weights="raw")
+    return opened.step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in
+                         jax.tree_util.tree_leaves_with_path(opened.params)}
+
+
+def assert_same(workdir, other):
+    (step, a), (other_step, b) = params(workdir), params(other)
+    assert step == other_step and a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_at_one_step_and_the_same_command_goes_on(tmp_path):
+    given = arguments(tmp_path / "run", 60, 50)
+    with Run(tmp_path, command, *given, count=2) as run:
+        run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 5)
+        os.kill(run.processes[1].pid, signal.SIGTERM)
+        assert run.wait() == [PREEMPTED, PREEMPTED], run.said()
+    (saved,) = steps_of(tmp_path / "run")
+    assert 5 <= saved < 50 and f"preempted: saved at step {saved} of 60" in run.said()
+    assert last_line(tmp_path / "run")["step"] == saved
+    with Run(tmp_path, command, *given, count=2) as run:
+        assert run.wait() == [0, 0], run.said()
+    assert f"resuming at step {saved} of 60" in run.said()
+    with Run(tmp_path, command, *arguments(tmp_path / "whole", 60, 50), count=2) as run:
+        assert run.wait() == [0, 0], run.said()
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 61)) and 0 < rows[-1]["perf/goodput"] < 1
+
+
+def test_sigterm_to_a_process_alone(tmp_path):
+    given = arguments(tmp_path / "run", 5000, 1000)
+    with Run(tmp_path, command, *given) as run:
+        run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 3)
+        os.kill(run.processes[0].pid, signal.SIGTERM)
+        assert run.wait() == [PREEMPTED], run.said()
+    (saved,) = steps_of(tmp_path / "run")
+    assert last_line(tmp_path / "run")["step"] == saved < 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_peer_ends_the_others(tmp_path, victim):
+    """So that a launcher starts them all again; `Run` sets the time to 10 s."""
+    with Run(tmp_path, command, *arguments(tmp_path / "run", 100_000, 50_000), count=2) as run:
+        run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 3)
+        run.processes[victim].kill()
+        codes = run.wait(seconds=60)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in ABORTED, run.said()
+
+
+@pytest.mark.slow
+def test_a_slip_on_one_process_ends_all(tmp_path):
+    with Run(tmp_path, one_slips, str(tmp_path / "run"), count=2, each=True) as run:
+        codes = run.wait(seconds=60)
+    assert codes[1] == 2 and codes[0] in ABORTED, run.said()
+    assert "no such disk" in run.said()
+
+
+def one_slips(index, workdir):
+    from marjax.data.pipeline import Batches
+    from marjax.errors import UserError
+
+    following = Batches.__next__
+
+    def slips(self):
+        if index == 1 and last_line(workdir)["step"] >= 3:
+            raise UserError("no such disk")
+        return following(self)
+
+    Batches.__next__ = slips
+    return command(*arguments(workdir, 100_000, 50_000))
+
+
+def test_slow_storage_does_not_stop_the_steps(tmp_path):
+    """The first checkpoint is written for as long as it takes the run to be some steps further on."""
+    with Run(tmp_path, slowly, str(tmp_path / "run")) as run:
+        assert run.wait() == [0], run.said()
+    reached = int((tmp_path / "reached").read_text())
+    assert reached >= 9 and "still being written; this one is put off" in run.said()
+    steps = steps_of(tmp_path / "run")
+    assert steps[-1] == 40 and 4 not in steps
+
+
+def slowly(workdir):
+    import orbax.checkpoint as ocp
+
+    finalize = ocp.CompositeCheckpointHandler.finalize
+
+    def slow(self, path):
+        if not steps_of(workdir):
+            end = time.monotonic() + 60
+            while last_line(workdir)["step"] < 9 and time.monotonic() < end:
+                time.sleep(0.01)
+            (pathlib.Path(workdir).parent / "reached").write_text(str(last_line(workdir)["step"]))
+        return finalize(self, path)
+
+    ocp.CompositeCheckpointHandler.finalize = slow
+    return command(*arguments(workdir, 40, 2, checkpoint__keep=40))
+
+
+KILLS, STEPS = 20, 200
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
+    rng = random.Random(int.from_bytes(os.urandom(4), "big"))
+    given, reached = arguments(tmp_path / "run", STEPS, 3), []
+    for _ in range(KILLS):
+        with Run(tmp_path, command, *given, count=2) as run:
+            if rng.random() < 0.7:  # else while it starts, or whatever it is at after that long
+                target = max(steps_of(tmp_path / "run"), default=0) + rng.randint(1, 6)
+                run.wait_for(lambda target=target: last_line(tmp_path / "run")["step"] == target)
+                time.sleep(rng.uniform(0.0, 0.05))
+            else:
+                time.sleep(rng.uniform(0.0, 3.0))
+            victim = rng.choice(run.processes)
+            assert victim.is_alive(), run.said()
+            victim.kill()
+            time.sleep(rng.uniform(0.0, 0.2))  # then the other, which would notice in some seconds
+        reached.append(last_line(tmp_path / "run")["step"])
+    assert steps_of(tmp_path / "run") and len(set(reached)) > 3, reached
+    with Run(tmp_path, command, *given, count=2) as run:
+        assert run.wait() == [0, 0], run.said()
+    with Run(tmp_path, command, *arguments(tmp_path / "whole", STEPS, STEPS), count=2) as run:
+        assert run.wait() == [0, 0], run.said()
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
