@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # To be sourced: `venv.sh FOLDER WHAT` makes the virtual environment FOLDER with WHAT installed in editable form, unless
 # it is there and complete, and activates it. PYTHON names the interpreter (3.11 or newer).
 folder=$1 what=$2

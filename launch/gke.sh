@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Runs marjax on TPU slices of a GKE cluster, as a JobSet made by xpk (https://github.com/AI-Hypercomputer/xpk).
+#
+#   python3 -m venv .venv-xpk && .venv-xpk/bin/pip install xpk && export PATH=$PWD/.venv-xpk/bin:$PATH
+#   export PROJECT=my-project ZONE=us-east5-b CLUSTER=tpus NAME=mar TYPE=v5litepod-256
+#   export IMAGE=us-east5-docker.pkg.dev/my-project/images/marjax:1
+#   launch/gke.sh build                     # launch/Dockerfile to IMAGE, and push it
+#   launch/gke.sh create marjax train --config configs/imagenet256.py:model=mar_huge --workdir gs://bucket/mar_huge
+#   launch/gke.sh render FILE.yaml marjax train ...   # the same, but only writes the manifest: needs no cluster
+#   launch/gke.sh list
+#   launch/gke.sh delete
+#
+# A pod that ends with 42 (preempted, saved) or 127 to 255 (killed, or lost another one) restarts all of them, at most
+# MAX_RESTARTS times, and the same command resumes; any other code ends the workload. xpk's wrapper hands SIGTERM on
+# within five seconds; GRACE_SECONDS is what the pod has then to save. SLICES is the number of slices, SPOT=1 asks for
+# spot capacity in a cluster that provisions its nodes itself (else the node pool decides).
+set -euo pipefail
+
+slip() {
+    echo "usage: launch/gke.sh build | create COMMAND... | render FILE.yaml COMMAND... | list | delete" >&2
+    echo "launch/gke.sh: error: $1" >&2
+    exit 2
+}
+
+need() {
+    local variable
+    for variable in "$@"; do
+        [[ -n ${!variable-} ]] || slip "no $variable: set it"
+    done
+}
+
+workload() {
+    need PROJECT ZONE CLUSTER NAME TYPE IMAGE
+    [[ $# -gt 0 ]] || slip "no command, such as: marjax train --config FILE.py --workdir gs://..."
+    [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+        slip "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
+    local command
+    printf -v command '%q ' "$@"
+    # `exec`: the wrapper signals the shell that it starts, which so becomes the program.
+    xpk workload create \
+        --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
+        --tpu-type="$TYPE" --num-slices="${SLICES:-1}" ${SPOT:+--spot} \
+        --docker-image="$IMAGE" --command="exec ${command% }" \
+        --max-restarts="${MAX_RESTARTS:-100}" --restart-on-exit-codes=42,127-255 \
+        --termination-grace-period-seconds="${GRACE_SECONDS:-300}" \
+        --ttl-seconds-after-finished="${KEEP_SECONDS:-604800}" \
+        "${extra[@]}"
+}
+
+extra=()
+action=${1-}
+[[ -n $action ]] || slip "say what to do"
+shift
+case $action in
+build)
+    need IMAGE
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    docker build --platform=linux/amd64 --file=launch/Dockerfile --tag="$IMAGE" "$@" .
+    docker push "$IMAGE"
+    ;;
+create) workload "$@" ;;
+render)
+    [[ $# -gt 0 ]] || slip "render needs a file to write"
+    # The project's number is looked up otherwise, which needs an account.
+    extra=(--dry-run --skip-validation --project-number="${PROJECT_NUMBER:-0}" --output-manifest-file="$1")
+    workload "${@:2}"
+    ;;
+list | delete)
+    need PROJECT ZONE CLUSTER
+    [[ $action == list ]] || need NAME
+    where=(--project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER")
+    [[ $action == list ]] || where+=(--workload="$NAME")
+    xpk workload "$action" "${where[@]}"
+    ;;
+*) slip "unknown action $action" ;;
+esac

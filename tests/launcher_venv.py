@@ -1,0 +1,33 @@
+"""Virtual environments for tools that launchers call and that do not fit into marjax's own, kept in .cache/."""
+
+import hashlib
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from conftest import ROOT
+
+
+def tool_venv(name: str, requirements: Sequence[str], no_deps: Sequence[str] = ()) -> pathlib.Path:
+    """The folder of programs of a virtual environment with `requirements`, and `no_deps` without what they ask for.
+
+    Made on the first call. Skips the test, saying why, where pip cannot get them.
+    """
+    digest = hashlib.sha256(repr((sys.version, requirements, no_deps)).encode()).hexdigest()[:8]
+    folder = ROOT / ".cache" / "launchers" / f"{name}-{digest}"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        # Not compiling what is never imported takes half the time off.
+        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet",
+               "--disable-pip-version-check", "--no-compile"]
+        for arguments in [[*pip, "--no-deps", *no_deps]] * bool(no_deps) + [[*pip, *requirements]]:
+            installed = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+            if installed.returncode:
+                why = (installed.stderr.strip().splitlines() or ["pip failed"])[-1]
+                pytest.skip(f"{name} cannot be installed here: {why}")
+        (folder / "complete").touch()
+    return folder / "bin"

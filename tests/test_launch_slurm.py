@@ -1,0 +1,167 @@
+"""launch/slurm.sbatch on a real Slurm: who is told to stop, and when the job goes back into the queue."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import DIGITS, ROOT, make_digits
+from slurm_cluster import slurm
+
+from marjax import train
+from marjax.errors import LOST_PEER, PREEMPTED
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+STEPS = 12
+ODD = ["--config", "configs/x.py:model=mar_base,variant=ar", "a b", "$HOME `id` *", "it's \"quoted\"", ""]
+
+# Ends as its first argument says, one word a start, "wait" until SIGTERM; then the second process takes longer to save.
+# "kill": the second is killed, which the first notices a little later.
+TASK = f"""
+import json, os, signal, sys, time
+start, me = int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(os.environ["SLURM_PROCID"])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(me), print("saved", start), sys.exit({PREEMPTED})))
+print("start", start, json.dumps(sys.argv[2:]), flush=True)
+ends = sys.argv[1].split(",")
+end = ends[min(start, len(ends) - 1)]
+if end == "wait":
+    time.sleep(600)
+if end == "kill" and me == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if end == "kill":
+    time.sleep(1)
+    print("noticed", start)
+    sys.exit({LOST_PEER})
+sys.exit(int(end))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster):
+    """The numbers of all jobs by name, of two processes each. They run side by side, which they mostly spend waiting.
+
+    "run" is marjax itself, with two CPU devices a process. "stopped" has got SIGTERM, and "cancelled" was cancelled.
+    """
+    task = cluster.folder / "task.py"
+    task.write_text(TASK)
+
+    def submit(name, *command, **settings):
+        return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log", SCRIPT,
+                              *command, **settings)
+
+    ends = {"stopped": "wait,0", "killed": "kill,0", "hopeless": "kill,kill", "cancelled": "wait,0", "slip": "2,0",
+            "done": "0,1"}
+    numbers = {"run": submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
+                             cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
+                             "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
+                             "--config.log.tensorboard=false", "--config.log.progress=false",
+                             JAX_NUM_CPU_DEVICES="2")}
+    numbers |= {name: submit(name, sys.executable, task, end, *ODD,
+                             MAX_RESTARTS="1" if name == "hopeless" else "100") for name, end in ends.items()}
+    for name in ("stopped", "cancelled"):
+        for index in range(2):
+            log_of(cluster, name, until=f"{index}: start 0")
+    stop(cluster, numbers["stopped"])
+    cluster.call("scancel", numbers["cancelled"])
+    return numbers
+
+
+def log_of(cluster, name, until=""):
+    """What a job has printed, once that contains `until`."""
+    file = cluster.folder / f"{name}.log"
+    deadline = time.monotonic() + 120
+    while not file.exists() or until not in file.read_text():
+        assert time.monotonic() < deadline, f"no {until!r} in {file.read_text() if file.exists() else file}"
+        time.sleep(0.05)
+    return file.read_text()
+
+
+def stop(cluster, job):
+    """As Slurm does before the time is up: the script alone gets SIGTERM."""
+    cluster.call("scancel", "--batch", "--signal=TERM", job)
+
+
+def test_a_preempted_run_goes_on_from_where_it_was(cluster, jobs, tmp_path):
+    """No checkpoint is due before the end, so that what the second start goes on from was saved on SIGTERM."""
+    log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
+    stop(cluster, jobs["run"])
+    fields = cluster.wait(jobs["run"], "COMPLETED", "FAILED", "CANCELLED", seconds=240)
+    log = log_of(cluster, "run")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert f"ended with {PREEMPTED}" in log and "resuming at step" in log
+    rows = [json.loads(line) for line in (cluster.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    ours = train(make_digits(train__steps=STEPS, checkpoint__every=1000), cluster.folder / "run")  # complete: only read
+    before = train(make_digits(train__steps=STEPS - 1, checkpoint__every=1000), tmp_path / "alone")
+    alone = train(make_digits(train__steps=STEPS, checkpoint__every=1000), tmp_path / "alone")
+    # Four devices add up in another order than one. A step too few or too many is another matter.
+    assert distance(ours.params, alone.params) < 0.05 * distance(before.params, alone.params)
+
+
+def distance(a, b):
+    return sum(np.square(np.asarray(x) - np.asarray(y)).sum()
+               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) ** 0.5
+
+
+def test_sigterm_lets_all_processes_save_and_the_job_goes_back_into_the_queue(cluster, jobs):
+    fields = cluster.wait(jobs["stopped"], "COMPLETED", "FAILED")
+    log = log_of(cluster, "stopped")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    for index in range(2):
+        assert f"{index}: saved 0" in log and f"{index}: start 1" in log
+    assert log.count(json.dumps(ODD)) == 4  # every process of every start got them as they are; and one log has both
+
+
+def test_cancelling_lets_all_processes_save_and_ends_the_job(cluster, jobs):
+    log = log_of(cluster, "cancelled", until=f"ended with {PREEMPTED}")
+    assert "0: saved 0" in log and "1: saved 0" in log
+    assert cluster.wait(jobs["cancelled"], "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
+
+
+def test_a_lost_process_restarts_the_job(cluster, jobs):
+    fields = cluster.wait(jobs["killed"], "COMPLETED", "FAILED")
+    log = log_of(cluster, "killed")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert f"ended with {128 + signal.SIGKILL}" in log
+    assert "0: noticed 0" in log  # it was left to notice, not killed at once
+
+
+def test_restarts_have_an_end(cluster, jobs):
+    fields = cluster.wait(jobs["hopeless"], "COMPLETED", "FAILED")
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "1")
+    assert fields["ExitCode"] == f"{128 + signal.SIGKILL}:0"
+
+
+@pytest.mark.parametrize(("name", "state", "code"), [("slip", "FAILED", 2), ("done", "COMPLETED", 0)])
+def test_other_ends_are_final(cluster, jobs, name, state, code):
+    fields = cluster.wait(jobs[name], "COMPLETED", "FAILED")
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == (state, "0", f"{code}:0")
+
+
+def test_slurm_would_stop_it_before_its_time_is_up(cluster):
+    """The options in the script, as Slurm understands them."""
+    job = cluster.submit("--hold", "--ntasks=1", f"--output={cluster.folder}/held.log", SCRIPT, "true")
+    fields = cluster.show(job)
+    assert fields["Requeue"] == "1" and fields["JobName"] == "marjax"
+    script = cluster.call("scontrol", "write", "batch_script", job, "-")
+    assert script == SCRIPT.read_text()
+    cluster.call("scancel", job)
+
+
+def test_a_command_is_needed(cluster):
+    job = cluster.submit(f"--output={cluster.folder}/empty.log", SCRIPT)
+    assert cluster.wait(job, "COMPLETED", "FAILED")["ExitCode"] == "2:0"
+    assert "launch/slurm.sbatch: error: no command" in log_of(cluster, "empty")
+    assert os.access(SCRIPT, os.X_OK)
