@@ -42,7 +42,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     if what not in ("train", "sample"):
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
     config = config_lib.resolve(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.near_mesh(config.mesh)
     tokens = config_lib.tokens_of(config)
     generator = generator_lib.of(config, tokens)
     if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):

@@ -4,6 +4,7 @@ Parameters and activations name their axes in the models; nothing else knows the
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -92,10 +93,14 @@ def _within_processes(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
     return ordered.reshape(sizes)
 
 
-def local_mesh(config: Any) -> Mesh:
-    """A mesh over this process's devices alone, as near to `config.mesh` as their number allows."""
-    devices = jax.local_devices()
-    tensor = math.gcd(config.tensor if config.tensor > 0 else 1, len(devices))
+def near_mesh(config: Any, devices: Any = None) -> Mesh:
+    """A mesh over all devices, or those given, as near to `config.mesh` as their number allows.
+
+    For work whose result does not depend on the mesh: a model trained on a pod is sampled on whatever there is.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    on_a_host = min(Counter(device.process_index for device in devices).values())
+    tensor = math.gcd(config.tensor if config.tensor > 0 else 1, on_a_host)
     fsdp = math.gcd(config.fsdp, len(devices) // tensor) if config.fsdp > 0 else len(devices) // tensor
     return make_mesh(-1, fsdp, tensor, devices)
 

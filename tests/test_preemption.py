@@ -46,48 +46,53 @@ def params(workdir):
                          jax.tree_util.tree_leaves_with_path(opened.params)}
 
 
-def assert_same(workdir, other):
-    (step, a), (other_step, b) = params(workdir), params(other)
-    assert step == other_step and a.keys() == b.keys()
+ENDLESS = 100_000  # steps
+
+
+def stop(run, workdir, after, victim=0):
+    """Sends SIGTERM to one process once the run is that far; the step at which all have saved."""
+    run.wait_for(lambda: last_line(workdir)["step"] >= after)
+    os.kill(run.processes[victim].pid, signal.SIGTERM)
+    assert run.wait() == [PREEMPTED] * len(run.processes), run.said()
+    saved = steps_of(workdir)[-1]
+    assert after <= saved == last_line(workdir)["step"] and f"preempted: saved at step {saved} of" in run.said()
+    return saved
+
+
+def assert_undisturbed(tmp_path, step, count=2):
+    """The run in tmp_path/run has at that step what one has that was left alone, to the bit, and every line once."""
+    with Run(tmp_path, command, *arguments(tmp_path / "whole", step, ENDLESS), count=count) as run:
+        assert run.wait() == [0] * count, run.said()
+    (own, a), (other, b) = params(tmp_path / "run"), params(tmp_path / "whole")
+    assert own == other == step and a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, step + 1))
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_at_one_step_and_the_same_command_goes_on(tmp_path):
-    given = arguments(tmp_path / "run", 60, 50)
+    given, workdir = arguments(tmp_path / "run", ENDLESS, ENDLESS), tmp_path / "run"
     with Run(tmp_path, command, *given, count=2) as run:
-        run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 5)
-        os.kill(run.processes[1].pid, signal.SIGTERM)
-        assert run.wait() == [PREEMPTED, PREEMPTED], run.said()
-    (saved,) = steps_of(tmp_path / "run")
-    assert 5 <= saved < 50 and f"preempted: saved at step {saved} of 60" in run.said()
-    assert last_line(tmp_path / "run")["step"] == saved
+        first = stop(run, workdir, 3, victim=1)
     with Run(tmp_path, command, *given, count=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    assert f"resuming at step {saved} of 60" in run.said()
-    with Run(tmp_path, command, *arguments(tmp_path / "whole", 60, 50), count=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    assert_same(tmp_path / "run", tmp_path / "whole")
-    rows = lines(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, 61)) and 0 < rows[-1]["perf/goodput"] < 1
+        second = stop(run, workdir, first + 2)
+        assert f"resuming at step {first} of" in run.said()
+    assert 0 < last_line(workdir)["perf/goodput"] < 1
+    assert_undisturbed(tmp_path, second)
 
 
 def test_sigterm_to_a_process_alone(tmp_path):
-    given = arguments(tmp_path / "run", 5000, 1000)
+    given = arguments(tmp_path / "run", ENDLESS, ENDLESS)
     with Run(tmp_path, command, *given) as run:
-        run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 3)
-        os.kill(run.processes[0].pid, signal.SIGTERM)
-        assert run.wait() == [PREEMPTED], run.said()
-    (saved,) = steps_of(tmp_path / "run")
-    assert last_line(tmp_path / "run")["step"] == saved < 5000
+        stop(run, tmp_path / "run", 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_peer_ends_the_others(tmp_path, victim):
     """So that a launcher starts them all again; `Run` sets the time to 10 s."""
-    with Run(tmp_path, command, *arguments(tmp_path / "run", 100_000, 50_000), count=2) as run:
+    with Run(tmp_path, command, *arguments(tmp_path / "run", ENDLESS, ENDLESS), count=2) as run:
         run.wait_for(lambda: last_line(tmp_path / "run")["step"] >= 3)
         run.processes[victim].kill()
         codes = run.wait(seconds=60)
@@ -114,7 +119,7 @@ def one_slips(index, workdir):
         return following(self)
 
     Batches.__next__ = slips
-    return command(*arguments(workdir, 100_000, 50_000))
+    return command(*arguments(workdir, ENDLESS, ENDLESS))
 
 
 def test_slow_storage_does_not_stop_the_steps(tmp_path):
@@ -144,31 +149,26 @@ def slowly(workdir):
     return command(*arguments(workdir, 40, 2, checkpoint__keep=40))
 
 
-KILLS, STEPS = 20, 200
-
-
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
+@pytest.mark.parametrize("count, kills", [(1, 14), (2, 6)])
+def test_killed_twenty_times(tmp_path, count, kills):
     """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
-    given, reached = arguments(tmp_path / "run", STEPS, 3), []
-    for _ in range(KILLS):
-        with Run(tmp_path, command, *given, count=2) as run:
+    given, workdir, reached = arguments(tmp_path / "run", ENDLESS, 2), tmp_path / "run", []
+    for _ in range(kills):
+        with Run(tmp_path, command, *given, count=count) as run:
             if rng.random() < 0.7:  # else while it starts, or whatever it is at after that long
-                target = max(steps_of(tmp_path / "run"), default=0) + rng.randint(1, 6)
-                run.wait_for(lambda target=target: last_line(tmp_path / "run")["step"] == target)
+                target = last_line(workdir)["step"] + rng.randint(1, 3)
+                run.wait_for(lambda target=target: last_line(workdir)["step"] >= target)
                 time.sleep(rng.uniform(0.0, 0.05))
             else:
-                time.sleep(rng.uniform(0.0, 3.0))
+                time.sleep(rng.uniform(0.0, 2.0))
             victim = rng.choice(run.processes)
             assert victim.is_alive(), run.said()
             victim.kill()
-            time.sleep(rng.uniform(0.0, 0.2))  # then the other, which would notice in some seconds
-        reached.append(last_line(tmp_path / "run")["step"])
-    assert steps_of(tmp_path / "run") and len(set(reached)) > 3, reached
-    with Run(tmp_path, command, *given, count=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    with Run(tmp_path, command, *arguments(tmp_path / "whole", STEPS, STEPS), count=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    assert_same(tmp_path / "run", tmp_path / "whole")
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
+            time.sleep(rng.uniform(0.0, 0.1))  # then the other, which would notice in some seconds
+        reached.append(last_line(workdir)["step"])
+    assert len(set(reached)) > 2, reached
+    with Run(tmp_path, command, *given, count=count) as run:
+        step = stop(run, workdir, max(reached) + 1)
+    assert_undisturbed(tmp_path, step, count)

@@ -189,3 +189,14 @@ def test_a_run_on_codes_and_its_codebook(tmp_path, codebook, capsys):
     assert main(arguments) == 2
     assert "--tokenizer_path" in capsys.readouterr().err
     close(sample(run, LABELS, tokenizer_path=str(tmp_path / "moved.npz")), images)
+
+
+def test_a_model_of_a_pod_is_sampled_on_whatever_there_is(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    text = (tmp_path / "run" / "config.json").read_text()
+    assert '"fsdp": 1' in text
+    (tmp_path / "run" / "config.json").write_text(text.replace('"fsdp": 1', '"fsdp": 16').replace('"data": -1',
+                                                                                                  '"data": 4'))
+    np.testing.assert_array_equal(sample(tmp_path / "run", [0, 1], seed=3), sample(run, [0, 1], seed=3))

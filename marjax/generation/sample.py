@@ -86,10 +86,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], we
           step: int | None, local: bool = False) -> Opened:
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
-    if local and jax.process_count() > 1:
-        mesh = sharding.local_mesh(config.mesh)
-    else:
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.near_mesh(config.mesh, jax.local_devices() if local else None)
     tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer)
     generator = generator_lib.of(config, tokens)

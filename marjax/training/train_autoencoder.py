@@ -62,7 +62,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
         raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
     train, spec = config.tokenizer.train, spec_of(config.tokenizer, config.data.channels)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.near_mesh(config.mesh)
     sharding.check_batch(mesh, train.batch_size, 1)
     trainer = Trainer.of(config, spec)
     abstract = jax.eval_shape(trainer.init, jax.random.key(config.seed))
