@@ -245,9 +245,10 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument("--json", action="store_true", help="print JSON instead of text")
     ahead.add_argument("--hlo", default="", metavar="DIR", help="keep the compiled programs' HLO texts")
 
-    bench = command("benchmark", commands.benchmark, "Measure training, sampling, Inception's features of images of a "
-                    "config's size, or the metrics of 10,000 features; prints one JSON line.")
-    bench.add_argument("what", choices=("train", "sample", "features", "metrics"))
+    bench = command("benchmark", commands.benchmark, "Measure training, sampling, the host's own work in a training "
+                    "step, Inception's features of images of a config's size, or the metrics of 10,000 features; "
+                    "prints one JSON line.")
+    bench.add_argument("what", choices=("train", "sample", "host", "features", "metrics"))
     bench.add_argument("--config", metavar="FILE.py[:ARG]", help="for all but metrics")
     bench.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
     bench.add_argument("--recompute", type=int, default=0, help="sampling by a causal backbone: time so many steps "

@@ -5,6 +5,7 @@ needed, so that a slip is told at once.
 """
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -350,14 +351,12 @@ def compile_for_slice(given: argparse.Namespace, overrides: dict[str, str]) -> N
     names = tuple(given.programs.split(",")) if given.programs else NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--programs has {unknown[0]!r}: give some of {','.join(NAMES)}")
+    say = (lambda text: None) if given.json else functools.partial(print, flush=True)
+    made: object
     if given.search:
-        found = search_batch(config, given.topology, cached=given.cached)
-        if given.json:
-            print(json.dumps([{"remat": each.policy, "batch": each.batch, "hbm_bytes": each.needed,
-                               "usable": each.usable} for each in found]))
-        return
-    made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo,
-                       say=(lambda text: None) if given.json else print)
+        made = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, say=say)]
+    else:
+        made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo, say=say)
     if given.json:
         print(json.dumps(made))
 
@@ -380,5 +379,10 @@ def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         from marjax.evaluation.rates import feature_rate
 
         print(json.dumps(feature_rate(config.data.image_size, max(1, given.repeats))))
+        return
+    if given.what == "host":
+        from marjax.training.overhead import host_work
+
+        print(json.dumps(host_work(config)))
         return
     print(json.dumps(benchmark(given.what, config, given.repeats, given.recompute)))

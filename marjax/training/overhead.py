@@ -1,0 +1,78 @@
+"""What the host does itself in a step of training: taking a batch, handing it over, dispatching, keeping metrics."""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from marjax import config as config_lib
+from marjax import sharding
+from marjax.checkpoints.manager import Checkpoints
+from marjax.data.pipeline import Batch
+from marjax.metrics import MetricWriter
+from marjax.models import generator as generator_lib
+from marjax.training import state as state_lib
+from marjax.training.clock import Clock
+from marjax.training.loop import checkpoint_items
+from marjax.training.optimizer import make_optimizer
+from marjax.training.run import Intervals, Metrics, Run
+from marjax.training.state import TrainState
+
+
+def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, Any]:
+    """Runs the loop of `marjax train` on the config's real state, with a step that only counts.
+
+    So what takes time is the host's: the number of arrays and of devices is that of training, their contents are
+    zeros. On CPU the devices are threads of the host, which makes it an upper bound.
+
+    Returns:
+      `devices`, `arrays` of the state, `seconds` a step (median, and 90th percentile).
+    """
+    config = config_lib.resolve(config)
+    mesh = sharding.near_mesh(config.mesh)
+    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    abstract = state_lib.abstract_state(generator, make_optimizer(config.train), mesh, config.mesh.replicate_below)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    names = ("train/loss", "train/mse", "train/vb", "train/grad_norm", "train/param_norm", "train/lr", "finite")
+
+    def count(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return state.replace(step=state.step + 1), {name: jnp.ones(()) for name in names}  # type: ignore[attr-defined]
+
+    step = jax.jit(count, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    state = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
+                    out_shardings=shardings)()
+    data = config.data
+    rows = config.train.batch_size // jax.process_count()
+    batch = {"image": np.zeros((rows, data.image_size, data.image_size, data.channels), np.uint8),
+             "label": np.zeros((rows,), np.int32)}
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(steps):  # and not the one after, the run's last, which would save
+            yield batch
+
+    seconds: list[float] = []
+
+    class Listening(Clock):
+        def step(self, waited: float, idle: bool, blocked: float) -> None:
+            begun = self._last
+            super().step(waited, idle, blocked)
+            if begun is not None and self._last is not None:
+                seconds.append(self._last - begun - waited - blocked)
+
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints:
+        writer = MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,
+                              active=False)
+        run = Run(Intervals(steps + 1, config.log.every, steps + 1, 0), config.train.batch_size, mesh, writer,
+                  checkpoints, items=checkpoint_items, draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)), advice="",
+                  clock=Listening(config.train.batch_size, mesh.size))
+        with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
+            run.steps(state, step, batches())
+        writer.close()
+    return {"devices": mesh.size, "mesh": dict(mesh.shape), "arrays": len(jax.tree.leaves(abstract)), "steps": steps,
+            "seconds": float(np.median(seconds)), "seconds_p90": float(np.percentile(seconds, 90))}
