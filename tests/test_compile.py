@@ -118,7 +118,8 @@ def test_too_much_is_met_with_what_to_change():
 
 
 @pytest.mark.parametrize("fixed, each, start, most", [
-    (3.0, 0.1, 32, 3), (3.0, 0.1, 128, 4), (3.0, 0.1, 1, 6), (3.0, 0.1, 1024, 4), (0.0, 0.012, 8, 5), (14.0, 1.5, 64, 4)])
+    (3.0, 0.1, 32, 3), (3.0, 0.1, 128, 4), (3.0, 0.1, 1, 6), (3.0, 0.1, 1024, 4), (0.0, 0.012, 8, 5),
+    (14.0, 1.5, 64, 4)])
 def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
     compiles = []
 
@@ -138,6 +139,7 @@ def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
 def test_the_search_says_when_nothing_fits():
     found = search.largest_batch("none", lambda batch: search.Trial(17.0 + batch, 16.0), 32, 17.0)
     assert found.batch == 0 and found.more == 18.0 and "none" in search.table([found])
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["hbm_bytes"] is None
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])

@@ -6,12 +6,16 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from conftest import MODELS, ROOT, make_digits, make_model
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.errors import UserError
+from marjax.models import generator as generator_lib
+from marjax.training import state as state_lib
 
 CHILD = """
 import json, sys
@@ -140,6 +144,79 @@ def test_mesh_sizes():
     for sizes in ((2, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 2, 1)):
         with pytest.raises(UserError, match="mesh"):
             sharding.make_mesh(*sizes, devices=one)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """The 60 parameters of MAR-L with their logical names, as shapes."""
+    config = config_lib.resolve(config_lib.load(str(ROOT / "configs" / "imagenet256.py") + ":model=mar_large"))
+    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    return jax.eval_shape(lambda: state_lib.init_params(generator, jax.random.key(0)))
+
+
+def abstract_mesh(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def specs(tree):
+    return {path: leaf.sharding.spec for path, leaf in sharding._named(tree)}
+
+
+def test_small_tensors_stay_whole_and_layers_do_not_make_them_large(large):
+    mesh = abstract_mesh(1, 16, 1)
+    every, most, none = (specs(sharding.parameters(large, mesh, below))
+                         for below in (0, sharding.REPLICATE_BELOW, 10**9))
+    bias, kernel = "backbone/encoder/blocks/mlp/fc2/bias", "backbone/encoder/blocks/mlp/fc2/kernel"
+    assert every[bias] == PartitionSpec(None, "fsdp") and most[bias] == PartitionSpec()  # 16 layers of 1024
+    assert every[kernel] == most[kernel] == PartitionSpec(None, "tensor", "fsdp") and not any(map(any, none.values()))
+    # What stays whole by default is next to nothing of the state.
+    tree = sharding.parameters(large, mesh)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.sharding.is_fully_replicated)
+    assert 0 < whole < 0.01 * sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_the_denoiser_is_not_cut_over_tensor_groups(large):
+    found = specs(sharding.parameters(large, abstract_mesh(1, 1, 4)))
+    cut = {path.split("/")[0] for path, spec in found.items() if "tensor" in spec}
+    assert cut == {"backbone"}
+
+
+def test_the_table_names_what_is_cut_and_what_a_device_holds(large):
+    tree = sharding.parameters(large, abstract_mesh(2, 4, 2))
+    lines = sharding.overview(tree).splitlines()
+    (row,) = (line for line in lines if line.startswith("backbone/decoder/blocks/attn/qkv/kernel"))
+    assert "16 x 1024 x 3 x 16 x 64" in row and "layers embed>fsdp - heads>tensor kv" in row
+    # 192 MiB of float32, in 8 parts, and three as large beside it.
+    assert row.split()[-4:] == ["192.00", "MiB", "96.00", "MiB"] and "warning" not in lines[-1]
+    state = sum(4 * 4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    assert lines[-1].endswith(f" {state / 2**20:,.2f} MiB") and lines[-1].startswith("all 60 ")
+    assert "tensors, whole on every device" in lines[-2]
+
+
+def test_the_table_warns_of_what_cannot_be_cut(large):
+    lines = sharding.overview(sharding.parameters(large, abstract_mesh(1, 3, 5))).splitlines()
+    assert [line for line in lines if line.startswith("warning")] == sharding.warnings(
+        sharding.parameters(large, abstract_mesh(1, 3, 5)))
+    text = " ".join(lines[-2:])
+    assert "mesh axis fsdp=3" in text and "mesh axis tensor=5" in text and "embed it does not divide" in text
+    assert not sharding.warnings(sharding.parameters(large, abstract_mesh(1, 1, 1)))
+
+
+class Device:
+    """What a mesh asks of a device."""
+
+    def __init__(self, id, process_index):
+        self.id, self.process_index = id, process_index
+
+
+def test_tensor_groups_stay_within_a_process():
+    interleaved = [Device(i, i % 2) for i in range(8)]
+    grid = sharding._within_processes(interleaved, (1, 2, 4))
+    assert [[device.process_index for device in group] for group in grid[0]] == [[0] * 4, [1] * 4]
+    assert sharding._spans_processes(np.array(interleaved, object).reshape(1, 2, 4))
+    assert not sharding._spans_processes(grid)
+    with pytest.raises(UserError, match="config.mesh.tensor is 8, but process 0 has 4 devices"):
+        sharding._within_processes(interleaved, (1, 1, 8))
 
 
 def test_batches_must_divide_over_the_mesh():

@@ -26,6 +26,12 @@ class Found:
     more: float
     result: Any = None
 
+    def to_json(self) -> dict[str, Any]:
+        """All but `result`; what is not known is null."""
+        numbers = {"hbm_bytes": self.needed, "usable": self.usable, "hbm_bytes_of_twice_as_many": self.more}
+        return {"remat": self.policy, "images_a_device": self.batch,
+                **{name: None if math.isnan(value) else value for name, value in numbers.items()}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:

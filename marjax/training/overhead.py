@@ -69,8 +69,8 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
         writer = MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,
                               active=False)
         run = Run(Intervals(steps + 1, config.log.every, steps + 1, 0), config.train.batch_size, mesh, writer,
-                  checkpoints, items=checkpoint_items, draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)), advice="",
-                  clock=Listening(config.train.batch_size, mesh.size))
+                  checkpoints, items=checkpoint_items, draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)),
+                  advice="", clock=Listening(config.train.batch_size, mesh.size))
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
             run.steps(state, step, batches())
         writer.close()
