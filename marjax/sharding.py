@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from marjax.errors import UserError
@@ -67,7 +68,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
                         f"are {len(devices)}: change config.mesh (-1 takes what is left)")
-    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis is no product of a slice's sides, such as 16 of the 8 x 8 chips of a v6e-64
+        mesh = Mesh(mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True), AXES,
+                    axis_types=types)
     if not _spans_processes(mesh.devices):
         return mesh
     return Mesh(_within_processes(devices, tuple(sizes)), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -200,3 +200,24 @@ def test_a_described_mesh_keeps_tensor_groups_on_a_host():
 def test_a_shape_that_libtpu_refuses_is_told():
     with pytest.raises(UserError, match="libtpu does not take v5e:3x3"):
         topology.describe("v5e:3x3")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v6e-64", "v5e-64", "v4-32"])
+def test_a_mesh_axis_may_span_part_of_a_side(name):
+    """16 is no product of the sides 8 x 8, where jax.make_mesh gives up."""
+    there = topology.describe(name)
+    mesh = sharding.make_mesh(-1, 16, 1, there.devices)
+    assert mesh.shape["fsdp"] == 16 and len({device.id for device in mesh.devices.flat}) == len(there.devices)
+
+
+def test_a_program_that_jax_cannot_read_back_is_read_from_the_compiler_s_dump(tmp_path):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
+
+    with pytest.raises(UserError, match="cannot be read: INTERNAL: RET_CHECK"):
+        programs._text_of(Unreadable(), tmp_path)
+    (tmp_path / "module_0000.jit_step.after_optimizations.txt").write_text("HloModule step")
+    (tmp_path / "module_0000.jit_step.before_optimizations.txt").write_text("HloModule other, which is longer")
+    assert programs._text_of(Unreadable(), tmp_path) == "HloModule step"

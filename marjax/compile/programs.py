@@ -7,7 +7,9 @@ that training and sampling run.
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -114,24 +116,51 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
       keep_text: keep the program's HLO text.
     """
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         traced = lowered.lower()
         try:
             with _compiler_alone():
-                compiled = traced.compile()
+                compiled = traced.compile(compiler_options=_dumping(dump) if _is_tpu(mesh) else None)
+            text = _text_of(compiled, dump)
         except jax.errors.JaxRuntimeError as error:
             needed, limit = out_of_memory(str(error))
             memory = Memory(peak=needed, arguments=lowered.state_bytes)
             return Compiled(lowered, time.perf_counter() - start, memory, None, limit)
     seconds = time.perf_counter() - start
-    found, text = compiled.memory_analysis(), compiled.as_text()
-    assert found is not None and text is not None
+    found = compiled.memory_analysis()
+    assert found is not None
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     peak = getattr(found, "peak_memory_in_bytes", 0) or arguments + fresh + temporaries
     memory = Memory(peak + found.generated_code_size_in_bytes, arguments, max(0, peak - arguments),
                     found.generated_code_size_in_bytes)
     return Compiled(lowered, seconds, memory, hlo.read(text, mesh.size), usable, text if keep_text else "")
+
+
+def _is_tpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def _dumping(folder: str) -> dict[str, Any]:
+    """Compiler options that leave a program's text in a folder."""
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _text_of(compiled: jax.stages.Compiled, dump: str) -> str:
+    """Its HLO text; from the compiler's own dump where JAX 0.10 cannot read the program back (v5p and v6e).
+
+    Raises:
+      UserError: there is neither.
+    """
+    try:
+        text = compiled.as_text()
+        assert text is not None
+        return text
+    except jax.errors.JaxRuntimeError as error:
+        files = sorted(pathlib.Path(dump).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        if not files:
+            raise UserError(f"the compiled program cannot be read: {str(error).splitlines()[0][:300]}") from None
+        return files[-1].read_text()
 
 
 @contextlib.contextmanager
