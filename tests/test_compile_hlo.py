@@ -78,6 +78,27 @@ def test_a_known_trip_count_is_believed():
     assert hlo.read(text, 64).collectives[0].times == 7
 
 
+def test_a_counter_may_be_unsigned_start_late_and_take_long_steps():
+    """As in the loops that XLA makes of a gather and a product: two parts of the weights at a time."""
+    text = LOOP.replace("constant(4)", "constant(8)").replace("s32[]{:T(128)} constant", "u32[]{:T(128)} constant")
+    text = text.replace("%zero = u32[]{:T(128)} constant(0)\n  %start", "%zero = u32[]{:T(128)} constant(2)\n  %start")
+    text = text.replace("  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%i, %w, %x)", """\
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%next, %w, %x)""")
+    assert hlo.read(text, 64).collectives[0].times == (8 - 2) / 2
+    assert hlo.read(LOOP, 64).collectives[0].times == 4
+
+
+def test_a_window_s_numbers_are_of_the_axes_in_order_whatever_their_place():
+    """A product of (140, 2 x 80) and (2 x 80, 16 x 80), as a TPU's compiler writes it."""
+    line = ("%r = bf16[1,140,16,80,1]{3,2,1,0,4} convolution(%l, %k), window={size=1x16x2 pad=0_0x15_15x0_0 "
+            "rhs_reversal=0x1x0}, dim_labels=b02f1_2i1o0->b01f2")
+    text = entry("%l = bf16[1,140,2,80,1]{3,2,1,0,4} parameter(1)",
+                 "%k = bf16[2,80,16,80,1]{3,2,1,0,4} parameter(2)", line)
+    assert hlo.read(text, 1).flops == 2 * 140 * (2 * 80) * (16 * 80)
+
+
 @pytest.mark.parametrize("line, kind, group, sent", [
     ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add", "all-reduce", 2, 2 / 2 * 512),
     ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add", "all-reduce", 8, 2 * 7 / 8 * 512),

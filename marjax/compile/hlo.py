@@ -237,9 +237,9 @@ class _Walk:
         computation = self.computations[name]
         for each in computation.values():
             if each.opcode == "while":
-                body, condition = each.called("body"), each.called("condition")
-                assert body and condition
-                self.run(body, times * self.trips(each, condition))
+                body = each.called("body")
+                assert body
+                self.run(body, times * self.trips(each, computation))
             elif each.opcode in ("call", "conditional", "async-start"):
                 called = [each.called(key) for key in ("to_apply", "calls", "true_computation", "false_computation")]
                 for inner in filter(None, called):
@@ -306,15 +306,32 @@ class _Walk:
         overlapped = each.opcode.endswith("-start") or "chain_id=" in each.attributes
         return Collective(kind, arrays[0].dtype, group, ring_bytes(kind, group, total), times, each.source, overlapped)
 
-    def trips(self, loop: Instruction, condition: str) -> int:
-        """How often a while runs: what the compiler noted, or the constant that its condition compares with."""
+    def trips(self, loop: Instruction, outer: Computation) -> int:
+        """How often a while runs: what the compiler noted, or what follows from its counter's limit, start and step."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if noted:
             return int(noted[1])
-        computation = self.computations[condition]
-        constants = [int(each.attributes) for each in computation.values()
-                     if each.opcode == "constant" and each.arrays[0].dtype == "s32" and each.attributes.isdigit()]
-        return max(constants, default=1)
+        condition, body = (self.computations[loop.called(name) or ""] for name in ("condition", "body"))
+        limit = max((value for each in condition.values() if (value := _integer(each)) is not None), default=1)
+        place = next((_place(condition[name]) for name in condition.root.operands
+                      if name in condition and condition[name].opcode == "get-tuple-element"), None)
+        if place is None:
+            return limit
+        start = _integer(self.element(outer, loop.operands[0], place)) or 0
+        after = self.element(body, body.root.name, place)
+        step = next((value for name in (after.operands if after is not None and after.opcode == "add" else ())
+                     if (value := _integer(body.get(name))) is not None), 1)
+        return max(0, -(-(limit - start) // max(1, step)))
+
+    def element(self, computation: Computation, name: str, place: int) -> Instruction | None:
+        """What a tuple of a computation holds at a place, copies looked through; None if that is not to be seen."""
+        whole = computation.get(name)
+        if whole is None or whole.opcode != "tuple" or place >= len(whole.operands):
+            return None
+        found = computation.get(whole.operands[place])
+        while found is not None and found.opcode in ("copy", "bitcast", "convert"):
+            found = computation.get(found.operands[0])
+        return found
 
     def traffic(self, each: Instruction, computation: Computation) -> float:
         """Bytes that an instruction reads from and writes to HBM."""
@@ -351,6 +368,19 @@ class _Walk:
             into = next((one for one in updates if one.arrays[0].shape == array.shape), None)
             moved += array.bytes if into is None else inner[into.operands[1]].arrays[0].bytes
         return moved
+
+
+def _integer(each: Instruction | None) -> int | None:
+    """The value of an integer constant."""
+    if each is None or each.opcode != "constant" or each.arrays[0].dtype not in ("s32", "u32", "s64", "u64"):
+        return None
+    return int(each.attributes) if each.attributes.isdigit() else None
+
+
+def _place(each: Instruction) -> int:
+    """Which element of its tuple a get-tuple-element takes."""
+    found = re.search(r"\bindex=(\d+)", each.attributes)
+    return int(found[1]) if found else 0
 
 
 def _instruction(name: str, is_root: bool, rest: str) -> Instruction:
@@ -414,7 +444,7 @@ def _product_flops(each: Instruction, left: Array, right: Array) -> float:
         return 0.0
     image, kernel, out = labels.groups()
     result = each.arrays[0].shape
-    spatial = [label for label in image if label.isdigit()]
+    spatial = sorted(label for label in image if label.isdigit())  # as the window's numbers come
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", each.attributes) or ["", ""])[1]))
     size = [int(part) for part in window.get("size", "").split("x") if part] or [1] * len(spatial)
 
