@@ -14,7 +14,8 @@ import time
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["marjax.cli", "marjax.training.loop", "marjax.training.train_autoencoder",
-                                "marjax.data.cache", "marjax.evaluation.evaluate", "marjax.distributed"])
+                                "marjax.data.cache", "marjax.evaluation.evaluate", "marjax.distributed",
+                                "sklearn.datasets"])
 
 
 def free_port():
