@@ -107,7 +107,7 @@ def _tokenizer(tokens: TokenShape) -> Tokenizer:
 def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """What lowers the step from shapes alone, and what makes a timed run of the compiled step."""
     optimizer, tokenizer = make_optimizer(config.train), _tokenizer(tokens)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh)
+    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
     step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
@@ -129,7 +129,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
 
 def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """The same for one batch of samples."""
-    abstract = state_lib.abstract_params(generator, mesh)
+    abstract = state_lib.abstract_params(generator, mesh, config.mesh.replicate_below)
     sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.of(config.sample, generator), mesh)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))

@@ -8,7 +8,6 @@ import argparse
 import functools
 import json
 import os
-import socket
 import sys
 
 from marjax import config as config_lib
@@ -327,13 +326,8 @@ def sweep_point(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax import distributed
     from marjax.sweep.points import PREPARE, run_point
 
-    steps = given.name != PREPARE  # which SIGTERM has to end as usual
-    if given.alone:  # several on one machine would take each other's address, and each other for one run
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        distributed.start(stops_at_steps=steps, coordinator=f"127.0.0.1:{port}", num_processes=1, process_id=0)
-    else:
-        distributed.start(stops_at_steps=steps)
+    # SIGTERM has to end `prepare` as usual. Several points on one machine would take each other for one run: --alone.
+    distributed.start(stops_at_steps=given.name != PREPARE, alone=given.alone)
     run_point(given.file, given.root, given.name)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marjax.errors import LOST_PEER, PREEMPTED, UserError
+from marjax.errors import LOST_PEER, PREEMPTED, UserError, causes
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
 _DEFAULT_HEARTBEAT = 60
@@ -40,22 +40,25 @@ class _Notice:
     before: Any = None
 
 
-def start(*, stops_at_steps: bool = False, coordinator: str | None = None, num_processes: int | None = None,
-          process_id: int | None = None) -> None:
+def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
     """Connects this process to the others of its run, if there are any. Before the first use of a device.
 
     A second call does nothing. A process that dies takes the others with it within MARJAX_HEARTBEAT_SECONDS (60).
 
     Args:
       stops_at_steps: whether SIGTERM is a notice that `preempted` gives at a common step, instead of the end.
-      coordinator, num_processes, process_id: in place of what the environment says.
+      alone: whether this is a run of one process, whatever the environment says.
 
     Raises:
       UserError: settings that are incomplete, or others that do not answer.
     """
     if jax.distributed.is_initialized():
         return
-    given = _settings(coordinator, num_processes, process_id)
+    if alone:
+        if stops_at_steps:
+            _listen()
+        return
+    given = _settings()
     jax.config.update("jax_enable_preemption_service", stops_at_steps)
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
@@ -75,18 +78,15 @@ def start(*, stops_at_steps: bool = False, coordinator: str | None = None, num_p
                         f"within five minutes, with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES") from None
 
 
-def _settings(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
+def _settings() -> dict[str, Any]:
     """What `jax.distributed.initialize` is told; nothing, to let it detect everything."""
     given: dict[str, Any] = {}
-    for key, value, variable in (("num_processes", num_processes, "JAX_NUM_PROCESSES"),
-                                 ("process_id", process_id, "JAX_PROCESS_ID")):
-        if value is None and variable in os.environ:
+    for key, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+        if variable in os.environ:
             if not os.environ[variable].isdecimal():
                 raise UserError(f"{variable} is {os.environ[variable]!r}: give a whole number")
-            value = int(os.environ[variable])
-        if value is not None:
-            given[key] = value
-    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+            given[key] = int(os.environ[variable])
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is not None:
         if not re.fullmatch(r".+:\d+", address):
             raise UserError(f"the coordinator's address is {address!r}: give host:port of process 0")
@@ -183,7 +183,7 @@ def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
     begun = time.perf_counter()
     versions = {name: _version(name) for name in ("marjax", "jax", "jaxlib", "libtpu")}
     digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode()).hexdigest()
-    digests = [text for _, text in _texts(digest)] if jax.process_count() > 1 else [digest]
+    digests = [text for _, text in _texts(digest)]
     odd = [index for index, each in enumerate(digests) if each != digests[0]]
     if odd:
         raise UserError(f"process {', '.join(map(str, odd))} of {len(digests)} has another config, or other versions "
@@ -210,7 +210,9 @@ def _version(name: str) -> str:
 
 
 def _texts(text: str) -> list[tuple[int, str]]:
-    """Every process's text, cut to what travels, with its number."""
+    """Every process's text, cut to what travels, with its number. Waits for all of several."""
+    if jax.process_count() == 1:
+        return [(0, text)]
     line = np.zeros(_WIDTH, np.uint8)
     encoded = np.frombuffer(text.encode()[:_WIDTH], np.uint8)
     line[:encoded.size] = encoded
@@ -220,17 +222,13 @@ def _texts(text: str) -> list[tuple[int, str]]:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error, or what it came from, is that another process of this run has gone."""
-    following: BaseException | None = error
-    seen: list[BaseException] = []
-    while following is not None and following not in seen:
-        seen.append(following)
-        text = str(following)
-        if isinstance(following, jax.errors.JaxRuntimeError) and not re.match(
+    for each in causes(error):
+        text = str(each)
+        if isinstance(each, jax.errors.JaxRuntimeError) and not re.match(
                 r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED)", text):
             return True
         if re.search(r"DEADLINE_EXCEEDED|Barrier|heartbeat|coordination service|Connection (closed|reset)", text):
             return True
-        following = following.__cause__ or following.__context__
     return False
 
 

@@ -18,3 +18,13 @@ class TrainingError(RuntimeError):
 
 class PreemptedError(RuntimeError):
     """A run that was asked to stop and has saved; the same command goes on."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception and what it came from, the root cause last."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    return chain

@@ -24,7 +24,7 @@ from etils import epath
 
 from marjax import distributed
 from marjax.checkpoints import checksums
-from marjax.errors import UserError
+from marjax.errors import UserError, causes
 
 PyTree = Any
 
@@ -354,7 +354,7 @@ class Checkpoints:
 
     def _raise_save_failure(self, error: Exception) -> NoReturn:
         step, self._saving = self._saving, None
-        reason = next(filter(None, map(_storage_error, _causes(error))), None)
+        reason = next(filter(None, map(_storage_error, causes(error))), None)
         if reason is None:
             raise error
         raise UserError(
@@ -431,16 +431,6 @@ def _some(names: list[str], separator: str = ", ") -> str:
     return separator.join(names[:_SHOWN]) + more
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """An exception and what it came from, the root cause last."""
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
-    return chain
-
-
 def _storage_error(error: BaseException) -> str | None:
     """What the storage said, if it is the storage that failed; tensorstore's errors are ValueErrors with a status."""
     text = str(error)
@@ -453,6 +443,6 @@ def _storage_error(error: BaseException) -> str | None:
 
 def _one_line(error: BaseException) -> str:
     """The root cause of an exception in one short line: Orbax adds the whole specification of the array."""
-    error = _causes(error)[-1]
+    error = causes(error)[-1]
     text = " ".join(str(error).split()) or type(error).__name__
     return text.rstrip(".") if len(text) <= 300 else text[:300] + " (cut)"

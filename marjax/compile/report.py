@@ -1,6 +1,7 @@
 """What `marjax compile` finds, for people and for scripts, and what to change where memory does not suffice."""
 
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -100,7 +101,8 @@ def fsdp_for(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    """"1.50 GiB"; "" of what is not known, NaN."""
+    return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"
 
 
 def time_of(seconds: float) -> str:

@@ -57,6 +57,8 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
     config, described, mesh = _prepare(config, topology)
     say(f"{described.name}: {mesh.size} devices {described.devices[0].device_kind!r}, mesh {dict(mesh.shape)}")
     shards, found = sharding.batch_shards(mesh), []
+    start = config.train.batch_size // shards
+    fixed = lowered_programs(config, mesh, ("train",), cached)[0].state_bytes
     for policy in policies:
 
         def compile_at(batch: int, policy: str = policy) -> search.Trial:
@@ -67,9 +69,7 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
             say(f"  remat {policy}, {batch} images a device: {report.gib(needed)} of {report.gib(usable)}")
             return search.Trial(needed, usable if compiled.program is not None else min(usable, needed - 1), compiled)
 
-        first = lowered_programs(config, mesh, ("train",), cached)[0]
-        start = config.train.batch_size // shards
-        found.append(search.largest_batch(policy, compile_at, start, first.state_bytes))
+        found.append(search.largest_batch(policy, compile_at, start, fixed))
     say(search.table(found))
     return found
 

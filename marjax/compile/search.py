@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from marjax.compile.report import gib
+
 POLICIES = ("none", "dots", "full")  # of backbone and denoiser alike
 
 
@@ -82,8 +84,8 @@ def table(found: Sequence[Found]) -> str:
     """A line a policy, for people."""
     lines = ["remat  images a device  needs        twice as many need  there are"]
     for each in found:
-        cells = (each.policy.ljust(5), str(each.batch or "none").rjust(15), _gib(each.needed).rjust(11),
-                 _gib(each.more).rjust(18), _gib(each.usable).rjust(9))
+        cells = (each.policy.ljust(5), str(each.batch or "none").rjust(15), gib(each.needed).rjust(11),
+                 gib(each.more).rjust(18), gib(each.usable).rjust(9))
         lines.append("  ".join(cells))
     return "\n".join(lines)
 
@@ -91,7 +93,3 @@ def table(found: Sequence[Found]) -> str:
 def _power(number: int) -> int:
     """The largest power of two that is not above it; 1 for less."""
     return 1 << (max(1, number).bit_length() - 1)
-
-
-def _gib(size: float) -> str:
-    return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"

@@ -32,22 +32,24 @@ class Clock:
         self._seconds: list[float] = []
         self._idle, self._host = 0.0, []  # type: float, list[float]
 
-    def step(self, waited: float, idle: bool, blocked: float) -> None:
-        """Ends a step.
+    def step(self, waited: float, idle: bool, blocked: float) -> float | None:
+        """Ends a step; the seconds that the host worked itself, or None for the first.
 
         Args:
           waited: seconds that the batch was waited for.
           idle: whether the devices had nothing to do in that time.
           blocked: seconds that the host waited for the devices.
         """
-        now = self.now()
+        now, host = self.now(), None
         if self._last is not None:
             seconds = now - self._last
+            host = seconds - waited - blocked
             self.productive += seconds
             self._seconds.append(seconds)
-            self._host.append(seconds - waited - blocked)
+            self._host.append(host)
             self._idle += waited if idle else 0.0
         self._last = now
+        return host
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:

@@ -59,11 +59,11 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
     seconds: list[float] = []
 
     class Listening(Clock):
-        def step(self, waited: float, idle: bool, blocked: float) -> None:
-            begun = self._last
-            super().step(waited, idle, blocked)
-            if begun is not None and self._last is not None:
-                seconds.append(self._last - begun - waited - blocked)
+        def step(self, waited: float, idle: bool, blocked: float) -> float | None:
+            host = super().step(waited, idle, blocked)
+            if host is not None:
+                seconds.append(host)
+            return host
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints:
         writer = MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,

@@ -82,7 +82,7 @@ class Run(Generic[S]):
         self.items, self.draw, self.advice = items, draw, advice
         self.evaluate, self.profile = evaluate, profile
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
-        self.unsaved = 0  # the step whose checkpoint was due and is still to be saved; 0: none
+        self.unsaved = False  # whether a checkpoint was due and is still to be saved
 
     def steps(self, state: S, step_fn: Callable[[S, Any], tuple[S, Metrics]], batches: Iterator[Batch]) -> S:
         """Runs `step_fn` on one batch after the other; `state` may be donated.
@@ -135,14 +135,14 @@ class Run(Generic[S]):
             if not waits and self.checkpoints.is_busy():
                 if not self.unsaved:
                     self.writer.note(f"step {step}: the checkpoint before is still being written; this one is put off")
-                self.unsaved = step
+                self.unsaved = True
                 return
             if not self.writer.flush(seconds=10.0):  # a resumed run does not write these lines again
                 self.writer.note(f"step {step}: metrics.jsonl is still being written")
             self.checkpoints.save(step, **self.items(state), meta={
                 "images": step * self.batch_size, "productive_seconds": self.clock.productive,
                 "first_start": self.clock.first_start})
-            self.unsaved = 0
+            self.unsaved = False
 
     def _evaluate(self, step: int, state: S) -> None:
         assert self.evaluate is not None
