@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm: who is told to stop, and when the job goes back into the queue."""
+"""launch/slurm.sbatch and the arrays of sweeps on a real Slurm: who is told to stop, and what is queued again."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from slurm_cluster import slurm
 
 from marjax import train
 from marjax.errors import LOST_PEER, PREEMPTED
+from marjax.sweep import slurm as engine
+from marjax.sweep.points import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -42,21 +44,45 @@ sys.exit(int(end))
 """
 
 
+# Of the points of a sweep: the state of each at last, how often it was started again, and what it has printed then.
+ENDS = {"wait,0": ("COMPLETED", "1", {"saved 0": 2, "start 1": 2}),
+        "wait,0,0": ("CANCELLED", "0", {"saved 0": 2, "start 1": 0}),
+        "kill,0": ("COMPLETED", "1", {"noticed 0": 1, "start 1": 2}),
+        "2,0": ("FAILED", "0", {"start 1": 0})}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     with slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.task = cluster.folder / "task.py"
+        cluster.task.write_text(TASK)
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster):
-    """The numbers of all jobs by name, of two processes each. They run side by side, which they mostly spend waiting.
+def array(cluster):
+    """The root of a sweep whose points are named after how their starts end, and the job of each."""
+    file, root = cluster.folder / "sweep_file.py", cluster.folder / "sweep"
+    file.write_text(f"def get_sweep():\n    yield 'unused', {{}}\nCONFIG = {DIGITS + ':debug'!r}\n")
+    (root / "logs").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        patch.setattr(Plan, "command", lambda *_: [sys.executable, str(cluster.task), ""])
+        made = engine.submit(Plan.of(str(file), root), list(ENDS), prepare=False, at_once=None,
+                             arguments=["--ntasks=2"], attempts=dict.fromkeys(ENDS, 1))
+    for name in ("wait,0", "wait,0,0"):
+        log_of(cluster, f"sweep/logs/{name}", until="start 0", count=2)
+    cluster.call("scancel", "--signal=TERM", made["wait,0"].id)  # as Slurm does before its time is up
+    cluster.call("scancel", made["wait,0,0"].id)
+    return {name: job.id for name, job in made.items()}
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, array):
+    """The numbers of all jobs by name, of two processes each. They run beside those of `array`, and mostly wait.
 
     "run" is marjax itself, with two CPU devices a process. "stopped" has got SIGTERM, and "cancelled" was cancelled.
     """
-    task = cluster.folder / "task.py"
-    task.write_text(TASK)
-
     def submit(name, *command, **settings):
         return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log", SCRIPT,
                               *command, **settings)
@@ -68,7 +94,7 @@ def jobs(cluster):
                              "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
                              "--config.log.tensorboard=false", "--config.log.progress=false",
                              JAX_NUM_CPU_DEVICES="2")}
-    numbers |= {name: submit(name, sys.executable, task, end, *ODD,
+    numbers |= {name: submit(name, sys.executable, cluster.task, end, *ODD,
                              MAX_RESTARTS="1" if name == "hopeless" else "100") for name, end in ends.items()}
     for name in ("stopped", "cancelled"):
         for index in range(2):
@@ -78,11 +104,11 @@ def jobs(cluster):
     return numbers
 
 
-def log_of(cluster, name, until=""):
-    """What a job has printed, once that contains `until`."""
+def log_of(cluster, name, until="", count=1):
+    """What a job has printed, once that contains `until` so often."""
     file = cluster.folder / f"{name}.log"
     deadline = time.monotonic() + 120
-    while not file.exists() or until not in file.read_text():
+    while not file.exists() or file.read_text().count(until) < count:
         assert time.monotonic() < deadline, f"no {until!r} in {file.read_text() if file.exists() else file}"
         time.sleep(0.05)
     return file.read_text()
@@ -148,6 +174,16 @@ def test_restarts_have_an_end(cluster, jobs):
 def test_other_ends_are_final(cluster, jobs, name, state, code):
     fields = cluster.wait(jobs[name], "COMPLETED", "FAILED")
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == (state, "0", f"{code}:0")
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_points_of_a_sweep(cluster, array, name):
+    """The first that is through lets the others of its point save, or notice; no point ends or restarts another."""
+    state, restarts, printed = ENDS[name]
+    fields = cluster.wait(array[name], "COMPLETED", "FAILED", "CANCELLED")
+    log = log_of(cluster, f"sweep/logs/{name}")
+    assert (fields["JobState"], fields["Restarts"]) == (state, restarts), log
+    assert {text: log.count(text) for text in printed} == printed
 
 
 def test_slurm_would_stop_it_before_its_time_is_up(cluster):

@@ -170,21 +170,25 @@ def test_states_of_slurm_jobs(programs):
     assert slurm.states(asked)["3_0"] == "running" and slurm.states(asked)["2_0"] == "ended"
 
 
-@pytest.mark.parametrize(("code", "restarts", "again"), [(0, 0, False), (1, 0, False), (2, 0, False), (42, 99, True),
-                                                         (127, 0, False), (134, 0, True), (137, slurm.RESTARTS, False)])
-def test_the_script_of_an_array(tmp_path, programs, code, restarts, again):
+@pytest.mark.parametrize(("code", "restarts", "state", "again"), [
+    (0, 0, "RUNNING", False), (1, 0, "RUNNING", False), (2, 0, "RUNNING", False), (42, 99, "RUNNING", True),
+    (127, 0, "RUNNING", False), (134, 0, "RUNNING", True), (137, slurm.RESTARTS, "RUNNING", False),
+    (42, 0, "COMPLETING", False)])
+def test_the_script_of_an_array(tmp_path, programs, code, restarts, state, again):
     """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
     plan = Plan.of(write(tmp_path), tmp_path / "the root")
     jobs.make_folder(plan.root / "logs")
     srun, scontrol = programs("srun", "step 1", code), programs("scontrol")
     programs("sleep")
+    squeue = programs("squeue", state)
     text = slurm.script(plan, NAMES, None)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "8",
                                 "SLURM_RESTART_COUNT": str(restarts)}
     assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
     (arguments, _), = srun()
-    assert arguments == ["--kill-on-bad-exit=1", sys.executable, "-m", "marjax", "sweep-point", plan.path, "--root",
-                         str(tmp_path / "the root"), "--name", NAMES[1]]
+    assert all(call[1] == "--jobs=7_1" for call, _ in squeue())
+    assert arguments == ["--kill-on-bad-exit=0", "--wait=180", sys.executable, "-m", "marjax", "sweep-point", plan.path,
+                         "--root", str(tmp_path / "the root"), "--name", NAMES[1]]
     assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
     assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
     assert all(line.startswith("#SBATCH --") for line in text.splitlines()[1:6])

@@ -82,20 +82,23 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
                "--signal=TERM@120",  # to the steps: before the time is up, they save
                *([] if single else [f"--array=0-{len(names) - 1}{throttle}"])]
     command = plan.command("", sys.executable)[:-1]
-    srun = "srun --kill-on-bad-exit=1"
+    # Whoever is first to end leaves the others time to end in order: to save, or to notice that a process is lost.
+    srun = "srun --kill-on-bad-exit=0 --wait=180"
     told = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options),
              f"cd {shlex.quote(os.getcwd())} || exit 1",
              f"names=({' '.join(shlex.quote(name) for name in names)})",
              'name="${names[${SLURM_ARRAY_TASK_ID:-0}]}"',
+             "trap : TERM  # which the steps get too; if this script ended by it, they would not have time to save",
              f'{srun} {shlex.join(command)} "$name"{" --alone" if single else ""}{told}',
              "code=$?",
              "# 42: preempted, and saved. From 128 on: killed, or another process of the run was lost. Not 127: what",
              "# is not found will not be found the next time either.",
              'again=0; [ "$code" -eq 42 ] && again=1',
              f'[ "$code" -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ] && again=1',
-             'if [ "$again" -eq 1 ]; then',
-             '    id="$SLURM_JOB_ID"; [ -n "$SLURM_ARRAY_JOB_ID" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+             'id="$SLURM_JOB_ID"; [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+             "# A task that was cancelled, or that Slurm itself is about to put back, is not running any more.",
+             'if [ "$again" -eq 1 ] && [ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
              '    scontrol requeue "$id" && sleep 60  # which ends this script',
              "fi",
              'exit "$code"']
