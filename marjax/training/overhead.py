@@ -14,7 +14,7 @@ import numpy as np
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.checkpoints.manager import Checkpoints
-from marjax.data.pipeline import Batch
+from marjax.data.pipeline import Batch, aligned_empty
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.training import state as state_lib
@@ -49,8 +49,9 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
                     out_shardings=shardings)()
     data = config.data
     rows = config.train.batch_size // jax.process_count()
-    batch = {"image": np.zeros((rows, data.image_size, data.image_size, data.channels), np.uint8),
+    batch = {"image": aligned_empty((rows, data.image_size, data.image_size, data.channels), np.uint8),
              "label": np.zeros((rows,), np.int32)}
+    batch["image"][...] = 0
 
     def batches() -> Iterator[Batch]:
         for _ in range(steps):  # and not the one after, the run's last, which would save
