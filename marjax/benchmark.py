@@ -111,7 +111,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
     step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
-    batch = sharding.put_batch({
+    batch = sharding.cut_batch({
         "image": rng.integers(0, 256, (size, side, side, tokens.channels), np.uint8),
         "label": rng.integers(0, config.data.num_classes, size, np.int32)}, mesh)
 

@@ -12,7 +12,7 @@ from conftest import make_autoencoder, make_digits
 from jax.experimental import multihost_utils
 from processes import Run
 
-from marjax import distributed
+from marjax import distributed, sharding
 from marjax.data.latents import Latents, read_manifest
 from marjax.errors import UserError
 
@@ -101,6 +101,32 @@ def test_which_errors_mean_that_a_peer_is_gone():
     assert not distributed.is_lost_peer(UserError("no such file"))
 
 
+def interleave():
+    """Has meshes take the devices of two processes in turn: a slice's links are not in the order of its hosts."""
+    make_mesh = jax.make_mesh
+
+    def interleaved(shape, names, *, devices, **more):
+        half = len(devices) // 2
+        return make_mesh(shape, names, devices=[device for pair in zip(devices[:half], devices[half:], strict=True)
+                                                for device in pair], **more)
+
+    jax.make_mesh = interleaved
+
+
+def batches_between_processes(index):
+    """Ends with 0 if each process has put its own rows where they belong."""
+    distributed.start()
+    interleave()
+    mesh = sharding.make_mesh()
+    whole = np.arange(8) * 3
+    held = sharding.rows_held(mesh, 8)
+    assert held.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]][index], held
+    for batch in (sharding.put_batch(whole[held], mesh), sharding.cut_batch(whole, mesh)):
+        assert batch.shape == (8,)
+        assert multihost_utils.process_allgather(batch, tiled=True).tolist() == whole.tolist()
+    return distributed.end(0, None)
+
+
 def agreements(index):
     """Ends with 0 if everything is as it should be."""
     distributed.start()
@@ -121,8 +147,6 @@ def agreements(index):
             assert str(error) == "taken"
         else:
             raise AssertionError
-    from marjax import sharding
-
     line = distributed.check(sharding.make_mesh(), {"seed": 0})
     assert line.startswith("2 processes, 2 devices (cpu), mesh data 2 x fsdp 1 x tensor 1, marjax "), line
     try:
@@ -132,6 +156,11 @@ def agreements(index):
     else:
         raise AssertionError
     return distributed.end(0, None)
+
+
+def test_rows_are_where_they_belong(tmp_path):
+    with Run(tmp_path, batches_between_processes, count=2, devices=2, each=True) as run:
+        assert run.wait() == [0, 0], run.said()
 
 
 def test_agreements(tmp_path):
@@ -147,6 +176,8 @@ def work(folder, train_fields, cache_fields):
     from marjax.generation.sample import open_sampler, sample
 
     distributed.start()
+    if jax.process_count() == 2:
+        interleave()
     folder = pathlib.Path(folder)
     save_params(folder, train(make_digits(**train_fields), folder / "run"))
     if jax.process_count() < 4:

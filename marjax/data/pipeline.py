@@ -1,9 +1,9 @@
 """Batches of examples whose content depends on the seed and the step only.
 
 Position p = step * batch_size + row counts through an endless sequence: epoch p // N, in an order of its own for every
-epoch. The position alone decides which example is read and how it is augmented; of each batch, host h takes the h-th
-block of consecutive rows, as `jax.make_array_from_process_local_data` lays them out. So neither the number of hosts
-nor that of worker processes or threads changes a global batch, and a run is resumed by its step number.
+epoch. The position alone decides which example is read and how it is augmented; of each batch, a host takes the rows
+that its devices hold. So neither the number of hosts and their place in the mesh nor the number of worker processes or
+threads changes a global batch, and a run is resumed by its step number.
 
 Grain brings the threads, the worker processes and the prefetching. The order and the random numbers are computed here
 for a whole batch at once: Grain's own chain of shuffle, repeat, random_map and batch spends 80 microseconds an example
@@ -45,7 +45,7 @@ Batch = dict[str, npt.NDArray[Any]]
 class Batches(Iterator[Batch]):
     """Iterates over this host's part of the batches from `start_step` on; a context manager, to be closed.
 
-    Row r of host h is row h * local_batch + r of the global batch. With `train` the batches never end, every epoch
+    With `train` the batches never end, every epoch
     (of `num_examples`, not of whole batches) holds each example once, and images are flipped if `data.flip`. Without,
     there is one pass in the source's order and without flips, of `num_batches`; the last batch is filled up from the
     start of the data, so that all have one shape on all hosts: count rows of positions below `num_examples` only.
@@ -67,8 +67,7 @@ class Batches(Iterator[Batch]):
         batch_size: int,
         seed: int,
         start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: npt.NDArray[np.int64] | None = None,
         train: bool = True,
         examples: Examples | None = None,
         first: int = 0,
@@ -78,11 +77,10 @@ class Batches(Iterator[Batch]):
         Args:
           data: `source`, `data_dir`, `split`, `num_classes` (see `open_source`), `image_size`, `channels`, `flip`
             (see `Preprocess`) and `workers`, the number of worker processes (0: threads of this process).
-          batch_size: global batch size, divisible by `process_count`.
+          batch_size: global batch size.
           seed: of the order and of the augmentation, at least 0.
           start_step: how many batches to skip; costs nothing.
-          process_index: which of `process_count` hosts this is.
-          process_count: the number of hosts.
+          rows: which rows of the global batch to read, ascending (see `sharding.rows_held`); all by default.
           train: see the class.
           examples: what to read in place of the images of `data`, such as a latent cache; of `data`, `workers` is then
             all that counts.
@@ -92,12 +90,12 @@ class Batches(Iterator[Batch]):
           UserError: for any argument or config field out of its range, and whatever `open_source` raises.
         """
         workers = int(data.workers)
-        if batch_size < 1 or process_count < 1 or batch_size % process_count:
-            raise UserError(
-                f"batch_size={batch_size} cannot be split over {process_count} processes: expected a positive multiple."
-            )
-        if not 0 <= process_index < process_count:
-            raise UserError(f"process_index={process_index} is out of range: expected 0 to {process_count - 1}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} is not positive: expected the number of images of a batch.")
+        if rows is None:
+            rows = np.arange(batch_size)
+        if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) <= 0).any():
+            raise UserError(f"rows={rows} of a batch of {batch_size}: expected ascending ones below that.")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} is out of range: expected 0 to 2**63 - 1.")
         if start_step < 0:
@@ -113,7 +111,7 @@ class Batches(Iterator[Batch]):
         self.num_batches = None if train else -(-(self.num_examples - first) // batch_size)
         self._iterator: grain.DatasetIterator | None = None
         self._workers = workers
-        steps = _Steps(examples, batch_size, seed, process_index, process_count, train, first)
+        steps = _Steps(examples, batch_size, seed, rows, train, first)
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
     def __next__(self) -> Batch:
@@ -163,16 +161,14 @@ class _Steps:
         examples: Examples,
         batch_size: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: npt.NDArray[np.int64],
         train: bool,
         first: int,
     ):
         self.examples = examples
         self._batch_size = batch_size
         self._seed = seed
-        self._process_index = process_index
-        self._process_count = process_count
+        self._rows = rows
         self._train = train
         self._first = first
 
@@ -180,8 +176,7 @@ class _Steps:
         return sys.maxsize if self._train else -(-(len(self.examples) - self._first) // self._batch_size)
 
     def __getitem__(self, step: int, /) -> Batch:
-        local = self._batch_size // self._process_count
-        positions = self._first + step * self._batch_size + self._process_index * local + np.arange(local)
+        positions = self._first + step * self._batch_size + self._rows
         rows = aligned_empty((len(positions), *self.examples.shape), self.examples.dtype)
         labels = np.empty(len(positions), np.int32)
         rng, state = _generator(self._seed)

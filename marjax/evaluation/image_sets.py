@@ -159,8 +159,8 @@ class ConfigImages:
     def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
         hosts = hosts or Hosts()
-        opened = Batches(self._data, batch_size * hosts.count, 0, process_index=hosts.index,
-                         process_count=hosts.count, train=False, examples=self._examples)
+        opened = Batches(self._data, batch_size * hosts.count, 0, train=False, examples=self._examples,
+                         rows=hosts.index * batch_size + np.arange(batch_size))
         with opened as batches:
             for step, batch in enumerate(batches):
                 first = (step * hosts.count + hosts.index) * batch_size

@@ -156,7 +156,7 @@ class Sampler:
         """What `program` takes for these samples; their number must divide over the mesh."""
         scales, choice = (None if each is None else np.asarray(each, np.float32)
                           for each in (self.settings.guidance, self.settings.choice))
-        rows = sharding.put_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
+        rows = sharding.cut_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
         return (params, self.tokenizer_params, rows[0], np.uint32(seed), rows[1], scales,
                 np.float32(self.settings.temperature), choice)
 

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from jax.sharding import Mesh
 
 from marjax import config as config_lib
 from marjax import distributed, flops, peak, sharding
@@ -70,7 +71,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     examples = None
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
-    open_batches(config, start_step=0, examples=examples).close()
+    open_batches(config, mesh, start_step=0, examples=examples).close()
     probe = Probe(config) if config.eval.every else None
     about = distributed.check(mesh, settings_of_all(config))
     distributed.on_first(lambda: claim_workdir(workdir, config))
@@ -113,16 +114,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
                   evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
         weights = sampler.tokenizer_params
         try:
-            with open_batches(config, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
+            with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
                 return run.steps(state, lambda state, batch: train_step(state, batch, weights), batches)
         finally:
             writer.close()
 
 
-def open_batches(config: ml_collections.ConfigDict, start_step: int, examples: Examples | None = None) -> Batches:
+def open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int,
+                 examples: Examples | None = None) -> Batches:
     """This process's part of the training batches from `start_step` on, of `examples` or else of the images."""
     return Batches(config.data, config.train.batch_size, config.seed, start_step=start_step,
-                   process_index=jax.process_index(), process_count=jax.process_count(), examples=examples)
+                   rows=sharding.rows_held(mesh, config.train.batch_size), examples=examples)
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:

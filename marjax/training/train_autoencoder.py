@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from jax.sharding import Mesh
 
 from marjax import config as config_lib
 from marjax import distributed, sharding
@@ -68,7 +69,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     abstract = jax.eval_shape(trainer.init, jax.random.key(config.seed))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
     jax.eval_shape(trainer.forward, abstract.params, image, jax.random.key(0))
-    _open_batches(config, 0).close()
+    _open_batches(config, mesh, 0).close()
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         finished = train.steps in checkpoints.steps()
     if not finished and not overwrite and epath.Path(path).exists():
@@ -113,15 +114,16 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
             advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
         step = make_step(trainer, abstract, mesh)
         try:
-            with _open_batches(config, start) as batches, jax.set_mesh(mesh):
+            with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
                 return run.steps(state, step, batches)
         finally:
             writer.close()
 
 
-def _open_batches(config: ml_collections.ConfigDict, start_step: int) -> Batches:
-    return Batches(config.data, config.tokenizer.train.batch_size, config.seed, start_step=start_step,
-                   process_index=jax.process_index(), process_count=jax.process_count())
+def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:
+    batch_size = config.tokenizer.train.batch_size
+    return Batches(config.data, batch_size, config.seed, start_step=start_step,
+                   rows=sharding.rows_held(mesh, batch_size))
 
 
 def _items(state: AutoencoderState) -> dict[str, Any]:
