@@ -5,18 +5,15 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, make_autoencoder
+from conftest import make_autoencoder
+from processes import Run
 
 from marjax import config as config_lib
-from marjax import train
+from marjax import distributed, train
 from marjax.config import resolve
 from marjax.data.cache import cache_latents, open_fitting
 from marjax.data.latents import Latents, Manifest, pack, read_manifest, runs, unpack
@@ -106,7 +103,7 @@ def test_cached_batches_do_not_depend_on_hosts_or_workers(cache, autoencoders):
             return list(itertools.islice(batches, 6))
 
     whole = take()
-    parts = [take(process_index=index, process_count=2) for index in range(2)]
+    parts = [take(rows=rows) for rows in np.split(np.arange(24), 2)]
     for step, batch in enumerate(whole):
         for key in ("moments", "label"):
             np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), batch[key])
@@ -137,41 +134,21 @@ def test_a_second_call_makes_only_what_is_missing(autoencoders, cache, tmp_path)
         assert label_a == label_b
 
 
-SCRIPT = """
-import sys
-import jax
-from conftest import make_autoencoder
-from marjax.data.cache import cache_latents
-from test_cache import make
-import pathlib
-if __name__ == "__main__":
-    autoencoders, out, batch_size = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    if len(sys.argv) > 4:
-        jax.config.update("jax_num_cpu_devices", 2)
-        jax.distributed.initialize(sys.argv[4], 2, int(sys.argv[5]))
-        assert jax.device_count() == 4
+def encode(autoencoders, out, batch_size):
+    """In a process of its own, or in one of several."""
+    distributed.start()
     made = cache_latents(make(autoencoders), out, dtype="float32", batch_size=batch_size, shard_examples=10)
     print("encoded", made.encoded)
-"""
-
-
-def start(tmp_path, *arguments):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return distributed.end(0, None)
 
 
 def test_a_killed_run_is_gone_on_with(autoencoders, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     cache_latents(make(autoencoders), whole, dtype="float32", batch_size=1, shard_examples=10)
-    process = start(tmp_path, autoencoders, killed, 1)
-    while not list(killed.glob("*-00003-of-00010")) and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
+    with Run(tmp_path, encode, autoencoders, killed, 1) as run:
+        run.wait_for(lambda: list(killed.glob("*-00003-of-00010")))
+        run.processes[0].kill()
+        assert run.wait() == [-signal.SIGKILL], run.said()
     if not (killed / "manifest.json").exists():  # else it was quicker than the kill
         with pytest.raises(UserError, match="not finished"):
             read_manifest(killed)
@@ -182,13 +159,9 @@ def test_a_killed_run_is_gone_on_with(autoencoders, tmp_path):
 
 
 def test_two_processes_with_two_devices_each_make_what_one_makes(autoencoders, cache, tmp_path):
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"localhost:{found.getsockname()[1]}"
-    processes = [start(tmp_path, autoencoders, tmp_path / "two", 8, address, index) for index in range(2)]
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0 and "encoded 50" in out, errors
+    with Run(tmp_path, encode, autoencoders, tmp_path / "two", 8, count=2, devices=2) as run:
+        assert run.wait() == [0, 0], run.said()
+        assert all("encoded 50" in log.read_text() for log in run.logs), run.said()
     two, one = (Latents(folder, read_manifest(folder), flip=False) for folder in (tmp_path / "two", cache))
     assert len(list((tmp_path / "two").iterdir())) == 11
     rng = np.random.default_rng(0)

@@ -2,15 +2,14 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, make_digits
+from conftest import DIGITS, make_digits
+from processes import Run
 
-from marjax import train
+from marjax import distributed, train
 from marjax.cli import main
 from marjax.errors import UserError
 from marjax.evaluation.classifier import Classifier
@@ -107,17 +106,13 @@ def test_images_as_a_reference(run, measure, tmp_path):
     assert again["metrics"]["fid"] != entry["metrics"]["fid"]
 
 
-SCRIPT = """
-import sys
-import jax
-if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+def evaluate_together(run, fields, results):
+    distributed.start()
     assert jax.device_count() == 4
-    from marjax.evaluation.evaluate import Request, evaluate
-    import json
-    print(json.dumps(evaluate(sys.argv[3], Request(**json.loads(sys.argv[4])))))
-"""
+    found = evaluate(run, Request(**fields))
+    if jax.process_index() == 0:
+        results.write_text(json.dumps(found))
+    return distributed.end(0, None)
 
 
 @pytest.mark.slow
@@ -125,23 +120,10 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
     fields = {**measure, "num_images": 50, "batch_size": 8, "progress": False, "save": "npz",
               "settings": {"cfg": [1, 2], "cfg_schedule": ["linear", "constant"]}}  # of which two are one
     one = evaluate(run, Request(**fields, out=tmp_path / "one"))
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"localhost:{found.getsockname()[1]}"
-    given = json.dumps(fields | {"out": str(tmp_path / "two")})
-    said, processes = [], []
-    for index in range(2):  # into files: a pipe that nobody reads fills up, and then both wait
-        said.append((tmp_path / f"out{index}", tmp_path / f"err{index}"))
-        with said[-1][0].open("w") as out, said[-1][1].open("w") as err:
-            processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(index), str(run), given],
-                                              cwd=ROOT, stdout=out, stderr=err))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], said[codes.index(next(filter(None, codes)))][1].read_text()[-3000:]
-    two = json.loads(said[0][0].read_text().splitlines()[-1])
+    with Run(tmp_path, evaluate_together, run, fields | {"out": tmp_path / "two"}, tmp_path / "results.json",
+             count=2, devices=2) as both:
+        assert both.wait() == [0, 0], both.said()
+    two = json.loads((tmp_path / "results.json").read_text())
     for a, b in zip(one, two, strict=True):
         images = [np.load(folder / each["samples"])["arr_0"].astype(int)
                   for folder, each in ((tmp_path / "one", a), (tmp_path / "two", b))]

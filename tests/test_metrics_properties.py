@@ -5,18 +5,15 @@ Hosts are threads that meet at every gather, and once two real processes. Legend
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from processes import Run
 
+from marjax import distributed
 from marjax.evaluation import hosts as hosts_lib
 from marjax.evaluation import precision_recall as precision_recall_lib
 from marjax.evaluation.extractor import Extracted
@@ -191,41 +188,25 @@ def test_a_reference_made_by_any_number_of_hosts(small_tiles):
     assert made(seed=1)[1] != features and len(made(keep=99)[1]) == 40
 
 
-SCRIPT = """
-import json, sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-index = int(sys.argv[2])
-jax.distributed.initialize(sys.argv[1], 2, index)
-import numpy as np
-from marjax.evaluation.hosts import Hosts, all_processes
-from test_metrics_properties import evaluate, made, sets
-hosts = all_processes()
-assert hosts == Hosts(index, 2)
-mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # whose digits 32 bits could not hold
-both = hosts.allgather(mine)
-assert both.shape == (2, 2, 2) and both[index].tobytes() == mine.tobytes() and (both[0] == -both[1]).all()
-assert hosts.sum(np.array([2**40 + index])).tolist() == [2**41 + 1]
-real, generated, logits = sets()
-print(json.dumps([evaluate(hosts, real=real, generated=generated, logits=logits), made(hosts)]))
-"""
+def measure(index, folder):
+    """In one of two processes."""
+    distributed.start()
+    hosts = all_processes()
+    assert hosts == Hosts(index, 2)
+    mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # whose digits 32 bits could not hold
+    both = hosts.allgather(mine)
+    assert both.shape == (2, 2, 2) and both[index].tobytes() == mine.tobytes() and (both[0] == -both[1]).all()
+    assert hosts.sum(np.array([2**40 + index])).tolist() == [2**41 + 1]
+    real, generated, logits = sets()
+    found = [evaluate(hosts, real=real, generated=generated, logits=logits), made(hosts)]
+    (folder / f"{index}.json").write_text(json.dumps(found))
+    return distributed.end(0, None)
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"localhost:{found.getsockname()[1]}"
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    processes = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), address, str(index)], text=True,
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for index in range(2)]
-    said = []
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        said.append(json.loads(out.splitlines()[-1]))
+    with Run(tmp_path, measure, tmp_path, count=2, devices=2, each=True) as run:
+        assert run.wait() == [0, 0], run.said()
+    said = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2)]
     assert said[0] == said[1]
     real, generated, logits = sets()
     whole, (numbers, features, count) = evaluate(real=real, generated=generated, logits=logits), made()

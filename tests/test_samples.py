@@ -3,15 +3,14 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_digits
+from conftest import make_digits
 from PIL import Image
+from processes import Run
 
 from marjax import train
 from marjax.errors import UserError
@@ -142,46 +141,47 @@ def test_damage_is_told(opened, tmp_path):
         SampleSet(tmp_path, PLAN)
 
 
-CHILD = """
-import sys
-from marjax.evaluation.samples import Plan, SampleSet
-from marjax.generation.sample import open_sampler
-opened = open_sampler(sys.argv[1], local=True)
-plan = Plan(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
-samples = SampleSet(sys.argv[2], plan)
-print(samples.folder, flush=True)
-with samples.claimed():
-    samples.generate(opened.sampler, opened.params)
-    samples.write_npz(sys.argv[2] + "/all.npz")
-"""
-
-
-def start(run, folder):
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(run), str(folder)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def generate(workdir, folder):
+    """In a process of its own."""
+    opened = open_sampler(workdir, local=True)
+    plan = Plan(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
+    samples = SampleSet(folder, plan)
+    print("begins", flush=True)
+    try:
+        with samples.claimed():
+            samples.generate(opened.sampler, opened.params)
+            samples.write_npz(folder / "all.npz")
+    except UserError as error:
+        print(error)
+        return 2
+    return 0
 
 
 @pytest.mark.slow
 def test_ten_thousand_images_survive_kills(run, tmp_path):
     """Killed at random moments, the final set is that of a run that nobody disturbed, to the byte."""
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    process = start(run, calm)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    folders = {name: tmp_path / name for name in ("calm", "killed", "logs", "others")}
+    for folder in folders.values():
+        folder.mkdir()
+
+    def start(name, logs="logs"):
+        return Run(folders[logs], generate, run, folders[name])
+
+    with start("calm") as process:
+        assert process.wait() == [0], process.said()
     rng, kills = np.random.default_rng(), 0
     for _ in range(4):
-        process = start(run, killed)
-        assert "killed" in process.stdout.readline()  # it is about to begin, or to go on
-        time.sleep(rng.uniform(0.2, 2.0))
-        process.kill()
-        _, errors = process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills, errors
-    process = start(run, killed)
-    other = start(run, killed)  # a second one at the same time is refused, or finds all done
-    codes = [each.wait() for each in (process, other)]
-    said = [each.communicate()[1] for each in (process, other)]
+        before = process.said().count("begins")
+        with start("killed") as process:
+            process.wait_for(lambda process=process, before=before: process.said().count("begins") > before)
+            time.sleep(rng.uniform(0.2, 2.0))  # it is about to begin, or to go on
+            process.processes[0].kill()
+            kills += process.wait() == [-signal.SIGKILL]
+    assert kills, process.said()
+    with start("killed") as process, start("killed", "others") as other:
+        codes = [process.wait()[0], other.wait()[0]]  # the second is refused, or finds all done
+    said = [process.said(), other.said()]
     assert 0 in codes and all(code == 0 or "is being written by another marjax evaluate" in text
                               for code, text in zip(codes, said, strict=True)), said
-    assert (killed / "all.npz").read_bytes() == (calm / "all.npz").read_bytes()
-    assert len(np.load(killed / "all.npz")["arr_0"]) == 10_000
+    assert (folders["killed"] / "all.npz").read_bytes() == (folders["calm"] / "all.npz").read_bytes()
+    assert len(np.load(folders["killed"] / "all.npz")["arr_0"]) == 10_000
