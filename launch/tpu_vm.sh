@@ -1,24 +1,40 @@
 #!/usr/bin/env bash
 # Runs marjax on a Cloud TPU slice, spot or not, through gcloud: a queued resource, then ssh to all workers.
 #
-#   export PROJECT=my-project ZONE=us-east5-b NAME=mar TYPE=v6e-16
+#   export PROJECT=my-project ZONE=us-east5-b NAME=mar TYPE=v6e-16 FETCH=gs://bucket/data
+#   launch/tpu_vm.sh --spot keep marjax train --config configs/imagenet256.py:model=mar_base --workdir gs://bucket/mar_base
+#
+# `keep` does what follows one after the other, and all of it again when the slice was taken away, until the run has
+# ended. Ctrl-C leaves the run alone; the same command watches it again.
+#
 #   launch/tpu_vm.sh --spot create          # ask for the slice, and wait until it is there
-#   launch/tpu_vm.sh setup                  # copy this working tree to all workers, and install it
-#   launch/tpu_vm.sh run marjax train --config configs/imagenet256.py:model=mar_base --workdir gs://bucket/mar_base
+#   launch/tpu_vm.sh setup                  # copy the code to all workers, install it, copy what FETCH names to ~
+#   launch/tpu_vm.sh run marjax train ...   # start it on all workers, detached
 #   launch/tpu_vm.sh logs                   # of worker 0; or of another: logs 3, logs all
 #   launch/tpu_vm.sh status                 # of the slice, and of the run on all workers
 #   launch/tpu_vm.sh stop                   # saves and ends the run; the same `run` goes on
 #   launch/tpu_vm.sh delete
 #
-# A spot slice that was taken away is SUSPENDED: create, setup and the same run go on from the last checkpoint. What the
-# workers do, restarts included, is in launch/tpu_vm_worker.sh. Queued resources give one slice; for many, see gke.sh.
+# The code is what git knows, and what it does not know yet in marjax/, configs/ and launch/. CREATE_FLAGS and SSH_FLAGS
+# go to gcloud, such as CREATE_FLAGS=--internal-ips SSH_FLAGS=--internal-ip. What the workers do, restarts included, and
+# its settings are in launch/tpu_vm_worker.sh. Queued resources give one slice; for many, see gke.sh.
 set -euo pipefail
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    echo "launch/tpu_vm.sh: error: this is bash $BASH_VERSION, and 4.4 or newer is needed: on a Mac, brew install bash" >&2
+    exit 2
+fi
 
 usage() {
     echo "usage: launch/tpu_vm.sh [--project P] [--zone Z] [--name N] [--type v6e-16] [--version RUNTIME] [--spot]" \
-        "create | setup | run COMMAND... | logs [WORKER] | status | stop | delete" >&2
+        "create | setup | run COMMAND... | keep COMMAND... | logs [WORKER] | status | stop | delete" >&2
     echo "launch/tpu_vm.sh: error: $1" >&2
     exit 2
+}
+
+fail() {
+    echo "launch/tpu_vm.sh: error: $1" >&2
+    exit 1
 }
 
 project=${PROJECT-} zone=${ZONE-} name=${NAME-} type=${TYPE-} version=${VERSION-} spot=${SPOT-}
@@ -40,22 +56,52 @@ for field in project zone name; do
     [[ -n ${!field} ]] || usage "no $field: give --$field, or set ${field^^}"
 done
 where=("--project=$project" "--zone=$zone")
-read -ra ssh_flags <<<"${SSH_FLAGS-}" # such as --internal-ip, for workers without an address of their own
+read -ra ssh_flags <<<"${SSH_FLAGS-}"
+read -ra create_flags <<<"${CREATE_FLAGS-}"
+read -ra fetch <<<"${FETCH-}"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 queued() { gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
 
-# Runs tpu_vm_worker.sh on workers, `all` or a number. ssh hands its command to a shell: hence the quoting.
-on_workers() {
-    local command
-    printf -v command '%q ' bash marjax/launch/tpu_vm_worker.sh "${@:2}"
-    gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" "--worker=$1" "--command=${command% }"
+# What a worker needs to know, as one string: ssh carries no variables, and hands its command to a shell.
+worker_command() {
+    local setting words=()
+    for setting in INSTALL MAX_RESTARTS MAX_QUICK QUICK_SECONDS RESTART_SECONDS STOP_SECONDS; do
+        [[ -z ${!setting-} ]] || words+=("$setting=${!setting}")
+    done
+    [[ ${#words[@]} -eq 0 ]] || words=(env "${words[@]}")
+    words+=(bash marjax/launch/tpu_vm_worker.sh "$@")
+    printf '%q ' "${words[@]}"
 }
 
-state() { queued describe '--format=value(state.state)' 2>/dev/null || echo NONE; }
+# A shell command on workers, `all` or a number.
+ssh_to() { gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" "--worker=$1" "--command=$2"; }
+
+on_workers() { ssh_to "$1" "$(worker_command "${@:2}")"; }
+
+# The state of the request; NONE if there is none. Whatever else keeps gcloud from an answer (a login that has run out, a
+# network that is gone) is told, and it is asked again, $1 times in all.
+state() {
+    local tries=$1 said
+    while true; do
+        if said=$(queued describe '--format=value(state.state)' 2>"$scratch/error"); then
+            echo "$said"
+            return
+        elif grep -q NOT_FOUND "$scratch/error"; then
+            echo NONE
+            return
+        fi
+        echo "$(date +%T) the slice cannot be asked after: $(tail -n 1 "$scratch/error")" >&2
+        tries=$((tries - 1))
+        ((tries > 0)) || return 1
+        sleep "$poll_seconds"
+    done
+}
 
 create() {
     [[ -n $type ]] || usage "no type: give --type, or set TYPE, such as v6e-16"
-    local runtime=$version now before=
+    local runtime=$version now before='' asked=''
     if [[ -z $runtime ]]; then
         case $type in
         v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -65,17 +111,18 @@ create() {
         *) usage "no runtime is known for $type: give --version" ;;
         esac
     fi
-    case $(state) in
-    SUSPENDED | FAILED) # taken away, or never given: this request does not come back
-        queued delete --force --quiet ;;&
-    SUSPENDED | FAILED | NONE)
-        queued create "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot} ;;
-    esac
-    while now=$(state) && [[ $now != ACTIVE ]]; do
+    while true; do
+        now=$(state 20)
         case $now in
-        SUSPENDING | SUSPENDED | FAILED | DELETING | NONE)
-            echo "launch/tpu_vm.sh: error: the slice is $now: run create again" >&2
-            exit 1
+        ACTIVE) break ;;
+        SUSPENDED | FAILED | NONE)
+            [[ -z $asked ]] || fail "the slice is $now: run create again"
+            # What was taken away, or never given, does not come back.
+            [[ $now == NONE ]] || queued delete --force --quiet
+            queued create "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot} \
+                "${create_flags[@]}"
+            asked=1
+            continue
             ;;
         esac
         [[ $now == "$before" ]] || echo "$(date +%T) $now"
@@ -86,31 +133,89 @@ create() {
 }
 
 setup() {
-    local root packed
+    local root size
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    packed=$(mktemp -d)
-    # shellcheck disable=SC2064  # the folder of now
-    trap "rm -rf '$packed'" EXIT
-    # What git knows or would take: no virtual environments, no runs.
-    (cd "$root" && git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+    # No virtual environments, no runs; and of what git does not know, no data.
+    (cd "$root" && {
+        git ls-files -z --cached
+        git ls-files -z --others --exclude-standard -- marjax configs launch setup.cfg pyproject.toml README.md LICENSE
+    } | while IFS= read -r -d '' file; do
         [[ ! -e $file ]] || printf '%s\0' "$file" # deleted, but not yet for git
-    done | tar --null --files-from=- --create --gzip --file="$packed/marjax.tar.gz")
-    gcloud compute tpus tpu-vm scp "$packed/marjax.tar.gz" "$name:marjax.tar.gz" "${where[@]}" "${ssh_flags[@]}" \
+    done | tar --null --files-from=- --create --gzip --file="$scratch/marjax.tar.gz")
+    size=$(wc -c <"$scratch/marjax.tar.gz")
+    ((size <= ${MAX_MB:-100} * 1000000)) || fail "the code is $((size / 1000000)) MB, packed, which every worker would \
+get: move data out of the repository (git ls-files --others says what it does not know), or set MAX_MB"
+    gcloud compute tpus tpu-vm scp "$scratch/marjax.tar.gz" "$name:marjax.tar.gz" "${where[@]}" "${ssh_flags[@]}" \
         --worker=all
-    gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" --worker=all \
-        '--command=mkdir -p marjax && tar -xzf marjax.tar.gz -C marjax && bash marjax/launch/tpu_vm_worker.sh setup'
+    ssh_to all "mkdir -p marjax && tar -xzf marjax.tar.gz -C marjax && $(worker_command setup "${fetch[@]}")"
+}
+
+# This script, with the same slice.
+self() {
+    PROJECT=$project ZONE=$zone NAME=$name TYPE=$type VERSION=$version SPOT=$spot bash "${BASH_SOURCE[0]}" "$@"
+}
+
+readonly GONE=9
+
+# Returns 0 once the command has ended with 0 on all workers, 1 if it ended otherwise, and GONE when the slice has gone.
+watch() {
+    local now said silent=0
+    while true; do
+        now=$(state 20) || return 1
+        [[ $now == ACTIVE ]] || return "$GONE"
+        if ! said=$(on_workers all status); then
+            silent=$((silent + 1))
+            if ((silent >= 20)); then
+                echo "some workers do not answer; the others may be at work: look at status, then keep it again" >&2
+                return 1
+            fi
+        elif [[ $said == *"nothing was run"* ]]; then # a worker that was restarted; the others wait for it
+            on_workers all again "$@" || true
+        elif [[ $said != *"running; last line: "* ]]; then
+            echo "$said"
+            [[ ! $said =~ "ended with "[1-9] ]]
+            return
+        else
+            silent=0
+        fi
+        sleep "$poll_seconds"
+    done
+}
+
+keep() {
+    local code failures=0
+    while true; do
+        code=0
+        { self create && self setup && self again "$@"; } || code=$?
+        if ((code == 2)); then
+            exit 2
+        elif ((code)); then
+            failures=$((failures + 1))
+            ((failures < 3)) || fail "the slice cannot be set up: see above"
+            sleep "$poll_seconds"
+            continue
+        fi
+        failures=0
+        watch "$@" || code=$?
+        if ((code != GONE)); then
+            echo "$name is still there, and billed: launch/tpu_vm.sh delete"
+            exit "$code"
+        fi
+        echo "$(date +%T) the slice was taken away"
+    done
 }
 
 case $action in
 create) create ;;
 setup) setup ;;
-run)
-    [[ $# -gt 0 ]] || usage "run needs a command, such as: run marjax train --config FILE.py --workdir gs://..."
-    on_workers all run "$@"
+run | keep | again)
+    [[ $# -gt 0 ]] || usage "$action needs a command, such as: $action marjax train --config FILE.py --workdir gs://..."
+    if [[ $action == keep ]]; then keep "$@"; else on_workers all "$action" "$@"; fi
     ;;
 logs) on_workers "${1:-0}" logs ;;
 status)
-    echo "$name is $(state)"
+    now=$(state 1)
+    echo "$name is $now"
     on_workers all status
     ;;
 stop) on_workers all stop ;;

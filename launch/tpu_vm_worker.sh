@@ -2,8 +2,10 @@
 # What launch/tpu_vm.sh runs on every worker of a slice, in ~/marjax: setup, run COMMAND..., status, logs, stop.
 #
 # The run is detached from ssh and writes run.log. It is started again when it ends with 42 (it was preempted, and has
-# saved) or a code from 127 up (a process was lost; the others end with 134 within a minute), on every worker alike, so
-# that they meet again; at most MAX_RESTARTS (100) times. Any other end is final, and so is stop.
+# saved) or a code from 128 up (a process was lost; the others end with 134 within a minute), on every worker alike, so
+# that they meet again; at most MAX_RESTARTS (100) times. Where one of the workers is through for good, the others never
+# meet: after MAX_QUICK (4) starts in a row that a code from 128 up has ended in less than QUICK_SECONDS (600) they give
+# up. Any other end is final, and so is stop.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,6 +14,7 @@ running() {
     [[ -f run.pid ]] && tr '\0' ' ' <"/proc/$(<run.pid)/cmdline" 2>/dev/null | grep -q "tpu_vm_worker.sh loop"
 }
 
+# setup [gs://ADDRESS...]: installs, and copies what lies there to the home folder; not what is there already.
 setup() {
     local python
     for python in python3.13 python3.12 python3.11 python3; do
@@ -22,6 +25,7 @@ setup() {
         python3 -m uv python install 3.12
         python=$(python3 -m uv python find --managed-python 3.12)
     fi
+    [[ $# -eq 0 ]] || (cd && gcloud storage cp --recursive --no-clobber "$@" .)
     export PYTHON=$python
     # shellcheck source=launch/venv.sh
     source launch/venv.sh .venv "${INSTALL:-.[tpu,gcs]}"
@@ -39,13 +43,17 @@ run() {
     echo "started; the log is $PWD/run.log"
 }
 
+# run, unless a run is under way.
+again() { running || run "$@"; }
+
 loop() {
-    local code restarts=0 stopping='' interrupted child=''
+    local code begun why again restarts=0 quick=0 stopping='' interrupted child=''
     # shellcheck disable=SC1091
     [[ ! -f .venv/bin/activate ]] || source .venv/bin/activate
     trap 'stopping=1 interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
     while true; do
         echo "$(date +%FT%T) start: $*"
+        begun=$SECONDS
         "$@" &
         child=$!
         interrupted=1
@@ -53,16 +61,25 @@ loop() {
             interrupted='' code=0
             wait "$child" || code=$?
         done
-        echo "$(date +%FT%T) ended with $code"
-        if [[ -n $stopping ]] || ((code != 42 && code < 127)) || ((restarts >= ${MAX_RESTARTS:-100})); then
-            echo "$code" >run.code
-            exit "$code"
+        why='' again=''
+        if ((code >= 128 && SECONDS - begun < ${QUICK_SECONDS:-600})); then quick=$((quick + 1)); else quick=0; fi
+        if [[ -n $stopping ]] || ((code != 42 && code < 128)); then
+            :
+        elif ((restarts >= ${MAX_RESTARTS:-100})); then
+            why="; given up, after $restarts restarts"
+        elif ((quick >= ${MAX_QUICK:-4})); then
+            why="; given up, after $quick starts in a row that did not last: see what the other workers ended with"
+        else
+            again=1
         fi
-        restarts=$((restarts + 1))
-        sleep "${RESTART_SECONDS:-10}" & # in the background, so that a signal is not kept waiting
-        wait $! || true
-        if [[ -n $stopping ]]; then
-            echo "$code" >run.code
+        echo "$(date +%FT%T) ended with $code$why"
+        if [[ -n $again ]]; then
+            restarts=$((restarts + 1))
+            sleep "${RESTART_SECONDS:-10}" & # in the background, so that a signal is not kept waiting
+            wait $! || true
+        fi
+        if [[ -z $again || -n $stopping ]]; then
+            echo "$code$why" >run.code
             exit "$code"
         fi
     done
@@ -71,8 +88,8 @@ loop() {
 status() {
     if running; then
         echo "running; last line: $(tail -n 1 run.log)"
-    elif [[ -f run.code ]]; then
-        echo "ended with $(<run.code); last lines: $(tail -n 2 run.log | head -n 1)"
+    elif [[ -f run.code ]]; then # the last line of the log is the loop's own
+        echo "ended with $(<run.code); last line: $(tail -n 2 run.log | head -n 1)"
     else
         echo "nothing was run since this worker was set up, or it was restarted"
     fi
@@ -95,7 +112,7 @@ stop() {
 action=${1-}
 [[ $# -eq 0 ]] || shift
 case $action in
-setup | run | loop | status | stop) "$action" "$@" ;;
+setup | run | again | loop | status | stop) "$action" "$@" ;;
 logs) tail -n 200 run.log ;;
 *)
     echo "tpu_vm_worker.sh: error: setup, run COMMAND..., status, logs or stop, not '$action'" >&2

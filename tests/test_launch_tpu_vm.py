@@ -14,11 +14,16 @@ LAUNCHER = str(ROOT / "launch" / "tpu_vm.sh")
 WHERE = ["--project=proj", "--zone=us-east5-b"]
 WORKERS = 2
 
-# Records its arguments. A queued resource goes through the states in the file `states`, the last of which stays. ssh
-# does what the real one does with its command: it goes, as one string, to a shell in the home folder of each worker.
+# Records its arguments. A queued resource goes through the states in the file `states`, the last of which stays; one
+# that is deleted takes its workers with it, and the next one's get the next codes of the file `codes`. ssh does what
+# the real one does with its command: it goes, as one string, to a shell in the home folder of each worker, which knows
+# nothing of the caller's variables. On a worker, `gcloud storage cp` notes what it was to copy.
 GCLOUD = f"""#!{sys.executable}
-import json, os, pathlib, shutil, subprocess, sys
-here, arguments = pathlib.Path(os.environ["CLOUD"]), sys.argv[1:]
+import json, os, pathlib, shutil, signal, subprocess, sys
+here, arguments = pathlib.Path(__file__).parent.parent, sys.argv[1:]
+if arguments[:2] == ["storage", "cp"]:
+    with open("fetched", "a") as file:
+        sys.exit(print(json.dumps(arguments[2:]), file=file))
 with open(here / "calls", "a") as calls:
     print(json.dumps(arguments), file=calls)
 flags = dict(argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
@@ -30,14 +35,28 @@ match arguments[2:4]:
         states = (here / "states").read_text().split()
         (here / "states").write_text(" ".join(states[1:] or states))
         if states[0] == "NONE":
-            sys.exit("ERROR: NOT_FOUND")
+            sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'mar' was not found")
+        if states[0] == "SILENT":
+            sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE: try again")
         print(states[0])
+    case ["queued-resources", "delete"]:
+        for home in homes:
+            if (home / "marjax" / "run.pid").exists():
+                os.killpg(int((home / "marjax" / "run.pid").read_text()), signal.SIGKILL)
+            home.rename(here / f"gone{{len(list(here.glob('gone*')))}}")
+    case ["queued-resources", "create"]:
+        now, *later = (here / "codes").read_text().split(";")
+        (here / "codes").write_text(";".join(later))
+        for home in homes:
+            home.mkdir(exist_ok=True)
+            (home / "codes").write_text(now)
     case ["tpu-vm", "scp"]:
         for home in homes:
             shutil.copy(arguments[4], home / arguments[5].split(":")[1])
     case ["tpu-vm", "ssh"]:
         for home in homes:
-            ended = subprocess.run(["bash", "-c", flags["command"]], cwd=home, env={{**os.environ, "HOME": str(home)}})
+            ended = subprocess.run(["bash", "-c", flags["command"]], cwd=home,
+                                   env={{"PATH": os.environ["PATH"], "HOME": str(home)}})
             if ended.returncode:
                 sys.exit(ended.returncode)
 """
@@ -82,16 +101,17 @@ def cloud(tmp_path):
         shutil.copytree(ROOT / "launch", tmp_path / f"worker{index}" / "marjax" / "launch")
     (tmp_path / "states").write_text("NONE")
     (tmp_path / "calls").write_text("")
+    (tmp_path / "codes").write_text("")
     yield tmp_path
     for pid in tmp_path.glob("worker*/marjax/run.pid"):
         subprocess.run(["kill", "-TERM", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
 
 
-def launch(cloud, *arguments, fails=None, **settings):
+def launch(cloud, *arguments, fails=None, launcher=LAUNCHER, **settings):
     """What it printed."""
-    environment = {**os.environ, "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}", "CLOUD": str(cloud),
+    environment = {**os.environ, "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}",
                    "PROJECT": "proj", "ZONE": "us-east5-b", "NAME": "mar", "POLL_SECONDS": "0", **settings}
-    ended = subprocess.run([LAUNCHER, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([launcher, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == (fails or 0), ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
@@ -133,8 +153,23 @@ def test_create_again(cloud):
     launch(cloud, "create", TYPE="v4-8")
     assert [call[3] for call in calls(cloud)[2:]] == ["describe", "delete", "create", "describe", "describe"]
     assert "--force" in calls(cloud)[3] and "--spot" not in calls(cloud)[4]
+    (cloud / "states").write_text("SUSPENDING SUSPENDED ACTIVE")
+    launch(cloud, "create", TYPE="v4-8", CREATE_FLAGS="--internal-ips --data-disk=source=a,mode=read-write")
+    assert [call[3] for call in calls(cloud)[7:]] == ["describe", "describe", "delete", "create", "describe"]
+    assert calls(cloud)[10][-2:] == ["--internal-ips", "--data-disk=source=a,mode=read-write"]
     (cloud / "states").write_text("NONE WAITING_FOR_RESOURCES FAILED")
     assert "the slice is FAILED: run create again" in launch(cloud, "create", fails=1, TYPE="v4-8")
+
+
+def test_a_wait_of_hours_outlives_a_question_that_fails(cloud):
+    """Only NOT_FOUND says that there is no slice; anything else could have it asked for twice."""
+    (cloud / "states").write_text("SILENT WAITING_FOR_RESOURCES SILENT SILENT ACTIVE")
+    printed = launch(cloud, "create", TYPE="v4-8")
+    assert printed.count("UNAVAILABLE: try again") == 3 and "mar is ACTIVE" in printed
+    assert {call[3] for call in calls(cloud)} == {"describe"}
+    (cloud / "states").write_text("SILENT")
+    assert launch(cloud, "create", fails=1, TYPE="v4-8").count("UNAVAILABLE: try again") == 20
+    assert {call[3] for call in calls(cloud)} == {"describe"}
 
 
 def test_setup_installs_this_tree_on_every_worker(cloud):
@@ -146,8 +181,33 @@ def test_setup_installs_this_tree_on_every_worker(cloud):
         assert (home / "marjax" / "launch" / "tpu_vm_worker.sh").stat().st_mode & 0o100
         assert not (home / "marjax" / ".git").exists() and not (home / "marjax" / ".venv-test").exists()
         assert (home / "installed").read_text().split()[-2:] == ["--editable", ".[tpu,gcs]"]
-    launch(cloud, "setup")
+        assert not (home / "fetched").exists()
+    launch(cloud, "setup", FETCH="gs://bucket/data gs://bucket/more")
     assert (cloud / "worker0" / "installed").read_text().count("\n") == 1  # nothing has changed, nothing is installed
+    for index in range(WORKERS):
+        [copied] = (cloud / f"worker{index}" / "fetched").read_text().splitlines()
+        assert json.loads(copied) == ["--recursive", "--no-clobber", "gs://bucket/data", "gs://bucket/more", "."]
+
+
+def test_setup_leaves_data_where_it_is(cloud, tmp_path):
+    """Of what git does not know, only what may be code travels; and nothing that is too large."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "launch", tree / "launch")
+    for name in ("setup.cfg", "marjax/a.py", "marjax/new.py", "configs/mine.py", "data/shard", "kl16.safetensors",
+                 "mine/known.py", "gone.py"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text(name)
+    git = ["git", "-C", str(tree), "-c", "init.defaultBranch=main"]
+    for command in (["init", "--quiet"], ["add", "setup.cfg", "launch", "marjax/a.py", "mine/known.py", "gone.py"]):
+        subprocess.run([*git, *command], check=True)
+    (tree / "gone.py").unlink()
+    launcher = str(tree / "launch" / "tpu_vm.sh")
+    assert "the code is 0 MB, packed" in launch(cloud, "setup", fails=1, launcher=launcher, MAX_MB="0")
+    assert not calls(cloud)
+    launch(cloud, "setup", launcher=launcher)
+    packed = subprocess.run(["tar", "-tzf", cloud / "worker0" / "marjax.tar.gz"], capture_output=True, text=True)
+    assert {name for name in packed.stdout.split() if not name.startswith("launch/")} == {
+        "setup.cfg", "marjax/a.py", "marjax/new.py", "configs/mine.py", "mine/known.py"}
 
 
 def test_arguments_arrive_as_they_are_and_the_run_goes_on_after_preemption_and_loss(cloud):
@@ -167,15 +227,73 @@ def test_arguments_arrive_as_they_are_and_the_run_goes_on_after_preemption_and_l
     assert "mar is ACTIVE\n" in launch(cloud, "status") and launch(cloud, "status").count("ended with 0") == WORKERS
 
 
-@pytest.mark.parametrize(("codes", "most", "number"), [("2 0", "9", 1), ("1 0", "9", 1), ("42 137 42 0", "2", 3)])
-def test_what_is_no_preemption_or_too_much_of_it_ends_the_run(cloud, codes, most, number):
-    for index in range(WORKERS):
-        (cloud / f"worker{index}" / "codes").write_text(codes)
-    launch(cloud, "run", sys.executable, "-c", TRAINING, RESTART_SECONDS="0", MAX_RESTARTS=most)
+def ended(cloud):
+    """The codes of the workers, once all have one."""
     files = [cloud / f"worker{index}" / "marjax" / "run.code" for index in range(WORKERS)]
     wait_until(lambda: all(file.exists() and file.read_text() for file in files))
-    assert [file.read_text().strip() for file in files] == [codes.split()[number - 1]] * WORKERS
+    return [file.read_text().strip().partition(";")[0] for file in files]
+
+
+@pytest.mark.parametrize(("codes", "settings", "number"), [
+    ("2 0", {}, 1), ("1 0", {}, 1), ("127 0", {}, 1), ("42 137 42 0", {"MAX_RESTARTS": "2"}, 3),
+    ("134 134 42 134 134 134 137 0", {}, 7), ("134 134 0", {"MAX_QUICK": "1"}, 1),
+    ("134 134 134 134 134 134 0", {"QUICK_SECONDS": "0", "MAX_RESTARTS": "5"}, 6)])
+def test_what_is_no_preemption_or_too_much_of_it_ends_the_run(cloud, codes, settings, number):
+    for index in range(WORKERS):
+        (cloud / f"worker{index}" / "codes").write_text(codes)
+    launch(cloud, "run", sys.executable, "-c", TRAINING, RESTART_SECONDS="0", **settings)
+    assert ended(cloud) == [codes.split()[number - 1]] * WORKERS
     assert [len(starts(cloud, index)) for index in range(WORKERS)] == [number] * WORKERS
+
+
+def test_a_worker_that_is_through_is_not_waited_for_without_end(cloud):
+    """A slip on one: it stays ended, and the others, which lose it and then never meet it, give up."""
+    (cloud / "worker0" / "codes").write_text("2")
+    (cloud / "worker1" / "codes").write_text("134 " * 9)
+    launch(cloud, "run", sys.executable, "-c", TRAINING, RESTART_SECONDS="0")
+    assert ended(cloud) == ["2", "134"]
+    assert [len(starts(cloud, index)) for index in range(WORKERS)] == [1, 4]
+    (cloud / "states").write_text("ACTIVE")
+    said = launch(cloud, "status")
+    assert "ended with 2; last line: step 1" in said
+    assert "ended with 134; given up, after 4 starts in a row" in said
+
+
+def test_a_run_is_kept_through_the_loss_of_its_slice(cloud):
+    """The second slice is set up like the first, and ends the run."""
+    (cloud / "states").write_text("NONE WAITING_FOR_RESOURCES ACTIVE ACTIVE SUSPENDING SUSPENDED ACTIVE")
+    (cloud / "codes").write_text(";42 0")
+    run = ["keep", sys.executable, "-c", TRAINING, "a  b", "c"]
+    printed = launch(cloud, "--spot", *run, TYPE="v4-8", FETCH="gs://bucket/data", RESTART_SECONDS="0")
+    assert "the slice was taken away" in printed and "mar is still there, and billed" in printed
+    assert [call[3] for call in calls(cloud) if call[3] in ("create", "delete")] == ["create", "delete", "create"]
+    assert all("--spot" in call for call in calls(cloud) if call[3] == "create")
+    for index in range(WORKERS):
+        before, home = cloud / f"gone{index}", cloud / f"worker{index}"
+        assert [json.loads(line) for line in (before / "starts").read_text().splitlines()] == [["a  b", "c"]]
+        assert starts(cloud, index) == [["a  b", "c"]] * 2
+        assert (before / "fetched").read_text() == (home / "fetched").read_text()
+
+
+def test_keeping_ends_with_the_run(cloud):
+    """With 1 after a slip; a second start takes up a run that is under way; one that was never begun is begun."""
+    (cloud / "states").write_text("ACTIVE")
+    (cloud / "worker0" / "codes").write_text("2")
+    (cloud / "worker1" / "codes").write_text("134 " * 9)
+    keep = ["keep", sys.executable, "-c", TRAINING]
+    assert "given up" in launch(cloud, *keep, fails=1, TYPE="v4-8", RESTART_SECONDS="0")
+    (cloud / "worker0" / "codes").write_text("")
+    (cloud / "worker1" / "codes").write_text("")
+    launch(cloud, "run", *keep[1:])
+    before = [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)]
+    watching = subprocess.Popen([LAUNCHER, *keep], stdout=subprocess.DEVNULL, env={
+        **os.environ, "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}", "PROJECT": "proj", "ZONE": "us-east5-b",
+        "NAME": "mar", "TYPE": "v4-8", "POLL_SECONDS": "0.1"})
+    looks = len([call for call in calls(cloud) if call[3] == "describe"]) + 4
+    wait_until(lambda: len([call for call in calls(cloud) if call[3] == "describe"]) >= looks)
+    assert [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)] == before
+    launch(cloud, "stop")
+    assert watching.wait(60) == 1  # 42: the slice may go on with it, if somebody says so
 
 
 def test_stop_waits_for_the_save_and_the_run_can_be_started_again(cloud):
@@ -205,6 +323,7 @@ def test_delete(cloud):
     (["--zone"], {}, "--zone needs a value"),
     (["create"], {"ZONE": "", "TYPE": "v4-8"}, "no zone: give --zone, or set ZONE"),
     (["create"], {"TYPE": ""}, "no type: give --type"),
+    (["keep", "true"], {"TYPE": ""}, "no type: give --type"),
     (["--type", "v9-4", "create"], {}, "no runtime is known for v9-4: give --version"),
 ])
 def test_slips_are_told_before_anything_is_asked_for(cloud, arguments, settings, said):
@@ -216,7 +335,9 @@ def test_slips_are_told_before_anything_is_asked_for(cloud, arguments, settings,
 def test_the_real_gcloud_knows_the_flags(cloud):
     """By its help: nothing is asked for."""
     (cloud / "states").write_text("SUSPENDED ACTIVE")
-    launch(cloud, "--spot", "--type", "v6e-16", "create")
+    launch(cloud, "--spot", "--type", "v6e-16", "create", CREATE_FLAGS="--internal-ips --data-disk=source=a")
+    for index in range(WORKERS):
+        shutil.copytree(ROOT / "launch", cloud / f"worker{index}" / "marjax" / "launch")
     launch(cloud, "run", "true", SSH_FLAGS="--internal-ip")
     with open(cloud / "calls", "a") as file:  # as `setup` does
         file.write(json.dumps(["compute", "tpus", "tpu-vm", "scp", "a", "b:a", *WHERE, "--worker=all"]))
