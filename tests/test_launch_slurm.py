@@ -15,6 +15,7 @@ from slurm_cluster import slurm
 from marjax import train
 from marjax.errors import LOST_PEER, PREEMPTED
 from marjax.sweep import slurm as engine
+from marjax.sweep.jobs import ENDED, Job
 from marjax.sweep.points import Plan
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,7 @@ sys.exit(int(end))
 ENDS = {"wait,0": ("COMPLETED", "1", {"saved 0": 2, "start 1": 2}),
         "wait,0,0": ("CANCELLED", "0", {"saved 0": 2, "start 1": 0}),
         "kill,0": ("COMPLETED", "1", {"noticed 0": 1, "start 1": 2}),
+        "42,kill,0": ("COMPLETED", "2", {"noticed 1": 1, "start 2": 2}),
         "2,0": ("FAILED", "0", {"start 1": 0})}
 
 
@@ -62,16 +64,20 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def array(cluster):
     """The root of a sweep whose points are named after how their starts end, and the job of each."""
-    file, root = cluster.folder / "sweep_file.py", cluster.folder / "sweep"
+    file, root = cluster.folder / "sweep_file.py", cluster.folder / "a sweep"
     file.write_text(f"def get_sweep():\n    yield 'unused', {{}}\nCONFIG = {DIGITS + ':debug'!r}\n")
     (root / "logs").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         patch.setattr(Plan, "command", lambda *_: [sys.executable, str(cluster.task), ""])
+        patch.setattr(engine, "RESTARTS", 1)
         made = engine.submit(Plan.of(str(file), root), list(ENDS), prepare=False, at_once=None,
-                             arguments=["--ntasks=2"], attempts=dict.fromkeys(ENDS, 1))
+                             arguments=["--ntasks=2"])
+        states = engine.states([*made.values(), Job("slurm", "999_0")])
+        assert {id_ for id_, state in states.items() if state == ENDED} == {"999_0"}
+        assert engine.states([Job("slurm", "999_0")])["999_0"] == ENDED  # of which alone squeue says that it is invalid
     for name in ("wait,0", "wait,0,0"):
-        log_of(cluster, f"sweep/logs/{name}", until="start 0", count=2)
+        log_of(cluster, f"a sweep/logs/{name}", until="start 0", count=2)
     cluster.call("scancel", "--signal=TERM", made["wait,0"].id)  # as Slurm does before its time is up
     cluster.call("scancel", made["wait,0,0"].id)
     return {name: job.id for name, job in made.items()}
@@ -181,9 +187,10 @@ def test_points_of_a_sweep(cluster, array, name):
     """The first that is through lets the others of its point save, or notice; no point ends or restarts another."""
     state, restarts, printed = ENDS[name]
     fields = cluster.wait(array[name], "COMPLETED", "FAILED", "CANCELLED")
-    log = log_of(cluster, f"sweep/logs/{name}")
+    log = log_of(cluster, f"a sweep/logs/{name}")
     assert (fields["JobState"], fields["Restarts"]) == (state, restarts), log
     assert {text: log.count(text) for text in printed} == printed
+    assert (cluster.folder / "a sweep" / "logs" / f"slurm-{array[name]}.log").exists()
 
 
 def test_slurm_would_stop_it_before_its_time_is_up(cluster):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import DIGITS
 
 from marjax import cli
 from marjax.errors import TrainingError, UserError
-from marjax.sweep import Point, jobs, load, name_of, slurm, status, sweep, xpk
+from marjax.sweep import Point, engines, jobs, load, name_of, points, slurm, status, sweep, xpk
 from marjax.sweep.jobs import Job
 from marjax.sweep.points import PREPARE, Plan
 
@@ -121,18 +122,74 @@ def test_slips_start_nothing(tmp_path, capsys, programs):
     assert not root.exists()
 
 
-def test_a_missing_program_and_one_that_refuses(tmp_path, programs):
+def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
     file, root = write(tmp_path), tmp_path / "root"
     os.environ["PATH"] = str(tmp_path / "bin")
     with pytest.raises(UserError, match="no sbatch on this machine"):
         sweep(file, root, engine="slurm")
-    programs("sbatch", "sbatch: error: invalid partition", code=1)
-    with pytest.raises(TrainingError, match="exit code 1: sbatch: error: invalid partition"):
-        sweep(file, root, engine="slurm")
+    plan = Plan.of(file, root)
+    plan.fail("named", "ValueError: no", 2.0)
+    for name, arguments in (("sbatch", {"engine": "slurm"}), ("xpk", {
+            "engine": "xpk", "engine_args": "--cluster=c --docker-image=i --tpu-type=t", "only": ["named"]})):
+        programs(name, "\n".join(map(str, range(30))) + "\ninvalid\n[XPK] failed", code=1)
+        capfd.readouterr()
+        with pytest.raises(TrainingError, match=r"exit code 1: \[XPK\] failed$"):
+            sweep(file, root, **arguments)
+        assert capfd.readouterr().err == "".join(f"{k}\n" for k in range(17, 30)) + "invalid\n"
+        assert not list((root / "jobs").glob("*"))  # so that the next start submits them all
+        assert plan.state("named").error == "ValueError: no"
     programs("sbatch", "submitted")
     with pytest.raises(TrainingError, match="no job's id"):
         sweep(file, root, engine="slurm")
-    assert not list((root / "jobs").glob("*"))  # so that the next start submits them all
+    assert not list((root / "jobs").glob("*"))
+    programs("sbatch", "3")
+    sweep(file, root, engine="slurm")
+    assert plan.state("named").status == "unfinished"
+
+
+def test_nobody_is_asked():
+    """xpk would wait for an answer to a question that is not seen."""
+    terminal, write_end = os.pipe()
+    os.write(write_end, b"y\n")
+    before = os.dup(0)
+    os.dup2(terminal, 0)
+    try:
+        assert jobs.run([sys.executable, "-c", "import sys; print(repr(sys.stdin.read()))"]) == "''\n"
+    finally:
+        os.dup2(before, 0)
+        for descriptor in (before, terminal, write_end):
+            os.close(descriptor)
+
+
+def test_a_lost_peer_is_no_failure(tmp_path, monkeypatch):
+    """All processes of the point are started again; until then it is as if nothing had been said of it."""
+    plan = Plan.of(write(tmp_path), tmp_path)
+    (tmp_path / "logs").mkdir()
+
+    def lose(plan, name, start):
+        assert plan.state(name).status == "unfinished"
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(points, "_train_and_measure", lose)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for processes, status_ in ((2, "unfinished"), (1, "failed")):
+        monkeypatch.setattr(jax, "process_count", lambda processes=processes: processes)
+        plan.fail("named", "ValueError: no", 2.0)
+        with pytest.raises(RuntimeError, match="Barrier"):
+            points.run_point(plan.path, plan.root, "named")
+        assert plan.state("named").status == status_
+
+
+def test_local_points_of_a_container_that_is_gone(tmp_path, monkeypatch):
+    """Its sweep and points would still hold the lock. Of a bucket there is none."""
+    file, root, started = write(tmp_path), tmp_path / "root", []
+    jobs.write(Plan.of(file, root), "named", Job("local", "other:1"))
+    monkeypatch.setattr(engines.runner, "run", lambda plan, names, *_: started.append(names))
+    sweep(file, root)
+    monkeypatch.setattr(engines.runner, "is_remote", lambda _: True)
+    with pytest.raises(TrainingError, match="1 of 3 points were skipped, since nothing can be learnt .*: named; "):
+        sweep(file, root)
+    assert started == [NAMES, NAMES[:2]]
 
 
 def test_slurm_array(tmp_path, programs, capsys):
@@ -142,23 +199,27 @@ def test_slurm_array(tmp_path, programs, capsys):
     assert [row["status"] for row in rows] == ["unfinished"] * 3
     (first, prepare), (second, points) = sbatch()
     assert first == ["--parsable", "--partition=x", "--comment=a b", "--nodes=1", "--ntasks=1"]
-    assert second[:3] == first[:3] and second[3:] == ["--dependency=afterok:17", "--kill-on-invalid-dep=yes"]
+    depends = ["--dependency=afterok:17", "--kill-on-invalid-dep=yes"]
+    assert second == [*first[:3], *depends]
     assert "#SBATCH --array=0-2%2\n" in points and "--array" not in prepare and f"names=({PREPARE})" in prepare
     assert [jobs.read(Plan.of(file, root), NAMES)[name].id for name in NAMES] == ["17_0", "17_1", "17_2"]
     assert not (root / "report.txt").exists() and not (root / "prepared").exists()  # nothing has run
 
-    # What is queued or runs is left alone; so is what nobody knows. One that is over is submitted again.
-    programs("squeue", "17_0 PENDING\n17_1 RUNNING\n17_2 PREEMPTED")
+    # What is queued or runs is left alone, `prepare` too; so is what nobody knows. What is over is submitted again.
+    squeue = programs("squeue", "17 RUNNING\n17_0 PENDING\n17_1 RUNNING\n17_2 PREEMPTED")
+    programs("sbatch", "18")
     sweep(file, root, engine="slurm")
-    assert "#SBATCH --array=0-0\n" in sbatch()[-1][1] and len(sbatch()) == 4
-    assert jobs.read(Plan.of(file, root), NAMES)["named"] == Job("slurm", "17_0", 2)
+    assert "#SBATCH --array=0-0\n" in sbatch()[-1][1] and sbatch()[-1][0] == ["--parsable", *depends]
+    assert len(sbatch()) == 3 and squeue()[-1][0][-2:] == ["--clusters=cluster", "--jobs=17"]
+    assert jobs.read(Plan.of(file, root), NAMES)["named"] == Job("slurm", "18_0")
     programs("squeue", code=1)
     capsys.readouterr()
-    sweep(file, root, engine="slurm")
-    assert len(sbatch()) == 4 and capsys.readouterr().out.count("nothing can be learnt") == 3
-    programs("sacct", "17_0|COMPLETED\n17_1|CANCELLED by 0")
+    with pytest.raises(TrainingError, match="3 of 3 points were skipped"):
+        sweep(file, root, engine="slurm")
+    assert len(sbatch()) == 3 and capsys.readouterr().out.count("nothing can be learnt") == 3
+    programs("sacct", "17|COMPLETED\n17_0|COMPLETED\n17_1|CANCELLED by 0")
     sweep(file, root, engine="slurm", only=[NAMES[1]])
-    assert sbatch()[-1][1].count(NAMES[1]) == 1 and len(sbatch()) == 6
+    assert sbatch()[-1][1].count(NAMES[1]) == 1 and len(sbatch()) == 5
 
 
 def test_states_of_slurm_jobs(programs):
@@ -168,28 +229,35 @@ def test_states_of_slurm_jobs(programs):
     assert slurm.states(asked) == {"1_0": "queued", "1_1": "running", "2_0": "ended", "3_0": "ended"}
     programs("sacct", "3_0|RUNNING\n2_0|RUNNING")  # the accounting lags behind
     assert slurm.states(asked)["3_0"] == "running" and slurm.states(asked)["2_0"] == "ended"
+    programs("sacct", code=1)
+    programs("squeue", "1_0 PENDING", code="'--jobs=3' in sys.argv")  # as of one that it has forgotten
+    assert slurm.states(asked[3:])["3_0"] == "ended"
 
 
-@pytest.mark.parametrize(("code", "restarts", "state", "again"), [
+@pytest.mark.parametrize(("code", "kills", "state", "again"), [
     (0, 0, "RUNNING", False), (1, 0, "RUNNING", False), (2, 0, "RUNNING", False), (42, 99, "RUNNING", True),
-    (127, 0, "RUNNING", False), (134, 0, "RUNNING", True), (137, slurm.RESTARTS, "RUNNING", False),
-    (42, 0, "COMPLETING", False)])
-def test_the_script_of_an_array(tmp_path, programs, code, restarts, state, again):
+    (127, 0, "RUNNING", False), (134, 0, "RUNNING", True), (137, slurm.RESTARTS - 1, "RUNNING", True),
+    (137, slurm.RESTARTS, "RUNNING", False), (42, 0, "COMPLETING", False), (143, 0, "COMPLETING", False)])
+def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
     plan = Plan.of(write(tmp_path), tmp_path / "the root")
-    jobs.make_folder(plan.root / "logs")
+    (plan.root / "logs").mkdir(parents=True)
     srun, scontrol = programs("srun", "step 1", code), programs("scontrol")
     programs("sleep")
     squeue = programs("squeue", state)
     text = slurm.script(plan, NAMES, None)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "8",
-                                "SLURM_RESTART_COUNT": str(restarts)}
+                                "SLURM_RESTART_COUNT": "99"}  # mostly for being preempted
+    killed = plan.root / "logs" / "slurm-7_1.kills"
+    if kills:
+        killed.write_text("137\n" * kills)
     assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
     (arguments, _), = srun()
     assert all(call[1] == "--jobs=7_1" for call, _ in squeue())
     assert arguments == ["--kill-on-bad-exit=0", "--wait=180", sys.executable, "-m", "marjax", "sweep-point", plan.path,
                          "--root", str(tmp_path / "the root"), "--name", NAMES[1]]
     assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
+    assert killed.exists() == bool(kills or (code >= 128 and state == "RUNNING"))
     assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
     assert all(line.startswith("#SBATCH --") for line in text.splitlines()[1:6])
 
@@ -202,11 +270,13 @@ def test_xpk_workloads(tmp_path, programs):
     calls = [dict(each.removeprefix("--").split("=", 1) for each in call[2:]) for call, _ in xpk_calls()]
     assert all(call[:2] == ["workload", "create"] for call, _ in xpk_calls())
     plan = Plan.of(file, root)
-    names = [xpk.workload(plan, name) for name in NAMES]
-    assert [call["workload"] for call in calls] == names
+    names = [call["workload"] for call in calls]
+    assert [name[:-9] for name in names] == ["lr-0-001-seed-1", "lr-0-002-seed-1", "named"]
+    assert jobs.read(plan, NAMES) == {point: Job("xpk", name) for point, name in zip(NAMES, names, strict=True)}
     assert [call["command"] for call in calls] == [
         f"exec python -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES]
     assert calls[0]["max-restarts"] == "3" and "42" in calls[0]["restart-on-exit-codes"]
+    assert calls[0]["ttl-seconds-after-finished"] == "604800"
 
     # Suspended is queued, as Kueue has it. A failed one gets another name, since the old one is kept.
     items = [{"metadata": {"name": names[0]}, "spec": {"suspend": True}}, {"metadata": {"name": names[1]}, "spec": {}},
@@ -214,23 +284,35 @@ def test_xpk_workloads(tmp_path, programs):
     programs("kubectl", json.dumps({"items": items}))
     lines = status(file, root)
     assert [line.split()[1] for line in lines] == ["queued", "running", "unfinished"]
+    plan.job("named").unlink()
     sweep(file, root, engine="xpk", engine_args=arguments)
-    assert len(xpk_calls()) == 4 and f"--workload={xpk.workload(plan, 'named', 2)}" in xpk_calls()[-1][0]
+    again = jobs.read(plan, NAMES)["named"].id
+    assert len(xpk_calls()) == 4 and again != names[2] and f"--workload={again}" in xpk_calls()[-1][0]
 
 
-def test_names_of_workloads(tmp_path):
-    plan, other = (Plan.of(write(tmp_path), tmp_path / name) for name in ("a", "b"))
+def test_workloads_of_a_cluster_that_is_known(programs):
+    """Known since kubectl had the workload in the context that xpk had set. What is not there any more is over."""
+    kubectl = programs("kubectl", "cluster")
+    where = xpk._where("a-1", ["--tpu-type=t", "--namespace", "n"])
+    assert where == ("--context=cluster", "--namespace=n") and set(where) | {"a-1"} <= set(kubectl()[-1][0])
+    assert xpk._where("a-1", []) == ("--context=cluster",)
+    kubectl = programs("kubectl", json.dumps({"items": [{"metadata": {"name": "a-2"}, "spec": {}}]}))
+    asked = [Job("xpk", "a-1", where), Job("xpk", "a-2", where), Job("xpk", "b-1")]
+    assert xpk.states(asked) == {"a-1": "ended", "a-2": "running"}
+    assert set(where) <= set(kubectl()[-2][0]) and not set(where) & set(kubectl()[-1][0])
+
+
+def test_names_of_workloads():
     points = ["lr=0.001,seed=1", "lr=0.001,seed=10", "9", "A" * 200, "A" * 199, "_prepare", "x-" * 15 + "y,z"]
-    names = [xpk.workload(each, name, attempt) for each in (plan, other) for name in points for attempt in (1, 2)]
+    names = [xpk.workload(name) for name in points * 2]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name) for name in names)
-    assert xpk.workload(plan, "9") == xpk.workload(Plan.of(plan.path, tmp_path / "a"), "9")
 
 
 def test_status_of_all_kinds(tmp_path, programs):
     file, root = write(tmp_path, PREPARES), tmp_path / "root"
     plan = Plan.of(file, root)
-    jobs.make_folder(plan.root / "logs")
+    (plan.root / "logs").mkdir(parents=True)
     assert [line.split(maxsplit=1)[1] for line in status(file, root)] == ["unfinished"] * 3
     metrics(root, NAMES[0], 10, 20)
     old = time.time() - 7200

@@ -41,14 +41,15 @@ def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: i
 
     Raises:
       UserError: a file, point or folder that cannot be used, before anything runs; or another sweep in this folder.
-      TrainingError: `prepare` failed, or the engine refused.
+      TrainingError: `prepare` failed, the engine refused, or, after all else, points were left out because nothing can
+        be learnt of their jobs.
     """
     arguments = _checked(engine, engine_args, jobs, root)
     plan = Plan.of(path, root)
     chosen = list(plan.configs) if only is None else select(only, list(plan.configs))
     make_folder(plan.root / "logs")
     with runner.locked(plan.root) as lock:
-        waiting, given, busy = _waiting(plan, chosen)
+        waiting, busy, unknown = _waiting(plan, chosen, alone=lock is not None)
         write(plan)
         prepares = bool(waiting) and plan.sweep.prepare is not None
         if prepares and engine != "slurm":  # xpk has no order of workloads: it is done here, before any is made
@@ -59,12 +60,16 @@ def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: i
         if engine == "local":
             runner.run(plan, waiting, jobs or 1, lock, lambda: write(plan))
         elif waiting:
-            _submit(plan, waiting, given, engine, arguments, jobs, prepares)
+            _submit(plan, waiting, engine, arguments, jobs, prepares)
             busy = True
         rows = write(plan)
-        if plan.sweep.report is not None and not busy:
+        if plan.sweep.report is not None and not busy and not unknown:
             plan.sweep.report(plan.root, rows)
-        return rows
+    if unknown:
+        raise TrainingError(f"{len(unknown)} of {len(chosen)} points were skipped, since nothing can be learnt here of "
+                            f"their jobs: {' '.join(unknown)}; where a job has ended, delete its file in "
+                            f"{plan.root / 'jobs'}, then start the sweep again")
+    return rows
 
 
 def table(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Row]:
@@ -127,11 +132,18 @@ def _checked(engine: str, engine_args: str, at_once: int | None, root: str | os.
     return arguments
 
 
-def _waiting(plan: Plan, chosen: Sequence[str]) -> tuple[list[str], dict[str, Job], bool]:
-    """The points to run, the jobs that any point was given, and whether some of them are still at work."""
-    given = jobs_lib.read(plan, list(plan.configs))
-    states = jobs_lib.states(given, _ASK)
-    waiting, busy = [], False
+def _waiting(plan: Plan, chosen: Sequence[str], alone: bool) -> tuple[list[str], bool, list[str]]:
+    """The points to run, whether some jobs are still at work, and the points of whose jobs nothing can be learnt.
+
+    Args:
+      plan: of the sweep.
+      chosen: names of points.
+      alone: whether this has the root's lock, so that no process of a sweep on this machine, or on another that sees
+        the same locks, runs a point.
+    """
+    given = jobs_lib.read(plan, chosen)
+    states = jobs_lib.states(given, _ASK | ({"local": jobs_lib.all_ended} if alone else {}))
+    waiting, busy, unknown = [], False, []
     for name in chosen:
         state, job = plan.state(name), states.get(name)
         if state.status == "done":
@@ -142,23 +154,20 @@ def _waiting(plan: Plan, chosen: Sequence[str]) -> tuple[list[str], dict[str, Jo
             busy = True
             tell(name, f"{job} as {given[name].engine} {given[name].id}, left to it")
         elif job == UNKNOWN and state.status != "failed":
-            busy = True
+            unknown.append(name)
             tell(name, f"given to {given[name].engine} {given[name].id}, of which nothing can be learnt here: skipped; "
                        f"if it has ended, delete {plan.job(name)}")
         else:
             waiting.append(name)
-    return waiting, given, busy
+    return waiting, busy, unknown
 
 
-def _submit(plan: Plan, names: Sequence[str], given: dict[str, Job], engine: str, arguments: Sequence[str],
-            at_once: int | None, prepares: bool) -> None:
-    attempts = {name: given[name].attempt + 1 if name in given else 1 for name in names}
-    for name in [PREPARE, *names]:
-        plan.failure(name).unlink(missing_ok=True)
+def _submit(plan: Plan, names: Sequence[str], engine: str, arguments: Sequence[str], at_once: int | None,
+            prepares: bool) -> None:
     if engine == "slurm":
-        made = slurm.submit(plan, names, prepare=prepares, at_once=at_once, arguments=arguments, attempts=attempts)
+        made = slurm.submit(plan, names, prepare=prepares, at_once=at_once, arguments=arguments)
     else:
-        made = xpk.submit(plan, names, arguments=arguments, attempts=attempts)
+        made = xpk.submit(plan, names, arguments=arguments)
     for name, job in made.items():
         tell(name, f"submitted as {engine} {job.id}")
 

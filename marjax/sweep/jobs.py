@@ -3,19 +3,20 @@
 The files are all that is needed later: `marjax sweep --status` asks the engine of each job, where its program is there.
 """
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
-
-from etils import epath
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 from marjax.errors import TrainingError, UserError
 from marjax.sweep.points import Plan, read_json, write_json
 
 QUEUED, RUNNING, ENDED, UNKNOWN = "queued", "running", "ended", "unknown"
+_SHOWN = 15  # lines of a command that fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,11 @@ class Job:
     Attributes:
       engine: "local", "slurm" or "xpk".
       id: "HOST:PID", Slurm's "ARRAY_TASK", or the workload's name.
-      attempt: how often the point was submitted, from 1 on.
-      where: what an engine needs besides to find it; of xpk the cluster's arguments.
+      where: arguments with which Slurm's programs or kubectl find it, if they need any: of which cluster it is.
     """
 
     engine: str
     id: str
-    attempt: int = 1
     where: tuple[str, ...] = ()
 
 
@@ -41,22 +40,34 @@ def read(plan: Plan, names: Sequence[str]) -> dict[str, Job]:
     for name in names:
         found = read_json(plan.job(name))
         if found is not None:
-            jobs[name] = Job(found["engine"], found["id"], found["attempt"], tuple(found["where"]))
+            jobs[name] = Job(found["engine"], found["id"], tuple(found["where"]))
     return jobs
 
 
 def write(plan: Plan, name: str, job: Job) -> None:
-    """Notes a point's job. Raises UserError."""
-    make_folder(plan.job(name).parent)
+    """Notes the job of a point, or of PREPARE. Raises UserError."""
+    plan.job(name).parent.mkdir(parents=True, exist_ok=True)
     write_json(plan.job(name), dataclasses.asdict(job))
 
 
-def make_folder(folder: epath.Path) -> None:
-    """Makes a folder in the root. Raises UserError."""
+@contextlib.contextmanager
+def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
+    """Erases how points failed before they are submitted, since their jobs may fail at once.
+
+    If the engine refuses, what was noted of them and of their jobs is put back.
+    """
+    before = {path: read_json(path) for name in names for path in (plan.failure(name), plan.job(name))}
+    for name in names:
+        plan.failure(name).unlink(missing_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror or error}): give another --root") from None
+        yield
+    except (UserError, TrainingError):
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_json(path, content)
+        raise
 
 
 def states(jobs: dict[str, Job], ask: "dict[str, Callable[[Sequence[Job]], dict[str, str]]]") -> dict[str, str]:
@@ -80,6 +91,11 @@ def local_states(jobs: Sequence[Job]) -> dict[str, str]:
     return found
 
 
+def all_ended(jobs: Sequence[Job]) -> dict[str, str]:
+    """Of processes, where the lock of their root is held: as long as one runs it holds the lock itself."""
+    return {job.id: ENDED for job in jobs}
+
+
 def _is_point(pid: str) -> bool:
     """Whether a process is there and, where that can be seen, no other that has got the same number since."""
     try:
@@ -100,22 +116,30 @@ def run(command: Sequence[str], text: str | None = None) -> str:
 
     Raises:
       UserError: there is no such program.
-      TrainingError: it failed; says what it said last.
+      TrainingError: it failed; says what it said last, after printing what came before that.
     """
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
-    except FileNotFoundError:
+    done = _call(command, text)
+    if done is None:
         raise UserError(f"there is no {command[0]} on this machine: start the sweep where there is one, or give "
-                        f"another --engine") from None
+                        f"another --engine")
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "without a word").splitlines()[-1]
-        raise TrainingError(f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: {said:.300}")
+        said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()] or ["without a word"]
+        print(*said[-_SHOWN:-1], sep="\n", end="\n" if said[1:] else "", file=sys.stderr, flush=True)
+        raise TrainingError(f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: "
+                            f"{said[-1].strip():.300}")
     return done.stdout
 
 
 def ask(command: Sequence[str]) -> str | None:
     """What a program prints; None where it is missing or fails, as one that is asked about old jobs does."""
+    done = _call(command)
+    return None if done is None or done.returncode else done.stdout
+
+
+def _call(command: Sequence[str], text: str | None = None) -> "subprocess.CompletedProcess[str] | None":
+    """None where there is no such program. Without `text` it can ask nothing, which nobody would see."""
     try:
-        return run(command)
-    except (UserError, TrainingError):
+        return subprocess.run(command, input=text, stdin=subprocess.DEVNULL if text is None else None,
+                              capture_output=True, text=True)
+    except FileNotFoundError:
         return None

@@ -135,8 +135,8 @@ class Plan:
 def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: str) -> None:
     """What the process of a point does: trains, measures, writes `result.json`. For PREPARE, what `prepare` does.
 
-    A failure is noted for the table, and raised. Where the point has several processes, all call this, and the first
-    one writes.
+    A failure is noted for the table, and raised; that of an earlier start is erased. Where the point has several
+    processes, all call this, and the first one writes.
     """
     plan = Plan.of(path, root)
     if name not in (PREPARE, *plan.configs):
@@ -144,6 +144,8 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
     state = State("unfinished") if name == PREPARE else plan.state(name)
     if state.status == "done":  # a job that was queued twice, or started again after its last line
         return
+    if is_first_process():
+        plan.failure(name).unlink(missing_ok=True)
     start = time.monotonic()
     try:
         if name != PREPARE:
@@ -153,6 +155,8 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
     except PreemptedError:
         raise  # nothing failed: the same command goes on
     except Exception as error:
+        if _has_lost_peer(error):
+            raise  # likewise
         first = (str(error).strip().splitlines() or [""])[0]
         told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
         if is_first_process():
@@ -168,7 +172,6 @@ def _train_and_measure(plan: Plan, name: str, start: float) -> None:
     measured = plan.sweep.measure(workdir, plan.root) if plan.sweep.measure is not None else []
     rows = checked(measured, plan.varying()[name].keys())
     if is_first_process():
-        plan.failure(name).unlink(missing_ok=True)
         plan.finish(name, rows, time.monotonic() - start)
 
 
@@ -176,7 +179,16 @@ def is_first_process() -> bool:
     """Whether this process speaks for all that run a point."""
     import jax  # not needed by the process of the sweep
 
-    return bool(jax.process_index() == 0)
+    return not jax.distributed.is_initialized() or bool(jax.process_index() == 0)
+
+
+def _has_lost_peer(error: Exception) -> bool:
+    """Whether one of several processes has lost another, after which the engine starts them all again."""
+    import jax
+
+    from marjax import distributed
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1 and distributed.is_lost_peer(error)
 
 
 def checked(measured: Any, taken: Any = ()) -> list[Row]:

@@ -19,17 +19,17 @@ _QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 
 
-def submit(plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | None, arguments: Sequence[str],
-           attempts: dict[str, int]) -> dict[str, Job]:
+def submit(plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | None,
+           arguments: Sequence[str]) -> dict[str, Job]:
     """Submits points, after `prepare` if there is one, and notes their jobs.
 
     Args:
       plan: of the sweep; its root must be a folder that every node sees, or gs://.
       names: of the points.
-      prepare: whether a job for `prepare` goes first; if that fails, Slurm drops the points.
+      prepare: whether a job for `prepare` goes first, if none is queued or running; if that fails, Slurm drops the
+        points.
       at_once: tasks of an array that may run at a time; None for no limit.
       arguments: of sbatch, such as --partition=x; they go before what the script says.
-      attempts: how often each point was submitted, this time included.
 
     Raises:
       UserError: there is no sbatch.
@@ -37,35 +37,42 @@ def submit(plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | No
     """
     after: list[str] = []
     if prepare:
-        id_ = _sbatch(plan, [PREPARE], None, [*arguments, "--nodes=1", "--ntasks=1"])
-        after = [f"--dependency=afterok:{id_}", "--kill-on-invalid-dep=yes"]
+        before = jobs.read(plan, [PREPARE]).get(PREPARE)
+        if before is None or states([before]).get(before.id) not in (QUEUED, RUNNING):
+            before = _sbatch(plan, [PREPARE], None, [*arguments, "--nodes=1", "--ntasks=1"])
+            jobs.write(plan, PREPARE, before)
+        after = [f"--dependency=afterok:{before.id}", "--kill-on-invalid-dep=yes"]
     made = {}
     for first in range(0, len(names), LARGEST):
         part = names[first:first + LARGEST]
-        id_ = _sbatch(plan, part, at_once, [*arguments, *after])
+        array = _sbatch(plan, part, at_once, [*arguments, *after])
         for task, name in enumerate(part):
-            made[name] = Job("slurm", f"{id_}_{task}", attempts[name])
+            made[name] = Job("slurm", f"{array.id}_{task}", array.where)
             jobs.write(plan, name, made[name])
     return made
 
 
 def states(asked: Sequence[Job]) -> dict[str, str]:
     """Of jobs by id, as squeue has them, and of those that it has forgotten, as the accounting does."""
-    arrays = sorted({job.id.partition("_")[0] for job in asked})
     found: dict[str, str] = {}
-    ask = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T"]
-    # Of an array that it has forgotten squeue knows nothing, or fails; so each is asked about alone if need be.
-    listed = jobs.ask([*ask, f"--jobs={','.join(arrays)}"])
-    alone = listed is None and len(arrays) > 1
-    texts = [jobs.ask([*ask, f"--jobs={array}"]) for array in arrays] if alone else [listed]
-    for text in texts:
-        found |= _parse(text or "", " ")
-    if any(job.id not in found for job in asked):
+    for where in dict.fromkeys(job.where for job in asked):
+        found |= _states([job.id for job in asked if job.where == where], where)
+    return found
+
+
+def _states(ids: Sequence[str], where: Sequence[str]) -> dict[str, str]:
+    about = f"--jobs={','.join(sorted({id_.partition('_')[0] for id_ in ids}))}"
+    squeue = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", *where]
+    listed = jobs.ask([*squeue, about])
+    if listed is None:  # it fails if it is asked about one array alone that it has forgotten
+        listed = jobs.ask(squeue)
+    found = _parse(listed or "", " ")
+    if any(id_ not in found for id_ in ids):
         past = jobs.ask(["sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID,State",
-                         f"--jobs={','.join(arrays)}"])
+                         about, *where])
         found = _parse(past or "", "|") | found
-        if all(text is not None for text in texts):  # it answers, and does not know them: they are through
-            found |= {job.id: ENDED for job in asked if job.id not in found}
+        if listed is not None:  # it answers, and does not know them: they are through
+            found |= {id_: ENDED for id_ in ids if id_ not in found}
     return found
 
 
@@ -77,7 +84,7 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
     single = list(names) == [PREPARE]
     throttle = f"%{at_once}" if at_once else ""
     options = [f"--job-name={stem}{PREPARE if single else ''}",
-               f"--output={logs}/slurm-%{'j' if single else 'A_%a'}.log",
+               f'--output="{_quoted(logs)}/slurm-%{"j" if single else "A_%a"}.log"',
                "--open-mode=append", "--requeue",
                "--signal=TERM@120",  # to the steps: before the time is up, they save
                *([] if single else [f"--array=0-{len(names) - 1}{throttle}"])]
@@ -85,6 +92,7 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
     # Whoever is first to end leaves the others time to end in order: to save, or to notice that a process is lost.
     srun = "srun --kill-on-bad-exit=0 --wait=180"
     told = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
+    kills = f'{shlex.quote(logs)}/slurm-"$id".kills'
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options),
              f"cd {shlex.quote(os.getcwd())} || exit 1",
              f"names=({' '.join(shlex.quote(name) for name in names)})",
@@ -94,25 +102,34 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
              "code=$?",
              "# 42: preempted, and saved. From 128 on: killed, or another process of the run was lost. Not 127: what",
              "# is not found will not be found the next time either.",
-             'again=0; [ "$code" -eq 42 ] && again=1',
-             f'[ "$code" -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ] && again=1',
              'id="$SLURM_JOB_ID"; [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
              "# A task that was cancelled, or that Slurm itself is about to put back, is not running any more.",
-             'if [ "$again" -eq 1 ] && [ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
-             '    scontrol requeue "$id" && sleep 60  # which ends this script',
+             'if { [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; } && '
+             '[ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
+             f'    [ "$code" -eq 42 ] || echo "$code" >> {kills}  # Slurm itself counts all restarts',
+             f'    if [ "$code" -eq 42 ] || [ "$(wc -l < {kills})" -le {RESTARTS} ]; then',
+             '        scontrol requeue "$id" && sleep 60  # which ends this script',
+             "    fi",
              "fi",
              'exit "$code"']
     return "\n".join(lines) + "\n"
 
 
-def _sbatch(plan: Plan, names: Sequence[str], at_once: int | None, arguments: Sequence[str]) -> str:
-    """Submits a script, and returns the job's id."""
+def _quoted(path: str) -> str:
+    """A path in double quotes of an #SBATCH line, where % stands for numbers of the job."""
+    return re.sub(r'(["\\\\])', r"\\\1", path).replace("%", "%%")
+
+
+def _sbatch(plan: Plan, names: Sequence[str], at_once: int | None, arguments: Sequence[str]) -> Job:
+    """Submits a script, and returns the job: of an array, all of it."""
     text = script(plan, names, at_once)
-    answer = jobs.run(["sbatch", "--parsable", *arguments], text).strip()
-    id_ = answer.splitlines()[-1].partition(";")[0] if answer else ""  # ID or ID;CLUSTER
-    if not id_.isdecimal():
-        raise TrainingError(f"sbatch said {answer!r:.200}, which is no job's id: look with squeue before you try again")
-    return id_
+    with jobs.submitting(plan, names):
+        answer = jobs.run(["sbatch", "--parsable", *arguments], text).strip()
+        id_, _, cluster = (answer.splitlines() or [""])[-1].partition(";")  # the latter after --clusters
+        if not id_.isdecimal():
+            raise TrainingError(f"sbatch said {answer!r:.200}, which is no job's id: look with squeue before you try "
+                                f"again")
+    return Job("slurm", id_, (f"--clusters={cluster}",) if cluster else ())
 
 
 def _parse(text: str, separator: str) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Points as workloads of a GKE cluster, one `xpk workload create` each."""
 
-import hashlib
+import argparse
 import json
-import os
 import re
 import shlex
+import uuid
 from collections.abc import Sequence
 
 from marjax.errors import UserError
@@ -13,10 +13,11 @@ from marjax.sweep.jobs import ENDED, QUEUED, RUNNING, Job
 from marjax.sweep.points import Plan
 
 # Of `xpk workload create`, unless they are given. 42 and 127 to 255 are what marjax ends with where the same command
-# goes on; a pod gets these seconds to save in.
+# goes on; a pod gets these seconds to save in; the cluster keeps what has ended for a week.
 DEFAULTS = {"--max-restarts": "100", "--restart-on-exit-codes": "42,127-255",
-            "--termination-grace-period-seconds": "300"}
+            "--termination-grace-period-seconds": "300", "--ttl-seconds-after-finished": "604800"}
 NEEDED = ("--cluster", "--docker-image", "--tpu-type")
+_JOBSETS = "jobsets.jobset.x-k8s.io"
 
 
 def check(arguments: Sequence[str]) -> None:
@@ -29,24 +30,24 @@ def check(arguments: Sequence[str]) -> None:
         raise UserError(f"{own[0]} is made for each point: leave it out of --engine_args")
 
 
-def workload(plan: Plan, name: str, attempt: int = 1) -> str:
-    """A Kubernetes name for a point: at most 40 of a-z, 0-9 and -; the same on every start, another for each root."""
-    digest = hashlib.sha256(f"{os.fspath(plan.root)}\n{name}\n{attempt}".encode()).hexdigest()[:8]
+def workload(name: str) -> str:
+    """A new Kubernetes name after a point's: at most 40 of a-z, 0-9 and -.
+
+    Another each time, since xpk would ask whether to delete a workload that has the name of the new one.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not re.match("[a-z]", words):
         words = f"p-{words}"
-    return f"{words[:31].rstrip('-')}-{digest}"
+    return f"{words[:31].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 
-def submit(plan: Plan, names: Sequence[str], *, arguments: Sequence[str], attempts: dict[str, int]) -> dict[str, Job]:
+def submit(plan: Plan, names: Sequence[str], *, arguments: Sequence[str]) -> dict[str, Job]:
     """Creates a workload for each point, and notes it.
 
     Args:
       plan: of the sweep; its file is one of the image, by its path from the image's working directory.
       names: of the points.
       arguments: of `xpk workload create`, such as --cluster=x.
-      attempts: how often each point was submitted, this time included: a name cannot be used again while the workload
-        that has it is kept.
 
     Raises:
       UserError: there is no xpk.
@@ -56,22 +57,43 @@ def submit(plan: Plan, names: Sequence[str], *, arguments: Sequence[str], attemp
     defaults = [f"{name}={value}" for name, value in DEFAULTS.items() if name not in given]
     made = {}
     for name in names:
-        id_ = workload(plan, name, attempts[name])
+        id_ = workload(name)
         # `exec`, so that xpk's SIGTERM reaches the program and not a shell.
         command = f"exec {shlex.join(plan.command(name, 'python'))}"
-        jobs.run(["xpk", "workload", "create", f"--workload={id_}", f"--command={command}", *defaults, *arguments])
-        made[name] = Job("xpk", id_, attempts[name])
+        with jobs.submitting(plan, [name]):
+            # Noted before: if this is killed meanwhile, the next start does not make a second one beside it.
+            jobs.write(plan, name, Job("xpk", id_))
+            jobs.run(["xpk", "workload", "create", f"--workload={id_}", f"--command={command}", *defaults, *arguments])
+        made[name] = Job("xpk", id_, _where(id_, arguments))
         jobs.write(plan, name, made[name])
     return made
 
 
+def _where(id_: str, arguments: Sequence[str]) -> tuple[str, ...]:
+    """Arguments with which kubectl finds a workload that was just made: xpk has set its context to the cluster."""
+    context = (jobs.ask(["kubectl", "config", "current-context"]) or "").strip()
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--namespace")
+    space = options.parse_known_args(arguments)[0].namespace
+    where = (f"--context={context}", *([f"--namespace={space}"] if space else []))
+    return where if context and jobs.ask(["kubectl", "get", _JOBSETS, id_, "--output=name", *where]) else ()
+
+
 def states(asked: Sequence[Job]) -> dict[str, str]:
-    """Of workloads by name, as kubectl has them in its current context; none where there is no kubectl."""
-    text = jobs.ask(["kubectl", "get", "jobsets.jobset.x-k8s.io", "--output=json"])
-    if text is None:
-        return {}
-    del asked
-    found = {}  # what is not listed may be of another cluster than kubectl's, and is left unknown
+    """Of workloads by name, as kubectl has them; none where there is no kubectl, or it does not know the cluster."""
+    found: dict[str, str] = {}
+    for where in dict.fromkeys(job.where for job in asked):
+        text = jobs.ask(["kubectl", "get", _JOBSETS, "--output=json", *where])
+        if text is None:
+            continue
+        if where:  # it was there, and is kept for a while after its end; else it may be of another cluster
+            found |= {job.id: ENDED for job in asked if job.where == where}
+        found |= _parse(text)
+    return found
+
+
+def _parse(text: str) -> dict[str, str]:
+    found = {}
     for item in json.loads(text)["items"]:
         status = item.get("status", {})
         over = {condition.get("type") for condition in status.get("conditions", ())
