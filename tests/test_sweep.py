@@ -4,9 +4,12 @@ import contextlib
 import csv
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import numpy as np
@@ -200,6 +203,30 @@ def test_a_process_that_ends_without_a_word(tmp_path, capsys):
         rows = table(plan.path, plan.root)
         assert [row["status"] for row in rows] == ["unfinished", "failed"] and says in rows[1]["error"]
         assert rows[1]["seconds"] == 1.5
+
+
+def test_logs_of_a_bucket(tmp_path, monkeypatch):
+    """What a point has printed is kept when the sweep is stopped, after what it had printed on another machine."""
+    plan = Plan.of(write(tmp_path, {}), tmp_path / "root")
+    (plan.root / "logs").mkdir(parents=True)
+    plan.log("good").write_text("elsewhere\n")
+    monkeypatch.setattr(runner, "is_remote", lambda _: True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    for printed, seconds in (("here", 60), ("again", 0)):
+        code = f"import time; print({printed!r}, flush=True); time.sleep({seconds})"
+        monkeypatch.setattr(Plan, "command", lambda *_, code=code: [sys.executable, "-c", code])
+
+        def stop():
+            while "here" not in pathlib.Path(runner._log(plan, "good")).read_text():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit) if seconds else contextlib.nullcontext():
+            if seconds:
+                threading.Timer(0.5, stop).start()
+            runner.run(plan, ["good"], 1, None, lambda: None)
+    lines = plan.log("good").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("---")] == ["elsewhere", "here", "again"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -57,6 +57,8 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
                         ended()
         finally:
             _end([process for process, _ in running.values()])
+            for name in running:
+                _keep_log(plan, name)
 
 
 def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]":
@@ -66,6 +68,7 @@ def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]"
     and it holds the lock, should this process be killed.
     """
     plan.failure(name).unlink(missing_ok=True)
+    _fetch_log(plan, name)
     with open(_log(plan, name), "a") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {name}\n")
         log.flush()
@@ -88,11 +91,24 @@ def _log(plan: Plan, name: str) -> str:
     return os.path.join(folder, f"{name}.log")
 
 
+def _fetch_log(plan: Plan, name: str) -> None:
+    """Begins with what the point has printed before, maybe elsewhere; what this machine has of it may be longer."""
+    local = epath.Path(_log(plan, name))
+    if is_remote(plan.root) and plan.log(name).exists():
+        before = plan.log(name).read_bytes()
+        if not local.exists() or local.stat().length < len(before):
+            local.write_bytes(before)
+
+
+def _keep_log(plan: Plan, name: str) -> None:
+    """Puts the log where it belongs."""
+    if is_remote(plan.root):
+        write_bytes(plan.log(name), epath.Path(_log(plan, name)).read_bytes())
+
+
 def _ended(plan: Plan, name: str, code: int, seconds: float) -> None:
     """Tells how a point ended, and notes it where its process could not."""
-    if is_remote(plan.root):
-        with open(_log(plan, name), "rb") as written:
-            write_bytes(plan.log(name), written.read())
+    _keep_log(plan, name)
     state = plan.state(name)
     if state.status == "unfinished" and code == PREEMPTED:
         tell(name, f"preempted after {seconds:.1f} s; start the sweep again to go on")
