@@ -10,10 +10,12 @@
 #   launch/gke.sh list
 #   launch/gke.sh delete
 #
-# A pod that ends with 42 (preempted, saved) or 127 to 255 (killed, or lost another one) restarts all of them, at most
-# MAX_RESTARTS times, and the same command resumes; any other code ends the workload. xpk's wrapper hands SIGTERM on
-# within five seconds; GRACE_SECONDS is what the pod has then to save. SLICES is the number of slices, SPOT=1 asks for
-# spot capacity in a cluster that provisions its nodes itself (else the node pool decides).
+# A pod that ends with 42 (preempted, saved) or 128 to 255 (killed, or lost another one) restarts all of them, at most
+# MAX_RESTARTS (100) times, and the same command resumes; any other code ends the workload at once, on all pods. xpk's
+# wrapper hands SIGTERM on within five seconds; GRACE_SECONDS is what the pod has then to save, but a spot node that is
+# taken away gives its pods 15 seconds whatever is asked for. SLICES is the number of slices, STORAGE names what `xpk
+# storage attach` knows and is not mounted by itself, SPOT=1 asks for spot capacity in a cluster that provisions its
+# nodes itself (else the node pool decides). How a cluster is made, and its pods see data: docs/pods.md.
 set -euo pipefail
 
 slip() {
@@ -36,12 +38,15 @@ workload() {
         slip "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
     local command
     printf -v command '%q ' "$@"
-    # `exec`: the wrapper signals the shell that it starts, which so becomes the program.
+    # xpk restarts after 127 too; but what is not there will not be there the next time. `exec`: the wrapper signals the
+    # shell that it starts, which so becomes the program.
+    printf -v command 'type -P %q >/dev/null || { echo "there is no program" %q >&2; exit 2; }; exec %s' \
+        "$1" "$1" "${command% }"
     xpk workload create \
         --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
         --tpu-type="$TYPE" --num-slices="${SLICES:-1}" ${SPOT:+--spot} \
-        --docker-image="$IMAGE" --command="exec ${command% }" \
-        --max-restarts="${MAX_RESTARTS:-100}" --restart-on-exit-codes=42,127-255 \
+        ${STORAGE:+--storage="$STORAGE"} \
+        --docker-image="$IMAGE" --command="$command" --max-restarts="${MAX_RESTARTS:-100}" \
         --termination-grace-period-seconds="${GRACE_SECONDS:-300}" \
         --ttl-seconds-after-finished="${KEEP_SECONDS:-604800}" \
         "${extra[@]}"

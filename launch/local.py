@@ -23,11 +23,15 @@ from typing import Any
 PREEMPTED, LOST_PEER = 42, 134  # as in marjax/errors.py
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL to what is left
+_QUICK_SECONDS, _MAX_QUICK = 600.0, 4  # starts in a row that a loss ended so soon: there will be no other end
 
 
 def is_retriable(code: int) -> bool:
-    """Whether a run that ended so goes on when started again: the rule of GKE's xpk, 42 and all from 127 up."""
-    return code == PREEMPTED or code >= 127
+    """Whether a run that ended so goes on when started again: it was preempted, or a process was killed or lost.
+
+    Not 127: a command that is not found will not be found the next time either.
+    """
+    return code == PREEMPTED or code >= 128
 
 
 def free_port() -> int:
@@ -174,14 +178,21 @@ def run_with_restarts(command: Sequence[str], processes: int, devices: int, *, r
                       write: Callable[[str], None] | None = None) -> int:
     """`run`, and again after an end that is retriable, at most `restarts` times; the exit code of the last.
 
-    Not after SIGINT or SIGTERM to this launcher, which are meant for the run as a whole.
+    Not after SIGINT or SIGTERM to this launcher, which are meant for the run as a whole, nor when a loss of processes
+    has ended _MAX_QUICK starts in a row within _QUICK_SECONDS.
     """
+    say, quick = write or _print, 0
     with _Signals() as signals:
         for left in reversed(range(restarts + 1)):
+            begun = time.monotonic()
             code = run(command, processes, devices, grace=grace, write=write, signals=signals)
             if signals.stopped or not left or not is_retriable(code):
                 return code
-            (write or _print)(f"local: ended with {code}; starting again, {left} restart{'s' * (left > 1)} left")
+            quick = quick + 1 if code != PREEMPTED and time.monotonic() - begun < _QUICK_SECONDS else 0
+            if quick == _MAX_QUICK:
+                say(f"local: ended with {code}; given up, after {quick} starts in a row that did not last")
+                return code
+            say(f"local: ended with {code}; starting again, {left} restart{'s' * (left > 1)} left")
     raise ValueError(f"restarts is {restarts}: give at least 0")
 
 
@@ -198,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=_count, default=2, help="default %(default)s")
     parser.add_argument("--devices", type=_count, default=2, help="CPU devices in each; default %(default)s")
     parser.add_argument("--restarts", type=int, default=0, metavar="N",
-                        help="start again up to N times after exit code 42 (preempted) or one from 127 up (a process "
-                        "was lost), as GKE does; default %(default)s")
+                        help="start again up to N times after exit code 42 (preempted) or one from 128 up (a process "
+                        "was lost); default %(default)s")
     parser.add_argument("--grace", type=float, default=90.0, metavar="SECONDS",
                         help="for the others to end in, once one has failed; default %(default)s")
     parser.add_argument("command", nargs="+", help="what to run, after --")

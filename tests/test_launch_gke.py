@@ -54,13 +54,13 @@ def calls(recorder):
 
 
 def test_what_is_asked_of_xpk(recorder):
-    launch(recorder, "create", "marjax", *ODD, SPOT="1", SLICES="2", MAX_RESTARTS="7")
+    launch(recorder, "create", "marjax", *ODD, SPOT="1", SLICES="2", MAX_RESTARTS="7", STORAGE="data")
     launch(recorder, "list")
     launch(recorder, "delete")
     create, *others = calls(recorder)
     where = ["--project=proj", "--zone=us-east5-b", "--cluster=tpus"]
     assert create[:3] == ["xpk", "workload", "create"] and set(where) < set(create)
-    assert {"--spot", "--num-slices=2", "--max-restarts=7", "--tpu-type=v5litepod-16"} < set(create)
+    assert {"--spot", "--storage=data", "--num-slices=2", "--max-restarts=7", "--tpu-type=v5litepod-16"} < set(create)
     assert "--dry-run" not in create
     assert others == [["xpk", "workload", "list", *where], ["xpk", "workload", "delete", *where, "--workload=mar"]]
 
@@ -143,9 +143,12 @@ def test_kubernetes_would_take_the_job(rendered, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["0", "1", "2", "134", "SIGTERM"])
+@pytest.mark.parametrize("end", ["0", "1", "2", "134", "SIGTERM", "missing"])
 def test_the_pod_runs_the_command_and_ends_with_its_code(rendered, tmp_path, end):
-    """xpk's wrapper around it, run here: the arguments are what was given, and SIGTERM arrives as in a preemption."""
+    """xpk's wrapper around it, run here: the arguments are what was given, and SIGTERM arrives as in a preemption.
+
+    A program that is not there is a slip, not 127, after which xpk would start it again and again.
+    """
     [container] = pod_of(rendered[0])["containers"]
     program, flag, script = container["command"]
     assert (program, flag) == ("bash", "-c")
@@ -160,10 +163,18 @@ if os.environ["END"] != "SIGTERM":
 time.sleep(60)
 """)
     (tmp_path / "marjax").chmod(0o755)
+    if end == "missing":
+        (tmp_path / "marjax").unlink()
     script, quicker = re.subn(r"sleep \d+", "sleep 0.1", script)
     assert quicker == 1  # what it waits between looks at the program
-    pod = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "END": end})
+    path = os.pathsep.join([str(tmp_path), *(folder for folder in os.environ["PATH"].split(os.pathsep)
+                                             if not os.path.exists(os.path.join(folder, "marjax")))])
+    pod = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, env={**os.environ, "PATH": path, "END": end})
+    if end == "missing":
+        output, _ = pod.communicate(timeout=60)
+        assert pod.returncode == 2 and "there is no program marjax" in output
+        return
     deadline = time.monotonic() + 60
     while not (tmp_path / "arguments").exists():
         assert time.monotonic() < deadline

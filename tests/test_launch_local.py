@@ -155,10 +155,28 @@ def test_restarts_are_for_preemption_and_loss_and_have_an_end(tmp_path):
     count = ("import os, pathlib, sys\n"
              "if os.environ['JAX_PROCESS_ID'] == '0': open(sys.argv[1], 'a').write('x')\n"
              "sys.exit(int(sys.argv[2]))")
-    for code, starts in ((1, 1), (2, 1), (42, 3), (134, 3)):
-        file = tmp_path / f"starts{code}"
-        assert local.run_with_restarts(python(count, file, code), 2, 1, restarts=2, write=lambda line: None) == code
+    for code, restarts, starts in ((1, 2, 1), (2, 2, 1), (127, 2, 1), (42, 2, 3), (134, 2, 3), (134, 9, 4), (42, 5, 6)):
+        file, lines = tmp_path / f"starts{code}-{restarts}", []
+        assert local.run_with_restarts(python(count, file, code), 2, 1, restarts=restarts, write=lines.append) == code
         assert file.read_text() == "x" * starts
+        assert any("given up, after 4 starts in a row" in line for line in lines) == (restarts == 9)
+
+
+def test_losses_of_a_run_that_has_lasted_do_not_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_QUICK_SECONDS", 0.0)
+    file = tmp_path / "starts"
+    code = f"open({str(file)!r}, 'a').write('x'); raise SystemExit(134)"
+    assert local.run_with_restarts(python(code), 1, 1, restarts=5, write=lambda line: None) == 134
+    assert file.read_text() == "x" * 6
+
+
+def test_a_slip_of_one_process_is_final(tmp_path):
+    """The others lose it, and say so: the first code counts."""
+    code = ("import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    sys.exit(2)\n"
+            "time.sleep(0.5)\nsys.exit(134)")
+    lines = []
+    assert local.run_with_restarts(python(code), 2, 1, restarts=5, write=lines.append) == 2
+    assert not any("starting again" in line for line in lines)
 
 
 @pytest.mark.parametrize("arguments", [["--processes", "0", "--", "true"], ["--restarts", "-1", "--", "true"], [],
