@@ -25,7 +25,7 @@ STEPS = 12
 ODD = ["--config", "configs/x.py:model=mar_base,variant=ar", "a b", "$HOME `id` *", "it's \"quoted\"", ""]
 
 # Ends as its first argument says, one word a start, "wait" until SIGTERM; then the second process takes longer to save.
-# "kill": the second is killed, which the first notices a little later.
+# "kill": the second is killed, which the first notices a little later; "slip": it has made a slip, likewise.
 TASK = f"""
 import json, os, signal, sys, time
 start, me = int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(os.environ["SLURM_PROCID"])
@@ -37,7 +37,9 @@ if end == "wait":
     time.sleep(600)
 if end == "kill" and me == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-if end == "kill":
+if end == "slip" and me == 1:
+    sys.exit(2)
+if end in ("kill", "slip"):
     time.sleep(1)
     print("noticed", start)
     sys.exit({LOST_PEER})
@@ -90,18 +92,19 @@ def jobs(cluster, array):
     "run" is marjax itself, with two CPU devices a process. "stopped" has got SIGTERM, and "cancelled" was cancelled.
     """
     def submit(name, *command, **settings):
-        return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log", SCRIPT,
-                              *command, **settings)
+        return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log",
+                              f"--chdir={cluster.folder}", SCRIPT, *command, **settings)
 
-    ends = {"stopped": "wait,0", "killed": "kill,0", "hopeless": "kill,kill", "cancelled": "wait,0", "slip": "2,0",
-            "done": "0,1"}
+    ends = {"stopped": "wait,0", "killed": "kill,42,0", "hopeless": "42", "cancelled": "wait,0", "slip": "2,0",
+            "done": "0,1", "absent": "127,0", "uneven": "slip"}
     numbers = {"run": submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
                              cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
                              "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
                              "--config.log.tensorboard=false", "--config.log.progress=false",
                              JAX_NUM_CPU_DEVICES="2")}
     numbers |= {name: submit(name, sys.executable, cluster.task, end, *ODD,
-                             MAX_RESTARTS="1" if name == "hopeless" else "100") for name, end in ends.items()}
+                             MAX_RESTARTS="1" if name == "hopeless" else "100", MAX_KILLS="1")
+                for name, end in ends.items()}
     for name in ("stopped", "cancelled"):
         for index in range(2):
             log_of(cluster, name, until=f"{index}: start 0")
@@ -165,18 +168,27 @@ def test_cancelling_lets_all_processes_save_and_ends_the_job(cluster, jobs):
 def test_a_lost_process_restarts_the_job(cluster, jobs):
     fields = cluster.wait(jobs["killed"], "COMPLETED", "FAILED")
     log = log_of(cluster, "killed")
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), log  # a preemption counts by itself
     assert f"ended with {128 + signal.SIGKILL}" in log
     assert "0: noticed 0" in log  # it was left to notice, not killed at once
+    assert not (cluster.folder / f"marjax-{jobs['killed']}.kills").exists()
 
 
 def test_restarts_have_an_end(cluster, jobs):
     fields = cluster.wait(jobs["hopeless"], "COMPLETED", "FAILED")
-    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "1")
-    assert fields["ExitCode"] == f"{128 + signal.SIGKILL}:0"
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "1", f"{PREEMPTED}:0")
 
 
-@pytest.mark.parametrize(("name", "state", "code"), [("slip", "FAILED", 2), ("done", "COMPLETED", 0)])
+def test_a_slip_of_one_process_is_not_tried_without_end(cluster, jobs):
+    """The other has lost it, which is what srun tells."""
+    fields = cluster.wait(jobs["uneven"], "COMPLETED", "FAILED")
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "1", f"{LOST_PEER}:0")
+    assert "given up: processes were killed or lost 2 times" in log_of(cluster, "uneven")
+    assert not (cluster.folder / f"marjax-{jobs['uneven']}.kills").exists()
+
+
+@pytest.mark.parametrize(("name", "state", "code"), [("slip", "FAILED", 2), ("done", "COMPLETED", 0),
+                                                     ("absent", "FAILED", 127)])
 def test_other_ends_are_final(cluster, jobs, name, state, code):
     fields = cluster.wait(jobs[name], "COMPLETED", "FAILED")
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == (state, "0", f"{code}:0")
