@@ -111,6 +111,7 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
              '        scontrol requeue "$id" && sleep 60  # which ends this script',
              "    fi",
              "fi",
+             f"rm -f {kills}",
              'exit "$code"']
     return "\n".join(lines) + "\n"
 
