@@ -93,6 +93,7 @@ def _reach(bucket: str) -> str | None:
     waiting.start()
     try:
         client = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils makes
+        client.dircache.use_listings_cache = False  # what other processes write would never be seen
         sync(client.loop, client._call, "GET", "b/{}/o", bucket, maxResults=1, json_out=True, timeout=_PATIENCE)
     except FileNotFoundError:
         return f"there is no bucket {bucket!r}, or none that you may see: make it, or check the name"

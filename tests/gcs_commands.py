@@ -8,7 +8,6 @@ from conftest import DIGITS
 from etils import epath
 
 from marjax import cli
-from marjax.sweep.points import Plan
 
 SMALL = ["--config.train.warmup_steps=1", "--config.checkpoint.every=2", "--config.log.every=1",
          "--config.log.samples_every=0", "--config.log.tensorboard=False", "--config.log.progress=False",
@@ -36,10 +35,13 @@ def main(file):
 
     assert cli.main(["sweep", file, "--root", str(root), "--status"]) == 0
     assert cli.main(["sweep", file, "--root", str(root), "--table"]) == 0
-    plan = Plan.of(file, root)
-    plan.finish("point", [{"score": 0.5}], 1.0)
-    assert cli.main(["sweep", file, "--root", str(root)]) == 0  # finished: nothing runs
+    log = root / "logs" / "point.log"
+    log.write_text("on another machine\n")
+    assert cli.main(["sweep", file, "--root", str(root)]) == 0  # in a process of its own, which resumes and measures
+    printed = log.read_text()
+    assert printed.startswith("on another machine\n---") and "resuming at step 4 of 4" in printed
     assert "| 0.5 |" in (root / "table.md").read_text()
+    assert cli.main(["sweep", file, "--root", str(root)]) == 0 and log.read_text() == printed  # finished: nothing runs
     assert cli.main(["sweep", file, "--root", str(root), "--status"]) == 0
     assert cli.main(["train", "--config", DIGITS, "--workdir", "gs://no-such-bucket/run"]) == 2
     print("all is well")
