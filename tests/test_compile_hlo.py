@@ -32,7 +32,9 @@ LOOP = """HloModule jit_f, is_scheduled=true
   %x = bf16[64,128]{1,0} get-tuple-element(%arg), index=2
   %y = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %i, %x), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/mlp"}, backend_config={"estimated_cycles":"1000"}
   %sum = (f32[10]{0}, bf16[20]{0:T(256)(128)(2,1)S(1)}) all-reduce(%i, %i), channel_id=1, replica_groups=mesh['a'=4,'b'=16] {'b'}, to_apply=%region_0.1
-  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%i, %w, %x)
+  %step = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %step)
+  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%next, %w, %x)
 }
 
 %condition (arg: (s32[], bf16[4,128,256], bf16[64,128])) -> pred[] {
@@ -82,12 +84,20 @@ def test_a_counter_may_be_unsigned_start_late_and_take_long_steps():
     """As in the loops that XLA makes of a gather and a product: two parts of the weights at a time."""
     text = LOOP.replace("constant(4)", "constant(8)").replace("s32[]{:T(128)} constant", "u32[]{:T(128)} constant")
     text = text.replace("%zero = u32[]{:T(128)} constant(0)\n  %start", "%zero = u32[]{:T(128)} constant(2)\n  %start")
-    text = text.replace("  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%i, %w, %x)", """\
-  %two = u32[]{:T(128)} constant(2)
-  %next = u32[]{:T(128)} add(%i, %two)
-  ROOT %out = (s32[], bf16[4,128,256], bf16[64,128]) tuple(%next, %w, %x)""")
+    text = text.replace("%step = u32[]{:T(128)} constant(1)", "%step = u32[]{:T(128)} constant(2)")
     assert hlo.read(text, 64).collectives[0].times == (8 - 2) / 2
     assert hlo.read(LOOP, 64).collectives[0].times == 4
+
+
+@pytest.mark.parametrize("old, new", [
+    ("compare(%i, %limit), direction=LT", "fusion(%i, %limit), kind=kLoop, calls=%region_0.1"),
+    ("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE"),
+    ("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[]{:T(128)} get-tuple-element(%arg), index=0"),
+    ("add(%i, %step)", "multiply(%i, %step)"), ("tuple(%zero, %w, %x)", "fusion(%w, %x), kind=kLoop, calls=%fused")])
+def test_a_loop_that_cannot_be_read_counts_once_and_is_named(old, new):
+    assert hlo.read(LOOP, 64).unread == ()
+    program = hlo.read(LOOP.replace(old, new), 64)
+    assert program.unread == ("loop",) and program.collectives[0].times == 1
 
 
 def test_a_window_s_numbers_are_of_the_axes_in_order_whatever_their_place():
@@ -107,7 +117,8 @@ def test_a_window_s_numbers_are_of_the_axes_in_order_whatever_their_place():
      3 / 4 * 2048),
     ("%r = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", 4, 3 * 128),
     ("%r = f32[8,16]{1,0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-to-all", 4, 3 / 4 * 512),
-    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 8, 512),
+    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 2, 512),
+    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}", "collective-permute", 1, 0),
     ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, to_apply=%add", "all-reduce", 2,
      2 / 2 * 512),
 ])
@@ -121,6 +132,77 @@ def test_the_second_half_of_an_asynchronous_collective_is_no_other():
     text = entry("%s = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]",
                  "%r = f32[32,16]{1,0} all-gather-done(%s)")
     assert len(hlo.read(text, 8).collectives) == 1
+
+
+SLICE = """%wrapped (p: f32[8,16]) -> f32[2,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %part = f32[2,16]{1,0:T(2,128)S(1)} slice(%p), slice={[0:2], [0:16]}
+}
+
+"""
+GATHER = """%wrapped (p: f32[8,16], i: s32[4]) -> f32[4,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  ROOT %rows = f32[4,16]{1,0} custom-call(%p, %i), custom_call_target="TODO", called_computations={%other}
+}
+
+"""
+SUM = """%wrapped (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %sum = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+"""
+
+
+def test_what_runs_asynchronously_counts_once_where_it_starts():
+    text = entry("%s = ((f32[8,16]{1,0}), f32[2,16]{1,0:T(2,128)S(1)}, s32[]{:S(2)}) async-start(%x), calls=%wrapped",
+                 "%r = f32[2,16]{1,0:T(2,128)S(1)} async-done(%s)", head=SLICE)
+    (found,) = hlo.read(text, 4).operations
+    assert found.bytes == 2 * 16 * 4 and found.overlapped  # read from HBM, written to the core's memory
+    # The sparse cores are started before they are given what to gather.
+    text = entry("%i = s32[4]{0} parameter(1)",
+                 "%s = ((), (), (s32[99]{0:T(1)S(15)}, s32[0]{0})) async-start(), calls=%wrapped",
+                 "%u = ((f32[8,16]{1,0}, s32[4]{0}), f32[4,16]{1,0}, (s32[99]{0})) async-update(%s, %x, %i)",
+                 "%r = f32[4,16]{1,0} async-done(%u)", head=GATHER)
+    (found,) = hlo.read(text, 4).operations
+    assert found.bytes == 2 * 4 * 16 * 4 and found.overlapped
+    text = entry("%s = ((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]) async-start(%x), calls=%wrapped",
+                 "%r = f32[8,16]{1,0} async-done(%s)", head=SUM)
+    program = hlo.read(text, 4)
+    (found,) = program.collectives
+    assert found.overlapped and found.bytes == 2 * 3 / 4 * 512 and program.bytes == 0
+
+
+@pytest.mark.parametrize("space", ["S(1)", "S(3)"])
+def test_what_lies_on_the_chip_is_no_traffic(space):
+    text = entry(f"%a = f32[8,16]{{1,0:T(8,128){space}}} add(%x, %x)",
+                 f"%b = f32[2,16]{{1,0:T(2,128){space}}} slice(%x), slice={{[0:2], [0:16]}}",
+                 "%c = f32[2,16]{1,0} slice(%a), slice={[0:2], [0:16]}",
+                 "%d = f32[8,16]{1,0} dynamic-update-slice(%x, %b, %x, %x)",
+                 f"%e = f32[8,16]{{1,0:T(8,128){space}}} dynamic-update-slice(%a, %b, %x, %x)")
+    assert [each.bytes for each in hlo.read(text, 1).operations] == [512, 128, 128, 128, 0]
+
+
+@pytest.mark.parametrize("target, moved", [
+    ("AllocateBuffer", 0), ("ConcatBitcast", 0), ("AssumeGatherIndicesInBound", 0), ("tpu_custom_call", 2 * 512)])
+def test_calls_that_only_name_buffers_are_free(target, moved):
+    line = f'%r = f32[8,16]{{1,0}} custom-call(%x), custom_call_target="{target}"'
+    assert hlo.read(entry(line), 1).bytes == moved
+
+
+@pytest.mark.parametrize("attributes", ["branch_computations={%small, %large, %small}",
+                                        "true_computation=%large, false_computation=%small"])
+def test_of_branches_the_dearest_counts(attributes):
+    def branch(name, width):
+        return (f"%{name} (p: f32[{width},16]) -> f32[{width},{width}] {{\n  %p = f32[{width},16]{{1,0}} parameter(0)\n"
+                f"  ROOT %d = f32[{width},{width}]{{1,0}} dot(%p, %p), lhs_contracting_dims={{1}}, "
+                f"rhs_contracting_dims={{1}}\n}}\n\n")
+
+    text = entry(f"%r = f32[8,8]{{1,0}} conditional(%x, %x, %x), {attributes}",
+                 head=branch("small", 4) + branch("large", 8))
+    program = hlo.read(text, 1)
+    assert program.flops == 2 * 8 * 8 * 16 and len(program.operations) == 1
 
 
 def test_a_collective_spread_over_fusions_counts_once_and_a_written_out_reduce_scatter_as_one():

@@ -1,14 +1,15 @@
-"""What a compiled program does, read from its HLO text: matrix products, collectives, memory traffic, big buffers.
+"""What a compiled program does, read from its HLO text: matrix products, collectives, memory traffic.
 
 The program is walked from its entry. What a `while` holds counts as often as the loop runs, which its condition says;
-what a fusion holds counts once, and its operands and results are what it moves through memory. Nothing here needs JAX.
+of a conditional's branches the dearest counts; what a fusion holds counts once, and its operands and results are what
+it moves through memory. Nothing here needs JAX.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
@@ -20,9 +21,13 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragg
 _SLICES = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")  # of their first operand
 # Of float32 products, by precision: how often a TPU's matrix unit multiplies parts of the operands in bfloat16.
 _PASSES = {"default": 1, "high": 3, "highest": 6}
-# No work of their own: names for buffers, or the second half of what was counted at its start.
+# No work of their own: names for buffers, or a later part of what was counted at its start.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id",
-         "optimization-barrier", "domain", "while", "conditional", "call"}
+         "optimization-barrier", "domain", "while", "conditional", "call", "async-update"}
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # of custom-call
+# Memory spaces of a core's own memory: 1 is the vector memory. That 3 is v4's 128 MiB of CMEM is inferred: only
+# programs for v4 name it, all of their arrays there are smaller, and such copies as others make to 1 they make to 3.
+_ON_CHIP = ("S(1)", "S(3)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +65,15 @@ class Instruction:
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        found = re.search(rf"\b(?:{attribute})=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations of which a conditional runs one."""
+        if found := re.search(r"\bbranch_computations=\{([^}]*)\}", self.attributes):
+            return [name.strip().removeprefix("%") for name in found[1].split(",")]
+        return [name for key in ("true_computation", "false_computation") if (name := self.called(key))]
 
 
 class Computation(dict[str, Instruction]):
@@ -110,7 +122,8 @@ class Operation:
     """A top-level instruction: FLOPs of its matrix products, bytes it moves between HBM and core, how often it runs.
 
     `passes` are FLOPs with those of float32 products counted as often as the matrix unit goes over them in bfloat16.
-    `cycles` is the TPU compiler's own estimate, 0 where it gives none.
+    `cycles` is the TPU compiler's own estimate, 0 where it gives none. `overlapped` ones run beside others: copies that
+    were started ahead of their use.
     """
 
     name: str
@@ -121,6 +134,7 @@ class Operation:
     cycles: int
     times: int
     source: str
+    overlapped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +155,7 @@ class Program:
     collectives: tuple[Collective, ...]
     operations: tuple[Operation, ...]
     products: tuple[Product, ...]
-    buffers: tuple[tuple[Array, str, str], ...]  # of the largest results: array, opcode, source
+    unread: tuple[str, ...] = ()  # names of loops that count once, since how often they run could not be read
 
     @property
     def flops(self) -> float:
@@ -220,18 +234,18 @@ def read(text: str, num_devices: int) -> Program:
     computations, entry = parse(text)
     walk = _Walk(computations, num_devices)
     walk.run(entry, 1)
-    buffers = sorted(walk.buffers, key=lambda found: -found[0].bytes)
-    return Program(tuple(walk.collectives), tuple(walk.operations), tuple(walk.products), tuple(buffers[:20]))
+    return Program(tuple(walk.collectives), tuple(walk.operations), tuple(walk.products), tuple(walk.unread))
 
 
 class _Walk:
-    def __init__(self, computations: dict[str, Computation], num_devices: int) -> None:
+    def __init__(self, computations: dict[str, Computation], num_devices: int,
+                 chains: frozenset[tuple[str, int]] = frozenset()) -> None:
         self.computations, self.num_devices = computations, num_devices
         self.collectives: list[Collective] = []
         self.operations: list[Operation] = []
         self.products: list[Product] = []
-        self.buffers: list[tuple[Array, str, str]] = []
-        self.chains: set[tuple[str, int]] = set()  # of collectives spread over several fusions, by name and runs
+        self.unread: list[str] = []
+        self.chains = set(chains)  # of collectives spread over several fusions, by name and runs
 
     def run(self, name: str, times: int) -> None:
         computation = self.computations[name]
@@ -240,11 +254,11 @@ class _Walk:
                 body = each.called("body")
                 assert body
                 self.run(body, times * self.trips(each, computation))
-            elif each.opcode in ("call", "conditional", "async-start"):
-                called = [each.called(key) for key in ("to_apply", "calls", "true_computation", "false_computation")]
-                for inner in filter(None, called):
-                    self.run(inner, times)
-            if each.opcode in _FREE or each.opcode.endswith("-done"):
+            elif each.opcode == "call" and (called := each.called("to_apply")):
+                self.run(called, times)
+            elif each.opcode == "conditional":
+                self.dearest(each.branches, times)
+            if each.opcode in _FREE or each.opcode.endswith("-done") or _target(each) in _FREE_CALLS:
                 continue
             first = len(self.products)
             flops = self.inside(each, computation, times)
@@ -252,8 +266,28 @@ class _Walk:
             moved = self.traffic(each, computation)
             cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
             self.operations.append(Operation(each.name, each.opcode, flops, passes, moved,
-                                             int(cycles[1]) if cycles else 0, times, each.source))
-            self.buffers += [(array, each.opcode, each.source) for array in each.arrays if not array.on_chip]
+                                             int(cycles[1]) if cycles else 0, times, each.source,
+                                             each.opcode.endswith("-start") and not flops))
+
+    def dearest(self, branches: Sequence[str], times: int) -> None:
+        """Notes what the branch holds that takes the most cycles; the most products or traffic, where none are told."""
+        walks = []
+        for branch in branches:
+            walks.append(_Walk(self.computations, self.num_devices, frozenset(self.chains)))
+            walks[-1].run(branch, times)
+        chosen = max(walks, key=_Walk.cost, default=None)
+        if chosen is not None:
+            self.collectives += chosen.collectives
+            self.operations += chosen.operations
+            self.products += chosen.products
+            self.unread += chosen.unread
+            self.chains = chosen.chains
+
+    def cost(self) -> tuple[float, float, float]:
+        """Cycles, passes of products, and bytes that are moved or sent."""
+        return (sum(each.cycles * each.times for each in self.operations),
+                sum(each.passes * each.times for each in self.operations),
+                sum(each.bytes * each.times for each in self.operations) + sum(each.total for each in self.collectives))
 
     def inside(self, each: Instruction, computation: Computation, times: int) -> float:
         """FLOPs of an instruction and all that it calls; notes products and collectives."""
@@ -277,9 +311,12 @@ class _Walk:
             passes = _PASSES.get(precision[1] if precision else "default", 1) if wide else 1
             self.products.append(Product(dtypes, flops, times, each.source, passes))
             return flops
-        if each.opcode in ("fusion", "async-start") and (called := each.called("calls")):
+        if each.opcode in ("fusion", "async-start", "call") and (called := each.called("calls|to_apply")):
             inner, first = self.computations[called], len(self.collectives)
             flops = sum(self.inside(one, inner, times) for one in inner.values())
+            if each.opcode == "async-start":
+                self.collectives[first:] = [dataclasses.replace(one, overlapped=True)
+                                            for one in self.collectives[first:]]
             if "all-reduce-scatter" in called:  # how a TPU's compiler writes a reduce-scatter: and then a slice
                 self.collectives[first:] = [
                     dataclasses.replace(one, kind="reduce-scatter", bytes=one.bytes / 2, source=each.source)
@@ -307,26 +344,30 @@ class _Walk:
         return Collective(kind, arrays[0].dtype, group, ring_bytes(kind, group, total), times, each.source, overlapped)
 
     def trips(self, loop: Instruction, outer: Computation) -> int:
-        """How often a while runs: what the compiler noted, or what follows from its counter's limit, start and step."""
+        """How often a while runs: what the compiler noted, or what follows from its counter's limit, start and step.
+
+        A loop that does not count from a constant to a constant is noted as unread and counts once.
+        """
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if noted:
             return int(noted[1])
         condition, body = (self.computations[loop.called(name) or ""] for name in ("condition", "body"))
-        limit = max((value for each in condition.values() if (value := _integer(each)) is not None), default=1)
-        place = next((_place(condition[name]) for name in condition.root.operands
-                      if name in condition and condition[name].opcode == "get-tuple-element"), None)
-        if place is None:
-            return limit
-        start = _integer(self.element(outer, loop.operands[0], place)) or 0
+        compared = [condition[name] for name in condition.root.operands if name in condition]
+        limit = next((value for one in compared if (value := _integer(one)) is not None), None)
+        place = next((_place(one) for one in compared if one.opcode == "get-tuple-element"), -1)
+        start = _integer(self.element(outer, loop.operands[0], place))
         after = self.element(body, body.root.name, place)
         step = next((value for name in (after.operands if after is not None and after.opcode == "add" else ())
-                     if (value := _integer(body.get(name))) is not None), 1)
-        return max(0, -(-(limit - start) // max(1, step)))
+                     if (value := _integer(body.get(name))) is not None), None)
+        if limit is None or start is None or not step or step < 0 or "direction=LT" not in condition.root.attributes:
+            self.unread.append(loop.name)
+            return 1
+        return max(0, -(-(limit - start) // step))
 
     def element(self, computation: Computation, name: str, place: int) -> Instruction | None:
         """What a tuple of a computation holds at a place, copies looked through; None if that is not to be seen."""
         whole = computation.get(name)
-        if whole is None or whole.opcode != "tuple" or place >= len(whole.operands):
+        if whole is None or whole.opcode != "tuple" or not 0 <= place < len(whole.operands):
             return None
         found = computation.get(whole.operands[place])
         while found is not None and found.opcode in ("copy", "bitcast", "convert"):
@@ -337,6 +378,8 @@ class _Walk:
         """Bytes that an instruction reads from and writes to HBM."""
         if each.opcode.removesuffix("-start") in COLLECTIVES:
             return 0.0
+        if each.opcode == "async-start" and (called := each.called("calls")):
+            return self.wrapped_traffic(self.computations[called])
         if each.opcode.endswith("-start"):  # a copy between HBM and a core's memory, or within HBM
             ends = each.arrays[:2]
             moved = min((array.bytes for array in ends), default=0.0)
@@ -345,10 +388,24 @@ class _Walk:
             return self.fusion_traffic(each, self.computations[called], computation)
         read = {name: computation[name].arrays for name in each.operands if name in computation}
         if each.opcode in ("dynamic-slice", "slice", "gather"):
-            return sum(2 * array.bytes for array in each.arrays if not array.on_chip)
+            return self.between(each.arrays, read.get(each.operands[0], ()))
         if each.opcode == "dynamic-update-slice":
-            return 2 * sum(array.bytes for array in read.get(each.operands[1], ()) if not array.on_chip)
+            return self.between(read.get(each.operands[1], ()), each.arrays)
         return sum(array.bytes for arrays in (*read.values(), each.arrays) for array in arrays if not array.on_chip)
+
+    def between(self, part: Sequence[Array], whole: Sequence[Array]) -> float:
+        """Of a part that is copied out of a whole, or into it."""
+        return sum(array.bytes * ((not array.on_chip) + (not whole[0].on_chip)) for array in part[:1]) if whole else 0.0
+
+    def wrapped_traffic(self, inner: Computation) -> float:
+        """Of what an asynchronous instruction starts. The sparse cores' gathers read as much as they write."""
+        moved = 0.0
+        for each in inner.values():
+            if each.opcode in ("call", "custom-call"):
+                moved += sum(2 * array.bytes for array in each.arrays if not array.on_chip)
+            elif each.opcode not in _FREE:
+                moved += self.traffic(each, inner)
+        return moved
 
     def fusion_traffic(self, each: Instruction, inner: Computation, outer: Computation) -> float:
         moved = 0.0
@@ -375,6 +432,12 @@ def _integer(each: Instruction | None) -> int | None:
     if each is None or each.opcode != "constant" or each.arrays[0].dtype not in ("s32", "u32", "s64", "u64"):
         return None
     return int(each.attributes) if each.attributes.isdigit() else None
+
+
+def _target(each: Instruction) -> str:
+    """What a custom-call calls; "" of others."""
+    found = re.search(r'custom_call_target="([^"]*)"', each.attributes) if each.opcode == "custom-call" else None
+    return found[1] if found else ""
 
 
 def _place(each: Instruction) -> int:
@@ -414,7 +477,7 @@ def _balanced(text: str) -> tuple[str, str]:
 def _arrays(text: str) -> Iterator[Array]:
     for dtype, shape, layout in _ARRAY.findall(text):
         sizes = tuple(int(size.replace("<=", "")) for size in shape.split(",") if size)
-        yield Array(dtype, sizes, "S(1)" in layout)
+        yield Array(dtype, sizes, any(space in layout for space in _ON_CHIP))
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
@@ -429,7 +492,7 @@ def _group_size(attributes: str, num_devices: int) -> int:
         return math.prod(int(part or sizes[name]) for name, part in chosen)
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         pairs = re.findall(r"\{(\d+),(\d+)", found[0])
-        return num_devices if any(a != b for a, b in pairs) else 1
+        return max(1, len({device for pair in pairs if pair[0] != pair[1] for device in pair}))
     return num_devices
 
 
@@ -471,8 +534,3 @@ def _valid_positions(length: int, size: int, outputs: int, low: int, stride: int
             at = out * stride + tap * spread - low
             count += 0 <= at <= last and at % dilate == 0
     return count
-
-
-def largest(items: Sequence[Operation], by: Callable[[Operation], float], count: int = 10) -> list[Operation]:
-    """The `count` operations with the largest total of `by` over all their runs."""
-    return sorted(items, key=lambda each: -by(each) * each.times)[:count]
