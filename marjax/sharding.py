@@ -54,13 +54,14 @@ class Parameter(jax.ShapeDtypeStruct):
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
     """A mesh over all devices, or those given; one axis may be -1 and takes what the others leave.
 
-    Devices along "tensor" are of one process: what tensor parallelism sends in every layer must stay within a host.
+    Where `fsdp` is -1, so may be `data`, as it is by default: it then is 1. Devices along "tensor" are
+    of one process: what tensor parallelism sends in every layer must stay within a host.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or `tensor` does not divide those of a process.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
+    sizes = [1 if data == fsdp == -1 else data, fsdp, tensor]
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: give sizes of at least 1, at most one of them -1")
     if -1 in sizes:

@@ -69,30 +69,51 @@ def test_links_count_along_the_directions_of_a_ring():
     cube = described((4, 4, 4), "v4")
     assert cube.link_bandwidth(list(cube.devices)) == 6 * cube.chip.link_bandwidth
     assert described((2, 2, 4), "v4").link_bandwidth(list(described((2, 2, 4)).devices)) == 3 * cube.chip.link_bandwidth
+    assert cube.link_bandwidth([]) == cube.chip.link_bandwidth
 
 
 def test_an_estimate_adds_up_what_binds_each_instruction():
     there = described((2, 4))
     mesh = types.SimpleNamespace(devices=np.array(there.devices, object).reshape(2, 4, 1), size=8)
 
-    def operation(passes, moved, times, cycles=0):
-        return hlo.Operation("x", "fusion", passes, passes, moved, cycles, times, "")
+    def operation(passes, moved, times, cycles=0, overlapped=False):
+        return hlo.Operation("x", "fusion", passes, passes, moved, cycles, times, "", overlapped)
 
-    def collective(sent, group, overlapped):
-        return hlo.Collective("all-reduce", "f32", group, sent, 1, "", overlapped)
+    def collective(sent, group, overlapped, kind="all-reduce"):
+        return hlo.Collective(kind, "f32", group, sent, 1, "", overlapped)
 
     chip = there.chip
     program = hlo.Program(
         (collective(50e9 * 0.5, 4, False), collective(100e9 * 0.25, 8, True), collective(1e20, 1, False)),
-        (operation(chip.flops, 1.0, 2, cycles=int(chip.clock)), operation(1.0, chip.hbm_bandwidth, 3)), (), ())
+        (operation(chip.flops, 1.0, 2, cycles=int(chip.clock)), operation(1.0, chip.hbm_bandwidth, 3)), ())
     found = roofline.estimate(program, 8 * chip.flops, there, mesh)
     assert found.products == pytest.approx(2) and found.memory == pytest.approx(3)
     assert found.collectives == pytest.approx(0.5) and found.overlapped == pytest.approx(0.25)
     assert found.seconds == pytest.approx(5.5) and found.bound == "HBM"
     assert found.mfu == pytest.approx(1 / 5.5) and found.compiler == pytest.approx(2.5)
-    # What cannot be hidden is waited for.
-    slow = hlo.Program((collective(100e9 * 9, 8, True),), program.operations, (), ())
-    assert roofline.estimate(slow, 1.0, there, mesh).collectives == pytest.approx(9 - 5)
+    # What cannot be hidden is waited for: beside 2 s of products and 3 s of traffic, or 2 s by the compiler's cycles.
+    slow = roofline.estimate(hlo.Program((collective(100e9 * 9, 8, True),), program.operations, ()), 1.0, there, mesh)
+    assert slow.collectives == pytest.approx(9 - 5) and slow.compiler == pytest.approx(9)
+    # What one device passes on to another takes one link, however many take part.
+    passed = hlo.Program((collective(50e9, 8, False, "collective-permute"),), program.operations, ())
+    assert roofline.estimate(passed, 1.0, there, mesh).collectives == pytest.approx(1)
+
+
+def test_copies_that_start_ahead_are_waited_for_only_where_hbm_has_no_time():
+    there = described((2, 4))
+    mesh = types.SimpleNamespace(devices=np.array(there.devices, object).reshape(2, 4, 1), size=8)
+    rate = there.chip.hbm_bandwidth
+
+    def estimate(ahead):
+        operations = (hlo.Operation("a", "fusion", 0, 4 * there.chip.flops, rate, 0, 1, ""),
+                      hlo.Operation("b", "fusion", 0, 0, 2 * rate, 0, 1, ""),
+                      hlo.Operation("c", "copy-start", 0, 0, ahead * rate, 0, 1, "", True))
+        return roofline.estimate(hlo.Program((), operations, ()), 1.0, there, mesh)
+
+    # Four seconds of products leave HBM three.
+    found = estimate(3)
+    assert found.seconds == pytest.approx(6) and found.memory == pytest.approx(2) and found.ahead == pytest.approx(3)
+    assert estimate(5).seconds == pytest.approx(8) and estimate(5).memory == pytest.approx(4)
 
 
 def test_out_of_memory_is_read_from_the_compiler_s_message():
@@ -113,8 +134,22 @@ def test_too_much_is_met_with_what_to_change():
     assert "--config.mesh.fsdp=16" in tips[0] and "accumulate=2" in tips[-1] and not any("remat" in tip for tip in tips)
     looser = {"model.remat": "none", "model.denoiser.remat": "dots"}
     looser = config_lib.resolve(config_lib.apply_overrides(config, looser))
-    tips = " ".join(report.advice(compiled, looser, types.SimpleNamespace(shape={"data": 4, "fsdp": 16}, size=64)))
-    assert "model.remat=dots" in tips and "denoiser.remat=full" in tips
+    cut = types.SimpleNamespace(shape={"data": 4, "fsdp": 16, "tensor": 1}, size=64)
+    tips = " ".join(report.advice(compiled, looser, cut))
+    assert "model.remat=dots" in tips and "denoiser.remat=full" in tips and "mesh.fsdp" not in tips
+
+
+@pytest.mark.parametrize("shape, data, fsdp", [
+    ((16, 1, 1), -1, 16), ((8, 1, 2), -1, 8), ((4, 1, 4), -1, 4), ((4, 2, 2), 4, None), ((1, 16, 1), -1, None),
+    ((1, 64, 1), -1, None), ((2, 8, 4), 2, None), ((8, 1, 1), 8, None)])
+def test_the_state_is_cut_over_what_the_tensor_groups_and_a_given_data_axis_leave(shape, data, fsdp):
+    config = config_lib.load("configs/imagenet256.py:model=mar_huge")
+    config = config_lib.resolve(config_lib.apply_overrides(config, {"mesh.data": data}))
+    mesh = types.SimpleNamespace(shape=dict(zip(sharding.AXES, shape, strict=True)), size=int(np.prod(shape)))
+    lowered = programs.Lowered("train", 2048, 1.0, lambda: None, state_bytes=14 * 2**30)
+    compiled = programs.Compiled(lowered, 1.0, programs.Memory(20 * 2**30), None, 15.75 * 2**30)
+    advised = [tip for tip in report.advice(compiled, config, mesh) if "mesh.fsdp" in tip]
+    assert advised == ([] if fsdp is None else [f"cut the state over more devices: --config.mesh.fsdp={fsdp}"])
 
 
 @pytest.mark.parametrize("fixed, each, start, most", [
@@ -209,6 +244,8 @@ def test_a_mesh_axis_may_span_part_of_a_side(name):
     there = topology.describe(name)
     mesh = sharding.make_mesh(-1, 16, 1, there.devices)
     assert mesh.shape["fsdp"] == 16 and len({device.id for device in mesh.devices.flat}) == len(there.devices)
+    mesh = sharding.make_mesh(-1, -1, 2, there.devices)  # data as it is by default
+    assert mesh.shape == {"data": 1, "fsdp": len(there.devices) // 2, "tensor": 2}
 
 
 def test_a_program_that_jax_cannot_read_back_is_read_from_the_compiler_s_dump(tmp_path):

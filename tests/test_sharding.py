@@ -141,7 +141,8 @@ def test_parameters_and_work_are_really_cut(report):
 def test_mesh_sizes():
     one = jax.devices()[:1]
     assert sharding.make_mesh(devices=one).shape == {"data": 1, "fsdp": 1, "tensor": 1}
-    for sizes in ((2, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 2, 1)):
+    assert sharding.make_mesh(-1, -1, devices=one).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ((2, 1, 1), (-1, 1, -1), (0, 1, 1), (-1, 2, 1)):
         with pytest.raises(UserError, match="mesh"):
             sharding.make_mesh(*sizes, devices=one)
 

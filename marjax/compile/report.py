@@ -27,7 +27,8 @@ def record(compiled: Compiled, config: ml_collections.ConfigDict, described: Sli
     program, expected = compiled.program, estimate(compiled.program, lowered.model_flops, described, mesh)
     found |= {"flops": program.flops, "flops_by_dtype": program.flops_by_dtype(), "hbm_traffic_bytes": program.bytes,
               "collective_bytes": program.collective_bytes(),
-              "roofline": {**dataclasses.asdict(expected), "bound": expected.bound}}
+              "roofline": {**dataclasses.asdict(expected), "bound": expected.bound},
+              "loops_not_read": list(program.unread)}
     if lowered.name == "train":
         seconds = expected.compiler or expected.seconds
         found |= {"steps": config.train.steps, "days": config.train.steps * seconds / 86400,
@@ -55,11 +56,14 @@ def text(compiled: Compiled, config: ml_collections.ConfigDict, described: Slice
     moved = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in program.collective_bytes().items())
     lines.append(f"  sent by a device in collectives: {moved or 'nothing'}")
     lines.append(f"  at best {time_of(expected.seconds)}: {time_of(expected.products)} of matrix products, "
-                 f"{time_of(expected.memory)} of HBM traffic, {time_of(expected.collectives)} waiting for collectives "
-                 f"({time_of(expected.overlapped)} beside); bound by {expected.bound}; MFU at most {expected.mfu:.1%}")
+                 f"{time_of(expected.memory)} of HBM traffic ({time_of(expected.ahead)} beside), "
+                 f"{time_of(expected.collectives)} waiting for collectives ({time_of(expected.overlapped)} beside); "
+                 f"bound by {expected.bound}; MFU at most {expected.mfu:.1%}")
     if expected.compiler:
         lines.append(f"  by the compiler's own count of cycles {time_of(expected.compiler)}, MFU "
                      f"{expected.compiler_mfu:.1%}")
+    if program.unread:
+        lines.append(f"  counted once, since how often they run is not to be read: loops {', '.join(program.unread)}")
     if lowered.name == "train":
         seconds = expected.compiler or expected.seconds
         lines.append(f"  {config.train.steps:,} steps: {config.train.steps * seconds / 86400:.1f} days, at best "
@@ -73,11 +77,11 @@ def advice(compiled: Compiled, config: ml_collections.ConfigDict, mesh: Mesh) ->
     lowered = compiled.lowered
     if lowered.name == "sample":
         return ["a smaller --config.sample.batch_size, or --config.sample.max_stages=1"]
-    if lowered.name != "train":
-        return ["--config.tokenizer.autoencoder.dtype=bfloat16, or a smaller batch"]
+    if lowered.name != "train":  # of 32 images a device
+        return ["--config.tokenizer.autoencoder.dtype=bfloat16, or chips with more memory"]
     tips = []
-    if lowered.state_bytes > compiled.usable / 2 and mesh.shape["fsdp"] < mesh.size:
-        tips.append(f"cut the state over more devices: --config.mesh.fsdp={fsdp_for(config, mesh)}")
+    if lowered.state_bytes > compiled.usable / 2 and (fsdp := fsdp_for(config, mesh)) > mesh.shape["fsdp"]:
+        tips.append(f"cut the state over more devices: --config.mesh.fsdp={fsdp}")
     if config.model.remat == "none":
         tips.append("recompute activations: --config.model.remat=dots, or full")
     elif config.model.remat == "dots":
@@ -93,9 +97,11 @@ def advice(compiled: Compiled, config: ml_collections.ConfigDict, mesh: Mesh) ->
 def fsdp_for(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     """The most devices to cut the state over so that each keeps 16 rows, or a multiple, of every weight.
 
-    With fewer TPUs gather by an all-reduce of the whole, which sends twice as much: a bfloat16 tile has 16 rows.
+    With fewer TPUs gather by an all-reduce of the whole, which sends twice as much: a bfloat16 tile has 16 rows. The
+    tensor group stays as it is, and so does `config.mesh.data` where it is a number.
     """
-    sizes = [size for size in range(1, mesh.size + 1) if mesh.size % size == 0]
+    devices = mesh.size // mesh.shape["tensor"] // max(1, config.mesh.data)
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     widths = (config.model.width, config.model.denoiser.width)
     return max(size for size in sizes if all(width % (16 * size) == 0 for width in widths) or size == 1)
 

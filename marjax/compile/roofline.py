@@ -1,7 +1,8 @@
 """How long a compiled program takes at best, from what it does and what the chip can do.
 
 An instruction that multiplies matrices and moves memory does both at once, so it takes the longer of the two; one
-instruction follows the other. Collectives that the compiler made asynchronous run beside all that, the others stop it.
+instruction follows the other. Copies that start ahead of their use run beside all that, as far as HBM has time for
+them; so do collectives that the compiler made asynchronous, the others stop it.
 Left out: work of the vector unit, which is not a matrix product, latencies, and everything outside the program.
 """
 
@@ -23,12 +24,14 @@ class Estimate:
     Attributes:
       seconds: at best.
       products: in instructions that matrix products bound.
-      memory: in instructions that HBM traffic bounds.
+      memory: in instructions that HBM traffic bounds, or waiting for copies that HBM has no time for beside the rest.
       collectives: stopping for collectives, or waiting for asynchronous ones that take longer than all else.
       overlapped: asynchronous collectives, beside the rest.
+      ahead: copies that start ahead of their use, beside the rest.
       mfu: model FLOP/s at that speed over the peak: a ceiling.
-      compiler: the TPU compiler's own estimate of all instructions but collectives, plus `collectives`; 0 where it
-        gives none or the chip's clock is not known. It knows the vector unit and how tiles fill, so it is the likelier.
+      compiler: the TPU compiler's own estimate of all instructions but collectives, plus those that stop it or take
+        longer; 0 where it gives none or the chip's clock is not known. It knows the vector unit and how tiles fill, so
+        it is the likelier.
       compiler_mfu: model FLOP/s at that speed over the peak.
     """
 
@@ -37,6 +40,7 @@ class Estimate:
     memory: float
     collectives: float
     overlapped: float
+    ahead: float
     mfu: float
     compiler: float
     compiler_mfu: float
@@ -51,28 +55,35 @@ class Estimate:
 def estimate(program: hlo.Program, model_flops: float, described: Slice, mesh: Mesh) -> Estimate:
     """The estimate of one run of a program of that mesh; `model_flops` of one run on all devices."""
     chip = described.chip
-    products = memory = 0.0
+    products = memory = ahead = traffic = 0.0
     for each in program.operations:
         busy, moving = each.passes / chip.device_flops, each.bytes / chip.device_hbm_bandwidth
-        if busy >= moving:
+        traffic += moving * each.times
+        if each.overlapped:
+            ahead += moving * each.times
+        elif busy >= moving:
             products += busy * each.times
         else:
             memory += moving * each.times
-    waiting = overlapped = 0.0
+    stopping = overlapped = 0.0
     for collective in program.collectives:
         if collective.group == 1:
             continue
-        seconds = collective.total / described.link_bandwidth(group_of(mesh, collective.group))
+        # What is passed on to one other device goes over one link.
+        ring = [] if collective.kind == "collective-permute" else group_of(mesh, collective.group)
+        seconds = collective.total / described.link_bandwidth(ring)
         if collective.overlapped:
             overlapped += seconds
         else:
-            waiting += seconds
-    waiting += max(0.0, overlapped - products - memory)
-    seconds = products + memory + waiting
-    cycles = sum(each.cycles * each.times for each in program.operations)
-    compiler = cycles / chip.clock + waiting if chip.clock and cycles else 0.0
+            stopping += seconds
+    memory += max(0.0, traffic - products - memory - stopping)
+    collectives = stopping + max(0.0, overlapped - products - memory)
+    seconds = products + memory + collectives
+    compiler = sum(each.cycles * each.times for each in program.operations) / chip.clock if chip.clock else 0.0
+    if compiler:
+        compiler += stopping + max(0.0, overlapped - compiler)
     peak = chip.device_flops * mesh.size
-    return Estimate(seconds, products, memory, waiting, overlapped, model_flops / seconds / peak, compiler,
+    return Estimate(seconds, products, memory, collectives, overlapped, ahead, model_flops / seconds / peak, compiler,
                     model_flops / compiler / peak if compiler else 0.0)
 
 

@@ -26,25 +26,20 @@ class Slice:
     shape: tuple[int, ...]
     devices: tuple[Any, ...]
 
-    @property
-    def is_torus(self) -> bool:
-        """Whether its ends are linked: whole rows of a pod of v5e or v6e, or cubes of 4 x 4 x 4 of the others."""
-        if len(self.shape) == 2:
-            return max(self.shape) >= 16
-        return all(size % 4 == 0 for size in self.shape)
-
     def link_bandwidth(self, group: list[Any]) -> float:
         """Bytes/s that a device can send while these devices run a ring: over the links along their directions.
 
         Along a direction in which they differ there are two links, one where the slice has ends there (the ring then
-        comes back the way it went).
+        comes back the way it went). Ends are linked in whole rows of a pod of v5e or v6e, and in slices of the others
+        that are made of cubes of 4 x 4 x 4. Of no devices, it is that of one link.
         """
         points = [tuple(device.coords) for device in group]
+        cubes = len(self.shape) == 3 and all(size % 4 == 0 for size in self.shape)
         links = 0
         for axis, size in enumerate(self.shape):
             extent = len({point[axis] for point in points})
             if extent > 1:
-                wraps = (size >= 16 if len(self.shape) == 2 else self.is_torus) and extent == size
+                wraps = (cubes or (len(self.shape) == 2 and size >= 16)) and extent == size
                 links += 2 if wraps else 1
         return max(links, 1) * self.chip.link_bandwidth / self.chip.devices
 
