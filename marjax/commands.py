@@ -348,11 +348,14 @@ def compile_for_slice(given: argparse.Namespace, overrides: dict[str, str]) -> N
     say = (lambda text: None) if given.json else functools.partial(print, flush=True)
     made: object
     if given.search:
-        made = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, say=say)]
+        made = records = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, say=say)]
     else:
         made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo, say=say)
+        records = made["programs"]
     if given.json:
         print(json.dumps(made))
+    if failed := [each for each in records if "error" in each]:
+        raise UserError(f"{len(failed)} of {len(records)} did not compile; the first: {failed[0]['error']}")
 
 
 def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from marjax import chips, cli, sharding
 from marjax import config as config_lib
-from marjax.compile import hlo, programs, report, roofline, search, topology
+from marjax.compile import hlo, programs, report, roofline, run, search, topology
 from marjax.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: marjax[tpu]")
@@ -120,8 +120,21 @@ def test_out_of_memory_is_read_from_the_compiler_s_message():
     message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
                "HLO temporaries (19.89G) exceeds available HBM (15.75G). HLO module: jit_step.")
     assert programs.out_of_memory(message) == (19.89 * 2**30, 15.75 * 2**30)
-    with pytest.raises(UserError, match="gave up: INTERNAL: something"):
+    message = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm "
+               "capacity by 768.00M. HLO module: jit_step.")
+    assert programs.out_of_memory(message) == (16.5 * 2**30, 15.75 * 2**30)
+    with pytest.raises(programs.CompilerError, match="gave up: INTERNAL: something"):
         programs.out_of_memory("INTERNAL: something\nelse")
+
+
+def test_temporaries_take_the_gaps_between_them_too():
+    """What lives at one time, the compiler's peak, is less than the block that it asks for."""
+    numbers = {"argument": 100, "temp": 70, "output": 60, "alias": 50, "generated_code": 7}
+    analysis = types.SimpleNamespace(peak_memory_in_bytes=150, **{f"{k}_size_in_bytes": v for k, v in numbers.items()})
+    compiled = types.SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: "ENTRY %main () -> f32[] {\n}\n")
+    traced = types.SimpleNamespace(compile=lambda compiler_options: compiled)
+    lowered = programs.Lowered("train", 1, 1.0, lambda: traced, 1)
+    assert programs.compile_program(lowered, sharding.make_mesh(1)).memory == programs.Memory(187, 100, 80, 7)
 
 
 def test_too_much_is_met_with_what_to_change():
@@ -159,7 +172,8 @@ def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
     compiles = []
 
     def trial(batch):  # not quite even growth
-        return search.Trial(fixed + each * batch + 0.001 * batch**1.1, 16.0, batch)
+        needed = fixed + each * batch + 0.001 * batch**1.1
+        return search.Trial(needed, 16.0, needed <= 16.0, batch)
 
     def compile_at(batch):
         compiles.append(batch)
@@ -172,9 +186,61 @@ def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
 
 
 def test_the_search_says_when_nothing_fits():
-    found = search.largest_batch("none", lambda batch: search.Trial(17.0 + batch, 16.0), 32, 17.0)
-    assert found.batch == 0 and found.more == 18.0 and "none" in search.table([found])
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["hbm_bytes"] is None
+    # The compiler's word counts, not the sum: here one image would fit by numbers.
+    found = search.largest_batch("none", lambda batch: search.Trial(14.0 + batch, 16.0, False), 32, 14.0)
+    assert found.batch == 0 and found.needed == 15.0 and np.isnan(found.more)
+    (line,) = search.table([found]).splitlines()[1:]
+    assert line.split()[:5] == ["none", "none", "one", "needs", "0.00"]
+    made = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert made["hbm_bytes"] == 15.0 and made["hbm_bytes_of_twice_as_many"] is None
+    failed = search.Found("dots", 0, np.nan, 16.0, np.nan, error="the compiler gave up: why")
+    assert "gave up: why" in search.table([failed]) and failed.to_json() == {"remat": "dots", "error": failed.error}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A slice of one device, which is this machine's, and no compiler: what a program needs is given by its images."""
+    there = topology.Slice("v5e:1x1", chips.of_kind("TPU v5e"), (1, 1), tuple(jax.devices()[:1]))
+    monkeypatch.setattr(run, "describe", lambda name: there)
+
+    def use(compile_images):
+        monkeypatch.setattr(run, "compile_program", lambda lowered, *_, **__: compile_images(lowered))
+
+    return use
+
+
+def pretended(lowered, each=2**20):
+    needed, usable = lowered.state_bytes + each * lowered.images, 15.75 * 2**30
+    program = hlo.Program((), (hlo.Operation("a", "fusion", 1, 1, 1, 0, 1, ""),), ()) if needed < usable else None
+    return programs.Compiled(lowered, 1.0, programs.Memory(needed), program, usable)
+
+
+def test_the_search_serves_configs_that_do_not_run_as_they_are(one_device):
+    one_device(pretended)
+    # Batches of the search are larger than the data set, and the parts that accumulate may be as many as images.
+    config = config_lib.apply_overrides(make_digits(), {"data.num_examples": 100, "train.batch_size": 64,
+                                                        "train.steps": None, "train.epochs": 2, "train.accumulate": 64})
+    said = []
+    found = run.search_batch(config, "v5e:1x1", policies=("none", "full"), say=said.append)
+    assert [each.batch for each in found] == [1024, 1024] and "1024" in said[-1]
+
+
+def test_what_compiled_is_kept_when_the_compiler_gives_up_on_another(one_device, monkeypatch, capsys):
+    def some(lowered):
+        if lowered.name == "train":
+            raise programs.CompilerError("the compiler gave up: INTERNAL: why")
+        return pretended(lowered)
+
+    one_device(some)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert cli.main(["compile", "--topology", "v5e:1x1", "--config", f"{DIGITS}:debug", "--json"]) == 2
+    told = capsys.readouterr()
+    first, second = json.loads(told.out)["programs"]
+    assert first == {"program": "train", "error": "the compiler gave up: INTERNAL: why"}
+    assert second["program"] == "sample" and second["fits"] and "1 of 2 did not compile" in told.err
+    assert cli.main(["compile", "--topology", "v5e:1x1", "--config", f"{DIGITS}:debug", "--search"]) == 2
+    told = capsys.readouterr()
+    assert "dots   the compiler gave up" in told.out and "3 of 3 did not compile" in told.err
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])

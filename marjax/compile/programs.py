@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
@@ -33,6 +34,10 @@ from marjax.training.step import make_train_step
 
 NAMES = ("train", "sample", "encode", "decode")
 _OTHERS_FLAGS = ("--xla_cpu_", "--xla_gpu_", "--xla_backend_")
+
+
+class CompilerError(UserError):
+    """The compiler gave up, and not for want of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,10 @@ class Lowered:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a device's HBM that a program needs, in all (`peak`) and by what for; -1 where it is not known."""
+    """Bytes of a device's HBM that a program needs, in all (`peak`) and by what for; -1 where it is not known.
+
+    Temporaries have one block of memory, gaps included: what is alive at one time is less.
+    """
 
     peak: float
     arguments: float = -1
@@ -114,6 +122,9 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
       mesh: what it was lowered for.
       usable: bytes of HBM on a device, where they are known.
       keep_text: keep the program's HLO text.
+
+    Raises:
+      CompilerError: the compiler gave up for another reason, or its program cannot be read.
     """
     start = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
@@ -131,7 +142,7 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
     assert found is not None
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    peak = getattr(found, "peak_memory_in_bytes", 0) or arguments + fresh + temporaries
+    peak = max(getattr(found, "peak_memory_in_bytes", 0), arguments + fresh + temporaries)
     memory = Memory(peak + found.generated_code_size_in_bytes, arguments, max(0, peak - arguments),
                     found.generated_code_size_in_bytes)
     return Compiled(lowered, seconds, memory, hlo.read(text, mesh.size), usable, text if keep_text else "")
@@ -150,7 +161,7 @@ def _text_of(compiled: jax.stages.Compiled, dump: str) -> str:
     """Its HLO text; from the compiler's own dump where JAX 0.10 cannot read the program back (v5p and v6e).
 
     Raises:
-      UserError: there is neither.
+      CompilerError: there is neither.
     """
     try:
         text = compiled.as_text()
@@ -159,7 +170,7 @@ def _text_of(compiled: jax.stages.Compiled, dump: str) -> str:
     except jax.errors.JaxRuntimeError as error:
         files = sorted(pathlib.Path(dump).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
         if not files:
-            raise UserError(f"the compiled program cannot be read: {str(error).splitlines()[0][:300]}") from None
+            raise CompilerError(f"the compiled program cannot be read: {str(error).splitlines()[0][:300]}") from None
         return files[-1].read_text()
 
 
@@ -172,12 +183,14 @@ def _compiler_alone() -> Iterator[None]:
     cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - the type does not tell of it
     given = os.environ.get("XLA_FLAGS")
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or JAX, once it has used the cache, would not look at the setting
     if given is not None:
         os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if not flag.startswith(_OTHERS_FLAGS))
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
         if given is not None:
             os.environ["XLA_FLAGS"] = given
 
@@ -186,13 +199,14 @@ def out_of_memory(message: str) -> tuple[float, float]:
     """Bytes needed and bytes there are, from the compiler's message.
 
     Raises:
-      UserError: another message.
+      CompilerError: another message.
     """
-    found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
-                      message)
+    size = r"([\d.]+)([KMGT]?)B?"
+    found = re.search(rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = found or re.search(rf"in memory space hbm\. Used {size} of {size} hbm", message)
     if not found:
-        raise UserError(f"the compiler gave up: {message.strip().splitlines()[0][:400]}")
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        raise CompilerError(f"the compiler gave up: {message.strip().splitlines()[0][:400]}")
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
 
 

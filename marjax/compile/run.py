@@ -1,5 +1,6 @@
 """`marjax compile` as functions: a config and a slice in, records and text out."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import ml_collections
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.compile import report, search
-from marjax.compile.programs import NAMES, Compiled, compile_program, lowered_programs
+from marjax.compile.programs import NAMES, CompilerError, Lowered, compile_program, lowered_programs
 from marjax.compile.topology import Slice, describe
 from marjax.files import write_bytes
 
@@ -27,7 +28,8 @@ def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequ
       say: takes the report for people, a program at a time.
 
     Returns:
-      What JSON has of it: the slice, the mesh and a record for every program.
+      What JSON has of it: the slice, the mesh and a record for every program; where the compiler gave up, that has
+      only the program's name and an "error".
 
     Raises:
       UserError: no libtpu, no such slice, or a config that cannot run on it.
@@ -36,7 +38,12 @@ def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequ
     say(f"{described.name}: {mesh.size} devices {described.devices[0].device_kind!r}, mesh {dict(mesh.shape)}")
     records = []
     for lowered in lowered_programs(config, mesh, names, cached):
-        compiled = compile_program(lowered, mesh, described.chip.usable, keep_text=bool(hlo_dir))
+        try:
+            compiled = compile_program(lowered, mesh, described.chip.usable, keep_text=bool(hlo_dir))
+        except CompilerError as error:  # the others may compile nevertheless
+            records.append({"program": lowered.name, "error": str(error)})
+            say(f"{report.TITLES[lowered.name]}\n  {error}")
+            continue
         records.append(report.record(compiled, config, described, mesh))
         say(report.text(compiled, config, described, mesh))
         if compiled.text:
@@ -51,34 +58,41 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
                  policies: Sequence[str] = search.POLICIES, say: Callable[[str], None] = print) -> list[search.Found]:
     """The largest batch a device of the train step that fits on a slice, for each remat policy.
 
-    Takes two or three compiles a policy. Raises UserError as `compile_for` does.
+    Batches are not accumulated, and steps are as many as the config's own batch makes them: neither changes what a step
+    needs. Where the compiler gives up, a policy has an `error`, and the search goes on with the next.
+
+    Raises:
+      UserError: no libtpu, no such slice, or a config that cannot run on it.
     """
-    base = config
-    config, described, mesh = _prepare(config, topology)
+    resolved, described, mesh = _prepare(config, topology)
     say(f"{described.name}: {mesh.size} devices {described.devices[0].device_kind!r}, mesh {dict(mesh.shape)}")
     shards, found = sharding.batch_shards(mesh), []
-    start = config.train.batch_size // shards
-    fixed = lowered_programs(config, mesh, ("train",), cached)[0].state_bytes
+    start = max(1, resolved.train.batch_size // shards)
+
+    def lower(batch: int, overrides: Mapping[str, Any]) -> Lowered:
+        """The train step of so many images a device."""
+        counted = {"train.steps": resolved.train.steps, "train.warmup_steps": resolved.train.warmup_steps}
+        changed = config_lib.apply_overrides(config, {**counted, "train.batch_size": batch * shards,
+                                                      "train.accumulate": 1, **overrides})
+        return lowered_programs(config_lib.resolve(changed), mesh, ("train",), cached)[0]
+
+    fixed = lower(start, {}).state_bytes
     for policy in policies:
 
         def compile_at(batch: int, policy: str = policy) -> search.Trial:
-            compiled = _compile_step(base, {"model.remat": policy, "model.denoiser.remat": policy,
-                                            "train.batch_size": batch * shards, "train.accumulate": 1}, mesh, described,
-                                     cached)
-            needed, usable = compiled.memory.peak, compiled.usable
-            say(f"  remat {policy}, {batch} images a device: {report.gib(needed)} of {report.gib(usable)}")
-            return search.Trial(needed, usable if compiled.program is not None else min(usable, needed - 1), compiled)
+            remat = {"model.remat": policy, "model.denoiser.remat": policy}
+            compiled = compile_program(lower(batch, remat), mesh, described.chip.usable)
+            needed, usable, fits = compiled.memory.peak, compiled.usable, compiled.program is not None
+            say(f"  remat {policy}, {batch} images a device: {report.gib(needed)} of {report.gib(usable)}"
+                f"{'' if fits else ', does not fit'}")
+            return search.Trial(needed, usable, fits, compiled)
 
-        found.append(search.largest_batch(policy, compile_at, start, fixed))
+        try:
+            found.append(search.largest_batch(policy, compile_at, start, fixed))
+        except CompilerError as error:
+            found.append(search.Found(policy, 0, math.nan, described.chip.usable, math.nan, error=str(error)))
     say(search.table(found))
     return found
-
-
-def _compile_step(config: ml_collections.ConfigDict, overrides: Mapping[str, Any], mesh: Any, described: Slice,
-                  cached: bool) -> Compiled:
-    config = config_lib.resolve(config_lib.apply_overrides(config, overrides))
-    lowered = lowered_programs(config, mesh, ("train",), cached)[0]
-    return compile_program(lowered, mesh, described.chip.usable)
 
 
 def _prepare(config: ml_collections.ConfigDict, topology: str) -> tuple[ml_collections.ConfigDict, Slice, Any]:

@@ -15,10 +15,11 @@ class Found:
     """Attributes:
     policy: of `config.model.remat` and `config.model.denoiser.remat`.
     batch: images a device, a power of two; 0: not even one fits.
-    needed: bytes of HBM at that batch.
+    needed: bytes of HBM at that batch; of one image where none fits.
     usable: bytes there are.
-    more: bytes needed at twice the batch.
+    more: bytes needed at twice the batch; NaN where that was not tried.
     result: what `compile_at` gave for that batch besides, or None.
+    error: why there is no answer, "" where there is one.
     """
 
     policy: str
@@ -27,25 +28,25 @@ class Found:
     usable: float
     more: float
     result: Any = None
+    error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """All but `result`; what is not known is null."""
         numbers = {"hbm_bytes": self.needed, "usable": self.usable, "hbm_bytes_of_twice_as_many": self.more}
+        if self.error:
+            return {"remat": self.policy, "error": self.error}
         return {"remat": self.policy, "images_a_device": self.batch,
                 **{name: None if math.isnan(value) else value for name, value in numbers.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One compile: bytes needed, bytes usable, and anything to keep."""
+    """One compile: bytes needed, bytes usable, whether the compiler found that it fits, and anything to keep."""
 
     needed: float
     usable: float
+    fits: bool
     result: Any = None
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.usable
 
 
 def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, fixed: float,
@@ -75,7 +76,7 @@ def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, f
     while batch and not at(batch).fits:
         batch //= 2
     if not batch:
-        return Found(policy, 0, math.nan, first.usable, at(1).needed)
+        return Found(policy, 0, at(1).needed, first.usable, math.nan)
     more = at(2 * batch).needed if batch < most else math.nan
     return Found(policy, batch, at(batch).needed, at(batch).usable, more, at(batch).result)
 
@@ -84,9 +85,12 @@ def table(found: Sequence[Found]) -> str:
     """A line a policy, for people."""
     lines = ["remat  images a device  needs        twice as many need  there are"]
     for each in found:
-        cells = (each.policy.ljust(5), str(each.batch or "none").rjust(15), gib(each.needed).rjust(11),
-                 gib(each.more).rjust(18), gib(each.usable).rjust(9))
-        lines.append("  ".join(cells))
+        if each.error:
+            lines.append(f"{each.policy:5}  {each.error}")
+            continue
+        needed = gib(each.needed) if each.batch else f"one needs {gib(each.needed)}"
+        more = gib(each.more) or ("-" if each.batch else "")
+        lines.append(f"{each.policy:5}  {each.batch or 'none':>15}  {needed:11}  {more:>18}  {gib(each.usable):>9}")
     return "\n".join(lines)
 
 
