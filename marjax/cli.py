@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument("--programs", default="", metavar="A,B", help="of train, sample, encode, decode; all by default")
     ahead.add_argument("--cached", action="store_true", help="train on a latent cache, as with config.data.cache")
     ahead.add_argument("--search", action="store_true", help="instead, find the largest batch a device that fits, by "
-                       "remat policy")
+                       "remat policy, without accumulation")
     ahead.add_argument("--json", action="store_true", help="print JSON instead of text")
     ahead.add_argument("--hlo", default="", metavar="DIR", help="keep the compiled programs' HLO texts")
 
