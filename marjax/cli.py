@@ -8,14 +8,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from marjax import commands, storage
-from marjax.errors import PREEMPTED, PreemptedError, TrainingError, UserError
+from marjax.errors import (
+    LOST_PEER,
+    LOST_STORAGE,
+    PREEMPTED,
+    LostPeerError,
+    PreemptedError,
+    StorageError,
+    TrainingError,
+    UserError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns the exit code.
 
-    0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C; after 42 (preempted, and saved)
-    and 134 (another process of the run was lost) the same command goes on.
+    0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C; after 42 (preempted, and saved),
+    134 (another process of the run was lost) and 200 (gs:// does not answer) the same command goes on.
     """
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
@@ -34,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = PREEMPTED
     except (UserError, TrainingError) as error:
         print(f"marjax {given.command}: error: {error}", file=sys.stderr)
-        code, failure = 2 if isinstance(error, UserError) else 1, error
+        code, failure = _code(error), error
     except KeyboardInterrupt as error:
         print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
         code, failure = 130, error
@@ -44,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (told := storage.explain(error)) is not None:
             print(f"marjax {given.command}: error: {told}", file=sys.stderr)
-            code = 2 if isinstance(told, UserError) else 1
+            code = _code(told)
         else:
             traceback.print_exc()
             code = 1
@@ -54,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return distributed.end(code, failure)
     return code
+
+
+def _code(error: UserError | TrainingError) -> int:
+    kinds = ((UserError, 2), (LostPeerError, LOST_PEER), (StorageError, LOST_STORAGE))
+    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """The exceptions that the command line prints as one line, without a traceback, and the codes it ends with.
 
 Beside these are 0, 1 (a run that cannot go on), 2 (a slip) and 130 (Ctrl-C). A launcher starts the same command again
-after either of those below; GKE's xpk calls 42 and all from 127 to 255 retriable.
+after any of those below; GKE's xpk calls 42 and all from 127 to 255 retriable.
 """
 
 PREEMPTED = 42  # asked to stop by SIGTERM, and saved
 LOST_PEER = 134  # another process of the run has gone; an abort, as JAX's own watchdog ends a process
+LOST_STORAGE = 200  # gs:// does not answer, or a checkpoint may not be read
 
 
 class UserError(ValueError):
@@ -14,6 +15,14 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on through no slip of the user's; the command line prints it as one line too."""
+
+
+class LostPeerError(TrainingError):
+    """Another process of the run has gone, or did not come; the same command goes on."""
+
+
+class StorageError(TrainingError):
+    """The storage does not answer, and its clients have tried again; the same command goes on."""
 
 
 class PreemptedError(RuntimeError):

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from etils import epath
 
 from marjax.errors import TrainingError, UserError
-from marjax.storage import is_remote
+from marjax.storage import explain, is_remote
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file, local or gs://, at once or not at all. Raises UserError: it cannot be written."""
+    """Writes a file, local or gs://, at once or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+      TrainingError: the object store fails, a StorageError if it does not answer.
+    """
     target = epath.Path(path)
     partial = target.parent / f"{target.name}.partial"
     try:
@@ -25,6 +30,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         if not is_remote(path):
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+        elif (told := explain(error)) is not None:
+            raise told from None
         raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
                         f"one") from None
 

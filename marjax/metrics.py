@@ -1,7 +1,7 @@
 """Where metrics go: JSON lines and TensorBoard in the work directory, a progress bar on a terminal.
 
 Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes, in a thread of its own, so that slow storage
-does not hold up the steps. TensorBoard files are written by tensorboardX: no TensorFlow.
+does not hold up the steps.
 """
 
 import json
@@ -11,23 +11,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
 
-from marjax.errors import UserError
+from marjax.errors import StorageError, TrainingError, UserError
+from marjax.events import Events
 from marjax.files import write_bytes
 from marjax.generation.images import write_png
-from marjax.storage import is_remote
+from marjax.storage import explain, is_remote
 
 _REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object store
 
 
 class MetricWriter:
-    """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run.
+    """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run; a context manager, to be closed.
 
     Args:
       workdir: the work directory, which exists.
@@ -42,7 +43,7 @@ class MetricWriter:
                  progress: bool = True, active: bool = True) -> None:
         self.active = active
         self._root = epath.Path(workdir)
-        self._events: Any = None
+        self._events: Events | None = None
         self._bar: Any = None
         self._path = self._root / "metrics.jsonl"
         self._pool = ThreadPoolExecutor(1, "marjax-metrics")
@@ -51,13 +52,15 @@ class MetricWriter:
         # An object is written anew as a whole: at every line, that would be gigabytes over a long run.
         self._pause = _REMOTE_PAUSE if is_remote(workdir) else 0.0
         self._last_write = -math.inf
+        self._outage: StorageError | None = None
+        self._lines: list[dict[str, Any]] = []
         if not active:
             return
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
         self._lines = [line for line in self._read() if line["step"] <= start_step]
         self._write_lines()
         if tensorboard:
-            self._events = tensorboardX.SummaryWriter(os.fspath(self._root / "tensorboard"), purge_step=start_step + 1)
+            self._events = Events(self._root / "tensorboard", start_step)
         self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
                               disable=not (progress and sys.stderr.isatty()))
 
@@ -70,8 +73,8 @@ class MetricWriter:
         self._unwritten = True
         if time.monotonic() - self._last_write >= self._pause:
             self._queue_lines()
-        if self._events is not None:
-            self._queue(lambda: self._write_events(step, finite))
+        if (events := self._events) is not None:
+            self._queue(lambda: events.scalars(step, finite))
         shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
                  **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
@@ -87,9 +90,8 @@ class MetricWriter:
         self._queue(lambda: self._write_picture(step, name, picture))
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether a metric with a name that begins so was written at that step; on every process."""
-        lines = self._lines if self.active else self._read()
-        return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in lines)
+        """Whether a metric with a name that begins so was written at that step. Only an active writer knows."""
+        return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in self._lines)
 
     def progress(self, step: int) -> None:
         """Moves the bar."""
@@ -102,15 +104,15 @@ class MetricWriter:
             self._bar.write(text, file=sys.stderr)
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Waits until all is written, or for so long; whether it is. Raises UserError: something could not be."""
+        """Waits until all is written, or for so long; whether it is. Raises UserError: something cannot be."""
         if self._unwritten:
             self._queue_lines()
         wait(self._writes, seconds)
         self._raise_failures()
-        return not self._writes
+        return not self._writes and self._outage is None
 
     def close(self) -> None:
-        """Writes what is left. Raises UserError: something could not be written."""
+        """Writes what is left. Raises UserError: something could not be written; StorageError: no answer."""
         if self._unwritten:
             self._queue_lines()
         self._pool.shutdown()
@@ -119,6 +121,21 @@ class MetricWriter:
         if self._bar is not None:
             self._bar.close()
         self._raise_failures()
+        if self._outage is not None:
+            raise self._outage
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except (UserError, TrainingError) as failure:
+            if error is None:
+                raise
+            print(f"metrics: {failure}", file=sys.stderr, flush=True)  # what ended the block matters more
 
     def _queue_lines(self) -> None:
         self._unwritten, self._last_write = False, time.monotonic()
@@ -128,7 +145,19 @@ class MetricWriter:
 
     def _queue(self, write: Callable[[], None]) -> None:
         self._raise_failures()
-        self._writes.append(self._pool.submit(write))
+        self._writes.append(self._pool.submit(self._try, write))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Of what an object store does not take, pictures and events are lost; the lines are tried again later."""
+        try:
+            write()
+        except Exception as error:
+            told = error if isinstance(error, StorageError) else explain(error)
+            if not isinstance(told, StorageError):
+                raise
+            if self._outage is None:
+                self.note(f"metrics are not being written: {told}")
+            self._outage, self._unwritten = told, True
 
     def _raise_failures(self) -> None:
         done = [write for write in self._writes if write.done()]
@@ -136,17 +165,12 @@ class MetricWriter:
         for write in done:
             write.result()
 
-    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
-
     def _write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         folder = self._root / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         write_png(folder / f"{name}_{step:08d}.png", picture)
         if self._events is not None:
-            self._events.add_image(name, picture, step, dataformats="HWC")
+            self._events.image(step, name, picture)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -166,3 +190,4 @@ class MetricWriter:
             write_bytes(self._path, text.encode())
         except UserError as error:
             raise UserError(f"{error}, to resume") from None
+        self._outage = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from marjax.errors import TrainingError, UserError
+from marjax.errors import StorageError, TrainingError, UserError
 
 _PATIENCE = 120.0  # seconds; the client itself gives up before, and then says why
 _SAID_AFTER = 5.0
@@ -76,8 +76,10 @@ def explain(error: BaseException) -> UserError | TrainingError | None:
     if missing:
         return UserError("gs:// addresses need the gcs extra: pip install 'marjax[gcs]'")
     reason = _reason(error)
-    return None if reason is None else TrainingError(f"gs:// failed: {reason}. The same command goes on from what is "
-                                                     f"saved")
+    if reason is None:
+        return None
+    kind = TrainingError if "the credentials" in reason else StorageError
+    return kind(f"gs:// failed: {reason}. The same command goes on from what is saved")
 
 
 @functools.cache
@@ -124,6 +126,8 @@ def _reason(error: BaseException) -> str | None:
         return f"it cannot be reached ({text}): check the network"
     if package in ("gcsfs", "requests"):
         return f"it answers {text or type(error).__name__}"
-    if "gcs" in text.lower() and text.startswith(("UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE")):
+    if "gcs" in text.lower() and text.startswith(("UNAUTHENTICATED", "PERMISSION_DENIED")):
+        return f"the credentials do not allow it ({text}): {login}"
+    if "gcs" in text.lower() and text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED")):
         return text
     return None

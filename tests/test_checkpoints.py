@@ -21,7 +21,7 @@ import pytest
 from marjax.checkpoints import manager
 from marjax.checkpoints.checksums import checksum
 from marjax.checkpoints.manager import TREES, Checkpoints
-from marjax.errors import UserError
+from marjax.errors import StorageError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -257,6 +257,26 @@ def test_the_one_before_a_damaged_one(run, states, caplog, damage):
         assert again.step == 3 and same(again.items, states[3])
         assert checkpoints.steps() == [1, 2, 3]
     assert os.listdir(f"{run}-damaged") == ["3"]
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("UNAVAILABLE: Error opening driver [gcs_key_value_store]: CURL error 7"), PermissionError(13, "denied")])
+@pytest.mark.parametrize(("handler", "part"), [("StandardCheckpointHandler", "params"),
+                                               ("JsonCheckpointHandler", "meta")])
+def test_one_that_is_out_of_reach_is_not_taken_for_damaged(run, states, monkeypatch, handler, part, error):
+    before = files(run)
+    with Checkpoints(run) as checkpoints:
+        restore = getattr(manager.ocp, handler).restore
+
+        def fail(self, path, *args, **more):
+            if path.name == part:
+                raise ValueError("Reading failed") from error
+            return restore(self, path, *args, **more)
+
+        monkeypatch.setattr(getattr(manager.ocp, handler), "restore", fail)
+        with pytest.raises(StorageError, match=rf"^cannot read {part}: .*goes on once it can be read"):
+            checkpoints.restore(abstract(states[3]))
+    assert files(run) == before and not os.path.exists(f"{run}-damaged")
 
 
 def test_commit_markers_are_not_needed_on_a_disk(run, states, caplog):

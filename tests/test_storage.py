@@ -7,13 +7,15 @@ import sys
 import threading
 from http import server
 
+import jax
 import pytest
 from conftest import DIGITS, ROOT
 from fake_gcs import FakeGcs
 
-from marjax import cli, storage
+from marjax import cli, metrics, storage
 from marjax import config as config_lib
-from marjax.errors import TrainingError, UserError
+from marjax.checkpoints.manager import Checkpoints
+from marjax.errors import LOST_STORAGE, StorageError, TrainingError, UserError
 
 # So that nothing looks for a Google machine, whose credentials would be asked for over the network.
 ALONE = {"NO_GCE_CHECK": "true", "GCE_METADATA_ROOT": "127.0.0.1:9", "GCE_METADATA_HOST": "127.0.0.1:9",
@@ -79,9 +81,11 @@ def test_failures_that_come_later_are_told(monkeypatch, capsys):
 
     for error, kind, says in (
             (ImportError("Please install gcsfs to access Google Storage"), UserError, "gcs extra"),
-            (ClientConnectorError("Cannot connect to host x"), TrainingError, "cannot be reached .*network"),
+            (ClientConnectorError("Cannot connect to host x"), StorageError, "cannot be reached .*network"),
             (HttpError("Anonymous caller"), TrainingError, "application-default login"),
             (RefreshError("expired"), TrainingError, "application-default login"),
+            (ValueError("UNAVAILABLE: CURL error 7 [gcs_key_value_store]"), StorageError, "CURL error 7"),
+            (ValueError("PERMISSION_DENIED: no [gcs]"), TrainingError, "do not allow it .*PERMISSION_DENIED"),
             (OSError("Forbidden: b/x\nno storage.objects.create"), TrainingError, "do not allow it .*objects.create")):
         told = storage.explain(error)
         assert type(told) is kind
@@ -94,8 +98,52 @@ def test_failures_that_come_later_are_told(monkeypatch, capsys):
         raise ClientConnectorError("Cannot connect to host x")
 
     monkeypatch.setattr(cli.commands, "plot", fail)
-    assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == 1
+    assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == LOST_STORAGE
     assert capsys.readouterr().err.startswith("marjax plot: error: gs:// failed: it cannot be reached (Cannot connect")
+
+
+class ConnectionFailedError(OSError):
+    __module__ = "aiohttp.client_exceptions"
+
+
+def test_an_outage_keeps_the_lines_of_metrics_until_it_is_over(tmp_path, monkeypatch, capsys):
+    written = []
+
+    def write(path, data):
+        if fails:
+            raise ConnectionFailedError("Cannot connect to host x")
+        written.append(data.decode().count("\n"))
+
+    def open_writer():
+        return metrics.MetricWriter(tmp_path, start_step=0, total_steps=9, tensorboard=False, progress=False)
+
+    monkeypatch.setattr(metrics, "write_bytes", write)
+    fails = False
+    writer = open_writer()
+    fails = True
+    for step in (1, 2):
+        writer.scalars(step, {"train/loss": 1.0})
+        assert not writer.flush()
+    assert capsys.readouterr().err.count("metrics are not being written: gs:// failed: it cannot be reached") == 1
+    fails = False
+    assert writer.flush()
+    writer.close()
+    assert written == [0, 2]
+    writer = open_writer()
+    fails = True
+    writer.scalars(1, {"train/loss": 1.0})
+    with pytest.raises(StorageError):
+        writer.close()
+
+
+def test_a_checkpoint_that_an_outage_stops_may_be_tried_again(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        def fail(*args, **more):
+            raise ValueError("Encountered error") from ValueError("UNAVAILABLE: CURL error 7 [gcs_key_value_store]")
+
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(StorageError, match="step 1 in .* failed: UNAVAILABLE: .*goes on from the one before"):
+            checkpoints.save(1, params={"x": jax.numpy.ones(1)}, meta={})
 
 
 class _Refusing(server.BaseHTTPRequestHandler):
@@ -132,7 +180,7 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
                     'def measure(workdir, root):\n    return [{"score": 0.5}]\n')
     with FakeGcs("bucket") as google:
         done = run(google.address, str(ROOT / "tests" / "gcs_commands.py"), str(file))
-    assert done.returncode == 0 and "all is well" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "point  unfinished, step 4 of 4, updated" in done.stdout and "point  done in " in done.stdout
     assert "gs://no-such-bucket/run: there is no bucket 'no-such-bucket'" in done.stderr
 

@@ -184,8 +184,10 @@ def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_trace_of_some_steps(tmp_path):
-    with pytest.raises(UserError, match=r"steps 3:9 cannot be traced: this start goes from step 1 to 4"):
+    with pytest.raises(UserError, match=r"steps 3:9 cannot be traced: the run goes from step 1 to 4"):
         train(make_digits(), tmp_path / "run", profile=(3, 9))
     train(make_digits(), tmp_path / "run", profile=(2, 3))
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
+    train(make_digits(), tmp_path / "run", profile=(2, 3))  # again, after a preemption: those steps are behind
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1

@@ -22,9 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marjax import distributed
+from marjax import distributed, storage
 from marjax.checkpoints import checksums
-from marjax.errors import UserError, causes
+from marjax.errors import StorageError, UserError, causes
 
 PyTree = Any
 
@@ -32,6 +32,7 @@ TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
 _SHOWN = 3  # How many arrays or files an error names.
+_UNREACHABLE = "not damaged: "  # Begins the text of a problem that has another cause.
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
+            if (told := storage.explain(error)) is not None:
+                raise told from error
             raise UserError(f"Cannot use {self.directory} for checkpoints: {_one_line(error)}.") from error
         self._saving: int | None = None
 
@@ -205,6 +208,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such step; it is damaged, or all are; or it holds arrays of other names, shapes or
             dtypes than `abstract`.
+          StorageError: the storage does not answer, or may not be read, on one of the processes.
         """
         unknown = sorted(set(abstract) - set(TREES))
         if unknown or not abstract:
@@ -246,6 +250,7 @@ class Checkpoints:
 
         Raises:
           UserError: it failed. The checkpoints before it are untouched, and the next save is tried as usual.
+          StorageError: it failed because an object store does not answer.
         """
         try:
             self._manager.wait_until_finished()
@@ -323,7 +328,7 @@ class Checkpoints:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # The device's memory, not the checkpoint.
             except Exception as error:
-                problem = f"cannot read {name}: {_one_line(error)}"
+                problem = _problem(name, error)
                 break
             finally:
                 handler.close()
@@ -357,6 +362,9 @@ class Checkpoints:
         reason = next(filter(None, map(_storage_error, causes(error))), None)
         if reason is None:
             raise error
+        if any(isinstance(storage.explain(each), StorageError) for each in causes(error)):
+            raise StorageError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. The same "
+                               f"command goes on from the one before.") from error
         raise UserError(
             f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. "
             "Check free space and permissions there."
@@ -370,7 +378,7 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
         digest = body.pop("digest", None)
         whole = digest == _digest(body)
     except Exception as error:
-        raise _DamageError(f"cannot read {META}: {_one_line(error)}") from error
+        raise _DamageError(_problem(META, error)) from error
     finally:
         handler.close()
     if not whole:
@@ -419,9 +427,23 @@ def _free_name(folder: epath.Path, step: int) -> epath.Path:
     return path
 
 
+def _problem(name: str, error: Exception) -> str:
+    """What is wrong with a part of a checkpoint that cannot be read, for `_agree`."""
+    unreachable = any(isinstance(each, PermissionError | TimeoutError) or storage.explain(each) is not None
+                      for each in causes(error))
+    return f"{_UNREACHABLE if unreachable else ''}cannot read {name}: {_one_line(error)}"
+
+
 def _agree(problem: str) -> None:
-    """Raises _DamageError in every process if any process has a problem."""
+    """Lets no process go on if any has a problem.
+
+    Raises:
+      _DamageError: the checkpoint is damaged.
+      StorageError: it may well be whole, but one of the processes does not get at it.
+    """
     problem = distributed.agree(problem)
+    if _UNREACHABLE in problem:
+        raise StorageError(f"{problem.replace(_UNREACHABLE, '')}. The same command goes on once it can be read")
     if problem:
         raise _DamageError(problem)
 

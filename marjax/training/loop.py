@@ -73,6 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
     open_batches(config, mesh, start_step=0, examples=examples).close()
     probe = Probe(config) if config.eval.every else None
+    tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
     distributed.on_first(lambda: claim_workdir(workdir, config))
 
@@ -93,31 +94,30 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
             state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],
                                opt_state=items["optimizer"]["opt_state"])
         start, meta = int(state.step), {} if restored is None else restored.meta
-        tracer = None if profile is None else Profile(*profile, workdir, start, config.train.steps)
         active = jax.process_index() == 0
         clock = Clock(config.train.batch_size, mesh.size,
                       flops.train_flops(generator) / peak.device_peak(config.model.dtype),
                       productive=meta.get("productive_seconds", 0.0), first_start=first_start(workdir, write=active))
-        writer = MetricWriter(workdir, start_step=start, total_steps=config.train.steps,
-                              tensorboard=config.log.tensorboard, progress=config.log.progress, active=active)
-        writer.note(about)
-        if mesh.size > 1:
-            writer.note(sharding.overview(abstract.params))
-        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
-                    + (f"resuming at step {start} of {config.train.steps}" if restored else
-                       f"{config.train.steps} steps"))
-        log = config.log
-        every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every)
-        run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
-                  draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
-                  advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
-                  evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
-        weights = sampler.tokenizer_params
-        try:
+        with MetricWriter(workdir, start_step=start, total_steps=config.train.steps,
+                          tensorboard=config.log.tensorboard, progress=config.log.progress, active=active) as writer:
+            writer.note(about)
+            if mesh.size > 1:
+                writer.note(sharding.overview(abstract.params))
+            writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
+                        + (f"resuming at step {start} of {config.train.steps}" if restored else
+                           f"{config.train.steps} steps"))
+            if tracer is not None and start >= tracer.first:  # a start that follows a preemption
+                writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
+                tracer = None
+            log, evaluate_every = config.log, config.eval.every
+            every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, evaluate_every)
+            run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
+                      draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
+                      advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
+                      evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
+            weights = sampler.tokenizer_params
             with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
                 return run.steps(state, lambda state, batch: train_step(state, batch, weights), batches)
-        finally:
-            writer.close()
 
 
 def open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int,

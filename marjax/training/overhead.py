@@ -66,14 +66,13 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
                 seconds.append(host)
             return host
 
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints:
-        writer = MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,
-                              active=False)
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints, \
+            MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,
+                         active=False) as writer:
         run = Run(Intervals(steps + 1, config.log.every, steps + 1, 0), config.train.batch_size, mesh, writer,
                   checkpoints, items=checkpoint_items, draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)),
                   advice="", clock=Listening(config.train.batch_size, mesh.size))
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
             run.steps(state, step, batches())
-        writer.close()
     return {"devices": mesh.size, "mesh": dict(mesh.shape), "arrays": len(jax.tree.leaves(abstract)), "steps": steps,
             "seconds": float(np.median(seconds)), "seconds_p90": float(np.percentile(seconds, 90))}

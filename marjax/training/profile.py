@@ -12,11 +12,10 @@ from marjax.errors import UserError
 class Profile:
     """Traces the steps from `first` to `last`, on process 0, into `<workdir>/profile`."""
 
-    def __init__(self, first: int, last: int, workdir: str | epath.Path, start_step: int, total_steps: int) -> None:
-        """Raises UserError: this start of the run does not go through all of these steps."""
-        if not start_step < first <= last <= total_steps:
-            raise UserError(f"steps {first}:{last} cannot be traced: this start goes from step {start_step + 1} to "
-                            f"{total_steps}")
+    def __init__(self, first: int, last: int, workdir: str | epath.Path, total_steps: int) -> None:
+        """Raises UserError: the run does not go through all of these steps."""
+        if not 0 < first <= last <= total_steps:
+            raise UserError(f"steps {first}:{last} cannot be traced: the run goes from step 1 to {total_steps}")
         self.first, self.last, self.active = first, last, jax.process_index() == 0
         self.folder = epath.Path(workdir) / "profile"
         self._local: tempfile.TemporaryDirectory[str] | None = None

@@ -76,8 +76,9 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
         raise UserError(f"{path} is there already, and {folder} is not the finished run that has made it: give "
                         f"another --out, or --overwrite it")
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
+    about = distributed.check(mesh, settings_of_all(config))
     distributed.on_first(lambda: claim_workdir(folder, config, tokenizer=True))
-    state = _run(config, folder, trainer, abstract, mesh)
+    state = _run(config, folder, trainer, abstract, mesh, about)
     stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
     report = _measured(config, stored)
     report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
@@ -86,7 +87,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
 
 
 def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Trainer, abstract: AutoencoderState,
-         mesh: Any) -> AutoencoderState:
+         mesh: Mesh, about: str) -> AutoencoderState:
     train, whole = config.tokenizer.train, sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
@@ -102,22 +103,19 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
         start, meta = int(state.step), {} if restored is None else restored.meta
         clock = Clock(train.batch_size, mesh.size, productive=meta.get("productive_seconds", 0.0),
                       first_start=first_start(workdir, write=jax.process_index() == 0))
-        writer = MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
-                              progress=config.log.progress, active=jax.process_index() == 0)
-        writer.note(distributed.check(mesh, settings_of_all(config)))
-        writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
-                    + (f"resuming at step {start} of {train.steps}" if restored else f"{train.steps} steps"))
-        every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
-        run: Run[AutoencoderState] = Run(
-            every, train.batch_size, mesh, writer, checkpoints, items=_items,
-            draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
-            advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
-        step = make_step(trainer, abstract, mesh)
-        try:
+        with MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
+                          progress=config.log.progress, active=jax.process_index() == 0) as writer:
+            writer.note(about)
+            writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
+                        + (f"resuming at step {start} of {train.steps}" if restored else f"{train.steps} steps"))
+            every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
+            run: Run[AutoencoderState] = Run(
+                every, train.batch_size, mesh, writer, checkpoints, items=_items,
+                draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
+                advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
+            step = make_step(trainer, abstract, mesh)
             with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
                 return run.steps(state, step, batches)
-        finally:
-            writer.close()
 
 
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:
@@ -166,10 +164,13 @@ def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderSt
 def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite: bool) -> str:
     """Writes the file, unless it is there; returns its checksum."""
     checksum = autoencoder_file.checksum(autoencoder_file.to_state_dict(stored.spec, stored.params), scale)
-    if epath.Path(path).exists() and not overwrite:
-        if autoencoder_file.read(path).checksum != checksum:
+
+    def write() -> None:
+        if overwrite or not epath.Path(path).exists():
+            autoencoder_file.write(path, stored.spec, stored.params, scale)
+        elif autoencoder_file.read(path).checksum != checksum:
             raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
                             f"--overwrite it")
-        return checksum
-    distributed.on_first(lambda: autoencoder_file.write(path, stored.spec, stored.params, scale))
+
+    distributed.on_first(write)
     return checksum
