@@ -23,10 +23,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marjax.errors import LOST_PEER, PREEMPTED, UserError, causes
+from marjax.errors import LOST_PEER, PREEMPTED, LostPeerError, UserError, causes
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
 _DEFAULT_HEARTBEAT = 60
+_SAID_AFTER = 15.0  # seconds
+# The first process to be through waits so long for the others, which may still be writing; then JAX would end them all.
+# One that has died is noticed by its heartbeat.
+_PATIENCE = 24 * 3600
 _WIDTH = 1024  # bytes of a text that travels between processes
 
 # Number and rank of the processes of an MPI that JAX does not detect itself.
@@ -50,7 +54,9 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
       alone: whether this is a run of one process, whatever the environment says.
 
     Raises:
-      UserError: settings that are incomplete, or others that do not answer.
+      UserError: settings that are incomplete.
+      LostPeerError: the first process's machine is not there. Where that is, but not all processes come, XLA itself
+        ends this one, with LOST_PEER too.
     """
     if jax.distributed.is_initialized():
         return
@@ -60,9 +66,12 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
         return
     given = _settings()
     jax.config.update("jax_enable_preemption_service", stops_at_steps)
+    waiting = threading.Timer(_SAID_AFTER, _tell_waiting, [given])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
-                                   shutdown_timeout_seconds=_heartbeat())
+                                   shutdown_timeout_seconds=_PATIENCE)
     except ValueError as error:
         if given or "should be defined" not in str(error):
             raise UserError(f"the processes of this run cannot be started: {_first_line(error)}. Give "
@@ -74,8 +83,16 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
             if stops_at_steps:
                 _listen()
             return
-        raise UserError(f"the processes of this run do not find each other ({_first_line(error)}): start all of them, "
-                        f"within five minutes, with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES") from None
+        raise LostPeerError(f"the processes of this run do not find each other ({_first_line(error)}): start all of "
+                            f"them, within five minutes") from None
+    finally:
+        waiting.cancel()
+
+
+def _tell_waiting(given: Mapping[str, Any]) -> None:
+    said = ", ".join(f"{name} {value}" for name, value in given.items())
+    print(f"marjax: waiting for the other processes of this run{f' ({said})' if said else ''}: all must start within "
+          f"five minutes", file=sys.stderr, flush=True)
 
 
 def _settings() -> dict[str, Any]:
@@ -138,6 +155,25 @@ def preempted(step: int) -> bool:
         except RuntimeError:  # a caller that has started JAX itself, without the preemption service
             return False
     return _Notice.given
+
+
+def preempted_before(step: int) -> bool:
+    """Whether SIGTERM came to any process before the first step of this start, which is the one after `step`.
+
+    To be called once, by all processes, before `preempted`. JAX has them stop one step after the largest that any has
+    told of. Where none has yet, that is step 1, which a run that is resumed never asks about. So each tells of `step`,
+    and then asks about 1 while another stands at `step`: a notice that comes in between means step + 1, as it should.
+    """
+    if not jax.distributed.is_initialized():
+        return _Notice.given
+    stops = preempted(step)
+    any_process(stops)  # all stand at `step`
+    for turn in (True, False):
+        if turn == (jax.process_index() == 0):
+            stops = preempted(1) or stops
+            preempted(step)
+        stops = any_process(stops)
+    return stops
 
 
 def agree(problem: str) -> str:
@@ -223,9 +259,11 @@ def _texts(text: str) -> list[tuple[int, str]]:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error, or what it came from, is that another process of this run has gone."""
     for each in causes(error):
+        if isinstance(each, LostPeerError):
+            return True
         text = str(each)
         if isinstance(each, jax.errors.JaxRuntimeError) and not re.match(
-                r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED)", text):
+                r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|FAILED_PRECONDITION|NOT_FOUND)", text):
             return True
         if re.search(r"DEADLINE_EXCEEDED|Barrier|heartbeat|coordination service|Connection (closed|reset)", text):
             return True
@@ -246,7 +284,12 @@ def end(code: int, failure: BaseException | None) -> int:
 
     Of several processes, one that fails ends at once: the others may be waiting for it, and end when it has gone.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    try:
+        alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+        first = alone or jax.process_index() == 0
+    except RuntimeError:  # the devices cannot be used: the others have theirs, and wait
+        alone = first = False
+    if alone:
         stop()
         return code
     if code in (0, PREEMPTED):
@@ -259,6 +302,6 @@ def end(code: int, failure: BaseException | None) -> int:
     code = LOST_PEER if failure is not None and is_lost_peer(failure) else code
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if first:
         time.sleep(3.0)  # it serves all of them, so it goes last
     os._exit(code)

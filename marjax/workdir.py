@@ -101,16 +101,19 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
 def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
     """When the run was first started, in seconds since 1970: kept in `started.json`, which the first start writes.
 
-    Without `write` (processes but the first, which do not tell the goodput) the present time.
+    Without `write` (processes but the first, which do not tell the goodput) the present time; so too where the file is
+    there and cannot be read.
     """
     path, now = epath.Path(workdir) / "started.json", time.time()
     if not write:
         return now
     try:
         return float(json.loads(path.read_text())["unix_seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         write_bytes(path, (json.dumps({"unix_seconds": now}) + "\n").encode())
-        return now
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return now
 
 
 def settings_of_all(config: ConfigDict) -> dict[str, Any]:

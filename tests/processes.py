@@ -72,7 +72,7 @@ class Run:
                 process.kill()
             process.join()
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=120):
         """The exit codes; a signal's is negative. Fails the test if one does not end."""
         end = time.monotonic() + seconds
         for process in self.processes:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ from conftest import make_autoencoder, make_digits
 from jax.experimental import multihost_utils
 from processes import Run
 
-from marjax import distributed, sharding
+from marjax import cli, distributed, sharding
 from marjax.data.latents import Latents, read_manifest
-from marjax.errors import UserError
+from marjax.errors import LOST_PEER, LostPeerError, UserError
 
 ALONE = [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "JAX_COORDINATOR", "JAX_NUM_PROC"))]
 
@@ -78,6 +79,23 @@ def test_settings_that_are_incomplete(environment, monkeypatch):
     environment(JAX_NUM_PROCESSES="2")
     with pytest.raises(UserError, match=r"coordinator_address should be defined\.\. Give JAX_COORDINATOR_ADDRESS"):
         started(monkeypatch, ValueError("coordinator_address should be defined."))
+
+
+def test_others_that_do_not_come_are_waited_for_anew(environment, monkeypatch, capsys):
+    """On GKE, JAX looks for process 0's name for five minutes; a new node may take longer to be there."""
+    environment(JAX_COORDINATOR_ADDRESS="a:1")
+    monkeypatch.setattr(distributed, "_SAID_AFTER", 0.0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(0.2) or fail())
+
+    def fail():
+        raise RuntimeError("Failed to recognize coordinator address a:1")
+
+    with pytest.raises(LostPeerError, match="do not find each other"):
+        distributed.start()
+    assert "waiting for the other processes of this run (coordinator_address a:1)" in capsys.readouterr().err
+    assert distributed.is_lost_peer(LostPeerError("gone"))
+    monkeypatch.setattr(cli.commands, "sample", lambda *_: distributed.start())
+    assert cli.main(["sample", "--workdir", "x", "--out", "y"]) == LOST_PEER
 
 
 def test_a_process_alone_takes_sigterm_as_a_notice_once():
@@ -166,6 +184,30 @@ def test_rows_are_where_they_belong(tmp_path):
 def test_agreements(tmp_path):
     with Run(tmp_path, agreements, count=2, each=True) as run:
         assert run.wait() == [0, 0], run.said()
+
+
+def last(index, folder, seconds):
+    """The first process writes for some seconds after the others are through."""
+    distributed.start()
+    jax.devices()
+    if index == 0:
+        (folder / "writes").touch()
+        time.sleep(seconds)
+    return distributed.end(0, None)
+
+
+@pytest.mark.slow
+def test_who_is_through_waits_for_who_still_writes_but_not_for_the_dead(tmp_path):
+    """Longer than a heartbeat, which is 5 s here."""
+    with Run(tmp_path, last, tmp_path, 12.0, count=2, each=True, heartbeat=5) as run:
+        assert run.wait() == [0, 0], run.said()
+    (tmp_path / "writes").unlink()
+    with Run(tmp_path, last, tmp_path, 600.0, count=2, each=True, heartbeat=5) as run:
+        run.wait_for((tmp_path / "writes").exists)
+        time.sleep(1.0)
+        run.processes[0].kill()
+        codes = run.wait(seconds=60)
+    assert codes[0] == -signal.SIGKILL and codes[1] in (LOST_PEER, -signal.SIGABRT), run.said()
 
 
 def work(folder, train_fields, cache_fields):

@@ -71,20 +71,45 @@ def assert_undisturbed(tmp_path, step, count=2):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_at_one_step_from_which_the_same_command_goes_on(tmp_path):
+def test_sigterm_to_one_of_two_saves_at_one_step_on_both(tmp_path):
+    """So it does between the start and its first step, which a slice that was just got back may well see."""
     given, workdir = arguments(tmp_path / "run", ENDLESS, ENDLESS), tmp_path / "run"
     with Run(tmp_path, command, *given, count=2) as run:
         first = stop(run, workdir, 3, victim=1)
-    with Run(tmp_path, command, *given, count=2) as run:
+    with Run(tmp_path, stopped_early, *given, count=2, each=True) as run:
+        assert run.wait() == [PREEMPTED] * 2, run.said()
+        assert f"preempted: before the first step after {first} of" in run.said()
+    assert steps_of(workdir)[-1] == first
+    with Run(tmp_path, stopped_early, *arguments(tmp_path / "new", ENDLESS, ENDLESS), count=2, each=True) as run:
+        assert run.wait() == [PREEMPTED] * 2, run.said()
+    assert steps_of(tmp_path / "new") == [1]
+
+
+def stopped_early(index, *given):
+    """SIGTERM comes while the checkpoint is read, or looked for."""
+    from marjax.checkpoints.manager import Checkpoints
+
+    restore = Checkpoints.restore
+
+    def slow(self, *more):
+        restored = restore(self, *more)
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4.0)  # JAX looks once a second whether it came
+        return restored
+
+    Checkpoints.restore = slow
+    return command(*given)
+
+
+def test_the_same_command_goes_on_after_sigterm_to_a_process_alone(tmp_path):
+    given, workdir = arguments(tmp_path / "run", ENDLESS, ENDLESS), tmp_path / "run"
+    with Run(tmp_path, command, *given) as run:
+        first = stop(run, workdir, 3)
+    with Run(tmp_path, command, *given) as run:
         run.wait_for(lambda: last_line(workdir)["step"] > first)
         assert f"resuming at step {first} of" in run.said()
     assert 0 < last_line(workdir)["perf/goodput"] < 1
-
-
-def test_sigterm_to_a_process_alone(tmp_path):
-    given = arguments(tmp_path / "run", ENDLESS, ENDLESS)
-    with Run(tmp_path, command, *given) as run:
-        stop(run, tmp_path / "run", 3)
 
 
 @pytest.mark.slow

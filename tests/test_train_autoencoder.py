@@ -1,20 +1,19 @@
 """Training of a tokenizer's network: the step by hand, exact resume, the file it leaves, what is refused."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, make_autoencoder
+from processes import Run
 
 from marjax import config as config_lib
+from marjax import distributed
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import TrainingError, UserError
@@ -181,27 +180,20 @@ def test_the_gradient_passes_the_codes_and_idle_ones_move():
     assert kept.any() and (np.abs(after.params["codebook"] - codebook)[kept] < 0.01).all()
 
 
-SCRIPT = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from test_train_autoencoder import DISC, make
-from marjax.training.train_autoencoder import train_autoencoder
-if __name__ == "__main__":
-    assert jax.device_count() == int(sys.argv[2])
-    train_autoencoder(make("vq", **DISC), sys.argv[1])
-"""
+def train_together(path):
+    distributed.start()
+    assert jax.device_count() == 4
+    train_autoencoder(make("vq", **DISC), path)
+    return distributed.end(0, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", ["vq"], indirect=True)
-def test_four_devices_train_what_one_trains(trained, tmp_path):
+def test_two_processes_of_two_devices_train_what_one_trains(trained, tmp_path):
     _, path, _ = trained
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "four.safetensors"), "4"],
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with Run(tmp_path, train_together, tmp_path / "four.safetensors", count=2, devices=2) as run:
+        assert run.wait() == [0, 0], run.said()
+    assert autoencoder_file.read(tmp_path / "four.safetensors").scale > 0
     # Not the parameters: norms of one channel a group take every bias before them away, whose gradient is rounding,
     # which Adam makes as large as any.
     names = ("train/loss", "train/l1", "train/disc_weight", "train/grad_norm")

@@ -93,7 +93,10 @@ class Run(Generic[S]):
         """
         every, clock = self.every, self.clock
         start = int(state.step)
-        if start and every.is_due(start, every.evaluate) and not self.writer.has(start, "eval/"):
+        if start and distributed.preempted_before(start):
+            raise PreemptedError(f"before the first step after {start} of {every.total}; the same command goes on")
+        if start and every.is_due(start, every.evaluate) and distributed.any_process(
+                self.writer.active and not self.writer.has(start, "eval/")):
             self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
         for step in range(start + 1, every.total + 1):
             begun = time.perf_counter()
