@@ -14,7 +14,7 @@ import pytest
 from conftest import DIGITS
 
 from marjax import cli
-from marjax.errors import TrainingError, UserError
+from marjax.errors import StorageError, TrainingError, UserError
 from marjax.sweep import Point, engines, jobs, load, name_of, points, slurm, status, sweep, xpk
 from marjax.sweep.jobs import Job
 from marjax.sweep.points import PREPARE, Plan
@@ -161,21 +161,25 @@ def test_nobody_is_asked():
             os.close(descriptor)
 
 
-def test_a_lost_peer_is_no_failure(tmp_path, monkeypatch):
+def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
     """All processes of the point are started again; until then it is as if nothing had been said of it."""
     plan = Plan.of(write(tmp_path), tmp_path)
     (tmp_path / "logs").mkdir()
 
     def lose(plan, name, start):
         assert plan.state(name).status == "unfinished"
-        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+        raise raised[-1]
 
     monkeypatch.setattr(points, "_train_and_measure", lose)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    for processes, status_ in ((2, "unfinished"), (1, "failed")):
+    raised = []
+    lost = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+    for processes, error, status_ in ((2, lost, "unfinished"), (1, lost, "failed"),
+                                      (1, StorageError("gs:// failed: Barrier"), "unfinished")):
+        raised.append(error)
         monkeypatch.setattr(jax, "process_count", lambda processes=processes: processes)
         plan.fail("named", "ValueError: no", 2.0)
-        with pytest.raises(RuntimeError, match="Barrier"):
+        with pytest.raises(type(error), match="Barrier"):
             points.run_point(plan.path, plan.root, "named")
         assert plan.state("named").status == status_
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax import storage
-from marjax.errors import PreemptedError, TrainingError, UserError
+from marjax.errors import PreemptedError, StorageError, TrainingError, UserError
 from marjax.sweep.definition import Sweep, load
 from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
 from marjax.workdir import FREE_FIELDS, read_workdir
@@ -152,11 +152,9 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
             _train_and_measure(plan, name, start)
         elif plan.sweep.prepare is not None:
             plan.sweep.prepare(plan.root)
-    except PreemptedError:
-        raise  # nothing failed: the same command goes on
     except Exception as error:
-        if _has_lost_peer(error):
-            raise  # likewise
+        if _goes_on(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0]
         told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
         if is_first_process():
@@ -182,12 +180,14 @@ def is_first_process() -> bool:
     return not jax.distributed.is_initialized() or bool(jax.process_index() == 0)
 
 
-def _has_lost_peer(error: Exception) -> bool:
-    """Whether one of several processes has lost another, after which the engine starts them all again."""
+def _goes_on(error: Exception) -> bool:
+    """Whether nothing failed that the point could help, so that engines start the same command again."""
     import jax
 
     from marjax import distributed
 
+    if isinstance(error, PreemptedError | StorageError) or isinstance(storage.explain(error), StorageError):
+        return True
     return jax.distributed.is_initialized() and jax.process_count() > 1 and distributed.is_lost_peer(error)
 
 
