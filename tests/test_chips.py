@@ -20,10 +20,14 @@ def test_of_other_devices_nothing_is_known(kind):
 def test_numbers_are_of_one_kind():
     assert len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
     for chip in chips.CHIPS:
-        assert 0.5 * chip.hbm < chip.usable * chip.devices < 1.01 * chip.hbm or not chip.usable, chip.name
         # Arithmetic outruns memory, and memory outruns the links.
-        assert chip.flops > 100 * chip.hbm_bandwidth > 100 * chip.links * chip.link_bandwidth, chip.name
+        assert chip.flops > 100 * chip.hbm_bandwidth > 500 * chip.link_bandwidth, chip.name
         assert chip.source
+    # GiB of the chip, of which a program may have most: of v5p 96, which Google's page rounds down to 95.
+    memory = {"v4": 32, "v5e": 16, "v5p": 96, "v6e": 32, "tpu7x": 192}
+    for chip in chips.CHIPS:
+        most = memory.get(chip.name, 0)
+        assert 0.96 * most <= chip.usable * chip.devices / 2**30 <= most, chip.name
     # Clocks that are known otherwise, in GHz.
     assert {chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.clock} == {
         "v4": 1.05, "v5e": 1.5, "v5p": 1.75}

@@ -21,13 +21,14 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 @pytest.mark.parametrize("name, kind, shape", [
     ("v5e:8x8", "v5e", (8, 8)), ("v5e-64", "v5e", (8, 8)), ("v5litepod-256", "v5e", (16, 16)),
     ("v4-32", "v4", (2, 2, 4)),
+    ("v5e-1", "v5e", (1, 1)), ("v6e-1", "v6e", (1, 1)),
     ("v5p-32", "v5p", (2, 2, 4)), ("v6e-8", "v6e", (2, 4)), ("v4:4x4x4", "v4", (4, 4, 4))])
 def test_slices_are_named_as_google_does(name, kind, shape):
     assert topology._parse(name) == (kind, shape)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("v5e-63", "4, 8, 16"), ("v4-24", "8, 16, 32"), ("v9:2x2", "no chip 'v9'"), ("h100:8", "no chip 'h100'"),
+    ("v5e-63", "1, 4, 8, 16"), ("v4-24", "8, 16, 32"), ("v9:2x2", "no chip 'v9'"), ("h100:8", "no chip 'h100'"),
     ("tpu", "give CHIP:SHAPE"), ("", "give CHIP:SHAPE")])
 def test_other_names_are_told(name, message):
     with pytest.raises(UserError, match=message):
@@ -295,6 +296,17 @@ def test_a_described_mesh_keeps_tensor_groups_on_a_host():
     with pytest.raises(UserError, match="tensor is 8.*must not span hosts"):
         sharding.make_mesh(-1, 1, 8, there.devices)
     assert isinstance(mesh, Mesh) and mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name, hosts", [("v5e-1", 1), ("v6e-1", 1), ("v5e-4", 1), ("v5litepod-8", 1), ("v6e-8", 1),
+                                         ("v5e-16", 4), ("v4-16", 2)])
+def test_machines_of_a_slice(name, hosts):
+    """Eight chips of v5e or v6e are one machine, so that a tensor group may span them."""
+    there = topology.describe(name)
+    assert len({device.process_index for device in there.devices}) == hosts
+    if len(there.devices) == 8 and hosts == 1:
+        assert sharding.make_mesh(-1, 1, 8, there.devices).shape["tensor"] == 8
 
 
 @needs_libtpu

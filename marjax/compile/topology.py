@@ -10,10 +10,11 @@ from marjax import chips
 from marjax.errors import UserError
 
 # The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
-_SHAPES_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _SHAPES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _SHAPES = {"v4": _SHAPES_3D, "v5p": _SHAPES_3D, "v5e": _SHAPES_2D, "v5litepod": _SHAPES_2D, "v6e": _SHAPES_2D,
            "tpu7x": _SHAPES_3D}
+_HOSTS = {(1, 1), (2, 4)}  # shapes of v5e and v6e that are one machine; larger ones are of machines of 2 x 2 chips
 _CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # that an accelerator type counts a chip
 
 
@@ -74,7 +75,9 @@ def describe(name: str) -> Slice:
     from jax.experimental import topologies
 
     # A v4 chip's two cores appear as one device, as they do on a real slice.
-    settings = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    settings: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if len(shape) == 2 and shape in _HOSTS:
+        settings["chips_per_host_bounds"] = (*shape, 1)
     text = f"{kind}:{'x'.join(map(str, shape))}"
     try:
         devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=text, **settings).devices
