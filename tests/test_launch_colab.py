@@ -3,6 +3,7 @@
 import ast
 import base64
 import io
+import subprocess
 
 import numpy as np
 import pytest
@@ -34,6 +35,17 @@ def test_it_is_stored_without_outputs():
     settings = {}
     exec(tagged(notebook, "settings").source, settings)
     assert settings["CHECKPOINT"] in (ROOT / "README.md").read_text()
+
+
+def test_the_install_cell_can_be_run_again(tmp_path):
+    """Where it left off, inside of what it has cloned. Its lines as a shell's, without pip and a connection."""
+    cell = tagged(nbformat.read(FILE, as_version=4), "install").source.replace("/content", str(tmp_path))
+    lines = [line.removeprefix("!").removeprefix("%") for line in cell.splitlines() if not line.startswith("#")]
+    address, *lines = [line for line in lines if not line.startswith("pip ")]
+    shell = "\n".join([address.replace(" = ", "="), "git() { mkdir -p \"${@: -1}/marjax\"; echo cloned; }",
+                       *lines * 2, "pwd"])
+    ran = subprocess.run(["bash", "-ec", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["cloned", str(tmp_path / "marjax")]
 
 
 def output_of(cell):
