@@ -47,6 +47,7 @@ def params(workdir):
 
 
 ENDLESS = 100_000  # steps
+QUICK = {"model__variant": "ar", "model__head": "regression", "sample__num_iter": 16}  # traced in half the time
 
 
 def stop(run, workdir, after, victim=0):
@@ -59,9 +60,9 @@ def stop(run, workdir, after, victim=0):
     return saved
 
 
-def assert_undisturbed(tmp_path, step, count=2):
+def assert_undisturbed(tmp_path, step, count, model):
     """The run in tmp_path/run has at that step what one has that was left alone, to the bit, and every line once."""
-    with Run(tmp_path, command, *arguments(tmp_path / "whole", step, ENDLESS), count=count) as run:
+    with Run(tmp_path, command, *arguments(tmp_path / "whole", step, ENDLESS, **model), count=count) as run:
         assert run.wait() == [0] * count, run.said()
     (own, a), (other, b) = params(tmp_path / "run"), params(tmp_path / "whole")
     assert own == other == step and a.keys() == b.keys()
@@ -174,11 +175,11 @@ def slowly(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, kills", [(1, 16), (2, 4)])
-def test_killed_twenty_times(tmp_path, count, kills):
+@pytest.mark.parametrize("count, kills, model", [(1, 16, QUICK), (2, 4, {})])
+def test_killed_twenty_times(tmp_path, count, kills, model):
     """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
-    given, workdir, reached = arguments(tmp_path / "run", ENDLESS, 2), tmp_path / "run", []
+    given, workdir, reached = arguments(tmp_path / "run", ENDLESS, 2, **model), tmp_path / "run", []
     for kill in range(kills):
         with Run(tmp_path, command, *given, count=count) as run:
             if kill % 4:  # else while it starts, or whatever it is at after that long
@@ -195,4 +196,4 @@ def test_killed_twenty_times(tmp_path, count, kills):
     assert len(set(reached)) > 2, reached
     with Run(tmp_path, command, *given, count=count) as run:
         step = stop(run, workdir, max(reached) + 1)
-    assert_undisturbed(tmp_path, step, count)
+    assert_undisturbed(tmp_path, step, count, model)

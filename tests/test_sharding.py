@@ -29,15 +29,13 @@ from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 assert len(jax.devices()) == 8
-config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), json.loads(sys.argv[1])))
-meshes = json.loads(sys.argv[2])
-tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
-generator = generator_lib.of(config, tokens)
-optimizer = make_optimizer(config.train)
 rng = np.random.default_rng(0)
 host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
 
-def run(shape, devices):
+def run(config, shape, devices):
+    tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
+    generator = generator_lib.of(config, tokens)
+    optimizer = make_optimizer(config.train)
     mesh = sharding.make_mesh(*shape, devices=devices)
     abstract = state_lib.abstract_state(generator, optimizer, mesh, replicate_below=0)
     with jax.set_mesh(mesh):
@@ -78,39 +76,50 @@ def worst(a, b):
     flat = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(np.linalg.norm(np.float64(x) - y) / (np.linalg.norm(np.float64(y)) + 1e-12)) for x, y in flat)
 
-one = run((1, 1, 1), jax.devices()[:1])
-report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
-for shape in map(tuple, meshes):
-    many = run(shape, jax.devices())
-    report[str(shape)] = dict(
-        cut=many["cut"], collectives=many["collectives"],
-        params=worst(settled(many["state"].params), settled(one["state"].params)),
-        ema=worst(settled(many["state"].ema), settled(one["state"].ema)),
-        metrics=worst(many["metrics"], one["metrics"]), grads=worst(many["grads"], one["grads"]),
-        images=int(np.abs(many["images"].astype(int) - one["images"]).max()),
-        distinct=len({i.tobytes() for i in one["images"]}))
-print(json.dumps(report))
+def compare(fields, meshes):
+    config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
+    one = run(config, (1, 1, 1), jax.devices()[:1])
+    report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
+    for shape in map(tuple, meshes):
+        many = run(config, shape, jax.devices())
+        report[str(shape)] = dict(
+            cut=many["cut"], collectives=many["collectives"],
+            params=worst(settled(many["state"].params), settled(one["state"].params)),
+            ema=worst(settled(many["state"].ema), settled(one["state"].ema)),
+            metrics=worst(many["metrics"], one["metrics"]), grads=worst(many["grads"], one["grads"]),
+            images=int(np.abs(many["images"].astype(int) - one["images"]).max()),
+            distinct=len({i.tobytes() for i in one["images"]}))
+    return report
+
+print(json.dumps([compare(*case) for case in json.loads(sys.argv[1])]))
 """
 
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
 
-def run(config, meshes):
-    fields = config_lib.flatten(config_lib.apply_overrides(config, {
+def fields(config):
+    given = config_lib.flatten(config_lib.apply_overrides(config, {
         "model.attn_dropout": 0.1, "model.proj_dropout": 0.1, "train.warmup_steps": 0, "train.batch_size": 32,
         "train.clip": 1e9, "sample.num_sampling_steps": "ddim4", "sample.max_stages": 1}))
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    given = json.dumps({key: value for key, value in fields.items() if value is not None})
-    done = subprocess.run([sys.executable, "-c", CHILD, given, json.dumps(meshes)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return {key: value for key, value in given.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
-def report():
-    return run(make_digits(sample__num_iter=3), MESHES)
+def reports(codebook):
+    """What one process finds about each model: the first on all meshes, the others on one that cuts along all axes."""
+    cases = [(fields(make_digits(sample__num_iter=3)), MESHES),
+             *((fields(make_model(*model, codebook)), [(2, 2, 2)]) for model in MODELS[1:])]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(cases)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(MODELS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def report(reports):
+    return reports[MODELS[0]]
 
 
 def assert_agrees(row, distinct=12):
@@ -125,8 +134,8 @@ def test_meshes_agree_with_one_device(report, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant, head", MODELS[1:])
-def test_variants_and_heads_agree_with_one_device(codebook, variant, head):
-    rows = run(make_model(variant, head, codebook), [(2, 2, 2)])
+def test_variants_and_heads_agree_with_one_device(reports, variant, head):
+    rows = reports[variant, head]
     # Means in raster order know nothing but the class: 12 samples of 10 classes.
     assert_agrees(rows["(2, 2, 2)"], distinct=10 if (variant, head) == ("ar", "regression") else 12)
     assert rows["(2, 2, 2)"]["cut"] and rows["(2, 2, 2)"]["collectives"]
