@@ -15,7 +15,7 @@
 # wrapper hands SIGTERM on within five seconds; GRACE_SECONDS is what the pod has then to save, but a spot node that is
 # taken away gives its pods 15 seconds whatever is asked for. SLICES is the number of slices, STORAGE names what `xpk
 # storage attach` knows and is not mounted by itself, SPOT=1 asks for spot capacity in a cluster that provisions its
-# nodes itself (else the node pool decides). How a cluster is made, and its pods see data: docs/pods.md.
+# nodes itself (else the node pool decides). How a cluster is made, and its pods see data: docs/launchers.md.
 set -euo pipefail
 
 slip() {

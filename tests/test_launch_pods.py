@@ -1,4 +1,4 @@
-"""docs/pods.md, typed from top to bottom, and launch/imagenet_latents.sh, with stand-ins for the programs they call."""
+"""docs/pods.md, docs/launchers.md and launch/imagenet_latents.sh, with stand-ins for the programs that they call."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from test_launch_gke import XPK, XPK_ITSELF
 from marjax import config as config_lib
 from marjax.cli import _parser, parse_overrides
 
-TEXT = (ROOT / "docs" / "pods.md").read_text()
+TEXT = "".join((ROOT / "docs" / name).read_text() for name in ("pods.md", "launchers.md"))
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 LAUNCHERS = ("launch/tpu_vm.sh", "launch/gke.sh")
 
