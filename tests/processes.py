@@ -5,6 +5,7 @@ where a fresh interpreter would import for seconds.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -30,6 +31,8 @@ def _run(variables, devices, log, target, arguments):
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 50)  # see conftest.py
     import jax
 
     from marjax import peak
@@ -72,7 +75,7 @@ class Run:
                 process.kill()
             process.join()
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=240):
         """The exit codes; a signal's is negative. Fails the test if one does not end."""
         end = time.monotonic() + seconds
         for process in self.processes:
