@@ -26,7 +26,7 @@ _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "afte
          "optimization-barrier", "domain", "while", "conditional", "call", "async-update"}
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # of custom-call
 # Memory spaces of a core's own memory: 1 is the vector memory. That 3 is v4's 128 MiB of CMEM is inferred: only
-# programs for v4 name it, all of their arrays there are smaller, and such copies as others make to 1 they make to 3.
+# programs for v4 name it, have up to 128 MiB there and no more, and copy to it what the others copy to 1.
 _ON_CHIP = ("S(1)", "S(3)")
 
 
