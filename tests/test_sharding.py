@@ -32,7 +32,7 @@ assert len(jax.devices()) == 8
 rng = np.random.default_rng(0)
 host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
 
-def run(config, shape, devices):
+def run(config, shape, devices, weights):
     tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
     generator = generator_lib.of(config, tokens)
     optimizer = make_optimizer(config.train)
@@ -57,8 +57,7 @@ def run(config, shape, devices):
                    zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
         sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
         # Fixed weights, so that sampling is compared by itself.
-        params = jax.jit(lambda k: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(generator, k)),
-                         out_shardings=jax.tree.map(lambda x: x.sharding, abstract.params))(jax.random.key(1))
+        params = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
         images = sampler(params, np.arange(12) % 10, 3, batch_size=12)
     return dict(state=jax.device_get(state), metrics=out, images=images, grads=grads, cut=cut,
                 collectives=text.count("all-reduce(") + text.count("all-gather(") + text.count("reduce-scatter("))
@@ -78,10 +77,13 @@ def worst(a, b):
 
 def compare(fields, meshes):
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
-    one = run(config, (1, 1, 1), jax.devices()[:1])
+    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(
+        generator, key)))(jax.random.key(1)))
+    one = run(config, (1, 1, 1), jax.devices()[:1], weights)
     report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
     for shape in map(tuple, meshes):
-        many = run(config, shape, jax.devices())
+        many = run(config, shape, jax.devices(), weights)
         report[str(shape)] = dict(
             cut=many["cut"], collectives=many["collectives"],
             params=worst(settled(many["state"].params), settled(one["state"].params)),
