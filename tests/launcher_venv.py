@@ -1,5 +1,6 @@
 """Virtual environments for tools that launchers call and that do not fit into marjax's own, kept in .cache/."""
 
+import fcntl
 import hashlib
 import pathlib
 import shutil
@@ -18,16 +19,19 @@ def tool_venv(name: str, requirements: Sequence[str], no_deps: Sequence[str] = (
     """
     digest = hashlib.sha256(repr((sys.version, requirements, no_deps)).encode()).hexdigest()[:8]
     folder = ROOT / ".cache" / "launchers" / f"{name}-{digest}"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-        # Not compiling what is never imported takes half the time off.
-        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet",
-               "--disable-pip-version-check", "--no-compile"]
-        for arguments in [[*pip, "--no-deps", *no_deps]] * bool(no_deps) + [[*pip, *requirements]]:
-            installed = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-            if installed.returncode:
-                why = (installed.stderr.strip().splitlines() or ["pip failed"])[-1]
-                pytest.skip(f"{name} cannot be installed here: {why}")
-        (folder / "complete").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes want the same
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+            # Not compiling what is never imported takes half the time off.
+            pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet",
+                   "--disable-pip-version-check", "--no-compile"]
+            for arguments in [[*pip, "--no-deps", *no_deps]] * bool(no_deps) + [[*pip, *requirements]]:
+                installed = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+                if installed.returncode:
+                    why = (installed.stderr.strip().splitlines() or ["pip failed"])[-1]
+                    pytest.skip(f"{name} cannot be installed here: {why}")
+            (folder / "complete").touch()
     return folder / "bin"
