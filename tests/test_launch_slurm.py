@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, make_digits
+from conftest import DIGITS, QUICK, ROOT, make_digits
 from slurm_cluster import slurm
 
 from marjax import train
@@ -100,6 +100,7 @@ def jobs(cluster, array):
                              cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
                              "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
                              "--config.log.tensorboard=false", "--config.log.progress=false",
+                             *(f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items()),
                              JAX_NUM_CPU_DEVICES="2")}
     numbers |= {name: submit(name, sys.executable, cluster.task, end, *ODD,
                              MAX_RESTARTS="1" if name == "hopeless" else "100", MAX_KILLS="1")
@@ -137,7 +138,7 @@ def test_a_preempted_run_goes_on_from_where_it_was(cluster, jobs, tmp_path):
     assert f"ended with {PREEMPTED}" in log and "resuming at step" in log
     rows = [json.loads(line) for line in (cluster.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    train(make_digits(train__steps=STEPS, checkpoint__every=1000), tmp_path / "alone")
+    train(make_digits(train__steps=STEPS, checkpoint__every=1000, **QUICK), tmp_path / "alone")
     alone = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     # Four devices add up in another order than one. A step too few or too many is another matter.
     ours, theirs = ([row["train/loss"] for row in each] for each in (rows, alone))

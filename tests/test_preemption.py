@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, QUICK
 from processes import Run, command, steps_of
 
 from marjax.errors import LOST_PEER, PREEMPTED
@@ -19,8 +19,6 @@ from marjax.generation.sample import open_sampler
 ABORTED = (LOST_PEER, -signal.SIGABRT)  # by us, or by JAX's watchdog
 
 
-# Traced in half the time of a masked model with a denoiser.
-QUICK = {"model__variant": "ar", "model__head": "regression", "sample__num_iter": 16}
 DIFFUSION = {"model__variant": "ar", "sample__num_iter": 16}
 
 
@@ -179,7 +177,7 @@ def slowly(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, kills, model", [(1, 16, QUICK), (2, 4, DIFFUSION)])
+@pytest.mark.parametrize("count, kills, model", [(1, 17, QUICK), (2, 3, DIFFUSION)])
 def test_killed_twenty_times(tmp_path, count, kills, model):
     """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
