@@ -8,16 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from marjax import commands, storage
-from marjax.errors import (
-    LOST_PEER,
-    LOST_STORAGE,
-    PREEMPTED,
-    LostPeerError,
-    PreemptedError,
-    StorageError,
-    TrainingError,
-    UserError,
-)
+from marjax.errors import PreemptedError, TrainingError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0
     except PreemptedError as error:
         print(f"marjax {given.command}: preempted: {error}", file=sys.stderr)
-        code = PREEMPTED
+        code = error.code
     except (UserError, TrainingError) as error:
         print(f"marjax {given.command}: error: {error}", file=sys.stderr)
-        code, failure = _code(error), error
+        code, failure = error.code, error
     except KeyboardInterrupt as error:
         print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
         code, failure = 130, error
@@ -53,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (told := storage.explain(error)) is not None:
             print(f"marjax {given.command}: error: {told}", file=sys.stderr)
-            code = _code(told)
+            code = told.code
         else:
             traceback.print_exc()
             code = 1
@@ -63,11 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return distributed.end(code, failure)
     return code
-
-
-def _code(error: UserError | TrainingError) -> int:
-    kinds = ((UserError, 2), (LostPeerError, LOST_PEER), (StorageError, LOST_STORAGE))
-    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -12,21 +12,31 @@ LOST_STORAGE = 200  # gs:// does not answer, or a checkpoint may not be read
 class UserError(ValueError):
     """Says what was given, what was expected and what to do, in one sentence or two."""
 
+    code = 2
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on through no slip of the user's; the command line prints it as one line too."""
+
+    code = 1
 
 
 class LostPeerError(TrainingError):
     """Another process of the run has gone, or did not come; the same command goes on."""
 
+    code = LOST_PEER
+
 
 class StorageError(TrainingError):
     """The storage does not answer, and its clients have tried again; the same command goes on."""
 
+    code = LOST_STORAGE
+
 
 class PreemptedError(RuntimeError):
     """A run that was asked to stop and has saved; the same command goes on."""
+
+    code = PREEMPTED
 
 
 def causes(error: BaseException) -> list[BaseException]:

@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tqdm
 from etils import epath
 
-from marjax.errors import StorageError, TrainingError, UserError
+from marjax.closing import Closing
+from marjax.errors import StorageError, UserError
 from marjax.events import Events
 from marjax.files import write_bytes
 from marjax.generation.images import write_png
@@ -27,7 +27,7 @@ from marjax.storage import explain, is_remote
 _REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object store
 
 
-class MetricWriter:
+class MetricWriter(Closing):
     """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run; a context manager, to be closed.
 
     Args:
@@ -124,19 +124,6 @@ class MetricWriter:
         if self._outage is not None:
             raise self._outage
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except (UserError, TrainingError) as failure:
-            if error is None:
-                raise
-            print(f"metrics: {failure}", file=sys.stderr, flush=True)  # what ended the block matters more
-
     def _queue_lines(self) -> None:
         self._unwritten, self._last_write = False, time.monotonic()
         if not self._lines_wait:  # else the write that waits takes the lines along
@@ -152,7 +139,7 @@ class MetricWriter:
         try:
             write()
         except Exception as error:
-            told = error if isinstance(error, StorageError) else explain(error)
+            told = explain(error)
             if not isinstance(told, StorageError):
                 raise
             if self._outage is None:

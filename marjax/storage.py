@@ -69,9 +69,12 @@ def children(folder: epath.Path) -> list[epath.Path]:
 def explain(error: BaseException) -> UserError | TrainingError | None:
     """What to tell instead of a failure of the store's clients; None if the error is something else.
 
-    Those who have no `try` of their own around a read or write meet these: a missing package, credentials that ran out,
-    a network that is gone. The clients have retried by then.
+    A StorageError, which tells it already, is returned as it is. Those who have no `try` of their own around a read or
+    write meet these: a missing package, credentials that ran out, a network that is gone. The clients have retried by
+    then.
     """
+    if isinstance(error, StorageError):
+        return error
     missing = isinstance(error, ImportError) and "gcsfs" in str(error)
     if missing:
         return UserError("gs:// addresses need the gcs extra: pip install 'marjax[gcs]'")

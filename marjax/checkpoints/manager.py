@@ -15,8 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,6 +23,7 @@ from etils import epath
 
 from marjax import distributed, storage
 from marjax.checkpoints import checksums
+from marjax.closing import Closing
 from marjax.errors import StorageError, UserError, causes
 
 PyTree = Any
@@ -87,7 +87,7 @@ def _finish_reads() -> Iterator[None]:
         asyncio.new_event_loop = usual
 
 
-class Checkpoints:
+class Checkpoints(Closing):
     """The checkpoints in one directory. Every process of a run must make the same calls in the same order.
 
     Only one training run may write to a directory; any number may open it with read_only.
@@ -263,20 +263,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if error is None:
-                raise
-            # The error that ended the block matters more than this one, which may be its consequence.
-            _log.warning("%s", failure)
 
     def _restore_step(self, targets: dict[str, PyTree], step: int) -> Restored:
         steps = self.steps()

@@ -186,7 +186,7 @@ def _goes_on(error: Exception) -> bool:
 
     from marjax import distributed
 
-    if isinstance(error, PreemptedError | StorageError) or isinstance(storage.explain(error), StorageError):
+    if isinstance(error, PreemptedError) or isinstance(storage.explain(error), StorageError):
         return True
     return jax.distributed.is_initialized() and jax.process_count() > 1 and distributed.is_lost_peer(error)
 

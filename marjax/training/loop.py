@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
@@ -33,7 +32,7 @@ from marjax.training import state as state_lib
 from marjax.training.clock import Clock
 from marjax.training.optimizer import make_optimizer
 from marjax.training.profile import Profile
-from marjax.training.run import Intervals, Run
+from marjax.training.run import Intervals, Run, headline
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
 from marjax.workdir import claim_workdir, first_start, settings_of_all
@@ -103,9 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
             writer.note(about)
             if mesh.size > 1:
                 writer.note(sharding.overview(abstract.params))
-            writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
-                        + (f"resuming at step {start} of {config.train.steps}" if restored else
-                           f"{config.train.steps} steps"))
+            writer.note(headline(abstract.params, start, config.train.steps))
             if tracer is not None and start >= tracer.first:  # a start that follows a preemption
                 writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
                 tracer = None

@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 
 from marjax import distributed, sharding
@@ -19,6 +20,12 @@ from marjax.training.profile import Profile
 
 Metrics = dict[str, jax.Array]
 S = TypeVar("S", bound="State")
+
+
+def headline(params: Any, start: int, total: int) -> str:
+    """A line about a run that begins after step `start`, 0 for a new one."""
+    count = parameter_overview.count_parameters(params)
+    return f"{count / 1e6:.2f} M parameters; " + (f"resuming at step {start} of {total}" if start else f"{total} steps")
 
 
 class State(Protocol):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
@@ -25,7 +24,7 @@ from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
 from marjax.training.clock import Clock
-from marjax.training.run import Intervals, Run
+from marjax.training.run import Intervals, Run, headline
 from marjax.workdir import claim_workdir, first_start, settings_of_all
 
 _SHOWN = 32  # images in a picture
@@ -106,8 +105,7 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
         with MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
                           progress=config.log.progress, active=jax.process_index() == 0) as writer:
             writer.note(about)
-            writer.note(f"{parameter_overview.count_parameters(abstract.params) / 1e6:.2f} M parameters; "
-                        + (f"resuming at step {start} of {train.steps}" if restored else f"{train.steps} steps"))
+            writer.note(headline(abstract.params, start, train.steps))
             every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
             run: Run[AutoencoderState] = Run(
                 every, train.batch_size, mesh, writer, checkpoints, items=_items,
