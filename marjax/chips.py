@@ -42,8 +42,8 @@ class Chip:
 
 # Of TPUs the sources give the interconnect both ways and of all links together, so a link has one way half of it over
 # the number of links: 4 of v5e and v6e, 6 of the others (v4: 50 GB/s, by Jouppi et al. 2023, arXiv 2304.01433, table
-# 4). A clock is the peak
-# over what the matrix units do in a cycle: 2 x 128 x 128 FLOPs each, 8 units a chip (v4, v5p) or 4 (v5e).
+# 4). A clock is the peak over what the matrix units do in a cycle: 2 x 128 x 128 FLOPs each, 8 units a chip (v4, v5p)
+# or 4 (v5e).
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 1200e9, 50e9, _CLOUD + "v4", usable=30.75 * 2**30, clock=275e12 / (8 * 2 * 128**2)),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 819e9, 50e9, _CLOUD + "v5e", usable=15.75 * 2**30,

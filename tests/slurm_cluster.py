@@ -5,12 +5,12 @@ import getpass
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
 
 import pytest
+from processes import free_port
 
 CPUS = 8  # that Slurm believes in
 
@@ -87,7 +87,7 @@ def slurm(folder: pathlib.Path) -> Iterator[Cluster]:
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONFIG.format(
-        folder=folder, host="localhost", user=getpass.getuser(), cpus=CPUS, controller=_free_port(), node=_free_port()))
+        folder=folder, host="localhost", user=getpass.getuser(), cpus=CPUS, controller=free_port(), node=free_port()))
     cluster = Cluster(folder)
     daemons = []
     try:
@@ -121,9 +121,3 @@ def _is_up(cluster: Cluster) -> bool:
     with contextlib.suppress(subprocess.SubprocessError):
         return "idle" in cluster.call("sinfo", "--noheader", "--format=%t")
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])

@@ -143,7 +143,7 @@ SLICE = """%wrapped (p: f32[8,16]) -> f32[2,16] {
 GATHER = """%wrapped (p: f32[8,16], i: s32[4]) -> f32[4,16] {
   %p = f32[8,16]{1,0} parameter(0)
   %i = s32[4]{0} parameter(1)
-  ROOT %rows = f32[4,16]{1,0} custom-call(%p, %i), custom_call_target="TODO", called_computations={%other}
+  ROOT %rows = f32[4,16]{1,0} custom-call(%p, %i), custom_call_target="SparseGather", called_computations={%other}
 }
 
 """
