@@ -41,5 +41,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(warmup_epochs=None, warmup_steps=5, ema_warmup=True)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="5", batch_size=20)
+        config.sample.update(num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim5",
+                             batch_size=20)
     return config
