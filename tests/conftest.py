@@ -21,15 +21,15 @@ os.environ.setdefault("NPROC", "1")
 
 
 def _add_compile_flags():
-    """Tests compile for longer than they run: without optimisation, and by the emitter that takes half as long.
+    """Tests compile for longer than they run: without optimisation, by the emitter that takes half as long, unsplit.
 
     XLA ends a process whose flags it does not know, so they are tried in one of its own; workers inherit the result.
     """
     given = os.environ.get("XLA_FLAGS", "")
     if "--xla_backend_optimization_level=0" in given:
         return
-    for flags in ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-                  "--xla_backend_optimization_level=0"):
+    for flags in ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+                  "--xla_cpu_parallel_codegen_split_count=1", "--xla_backend_optimization_level=0"):
         environment = {**os.environ, "XLA_FLAGS": f"{given} {flags}"}
         if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment,
                               capture_output=True).returncode:
