@@ -14,5 +14,5 @@ if ! cmp -s setup.cfg "$folder/installed-for"; then
 fi
 # shellcheck disable=SC1091
 source "$folder/bin/activate"
-# Where this is set, every process would compile what it imports anew: two of the three seconds that marjax takes to start.
+# Where this is set, every process would compile anew what it imports: two of the three seconds that a start takes.
 unset PYTHONDONTWRITEBYTECODE

@@ -7,9 +7,11 @@ fields, `resolve` checks the result and computes what follows from it; everythin
 import copy
 import difflib
 import functools
+import importlib.machinery
 import importlib.util
 import os
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -229,6 +231,16 @@ def load(path: str) -> ConfigDict:
     return config
 
 
+class _AsItIs(importlib.machinery.SourceFileLoader):
+    """Compiles the file every time and writes nothing beside it.
+
+    What Python keeps compiled is told apart by size and whole seconds: a file that was just changed could be the old.
+    """
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
     """The function of that name in a Python file that is no module of ours; `kind` says in errors what file it is.
 
@@ -238,12 +250,13 @@ def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
     if not os.path.isfile(file):
         raise UserError(f"{kind} file {file!r} does not exist: give a Python file with {name}")
     module_name = f"marjax_{kind}_file"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
+    loader = _AsItIs(module_name, file)
+    spec = importlib.util.spec_from_file_location(module_name, file, loader=loader)
+    if not file.endswith(".py") or spec is None:
         raise UserError(f"{kind} file {file!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # as dataclasses and pickle expect of a module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     if not hasattr(module, name):
         raise UserError(f"{kind} file {file!r} has no {name}")
     return getattr(module, name)

@@ -1,6 +1,8 @@
 """Arguments, overrides, derived fields, and the copy in the work directory."""
 
 import json
+import os
+import sys
 
 import jax
 import numpy as np
@@ -105,6 +107,19 @@ def test_derived_fields_follow_overrides_and_give_way_to_them():
 def test_bad_arguments(form, says):
     with pytest.raises(UserError, match=says):
         load(form)
+
+
+def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
+    """Though Python keeps what it compiled, and finds no change in a file of the same size and second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, got = tmp_path / "points.py", []
+    for seed in (1, 2):
+        file.write_text(f"def get_sweep():\n    return {seed}, __file__\n")
+        os.utime(file, (1e9, 1e9))
+        got.append(config_lib.load_function(str(file), "sweep", "get_sweep")())
+    assert got == [(1, str(file)), (2, str(file))] and os.listdir(tmp_path) == ["points.py"]
+    with pytest.raises(UserError, match="is not a Python file"):
+        config_lib.load_function(str(file.rename(tmp_path / "points.txt")), "sweep", "get_sweep")
 
 
 @pytest.mark.parametrize("key, value, says", [

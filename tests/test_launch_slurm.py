@@ -88,7 +88,8 @@ def array(cluster):
 def jobs(cluster, array):
     """The numbers of all jobs by name, of two processes each. They run beside those of `array`, and mostly wait.
 
-    "run" is marjax itself, with two CPU devices a process. "stopped" has got SIGTERM, and "cancelled" was cancelled.
+    "run" is marjax itself, with two CPU devices a process. It and "stopped" have got SIGTERM, and "cancelled" was
+    cancelled.
     """
     def submit(name, *command, **settings):
         return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log",
@@ -96,20 +97,22 @@ def jobs(cluster, array):
 
     ends = {"stopped": "wait,0", "killed": "kill,42,0", "hopeless": "42", "cancelled": "wait,0", "slip": "2,0",
             "done": "0,1", "absent": "127,0", "uneven": "slip"}
-    numbers = {"run": submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
-                             cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
-                             "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
-                             "--config.log.tensorboard=false", "--config.log.progress=false",
-                             *(f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items()),
-                             JAX_NUM_CPU_DEVICES="2")}
-    numbers |= {name: submit(name, sys.executable, cluster.task, end, *ODD,
-                             MAX_RESTARTS="1" if name == "hopeless" else "100", MAX_KILLS="1")
-                for name, end in ends.items()}
+    numbers = {name: submit(name, sys.executable, cluster.task, end, *ODD,
+                            MAX_RESTARTS="1" if name == "hopeless" else "100", MAX_KILLS="1")
+               for name, end in ends.items()}
     for name in ("stopped", "cancelled"):
         for index in range(2):
             log_of(cluster, name, until=f"{index}: start 0")
     stop(cluster, numbers["stopped"])
     cluster.call("scancel", numbers["cancelled"])
+    numbers["run"] = submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
+                            cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
+                            "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
+                            "--config.log.tensorboard=false", "--config.log.progress=false",
+                            *(f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items()),
+                            JAX_NUM_CPU_DEVICES="2")
+    log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
+    stop(cluster, numbers["run"])
     return numbers
 
 
@@ -130,8 +133,6 @@ def stop(cluster, job):
 
 def test_a_preempted_run_goes_on_from_where_it_was(cluster, jobs, tmp_path):
     """No checkpoint is due before the end, so that what the second start goes on from was saved on SIGTERM."""
-    log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
-    stop(cluster, jobs["run"])
     fields = cluster.wait(jobs["run"], "COMPLETED", "FAILED", "CANCELLED", seconds=240)
     log = log_of(cluster, "run")
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
