@@ -21,13 +21,13 @@ PyTree = Any
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
+# Plain operations of lax here: those of jnp are functions under jit, which cost this program half of its tracing.
 def _mix(h: jax.Array) -> jax.Array:
     """A bijection of uint32 in which every input bit reaches every output bit (the finalizer of MurmurHash3)."""
-    h ^= h >> np.uint32(16)
-    h *= np.uint32(0x85EBCA6B)
-    h ^= h >> np.uint32(13)
-    h *= np.uint32(0xC2B2AE35)
-    return h ^ (h >> np.uint32(16))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = lax.bitwise_xor(h, lax.shift_right_logical(h, np.uint32(shift)))
+        h = lax.mul(h, np.uint32(factor))
+    return lax.bitwise_xor(h, lax.shift_right_logical(h, np.uint32(16)))
 
 
 def _words(x: jax.Array) -> list[jax.Array]:
@@ -48,13 +48,16 @@ def _sums(x: jax.Array) -> jax.Array:
     """The two sums of one array, (2,) uint32, in one pass: the seeds are a leading axis of the one reduction."""
     # Indices wrap after 2**32 words, which only means that two elements that far apart could swap places unnoticed.
     words = _words(x)
-    index, stride = jnp.zeros(x.shape, jnp.uint32), len(words)
+    index, stride = lax.full(x.shape, np.uint32(0)), len(words)
     for axis in reversed(range(x.ndim)):
-        index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
+        index = lax.add(index, lax.mul(lax.broadcasted_iota(jnp.uint32, x.shape, axis), np.uint32(stride % 2**32)))
         stride *= x.shape[axis]
-    seeds = np.array(_SEEDS, np.uint32).reshape(2, *[1] * x.ndim)
-    terms = [_mix(w ^ _mix(index + (seeds + np.uint32(k)))) for k, w in enumerate(words)]
-    return jnp.sum(sum(terms), axis=range(1, x.ndim + 1), dtype=jnp.uint32)
+    seeds = np.array(_SEEDS, np.uint32)
+    total = lax.full((2, *x.shape), np.uint32(0))
+    for k, word in enumerate(words):
+        seeded = lax.add(lax.broadcast(index, (2,)), lax.broadcast_in_dim(seeds + np.uint32(k), total.shape, (0,)))
+        total = lax.add(total, _mix(lax.bitwise_xor(lax.broadcast(word, (2,)), _mix(seeded))))
+    return lax.reduce(total, np.uint32(0), lax.add, tuple(range(1, x.ndim + 1)))
 
 
 @functools.cache
