@@ -20,6 +20,8 @@ PyTree = Any
 # Two independent sums: each starts its index hash elsewhere.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
+_SMALL = 2**16  # elements
+
 
 # Plain operations of lax here: those of jnp are functions under jit, which cost this program half of its tracing.
 def _mix(h: jax.Array) -> jax.Array:
@@ -43,7 +45,6 @@ def _words(x: jax.Array) -> list[jax.Array]:
     return [lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)]
 
 
-@jax.jit
 def _sums(x: jax.Array) -> jax.Array:
     """The two sums of one array, (2,) uint32, in one pass: the seeds are a leading axis of the one reduction."""
     # Indices wrap after 2**32 words, which only means that two elements that far apart could swap places unnoticed.
@@ -62,9 +63,14 @@ def _sums(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _compiled(out_sharding: Sharding | None) -> Any:
-    # _sums is under jit of its own so that leaves of one shape are traced once.
+    # Small arrays of one kind go side by side: with a computation for each array, a network of many layers took about
+    # as long to compile here as for its training step. Large ones do not, as that may take a copy.
     def sums(leaves: list[jax.Array]) -> jax.Array:
-        return jnp.stack([_sums(x) for x in leaves])
+        kinds: dict[Hashable, list[int]] = {}
+        for place, x in enumerate(leaves):
+            kinds.setdefault((x.shape, x.dtype) if x.size <= _SMALL else place, []).append(place)
+        rows = [jax.vmap(_sums)(jnp.stack([leaves[place] for place in places])) for places in kinds.values()]
+        return jnp.concatenate(rows)[np.argsort(np.concatenate(list(kinds.values())))]
 
     return jax.jit(sums, out_shardings=out_sharding)
 
