@@ -172,7 +172,7 @@ def base() -> ConfigDict:
         ),
         # What marjax evaluate measures with by default, and the smaller evaluation during training.
         eval=dict(
-            every=0,  # steps between evaluations, and after the last; 0: none
+            every=0,  # steps between evaluations (a checkpoint goes before each), and after the last; 0: none
             num_images=1000,  # of those
             cfg=derived_float(),  # guidance of the second half of those; sample.cfg, and none if that is 1
             extractor="inception",  # or "classifier"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import DIGITS, make_digits
-from processes import Run
+from processes import Run, steps_of
 
 from marjax import distributed, train
 from marjax.cli import main
@@ -216,10 +216,12 @@ def _images(folder, size, count):
 
 
 def test_evaluations_during_training(measure, tmp_path):
-    """Every so many steps and after the last, without guidance and with; and one that a kill left out is made up."""
-    fields = {"train__steps": 4, "checkpoint__every": 1, "eval__every": 3, "eval__num_images": 30, "sample__cfg": 2.0,
+    """Every so many steps and after the last, without guidance and with, once the step is saved; and one that a kill
+    left out is made up."""
+    fields = {"train__steps": 4, "checkpoint__every": 1000, "eval__every": 3, "eval__num_images": 30, "sample__cfg": 2.0,
               **{f"eval__{key}": value for key, value in measure.items()}}
     train(make_digits(**fields), tmp_path / "run")
+    assert steps_of(tmp_path / "run") == [3, 4]
     path = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     measured = [line for line in lines if "eval/fid" in line]

@@ -43,7 +43,7 @@ class Intervals:
     Attributes:
       total: the last step.
       log: between lines of metrics.
-      save: between checkpoints; the last step is always saved.
+      save: between checkpoints; the last step is always saved, and so is one that is evaluated, before that.
       draw: between pictures, and after the last step; 0 for none.
       evaluate: between evaluations, and after the last step; 0 for none.
     """
@@ -125,7 +125,8 @@ class Run(Generic[S]):
             self.unread.append((step, metrics))
             self.writer.progress(step)
             stops = distributed.preempted(step)
-            if stops or every.is_due(step, every.save) or (self.unsaved and step % every.log == 0):
+            evaluates = every.is_due(step, every.evaluate)  # for minutes, maybe longer than a preemption's notice
+            if stops or evaluates or every.is_due(step, every.save) or (self.unsaved and step % every.log == 0):
                 self._save(step, state, waits=stops or step == every.total)
             if stops and step < every.total:
                 self.checkpoints.wait()
@@ -134,7 +135,7 @@ class Run(Generic[S]):
                 self._read()
                 with clock.pause("draw"):
                     self.writer.image(step, *self.draw(state))
-            if every.is_due(step, every.evaluate):
+            if evaluates:
                 self._evaluate(step, state)
         return state
 
