@@ -32,5 +32,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(warmup_steps=5)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_iter=4, num_sampling_steps="ddim5", batch_size=20)
+        config.sample.update(num_iter=4, num_sampling_steps="ddim5", batch_size=20, max_stages=1)
     return config

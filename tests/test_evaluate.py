@@ -218,8 +218,8 @@ def _images(folder, size, count):
 def test_evaluations_during_training(measure, tmp_path):
     """Every so many steps and after the last, without guidance and with, once the step is saved; and one that a kill
     left out is made up."""
-    fields = {"train__steps": 4, "checkpoint__every": 1000, "eval__every": 3, "eval__num_images": 30, "sample__cfg": 2.0,
-              **{f"eval__{key}": value for key, value in measure.items()}}
+    fields = {"train__steps": 4, "checkpoint__every": 1000, "eval__every": 3, "eval__num_images": 30,
+              "sample__cfg": 2.0, **{f"eval__{key}": value for key, value in measure.items()}}
     train(make_digits(**fields), tmp_path / "run")
     assert steps_of(tmp_path / "run") == [3, 4]
     path = tmp_path / "run" / "metrics.jsonl"

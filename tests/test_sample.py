@@ -1,5 +1,6 @@
 """Samples by (weights, settings, seed, index), and the command that writes them."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from conftest import DIGITS, ROOT, make_digits, make_model
 
 from marjax import config as config_lib
-from marjax import sample, train
+from marjax import peak, sample, train
 from marjax.cli import main
 from marjax.commands import parse_labels
 from marjax.errors import UserError
@@ -27,8 +28,13 @@ def run(tmp_path_factory):
 LABELS = np.arange(11) % 10
 
 
-def test_an_image_does_not_depend_on_its_batch(run):
-    whole = sample(run, LABELS, batch_size=11)
+@pytest.fixture(scope="module")
+def whole(run):
+    """The run's own settings, all in one batch."""
+    return sample(run, LABELS)
+
+
+def test_an_image_does_not_depend_on_its_batch(run, whole):
     assert whole.shape == (11, 8, 8, 1) and whole.dtype == np.uint8
     close(sample(run, LABELS, batch_size=4), whole)
     close(sample(run, LABELS[7:], first_index=7), whole[7:])
@@ -41,8 +47,8 @@ def close(a, b):
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(weights="raw"), dict(step=30), dict(cfg=3.0), dict(num_iter=7),
                                     dict(temperature=0.5), dict(num_sampling_steps=7), dict(first_index=1)])
-def test_every_setting_matters(run, change):
-    assert (sample(run, LABELS, **change) != sample(run, LABELS)).any()
+def test_every_setting_matters(run, whole, change):
+    assert (sample(run, LABELS, **change) != whole).any()
 
 
 def test_schedules_differ_only_under_guidance(run):
@@ -118,6 +124,12 @@ def test_unfinished_run_has_nothing_to_sample_from(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """One product tells the rate of the machine, which is measured for a second otherwise."""
+    monkeypatch.setattr(peak, "measured_peak", functools.partial(peak.measured_peak, seconds=1e-9))
+
+
 def test_benchmark_compiles_without_weights(capsys):
     assert main(["benchmark", "train", "--config", f"{DIGITS}:debug", "--repeats", "0"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -128,7 +140,7 @@ MNIST = str(ROOT / "configs" / "mnist.py")
 
 
 @pytest.mark.parametrize("config", [f"{DIGITS}:debug", f"{MNIST}:head=categorical,variant=ar,debug"])
-def test_benchmark_prints_one_line_of_json(capsys, config):
+def test_benchmark_prints_one_line_of_json(capsys, briefly, config):
     for what in ("train", "sample"):
         assert main(["benchmark", what, "--config", config, "--repeats", "1"]) == 0
         row = json.loads(capsys.readouterr().out)
@@ -136,7 +148,7 @@ def test_benchmark_prints_one_line_of_json(capsys, config):
         assert row["images_per_sec"] > 0 and row["compile_seconds"] > 0 and row["peak_memory_gib"] > 0
 
 
-def test_benchmark_times_the_cache_against_recomputing(capsys):
+def test_benchmark_times_the_cache_against_recomputing(capsys, briefly):
     config = f"{MNIST}:variant=ar,debug"
     assert main(["benchmark", "sample", "--config", config, "--repeats", "1", "--recompute", "2"]) == 0
     row = json.loads(capsys.readouterr().out)
