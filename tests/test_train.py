@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, make_digits, make_model
+from conftest import MODELS, QUICK, make_digits, make_model
 
 from marjax import config as config_lib
 from marjax import train
@@ -31,7 +31,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    return train(make_digits(), workdir), workdir
+    return train(make_digits(**QUICK), workdir), workdir
 
 
 @pytest.mark.parametrize("variant, head", MODELS)
@@ -48,7 +48,7 @@ def test_four_steps_are_two_and_two_more(tmp_path, codebook, variant, head):
 def test_a_run_that_is_complete_is_left_alone(undisturbed):
     whole, workdir = undisturbed
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert_same(train(make_digits(), workdir), whole)
+    assert_same(train(make_digits(**QUICK), workdir), whole)
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -86,7 +86,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
         data[::64] = bytes(byte ^ 0xFF for byte in data[::64])
         victim.write_bytes(data)
     with caplog.at_level(logging.WARNING):
-        again = train(make_digits(), tmp_path)
+        again = train(make_digits(**QUICK), tmp_path)
     assert "4 is damaged" in caplog.text and "trying step 2" in caplog.text
     assert_same(again, whole)
     assert lines(tmp_path) == lines(whole_dir)
@@ -94,14 +94,14 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
-    config = make_digits(train__lr=1e30, train__warmup_steps=3, train__steps=8, log__every=3)
+    config = make_digits(**QUICK, train__lr=1e30, train__warmup_steps=3, train__steps=8, log__every=3)
     with pytest.raises(TrainingError, match="not finite in steps? 2.*there is no checkpoint yet"):
         train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
-    train(make_digits(train__steps=2), tmp_path)
+    train(make_digits(**QUICK, train__steps=2), tmp_path)
     import unittest.mock
 
     from marjax.training import loop
@@ -119,9 +119,9 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
 
     with (unittest.mock.patch.object(loop, "make_train_step", poisoned),
           pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2")):
-        train(make_digits(train__steps=8), tmp_path)
+        train(make_digits(**QUICK, train__steps=8), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
-    assert int(train(make_digits(train__steps=8), tmp_path).step) == 8
+    assert int(train(make_digits(**QUICK, train__steps=8), tmp_path).step) == 8
 
 
 def test_refusals_before_anything_is_written(tmp_path):
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_shape_is_refused(undisturbed, tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"width": 32', '"width": 64'))
     with pytest.raises(UserError, match="checkpoint of another model"):
-        train(make_digits(model__width=64, model__denoiser__width=64), tmp_path)
+        train(make_digits(**QUICK, model__width=64, model__denoiser__width=64), tmp_path)
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -176,15 +176,15 @@ def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
         return following(self)
 
     monkeypatch.setattr(Batches, "__next__", slow)
-    train(make_digits(), tmp_path / "slow")
+    train(make_digits(**QUICK), tmp_path / "slow")
     assert share(tmp_path / "slow") > 0.6 > share(undisturbed[1])
 
 
 def test_a_trace_of_some_steps(tmp_path):
     with pytest.raises(UserError, match=r"steps 3:9 cannot be traced: the run goes from step 1 to 4"):
-        train(make_digits(), tmp_path / "run", profile=(3, 9))
-    train(make_digits(), tmp_path / "run", profile=(2, 3))
+        train(make_digits(**QUICK), tmp_path / "run", profile=(3, 9))
+    train(make_digits(**QUICK), tmp_path / "run", profile=(2, 3))
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
-    train(make_digits(), tmp_path / "run", profile=(2, 3))  # again, after a preemption: those steps are behind
+    train(make_digits(**QUICK), tmp_path / "run", profile=(2, 3))  # again, after a preemption: those steps are behind
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
