@@ -64,6 +64,16 @@ MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"
           ("ar", "regression")]
 
 
+def dotted(fields):
+    """{"train__steps": 2} as {"train.steps": 2}, which overrides and overlays are given as."""
+    return {key.replace("__", "."): value for key, value in fields.items()}
+
+
+def flags(fields):
+    """The same as arguments of the command line."""
+    return [f"--config.{key}={value}" for key, value in dotted(fields).items()]
+
+
 # Fields of a model that is traced in half the time of a masked one with a denoiser.
 QUICK = {"model__variant": "ar", "model__head": "regression", "sample__num_iter": 16}
 
@@ -126,8 +136,7 @@ def make_digits(**overrides):
     """The debug form of the digits config, made smaller still; `train__steps=2` sets train.steps."""
     small = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
              "log.samples_every": 0, "log.tensorboard": False, "log.progress": False}
-    given = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_lib.apply_overrides(config_lib.load(f"{DIGITS}:debug"), small | given)
+    return config_lib.apply_overrides(config_lib.load(f"{DIGITS}:debug"), small | dotted(overrides))
 
 
 def parity(name):

@@ -4,15 +4,14 @@ import json
 import sys
 
 import numpy as np
-from conftest import DIGITS, QUICK
+from conftest import DIGITS, QUICK, flags
 from etils import epath
 
 from marjax import cli
 
 SMALL = ["--config.train.warmup_steps=1", "--config.checkpoint.every=2", "--config.log.every=1",
          "--config.log.samples_every=0", "--config.log.tensorboard=False", "--config.log.progress=False",
-         "--config.train.schedule=constant",
-         *(f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items())]
+         "--config.train.schedule=constant", *flags(QUICK)]
 
 
 def main(file):

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, dotted
 
 from marjax import config as config_lib
 from marjax import sharding
@@ -154,8 +154,7 @@ def test_workdir_keeps_its_config(tmp_path):
     assert read_workdir(tmp_path / "run") == config
 
     def start(**fields):
-        given = {key.replace("__", "."): value for key, value in fields.items()}
-        claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, given)))
+        claim_workdir(tmp_path / "run", config_lib.resolve(config_lib.apply_overrides(config, dotted(fields))))
 
     with pytest.raises(UserError, match=r"seed \(was 0, now 1\), train.lr \(was 0.002, now 0.003\)"):
         start(train__lr=0.003, seed=1)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, ROOT, make_digits
+from conftest import DIGITS, QUICK, ROOT, flags, make_digits
 from slurm_cluster import slurm
 
 from marjax import train
@@ -108,8 +108,7 @@ def jobs(cluster, array):
     numbers["run"] = submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
                             cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
                             "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
-                            "--config.log.tensorboard=false", "--config.log.progress=false",
-                            *(f"--config.{key.replace('__', '.')}={value}" for key, value in QUICK.items()),
+                            "--config.log.tensorboard=false", "--config.log.progress=false", *flags(QUICK),
                             JAX_NUM_CPU_DEVICES="2")
     log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
     stop(cluster, numbers["run"])

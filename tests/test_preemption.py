@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK
+from conftest import DIGITS, QUICK, dotted, flags
 from processes import Run, command, steps_of
 
 from marjax.errors import LOST_PEER, PREEMPTED
@@ -25,10 +25,8 @@ DIFFUSION = {"model__variant": "ar", "sample__num_iter": 16}
 def arguments(workdir, steps, every, model=QUICK, **fields):
     """Of `marjax train`, for a run that begins in a moment."""
     fields = {"train.steps": steps, "train.warmup_steps": 1, "checkpoint.every": every, "log.every": 1,
-              "log.samples_every": 0, "log.tensorboard": "false", "log.progress": "false",
-              **{key.replace("__", "."): value for key, value in (model | fields).items()}}
-    return ["train", "--config", f"{DIGITS}:debug", "--workdir", workdir,
-            *(f"--config.{key}={value}" for key, value in fields.items())]
+              "log.samples_every": 0, "log.tensorboard": "false", "log.progress": "false", **dotted(model | fields)}
+    return ["train", "--config", f"{DIGITS}:debug", "--workdir", workdir, *flags(fields)]
 
 
 def lines(workdir):

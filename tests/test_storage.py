@@ -9,7 +9,7 @@ from http import server
 
 import jax
 import pytest
-from conftest import DIGITS, QUICK, ROOT
+from conftest import DIGITS, QUICK, ROOT, dotted
 from fake_gcs import FakeGcs
 
 from marjax import cli, metrics, storage
@@ -175,7 +175,7 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
     pytest.importorskip("gcsfs")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the logs of points are while they run
     overlay = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
-               **{key.replace("__", "."): value for key, value in QUICK.items()}}
+               **dotted(QUICK)}
     file = tmp_path / "sweep.py"
     file.write_text(f'CONFIG = {DIGITS + ":debug"!r}\n\ndef get_sweep():\n    yield "point", {overlay!r}\n\n'
                     'def measure(workdir, root):\n    return [{"score": 0.5}]\n')

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, make_digits
+from conftest import DIGITS, QUICK, dotted, make_digits
 
 from marjax import cli
 from marjax import config as config_lib
@@ -24,8 +24,7 @@ from marjax.sweep.points import Plan, checked, fingerprint
 from marjax.sweep.rows import columns, to_csv, to_markdown
 
 SMALL = {"train.steps": 2, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1, "log.samples_every": 0,
-         "log.tensorboard": False, "log.progress": False,
-         **{key.replace("__", "."): value for key, value in QUICK.items()}}
+         "log.tensorboard": False, "log.progress": False, **dotted(QUICK)}
 
 FILE = f"""
 from marjax.sweep import Point, Sweep

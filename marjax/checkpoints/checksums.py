@@ -45,6 +45,7 @@ def _words(x: jax.Array) -> list[jax.Array]:
     return [lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)]
 
 
+@jax.jit  # so that large arrays of one shape are traced once
 def _sums(x: jax.Array) -> jax.Array:
     """The two sums of one array, (2,) uint32, in one pass: the seeds are a leading axis of the one reduction."""
     # Indices wrap after 2**32 words, which only means that two elements that far apart could swap places unnoticed.
