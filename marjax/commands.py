@@ -178,14 +178,14 @@ def convert(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         if given.tokenizer is None or given.weights or overrides:
             raise UserError("give --checkpoint FILE; a tokenizer alone takes only --tokenizer FILE and --out "
                             "FILE.safetensors")
-        from marjax.checkpoints.convert_tokenizer import convert_tokenizer
+        from marjax.interop.convert_tokenizer import convert_tokenizer
 
         made, is_new = convert_tokenizer(given.tokenizer, given.out)
         scale = "an unknown scale (config.tokenizer.autoencoder.scale)" if made.scale is None else f"scale {made.scale}"
         print(f"{given.out}{'' if is_new else ' is there already'}: tokenizer {made.name}, stride {made.spec.stride}, "
               f"{made.spec.embed_dim} channels, {scale}")
         return
-    from marjax.checkpoints.convert import convert
+    from marjax.interop.convert import convert
 
     done = convert(given.checkpoint, given.out, weights=given.weights, tokenizer=given.tokenizer, overrides=overrides)
     model, sample = done.config.model, done.config.sample
@@ -200,7 +200,7 @@ def convert(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def export(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
-    from marjax.checkpoints.export import export
+    from marjax.interop.export import export
 
     made = export(given.workdir, given.out, weights=given.weights, step=given.step)
     print(f"{given.out}: {made['weights']} weights of step {made['step']}")

@@ -13,15 +13,15 @@ from test_pytorch import Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
 from marjax import orders, sample, sharding, train
-from marjax.checkpoints import reference, weights_file
-from marjax.checkpoints.convert import convert
-from marjax.checkpoints.convert_tokenizer import convert_tokenizer, read_autoencoder
-from marjax.checkpoints.export import export
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import SampleRandomness, generate
+from marjax.interop import reference, weights_file
+from marjax.interop.convert import convert
+from marjax.interop.convert_tokenizer import convert_tokenizer, read_autoencoder
+from marjax.interop.export import export
 from marjax.models import generator as generator_lib
 from marjax.models.diffusion_head import SampleNoise
 from marjax.tokenizers import autoencoder_file, open_tokenizer
@@ -475,7 +475,7 @@ def ldm(tmp_path, extra):
 
 
 def test_an_ldm_checkpoint(tmp_path, monkeypatch):
-    from marjax.checkpoints import convert_tokenizer as module
+    from marjax.interop import convert_tokenizer as module
 
     content = dict(weights_file.read(VAE).content["model"])
     noise = weights_file.read(ldm(tmp_path, ["loss.logvar", "discriminator.main.0.weight"])).content

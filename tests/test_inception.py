@@ -14,11 +14,11 @@ from parity.seeded_weights import seeded_array
 from safetensors.numpy import save_file
 from test_pytorch import storage, tensor, write_zip
 
-from marjax.checkpoints import weights_file
 from marjax.errors import UserError
 from marjax.evaluation import inception, inception_file
 from marjax.evaluation.inception import Network, layers, resize
 from marjax.evaluation.inception_file import SOURCES, cache_path, checksum, convert_inception, open_inception
+from marjax.interop import weights_file
 
 LAYERS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import PARITY, parity
 
-from marjax.checkpoints import unpickle, weights_file
-from marjax.checkpoints.weights_file import read
 from marjax.errors import UserError
+from marjax.interop import unpickle, weights_file
+from marjax.interop.weights_file import read
 
 FILES = PARITY / "checkpoints"
 
@@ -381,7 +381,7 @@ HOSTILE = {
     "dots": (Global("torch._utils", "_rebuild_tensor_v2.__globals__"), r"_rebuild_tensor_v2.__globals__'"),
     "dots in the stack": (Raw(opcodes("torch") + opcodes("_utils._rebuild_tensor_v2") + b"\x93"), "refused"),
     "a name that is none": (Raw(opcodes(7) + opcodes("x") + b"\x93"), "a name that is no text"),
-    "our own": (Global("marjax.checkpoints.pytorch", "read"), "asks for 'marjax.checkpoints.pytorch.read'"),
+    "our own": (Global("marjax.interop.pytorch", "read"), "asks for 'marjax.interop.pytorch.read'"),
     "torch.load": (Call(Global("torch", "load"), ("x",)), "asks for 'torch.load'"),
     "_reconstructor": (Call(Global("copyreg", "_reconstructor"), (1, 2)), "asks for 'copyreg._reconstructor'"),
     "a partial": (Call(Global("functools", "partial"), (SYSTEM, "x")), "asks for 'functools.partial'"),

@@ -12,10 +12,10 @@ from parity.seeded_weights import seeded_array
 
 from marjax import config as config_lib
 from marjax import orders
-from marjax.checkpoints import names
 from marjax.generation.sampler import SampleRandomness, generate
 from marjax.heads import diffusion
 from marjax.heads.diffusion import LossNoise
+from marjax.interop import names
 from marjax.models import generator as generator_lib
 from marjax.models.diffusion_head import SampleNoise
 from marjax.models.generator import LossRandomness

@@ -15,12 +15,12 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
-from marjax.checkpoints import weights_file
-from marjax.checkpoints.pytorch import Tensor
 from marjax.errors import UserError
 from marjax.evaluation.inception import BN_EPSILON, Inception, abstract_params
 from marjax.files import write_bytes
 from marjax.generation.images import make_folder
+from marjax.interop import weights_file
+from marjax.interop.pytorch import Tensor
 
 KEY = "marjax"
 KIND = "inception"

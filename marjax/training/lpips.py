@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marjax.checkpoints import weights_file
-from marjax.checkpoints.pytorch import Tensor
 from marjax.errors import UserError
+from marjax.interop import weights_file
+from marjax.interop.pytorch import Tensor
 
 # Channels of the convolutions of VGG16, block by block; a block's last output is compared, and then pooled.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

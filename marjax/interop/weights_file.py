@@ -12,9 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from marjax.checkpoints import pytorch
-from marjax.checkpoints.pytorch import AGAIN, Tensor
 from marjax.errors import UserError
+from marjax.interop import pytorch
+from marjax.interop.pytorch import AGAIN, Tensor
 
 _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file that it points to: run git lfs pull in its "

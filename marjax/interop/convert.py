@@ -19,12 +19,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
-from marjax.checkpoints import names, reference, weights_file
-from marjax.checkpoints.convert_tokenizer import Autoencoder, holds, read_autoencoder, write_tokenizer
 from marjax.checkpoints.manager import Checkpoints
-from marjax.checkpoints.pytorch import Tensor
 from marjax.errors import UserError
 from marjax.files import claimed
+from marjax.interop import names, reference, weights_file
+from marjax.interop.convert_tokenizer import Autoencoder, holds, read_autoencoder, write_tokenizer
+from marjax.interop.pytorch import Tensor
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import init_unboxed

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from marjax import config as config_lib
-from marjax.checkpoints import names, reference
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
+from marjax.interop import names, reference
 from marjax.models import generator as generator_lib
 from marjax.training.state import init_unboxed
 from marjax.workdir import read_workdir

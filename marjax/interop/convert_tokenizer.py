@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from marjax.checkpoints import weights_file
-from marjax.checkpoints.pytorch import Tensor
-from marjax.checkpoints.reference import tokenizer_name
 from marjax.errors import UserError
+from marjax.interop import weights_file
+from marjax.interop.pytorch import Tensor
+from marjax.interop.reference import tokenizer_name
 from marjax.tokenizers import autoencoder_file
 from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
 from marjax.tokenizers.spec import AUTOENCODERS, Spec

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from marjax.checkpoints import unpickle
-from marjax.checkpoints.unpickle import Function, PickleError
 from marjax.errors import UserError
+from marjax.interop import unpickle
+from marjax.interop.unpickle import Function, PickleError
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before 1.6
 _MAX_DIMS = 32
