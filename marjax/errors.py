@@ -47,3 +47,9 @@ def causes(error: BaseException) -> list[BaseException]:
         chain.append(following)
         following = following.__cause__ or following.__context__
     return chain
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """A foreign text for an error message: on one line, without control characters, and short."""
+    head = text[:length] + "..." * (len(text) > length)
+    return head if head.isprintable() else head.encode("unicode_escape").decode()

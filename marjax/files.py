@@ -1,9 +1,12 @@
 """Files that are there as a whole or not at all, and folders that one process at a time writes."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
+from typing import BinaryIO, cast
 
 from etils import epath
 
@@ -50,6 +53,29 @@ def write_text(path: str, text: str) -> None:
             os.remove(partial)
         raise TrainingError(f"{path} cannot be written ({error.strerror or error}): make room, then start the same "
                             f"again") from None
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file, local or gs://, for reading; never waits for a writer, as a named pipe in its place would.
+
+    Raises:
+      OSError: it cannot be opened, or is a folder, pipe or device.
+    """
+    if is_remote(path):
+        return cast(BinaryIO, epath.Path(path).open("rb"))
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a null character, or one that no encoding has
+        raise OSError(errno.EINVAL, "its name has characters that no file has") from None
+    try:
+        mode = os.fstat(number).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+        return open(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
 
 
 def sync(path: str) -> None:

@@ -1,0 +1,212 @@
+"""JSON that this program reads: one check of size, encoding and shape for all of it.
+
+A shape is plain Python:
+
+    int, float, bool, str, dict, list   a value of that type; a bool is no int, and a float may be written as an integer
+    None                                null
+    object                              anything
+    range(1, 100)                       an integer in that range
+    {"ema", "raw"}                      one of these values
+    {"name": shape, "note?": shape}     an object with these members, of which note may be missing; others are ignored
+    {str: shape}                        an object whose members all have that shape
+    [shape]                             an array of such values
+    (shape, shape)                      a value of either shape
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from typing import Any
+
+from marjax.errors import UserError, shortened
+from marjax.files import open_regular
+from marjax.storage import explain
+
+MAX_BYTES = 16 << 20
+_MAX_DEPTH = 100  # arrays and objects in each other; recursive code fails at some hundreds
+_MAX_INT = 1 << 64
+_REQUIRED = object()
+_NAMES: dict[Any, str] = {
+    int: "an integer", float: "a finite number", bool: "true or false", str: "a string", dict: "an object",
+    list: "an array", None: "null"}
+
+
+def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str, missing: Any = _REQUIRED,
+              allow_nan: bool = False, max_bytes: int = MAX_BYTES) -> Any:
+    """Reads a JSON file, local or gs://, and checks it.
+
+    Args:
+      path: of the file, UTF-8 with or without a byte order mark.
+      shape: what it must hold, see the module.
+      advice: what the user can do about a wrong file; the end of every error.
+      missing: returned if there is no such file; without it, that is an error.
+      allow_nan: accept NaN and Infinity.
+      max_bytes: refuse a longer file before it is parsed.
+
+    Returns:
+      What `json.loads` returns. Integers have at most 64 bits, numbers are finite unless `allow_nan`, and no object
+      has a member twice.
+
+    Raises:
+      UserError: the file is missing, cannot be read, is no JSON, or a value has another shape, which is named.
+      StorageError: gs:// does not answer.
+    """
+    where = os.fspath(path)
+    try:
+        with open_regular(path) as file:
+            data = file.read(max_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        if missing is not _REQUIRED:
+            return missing
+        raise UserError(f"{where} does not exist; {advice}") from None
+    except MemoryError:
+        raise UserError(f"{where} needs more memory than there is; {advice}") from None
+    except Exception as error:
+        if (explained := explain(error)) is not None:
+            raise explained from None
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{where} cannot be read ({error.strerror or error}); {advice}") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{where} has more than {max_bytes} bytes, which no such file has; {advice}")
+    return parse_json(data, shape, where=where, advice=advice, allow_nan=allow_nan)
+
+
+def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: str, allow_nan: bool = False) -> Any:
+    """The same for JSON that is already in memory.
+
+    Args:
+      text: the JSON; bytes are UTF-8.
+      shape: see the module.
+      where: what it is, such as a path or "line 3 of PATH"; the start of every error.
+      advice: see `read_json`.
+      allow_nan: see `read_json`.
+
+    Raises:
+      UserError: see `read_json`.
+    """
+    def constant(name: str) -> float:
+        if not allow_nan:
+            raise ValueError(f"{name} is no JSON number")
+        return float(name)
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value) and not allow_nan:
+            raise ValueError(f"the number {digits[:20]} is too large")
+        return value
+
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        content = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=constant,
+                             object_pairs_hook=_object)
+        _check_depth(content)
+    except RecursionError:
+        raise UserError(f"{where} is nested deeper than {_MAX_DEPTH} levels; {advice}") from None
+    except MemoryError:
+        raise UserError(f"{where} needs more memory than there is; {advice}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}); {advice}") from None
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON ({error}); {advice}") from None
+    check_json(content, shape, where=where, advice=advice)
+    return content
+
+
+def check_json(content: Any, shape: Any, *, where: str, advice: str) -> None:
+    """Checks parsed JSON against a shape. Raises UserError: a value has another shape, which is named."""
+    found = _misfit(content, shape, "")
+    if found is not None:
+        name, value, expected = found
+        raise UserError(f"{where}: {name.removeprefix('.') or 'the content'} is {value}, expected {expected}; {advice}")
+
+
+def _misfit(value: Any, shape: Any, name: str) -> tuple[str, str, str] | None:
+    """The name of the first value with another shape, what it is and what is expected; None if all is right."""
+    if isinstance(shape, tuple):
+        misfits = [_misfit(value, each, name) for each in shape]
+        if None in misfits:
+            return None
+        inner = [misfit for misfit in misfits if misfit is not None and misfit[0] != name]
+        return inner[0] if inner else (name, _shown(value), " or ".join(_expected(each) for each in shape))
+    if isinstance(shape, dict) and isinstance(value, dict):
+        if str in shape:
+            members = [(key, key, shape[str]) for key in value]
+        else:
+            members = [(key, key.removesuffix("?"), each) for key, each in shape.items()]
+        for written, key, each in members:
+            inside = f"{name}.{shortened(key)}"
+            if key not in value:
+                if written == key:
+                    return inside, "missing", _expected(each)
+            elif (found := _misfit(value[key], each, inside)) is not None:
+                return found
+        return None
+    if isinstance(shape, list) and isinstance(value, list):
+        for index, item in enumerate(value):
+            if (found := _misfit(item, shape[0], f"{name}[{index}]")) is not None:
+                return found
+        return None
+    return None if _fits(value, shape) else (name, _shown(value), _expected(shape))
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if shape is object:
+        return True
+    if shape is None:
+        return value is None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(shape, range):
+        return whole and value in shape
+    if isinstance(shape, set | frozenset):
+        return any(type(value) is type(each) and value == each for each in shape)
+    if shape is int:
+        return whole and -(1 << 63) <= value < 1 << 63
+    if shape is float:
+        return whole or isinstance(value, float)
+    return isinstance(shape, type) and isinstance(value, shape)
+
+
+def _expected(shape: Any) -> str:
+    if isinstance(shape, range):
+        return f"an integer from {shape.start} to {shape.stop - 1}"
+    if isinstance(shape, set | frozenset):
+        return " or ".join(sorted(json.dumps(each) for each in shape))
+    if isinstance(shape, dict | list):
+        return _NAMES[type(shape)]
+    if isinstance(shape, tuple):
+        return " or ".join(_expected(each) for each in shape)
+    return _NAMES.get(shape, "a value")
+
+
+def _shown(value: Any) -> str:
+    """A foreign value in an error: on one line, and short."""
+    if isinstance(value, dict | list):
+        return _NAMES[type(value)]
+    return shortened(json.dumps(value))
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 21 or abs(int(digits)) >= _MAX_INT:
+        raise ValueError(f"the integer {digits[:20]}... has more than 64 bits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"the member {shortened(twice)!r} is there twice")
+    return made
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [each for value in level if isinstance(value, dict | list)
+                 for each in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return
+    raise RecursionError

@@ -1,0 +1,247 @@
+"""NumPy's files from anyone: nothing in them runs, and their sizes are checked before anything is allocated.
+
+`np.load` allocates what a header claims, whatever the file holds. Here a member's header must agree with the member's
+size, and that with the size of the file.
+"""
+
+import contextlib
+import io
+import math
+import os
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from marjax.errors import UserError, shortened
+from marjax.files import open_regular
+from marjax.storage import explain
+
+MAX_RATIO = 100  # of a compressed member's size to its bytes in the file
+_SMALL = 64 << 20  # bytes, to which a member may be expanded whatever the ratio
+_MAX_DIRECTORY = 4 << 20  # bytes of the list of members
+_MAX_HEADER = 10_000  # bytes, as in NumPy
+_MAX_DIMS = 32
+_BLOCK = 1 << 20
+_KINDS = {"b": "booleans", "i": "integers", "u": "unsigned integers", "f": "floats", "U": "text", "S": "bytes",
+          "c": "complex numbers"}
+
+# What an array must be: the letters of `np.dtype.kind` that are allowed, and the number of dimensions or None for any.
+Kind = tuple[str, int | None]
+PLAIN = "biufUS"
+NUMBERS = "iuf"
+
+
+class Header(NamedTuple):
+    """Of one array: its shape and dtype, whether its first axis runs fastest, and its bytes before and of the data."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran: bool
+    start: int
+    nbytes: int
+
+
+def read_npz(path: str | os.PathLike[str], arrays: Mapping[str, Kind] | None = None, *, advice: str,
+             max_ratio: int = MAX_RATIO) -> dict[str, np.ndarray]:
+    """Reads arrays of an npz file, local or gs://.
+
+    Args:
+      path: of the file.
+      arrays: what to read, such as {"mu": ("f", 1), "meta?": ("U", 0)}: name to kinds and number of dimensions; an
+        array whose name ends in ? may be missing. By default all of them, of any kind.
+      advice: what the user can do about a wrong file; the end of every error.
+      max_ratio: refuse a member over 64 MiB that is compressed further than this.
+
+    Returns:
+      The arrays that are there, by name, in C order and this machine's byte order.
+
+    Raises:
+      UserError: the file is missing, cannot be read, is no npz file or damaged, or an array is missing or another
+        than `arrays` says.
+      StorageError: gs:// does not answer.
+    """
+    with NpzFile(path, advice=advice, max_ratio=max_ratio) as file:
+        wanted = arrays if arrays is not None else dict.fromkeys(file.names, (PLAIN, None))
+        return {name: file.read(name, kind) for name, kind in
+                ((key.removesuffix("?"), kind) for key, kind in wanted.items()
+                 if not key.endswith("?") or key[:-1] in file.names)}
+
+
+def read_npy(path: str | os.PathLike[str], kind: Kind = (PLAIN, None), *, advice: str) -> np.ndarray:
+    """Reads an npy file, local or gs://. Raises UserError and StorageError as `read_npz` does."""
+    where = os.fspath(path)
+    with _explained(where, advice), open_regular(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return _read(file, _header(file, size, where, kind, advice), where, advice)
+
+
+class NpzFile:
+    """An open npz file, whose arrays are read one by one; to be used in a `with`.
+
+    Attributes:
+      path: of the file.
+      names: of its arrays, in the order of the file; other members are left out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, advice: str, max_ratio: int = MAX_RATIO) -> None:
+        """Reads the list of members; see `read_npz`. Raises UserError, StorageError."""
+        self.path, self._advice, self._max_ratio = os.fspath(path), advice, max_ratio
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack, _explained(self.path, advice):
+            file = stack.enter_context(open_regular(path))
+            self._size = file.seek(0, io.SEEK_END)
+            _check_directory(file, self._size, self.path, advice)
+            self._archive = stack.enter_context(zipfile.ZipFile(file))
+            self._stack = stack.pop_all()
+        members = [info for info in self._archive.infolist() if info.filename.endswith(".npy")]
+        self._members = {info.filename.removesuffix(".npy"): info for info in members}
+        self.names = tuple(self._members)
+        if len(members) > len(self._members):
+            self._stack.close()
+            raise UserError(f"{self.path} is damaged: it has two arrays of one name; {advice}")
+
+    def __enter__(self) -> "NpzFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+    def header(self, name: str, kind: Kind = (PLAIN, None)) -> Header:
+        """Of an array, which is not read. Raises UserError as `read_npz` does."""
+        with self._opened(name, kind) as (_, header):
+            return header
+
+    def read(self, name: str, kind: Kind = (PLAIN, None)) -> np.ndarray:
+        """An array, in C order. Raises UserError as `read_npz` does."""
+        with self._opened(name, kind) as (file, header):
+            return _read(file, header, f"{self.path}: {shortened(name)}", self._advice)
+
+    @contextlib.contextmanager
+    def stream(self, name: str, kind: Kind = (PLAIN, None)) -> Iterator[tuple[BinaryIO, Header]]:
+        """An array's data as a file that is positioned at its start, to read a part at a time.
+
+        What reading it raises becomes a UserError, as in `read_npz`.
+        """
+        with self._opened(name, kind) as found:
+            yield found
+
+    @contextlib.contextmanager
+    def _opened(self, name: str, kind: Kind) -> Iterator[tuple[BinaryIO, Header]]:
+        where, advice, info = f"{self.path}: {shortened(name)}", self._advice, self._members.get(name)
+        if info is None:
+            names = ", ".join(shortened(each) for each in self.names[:20])
+            raise UserError(f"{self.path} has no array {shortened(name)}, only {names or 'none at all'}; {advice}")
+        if info.flag_bits & 1:
+            raise UserError(f"{where} is encrypted; {advice}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{where} is compressed by method {info.compress_type}, expected none or deflate, as in "
+                            f"np.savez; {advice}")
+        stored = info.compress_type == zipfile.ZIP_STORED
+        if info.header_offset + info.compress_size > self._size or (stored and info.compress_size != info.file_size):
+            raise UserError(f"{where} is damaged (its size cannot be right); {advice}")
+        if info.file_size > max(_SMALL, self._max_ratio * info.compress_size):
+            raise UserError(f"{where} is compressed more than {self._max_ratio} times, to {info.file_size} bytes; "
+                            f"{advice}")
+        with _explained(where, advice), self._archive.open(info) as file:
+            yield file, _header(file, info.file_size, where, kind, advice)  # type: ignore[arg-type, misc]
+
+
+def _check_directory(file: BinaryIO, size: int, path: str, advice: str) -> None:
+    """Refuses a list of members that would itself fill the memory."""
+    file.seek(max(0, size - (1 << 16) - 1024))
+    tail = file.read()
+    end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    if end < 0 or len(tail) < end + 16:
+        begins = "an npy file, one array" if _begins(file) == b"\x93NUMPY" else "no npz file, or its end is missing"
+        raise UserError(f"{path} is {begins}; {advice}")
+    length, = struct.unpack_from("<L", tail, end + 12)
+    if 0 <= end64 <= len(tail) - 48:
+        length = max(0 if length == 0xFFFFFFFF else length, *struct.unpack_from("<Q", tail, end64 + 40))
+    if length > _MAX_DIRECTORY:
+        raise UserError(f"{path} has a list of members of {length} bytes, expected a few arrays; {advice}")
+
+
+def _begins(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(6)
+
+
+def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> Header:
+    """Reads the header of an array of which `size` bytes are there, and checks it. Raises UserError."""
+    start = file.read(12)
+    major, length = start[6:7], 0
+    if start[:6] != b"\x93NUMPY" or len(start) < 12 or major not in (b"\1", b"\2", b"\3"):
+        raise UserError(f"{where} is no array in NumPy's format; {advice}")
+    prefix, format_ = (10, "<H") if major == b"\1" else (12, "<L")
+    length, = struct.unpack_from(format_, start, 8)
+    if length > _MAX_HEADER:
+        raise UserError(f"{where} has a header of {length} bytes, expected at most {_MAX_HEADER}; {advice}")
+    data = io.BytesIO(start + file.read(prefix + length - 12))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            version = np.lib.format.read_magic(data)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(data, max_header_size=_MAX_HEADER)
+    except Exception as error:  # it evaluates a literal and makes a dtype: there is little that it cannot raise
+        raise UserError(f"{where} has a damaged header ({shortened(str(error))}); {advice}") from None
+    if dtype.hasobject:
+        raise UserError(f"{where} holds pickled objects, which could run code; {advice}")
+    kinds, ndim = kind
+    if dtype.kind not in kinds or dtype.names or dtype.itemsize == 0:
+        allowed = " or ".join(_KINDS[each] for each in kinds)
+        raise UserError(f"{where} holds {shortened(str(dtype))}, expected {allowed}; {advice}")
+    if len(shape) > _MAX_DIMS or (ndim is not None and len(shape) != ndim) or any(axis < 0 for axis in shape):
+        raise UserError(f"{where} has the shape {shortened(str(shape))}, expected "
+                        f"{f'at most {_MAX_DIMS}' if ndim is None else ndim} dimensions; {advice}")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if data.tell() + nbytes != size or max(shape, default=0) >= 1 << 48:
+        raise UserError(f"{where} is damaged: it has {size - data.tell()} bytes, its header says "
+                        f"{shortened(str(shape))} of {dtype}; {advice}")
+    return Header(tuple(map(int, shape)), dtype, bool(fortran), data.tell(), nbytes)
+
+
+def _read(file: BinaryIO, header: Header, where: str, advice: str) -> np.ndarray:
+    data = bytearray(header.nbytes)
+    view, done = memoryview(data), 0
+    while done < header.nbytes:
+        block = file.read(min(_BLOCK, header.nbytes - done))
+        if not block:
+            raise UserError(f"{where} is damaged: it ends after {done} of {header.nbytes} bytes; {advice}")
+        view[done:done + len(block)] = block
+        done += len(block)
+    file.read(1)  # at its end, the member's checksum is compared
+    if not header.nbytes:
+        return np.zeros(header.shape, header.dtype)
+    flat = np.frombuffer(data, header.dtype)
+    flat = flat.astype(header.dtype.newbyteorder("="), copy=False)
+    if header.dtype.kind == "U" and flat.view(np.uint32).max() > 0x10FFFF:
+        raise UserError(f"{where} is damaged: it holds text of characters that there are not; {advice}")
+    if header.fortran:
+        return np.ascontiguousarray(flat.reshape(header.shape[::-1]).T)
+    return flat.reshape(header.shape)
+
+
+@contextlib.contextmanager
+def _explained(where: str, advice: str) -> Iterator[None]:
+    """Turns what reading raises into a UserError: a damaged zip file raises almost anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{where} does not exist; {advice}") from None
+    except MemoryError:
+        raise UserError(f"{where} needs more memory than there is; {advice}") from None
+    except Exception as error:
+        if (explained := explain(error)) is not None:
+            raise explained from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise UserError(f"{where} cannot be read ({shortened(reason)}); {advice}") from None
