@@ -274,7 +274,8 @@ def stats(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def evaluate(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
-    from marjax.evaluation.evaluate import RECORD, Request, evaluate, table
+    from marjax.evaluation.evaluate import Request, evaluate, table
+    from marjax.evaluation.record import RECORD
 
     join(given)
     settings = {name: getattr(given, name).split(",") for name in EVALUATE_FIELDS if getattr(given, name) is not None}

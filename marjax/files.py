@@ -78,6 +78,37 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
+def read_whole(path: str | os.PathLike[str], max_bytes: int, *, advice: str) -> bytes:
+    """Reads a file that someone else may have put there, local or gs://; one that is longer is not read at all.
+
+    Args:
+      path: of the file.
+      max_bytes: the most that such a file can have.
+      advice: what the user can do; the end of every error.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is none.
+      UserError: it cannot be read, or is too long.
+      StorageError: gs:// does not answer.
+    """
+    try:
+        with open_regular(path) as file:
+            if file.seek(0, os.SEEK_END) > max_bytes:
+                raise UserError(f"{path} has more than {max_bytes} bytes, which no such file has; {advice}")
+            file.seek(0)
+            return file.read(max_bytes)
+    except (UserError, FileNotFoundError, NotADirectoryError):
+        raise
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is; {advice}") from None
+    except Exception as error:
+        if (explained := explain(error)) is not None:
+            raise explained from None
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from None
+
+
 def sync(path: str) -> None:
     """Waits until what was written to a file is on the disk."""
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""JSON that this program reads: one check of size, encoding and shape for all of it.
+r"""JSON that this program reads: one check of size, encoding and shape for all of it.
 
 A shape is plain Python:
 
@@ -7,8 +7,9 @@ A shape is plain Python:
     object                              anything
     range(1, 100)                       an integer in that range
     {"ema", "raw"}                      one of these values
+    re.compile(r"\w+")                  a string that matches as a whole
     {"name": shape, "note?": shape}     an object with these members, of which note may be missing; others are ignored
-    {str: shape}                        an object whose members all have that shape
+    {str: shape}                        an object whose members, but for those that are named too, all have that shape
     [shape]                             an array of such values
     (shape, shape)                      a value of either shape
 """
@@ -16,12 +17,12 @@ A shape is plain Python:
 import json
 import math
 import os
+import re
 from collections import Counter
 from typing import Any
 
 from marjax.errors import UserError, shortened
-from marjax.files import open_regular
-from marjax.storage import explain
+from marjax.files import read_whole
 
 MAX_BYTES = 16 << 20
 _MAX_DEPTH = 100  # arrays and objects in each other; recursive code fails at some hundreds
@@ -54,22 +55,11 @@ def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str,
     """
     where = os.fspath(path)
     try:
-        with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
+        data = read_whole(path, max_bytes, advice=advice)
     except (FileNotFoundError, NotADirectoryError):
         if missing is not _REQUIRED:
             return missing
         raise UserError(f"{where} does not exist; {advice}") from None
-    except MemoryError:
-        raise UserError(f"{where} needs more memory than there is; {advice}") from None
-    except Exception as error:
-        if (explained := explain(error)) is not None:
-            raise explained from None
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(f"{where} cannot be read ({error.strerror or error}); {advice}") from None
-    if len(data) > max_bytes:
-        raise UserError(f"{where} has more than {max_bytes} bytes, which no such file has; {advice}")
     return parse_json(data, shape, where=where, advice=advice, allow_nan=allow_nan)
 
 
@@ -101,13 +91,15 @@ def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: st
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         content = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=constant,
                              object_pairs_hook=_object)
-        _check_depth(content)
+        _check_all(content)
     except RecursionError:
         raise UserError(f"{where} is nested deeper than {_MAX_DEPTH} levels; {advice}") from None
     except MemoryError:
         raise UserError(f"{where} needs more memory than there is; {advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}); {advice}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has half of a surrogate pair as a character; {advice}") from None
     except ValueError as error:
         raise UserError(f"{where} is no JSON ({error}); {advice}") from None
     check_json(content, shape, where=where, advice=advice)
@@ -131,11 +123,10 @@ def _misfit(value: Any, shape: Any, name: str) -> tuple[str, str, str] | None:
         inner = [misfit for misfit in misfits if misfit is not None and misfit[0] != name]
         return inner[0] if inner else (name, _shown(value), " or ".join(_expected(each) for each in shape))
     if isinstance(shape, dict) and isinstance(value, dict):
-        if str in shape:
-            members = [(key, key, shape[str]) for key in value]
-        else:
-            members = [(key, key.removesuffix("?"), each) for key, each in shape.items()]
-        for written, key, each in members:
+        named = [(key, key.removesuffix("?"), each) for key, each in shape.items() if key is not str]
+        known = {key for _, key, _ in named}
+        others = [(key, key, shape[str]) for key in value if key not in known] if str in shape else []
+        for written, key, each in (*named, *others):
             inside = f"{name}.{shortened(key)}"
             if key not in value:
                 if written == key:
@@ -161,6 +152,8 @@ def _fits(value: Any, shape: Any) -> bool:
         return whole and value in shape
     if isinstance(shape, set | frozenset):
         return any(type(value) is type(each) and value == each for each in shape)
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and shape.fullmatch(value) is not None
     if shape is int:
         return whole and -(1 << 63) <= value < 1 << 63
     if shape is float:
@@ -173,6 +166,8 @@ def _expected(shape: Any) -> str:
         return f"an integer from {shape.start} to {shape.stop - 1}"
     if isinstance(shape, set | frozenset):
         return " or ".join(sorted(json.dumps(each) for each in shape))
+    if isinstance(shape, re.Pattern):
+        return f"a string like {shape.pattern}"
     if isinstance(shape, dict | list):
         return _NAMES[type(shape)]
     if isinstance(shape, tuple):
@@ -202,11 +197,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _check_depth(content: Any) -> None:
+def _check_all(content: Any) -> None:
+    """Raises RecursionError and UnicodeEncodeError: nested too deeply, or text that could not be written again."""
     level = [content]
     for _ in range(_MAX_DEPTH):
+        for value in level:
+            if isinstance(value, str):
+                value.encode("utf-8", "surrogateescape")
         level = [each for value in level if isinstance(value, dict | list)
-                 for each in (value.values() if isinstance(value, dict) else value)]
+                 for each in ((*value, *value.values()) if isinstance(value, dict) else value)]
         if not level:
             return
     raise RecursionError

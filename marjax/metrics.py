@@ -22,8 +22,10 @@ from marjax.errors import StorageError, UserError
 from marjax.events import Events
 from marjax.files import write_bytes
 from marjax.generation.images import write_png
+from marjax.metrics_file import METRICS, read_metrics
 from marjax.storage import explain, is_remote
 
+FOREIGN = "metrics-foreign.txt"
 _REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object store
 
 
@@ -45,7 +47,7 @@ class MetricWriter(Closing):
         self._root = epath.Path(workdir)
         self._events: Events | None = None
         self._bar: Any = None
-        self._path = self._root / "metrics.jsonl"
+        self._path = self._root / METRICS
         self._pool = ThreadPoolExecutor(1, "marjax-metrics")
         self._writes: list[Future[None]] = []
         self._unwritten = self._lines_wait = False
@@ -57,7 +59,7 @@ class MetricWriter(Closing):
         if not active:
             return
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
-        self._lines = [line for line in self._read() if line["step"] <= start_step]
+        self._lines = self._resume_lines(start_step)
         self._write_lines()
         if tensorboard:
             self._events = Events(self._root / "tensorboard", start_step)
@@ -159,16 +161,15 @@ class MetricWriter(Closing):
         if self._events is not None:
             self._events.image(step, name, picture)
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        lines = []
-        for line in self._path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # cut short by a crash; what follows would be later still
-        return lines
+    def _resume_lines(self, start_step: int) -> list[dict[str, Any]]:
+        """The lines up to a step; foreign ones, which do not stay in the file, go into a file beside it."""
+        found = read_metrics(self._path)
+        if found.foreign:
+            kept = self._path.with_name(FOREIGN)
+            before = kept.read_bytes() if kept.exists() else b""
+            write_bytes(kept, before + b"".join(line + b"\n" for line in found.foreign))
+            print(f"{kept} has the ignored lines of {self._path}", file=sys.stderr)
+        return [line for line in found.lines if line["step"] <= start_step]
 
     def _write_lines(self) -> None:
         self._lines_wait = False

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from marjax.json_file import check_json, parse_json, read_json
 
 ADVICE = "make it again"
 SHAPE = {"num_classes": range(1, 10), "kind": {"ema", "raw"}, "mean": float, "weights?": (str, None),
-         "rows": [{"step": int}], "sums": {str: str}}
+         "rows": [{"step": int}], "sums": {str: re.compile("[a-z]+")}}
 GOOD = {"num_classes": 2, "kind": "ema", "mean": 1, "rows": [{"step": 0, "other": 1}], "sums": {"a": "b"}, "more": []}
 
 
@@ -27,10 +28,18 @@ def failure(call, *args, **kwargs):
     ({"num_classes": 2.0}, "num_classes"), ({"num_classes": "2"}, "num_classes"), ({"kind": "other"}, "kind"),
     ({"kind": []}, "kind"), ({"mean": None}, "mean"), ({"mean": False}, "mean"), ({"weights": 1}, "weights"),
     ({"rows": {}}, "rows"), ({"rows": [{"step": 1}, 3]}, "rows[1]"), ({"rows": [{}]}, "rows[0].step"),
-    ({"rows": [{"step": 2**63}]}, "rows[0].step"), ({"sums": {"x\ny": 3}}, r"sums.x\ny")])
+    ({"rows": [{"step": 2**63}]}, "rows[0].step"), ({"sums": {"x": "a\n"}}, "sums.x"),
+    ({"sums": {"x\ny": 3}}, r"sums.x\ny")])
 def test_a_value_of_another_shape_is_named(change, named):
     check_json(GOOD, SHAPE, where="file", advice=ADVICE)
     assert f"file: {named} is " in failure(check_json, GOOD | change, SHAPE, where="file")
+
+
+def test_members_that_are_named_differ_from_the_others():
+    shape = {"step": int, "note?": str, str: float}
+    check_json({"step": 1, "a": 0.5, "b": 2}, shape, where="file", advice=ADVICE)
+    for odd, named in (({"step": 0.5}, "step"), ({"step": 1, "note": 1}, "note"), ({"step": 1, "a": "x"}, "a")):
+        assert f"file: {named} is " in failure(check_json, odd, shape, where="file")
 
 
 def test_alternatives_name_what_is_wrong_inside():
@@ -42,7 +51,8 @@ def test_alternatives_name_what_is_wrong_inside():
 @pytest.mark.parametrize("data", [
     b"", b"{", b"[1,]", b"nul", b"{} {}", b"\xff\xfe{}", b'"\xe4"', b"NaN", b"[-Infinity]", b"1e999",
     b"[" + b"9" * 5000 + b"]", b"18446744073709551616", b'{"a": 1, "a": 2}', b"[" * 200_000, b"[" * 101 + b"]" * 101,
-    b'{"a":' * 900 + b"1" + b"}" * 900, b'"' + b"a" * 100])
+    b'{"a":' * 900 + b"1" + b"}" * 900, b'"' + b"a" * 100, rb'["\ud800"]',
+    rb'{"\udfff": 1}'])
 def test_what_is_no_json_is_one_line(tmp_path, data):
     (tmp_path / "x.json").write_bytes(data)
     assert "x.json" in failure(read_json, tmp_path / "x.json")
@@ -52,6 +62,7 @@ def test_what_is_read(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": [1, 1.5, 18446744073709551615, "\xc3\xa4"]}')
     assert read_json(path, {"a": list}, advice=ADVICE) == {"a": [1, 1.5, 2**64 - 1, "ä"]}
+    assert parse_json(r'"\udcff \ud83d\ude00"', where="x", advice=ADVICE) == "\udcff \U0001f600"
     assert math.isnan(parse_json("NaN", where="x", advice=ADVICE, allow_nan=True))
     assert read_json(tmp_path / "none.json", missing=None, advice=ADVICE) is None
     assert read_json(path / "none.json", missing={}, advice=ADVICE) == {}

@@ -278,8 +278,8 @@ def test_metrics_cut_short_by_a_crash(tmp_path):
     assert steps.tolist() == [1, 2] and values.tolist() == [2.0, 1.0]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("\n{}\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: line 3"):
-        read_runs([tmp_path])
+    (run,) = read_runs([tmp_path])
+    assert run.series("train/loss")[1].tolist() == [2.0, 1.0]
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
@@ -289,20 +289,23 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "run has no samples and no evaluation.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "results": [3]}', "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "results": [3]}', "\xff",
+                                  "[" * 200_000, '{"format": 1, "results": ' + "9" * 5000 + "}"])
 def test_evaluations_that_are_none(tmp_path, text):
     write_lines(tmp_path, [line(1, train__loss=1.0)])
     (tmp_path / "evaluation.json").write_bytes(text.encode("latin1"))
-    with pytest.raises(UserError, match="evaluation.json is not what marjax evaluate writes"):
+    with pytest.raises(UserError, match=r"evaluation\.json"):
         plots.plot([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fields", [{"metrics": None}, {"settings": SETTINGS | {"num_images": "all"}},
-                                    {"reference": "digits"}, {"extractor": {"name": "classifier", "checksum": None}}])
+                                    {"settings": SETTINGS | {"cfg": []}}, {"seconds_per_image": "1"},
+                                    {"metrics": {"fid": "1"}}, {"reference": "digits"},
+                                    {"extractor": {"name": "classifier", "checksum": None}}])
 def test_evaluations_with_wrong_fields(tmp_path, fields):
     write_evaluation(tmp_path, [({}, 1.0, None)], **fields)
-    with pytest.raises(UserError, match="evaluation.json is not what marjax evaluate writes"):
+    with pytest.raises(UserError, match=r"evaluation\.json"):
         read_runs([tmp_path])
 
 

@@ -6,10 +6,8 @@ where the first was ended.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,18 +21,16 @@ from marjax import config as config_lib
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.hosts import Hosts, all_processes
+from marjax.evaluation.record import RECORD, Record
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.evaluation.samples import Plan, SampleSet
 from marjax.evaluation.score import Features, check_fits, score
-from marjax.files import write_bytes
 from marjax.generation.images import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
 from marjax.workdir import read_workdir
 
-RECORD = "evaluation.json"
 FOLDER = "evaluation"  # of samples, in the work directory or `out`
-FORMAT = 1
 # The fields of config.sample that alter an image.
 FIELDS = ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule", "temperature", "confidence_order",
           "choice_temperature")
@@ -92,7 +88,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
     combinations = _combinations(config, request)
     measure = _Measure.open(config, request)
     out = make_folder(workdir if request.out is None else request.out)
-    record = _Record(out / RECORD)
+    record = Record(out / RECORD)
     measure = measure.with_features(out / FOLDER, hosts)
     entries = []
     for weights in request.weights:
@@ -124,7 +120,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join([*names, *metrics, "s/image"]) + " |", "|" + "---|" * (len(names) + len(metrics) + 1)]
     for entry in entries:
         cells = [str(entry["settings"].get(name, "")) for name in names]
-        cells += [f"{entry['metrics'][name]:.5g}" if name in entry["metrics"] else "" for name in metrics]
+        cells += ["" if (value := entry["metrics"].get(name)) is None else f"{value:.5g}" for name in metrics]
         seconds = entry["seconds_per_image"]
         lines.append("| " + " | ".join([*cells, "" if seconds is None else f"{seconds:.4g}"]) + " |")
     return "\n".join(lines)
@@ -252,43 +248,6 @@ class _Measure:
     def identity(self) -> dict[str, Any]:
         return {"extractor": {"name": self.extractor.name, "checksum": self.extractor.checksum},
                 "reference": {"name": self.reference.name, "checksum": self.reference.checksum}}
-
-
-class _Record:
-    """`evaluation.json`: {"format": 1, "results": [entry, ...]}."""
-
-    def __init__(self, path: epath.Path) -> None:
-        """Raises UserError: there is one that cannot be read."""
-        self.path = path
-        self.results: list[dict[str, Any]] = []
-        if path.exists():
-            try:
-                content = json.loads(path.read_text())
-                if content["format"] != FORMAT:
-                    raise ValueError(f"format {content['format']}")
-                self.results = list(content["results"])
-                if not all(isinstance(entry["identity"], str) for entry in self.results):
-                    raise ValueError("an entry without an identity")
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path} is no record of this version ({error}): move it away, or give another "
-                                f"--out") from None
-
-    def find(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The entry of the same samples measured the same way."""
-        return next((entry for entry in self.results if entry["identity"] == _digest(identity)), None)
-
-    def put(self, identity: Mapping[str, Any], entry: dict[str, Any], write: bool) -> None:
-        """Adds an entry, in place of one of the same; every host knows it then, and one of them writes."""
-        entry["identity"] = _digest(identity)
-        if write:
-            self.results = _Record(self.path).results  # which another command may have added to
-        self.results = [each for each in self.results if each["identity"] != entry["identity"]] + [entry]
-        if write:
-            write_bytes(self.path, (json.dumps({"format": FORMAT, "results": self.results}, indent=1) + "\n").encode())
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _machine(hosts: Hosts) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a work directory has for the figures: metrics, pictures of samples, results of evaluations."""
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -14,9 +13,11 @@ import numpy as np
 from etils import epath
 
 from marjax.errors import UserError
+from marjax.evaluation.record import RECORD, read_record
+from marjax.metrics_file import METRICS, read_metrics
 from marjax.plots.curves import Result
 
-METRICS, SAMPLES, EVALUATION = "metrics.jsonl", "samples", "evaluation.json"
+SAMPLES = "samples"
 _PICTURE = re.compile(r"raw_and_ema_(\d+)\.png")
 
 
@@ -70,35 +71,18 @@ def _read_run(path: epath.Path, name: str) -> Run:
     if not path.is_dir():
         raise UserError(f"{path} is no directory: give a work directory that marjax train has made")
     try:
-        found = {file: (path / file).exists() for file in (METRICS, SAMPLES, EVALUATION)}
+        found = {file: (path / file).exists() for file in (METRICS, SAMPLES, RECORD)}
         if not any(found.values()):
-            raise UserError(f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {EVALUATION}")
+            raise UserError(f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {RECORD}")
         missing = [file for file, is_there in found.items() if not is_there]
         if missing:
             print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
-        return Run(name, _read_metrics(path / METRICS) if found[METRICS] else (),
+        return Run(name, read_metrics(path / METRICS).lines if found[METRICS] else (),
                    _find_pictures(path / SAMPLES) if found[SAMPLES] else {},
-                   _read_results(path / EVALUATION, name) if found[EVALUATION] else ())
+                   _read_results(path / RECORD, name) if found[RECORD] else ())
     except OSError as error:
         raise UserError(f"work directory {path} cannot be read ({error.strerror or error}): give one that "
                         f"can") from None
-
-
-def _read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    rows = path.read_bytes().splitlines()
-    lines = []
-    for number, row in enumerate(rows, 1):
-        try:
-            line = json.loads(row)
-            if not isinstance(line["step"], int):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            if number == len(rows):
-                break  # cut short by a crash
-            raise UserError(f"{path} cannot be read: line {number} is no JSON object with a step; repair or remove "
-                            f"it") from None
-        lines.append(line)
-    return sorted(lines, key=lambda line: line["step"])
 
 
 def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:
@@ -107,21 +91,14 @@ def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:
 
 
 def _read_results(path: epath.Path, name: str) -> list[Result]:
-    try:
-        report = json.loads(path.read_bytes())
-        if report["format"] != 1:
-            raise ValueError(f"format {report['format']!r} instead of 1")
-        # Distances depend on these beside the settings; two checksums of one name are two references.
-        return [Result({"workdir": name, **result["settings"], "num_images": int(result["settings"]["num_images"]),
-                        **{kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
-                           for kind in ("reference", "extractor")}},
-                       {metric: float(value) for metric, value in
-                        {**result["metrics"], "seconds_per_image": result["seconds_per_image"]}.items()
-                        if _is_finite(value)})
-                for result in report["results"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not what marjax evaluate writes ({type(error).__name__}: {error}): evaluate again, "
-                        f"or remove it") from None
+    # Distances depend on these beside the settings; two checksums of one name are two references.
+    return [Result({"workdir": name, **result["settings"],
+                    **{kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
+                       for kind in ("reference", "extractor")}},
+                   {metric: float(value) for metric, value in
+                    {**result["metrics"], "seconds_per_image": result["seconds_per_image"]}.items()
+                    if _is_finite(value)})
+            for result in read_record(path)]
 
 
 def _is_finite(value: Any) -> bool:

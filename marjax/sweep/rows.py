@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from marjax.files import write_bytes
+from marjax.metrics_file import METRICS, read_metrics
 
 Row = dict[str, Any]
 
@@ -19,18 +19,9 @@ FIXED_COLUMNS = (*_FIRST, *_TRAINING, *_LAST)
 
 
 def last_metrics(workdir: epath.Path) -> Row:
-    """"step" and "train/loss" of the last whole line of `metrics.jsonl`, those that it has."""
-    try:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    for line in reversed(lines):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # cut short by a crash
-        return {key: values[key] for key in _TRAINING if key in values}
-    return {}
+    """"step" and "train/loss" of the last line of `metrics.jsonl`, those that it has. Raises UserError."""
+    lines = read_metrics(workdir / METRICS).lines
+    return {key: lines[-1][key] for key in _TRAINING if lines and key in lines[-1]}
 
 
 def columns(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
