@@ -25,7 +25,7 @@ MAX_RATIO = 100  # of a compressed member's size to its bytes in the file
 _SMALL = 64 << 20  # bytes, to which a member may be expanded whatever the ratio
 _MAX_DIRECTORY = 4 << 20  # bytes of the list of members
 _MAX_HEADER = 10_000  # bytes, as in NumPy
-_MAX_DIMS = 32
+_MAX_AXIS, _MAX_DIMS = 1 << 48, 32
 _BLOCK = 1 << 20
 _KINDS = {"b": "booleans", "i": "integers", "u": "unsigned integers", "f": "floats", "U": "text", "S": "bytes",
           "c": "complex numbers"}
@@ -137,7 +137,7 @@ class NpzFile:
         where, advice, info = f"{self.path}: {shortened(name)}", self._advice, self._members.get(name)
         if info is None:
             names = ", ".join(shortened(each) for each in self.names[:20])
-            raise UserError(f"{self.path} has no array {shortened(name)}, only {names or 'none at all'}; {advice}")
+            raise UserError(f"{self.path} has no {shortened(name)}, only {names or 'none at all'}; {advice}")
         if info.flag_bits & 1:
             raise UserError(f"{where} is encrypted; {advice}")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -193,16 +193,16 @@ def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> H
     except Exception as error:  # it evaluates a literal and makes a dtype: there is little that it cannot raise
         raise UserError(f"{where} has a damaged header ({shortened(str(error))}); {advice}") from None
     if dtype.hasobject:
-        raise UserError(f"{where} holds pickled objects, which could run code; {advice}")
+        raise UserError(f"{where} cannot be read (it holds pickled objects, which could run code); {advice}")
     kinds, ndim = kind
-    if dtype.kind not in kinds or dtype.names or dtype.itemsize == 0:
+    fits = dtype.kind in kinds and not dtype.names and dtype.itemsize > 0
+    if (not fits or len(shape) != (min(len(shape), _MAX_DIMS) if ndim is None else ndim)
+            or not all(0 <= axis < _MAX_AXIS for axis in shape)):
         allowed = " or ".join(_KINDS[each] for each in kinds)
-        raise UserError(f"{where} holds {shortened(str(dtype))}, expected {allowed}; {advice}")
-    if len(shape) > _MAX_DIMS or (ndim is not None and len(shape) != ndim) or any(axis < 0 for axis in shape):
-        raise UserError(f"{where} has the shape {shortened(str(shape))}, expected "
-                        f"{f'at most {_MAX_DIMS}' if ndim is None else ndim} dimensions; {advice}")
+        raise UserError(f"{where} is {shortened(f'{dtype} {shape}')}, expected {allowed}"
+                        f"{'' if ndim is None else f' with {ndim} axes'}; {advice}")
     nbytes = math.prod(shape) * dtype.itemsize
-    if data.tell() + nbytes != size or max(shape, default=0) >= 1 << 48:
+    if data.tell() + nbytes != size:
         raise UserError(f"{where} is damaged: it has {size - data.tell()} bytes, its header says "
                         f"{shortened(str(shape))} of {dtype}; {advice}")
     return Header(tuple(map(int, shape)), dtype, bool(fortran), data.tell(), nbytes)

@@ -65,6 +65,19 @@ def test_shifts_move_whole_pixels_up_to_the_limit():
     assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
 
 
+@pytest.mark.parametrize("name, change", [
+    ("image_size", 9), ("image_size", 0), ("image_size", 1 << 40), ("image_size", [8]), ("image_size", 8.0),
+    ("channels", -1), ("num_classes", 11), ("num_classes", None), ("Dense_0/bias", np.zeros(3, np.float32)),
+    ("Dense_0/bias", np.full(64, np.nan, np.float32)), ("Dense_0/bias", np.array([{}], object)), ("Dense_0/bias", "x"),
+    ("other", 1)])
+def test_a_file_with_another_array_names_it(trained, tmp_path, name, change):
+    trained.save(tmp_path / "classifier.npz")
+    arrays = dict(np.load(tmp_path / "classifier.npz")) | {name: change}
+    np.savez(tmp_path / "odd.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(UserError, match=r"odd\.npz"):
+        Classifier.load(tmp_path / "odd.npz")
+
+
 def test_save_and_load(trained, digits, tmp_path):
     trained.save(tmp_path / "classifier.npz")
     again = Classifier.load(tmp_path / "classifier.npz")
@@ -79,7 +92,7 @@ def test_save_and_load(trained, digits, tmp_path):
     (tmp_path / "empty.npz").touch()
     (tmp_path / "cut.npz").write_bytes((tmp_path / "classifier.npz").read_bytes()[:1000])
     for name in ("missing.npz", "other.npz", "array.npy", "text.npz", "empty.npz", "cut.npz"):
-        with pytest.raises(UserError, match=f"{name} is no classifier"):
+        with pytest.raises(UserError, match=name):
             Classifier.load(tmp_path / name)
 
 

@@ -61,7 +61,7 @@ def test_an_array_can_be_read_in_parts(tmp_path):
         assert file.names == ("a", "other") and file.header("a").shape == (10,)
         with file.stream("a", ("u", 1)) as (data, header):
             assert data.read(4) == bytes(range(4)) and header.nbytes == 10
-        with pytest.raises(UserError, match="has no array b, only a, other"):
+        with pytest.raises(UserError, match="has no b, only a, other"):
             file.read("b")
 
 
@@ -140,9 +140,9 @@ def test_odd_members_are_one_line(tmp_path):
 
 def test_what_was_expected_is_named(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 3)))
-    for kind, named in ((("iu", 2), "integers"), (("f", 1), "1 dim")):
+    for kind, named in ((("iu", 2), "integers"), (("f", 1), "1 axes")):
         assert named in failure(read_npz, tmp_path / "x.npz", {"a": kind})
-    assert "has no array b" in failure(read_npz, tmp_path / "x.npz", {"b": (NUMBERS, 1)})
+    assert "has no b" in failure(read_npz, tmp_path / "x.npz", {"b": (NUMBERS, 1)})
 
 
 def test_what_is_no_npz_file_is_one_line(tmp_path):

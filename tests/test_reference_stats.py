@@ -97,7 +97,7 @@ META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
 
 
 @pytest.mark.parametrize("arrays, said", [
-    ({"weights": np.zeros(3)}, "holds weights: expected statistics"),
+    ({"weights": np.zeros(3)}, "weights"),
     ({"mu": STATS.mean}, "has no sigma"),
     ({"ref_sigma": STATS.cov}, "has no ref_mu"),
     ({**ADM, "sigma_s": STATS.cov}, r"sigma_s has the shape \(5, 5\), expected \(3, 3\)"),
@@ -111,10 +111,14 @@ META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
     ({**ADM, "arr_0": IMAGES[0]}, r"arr_0 is uint8 \(4, 6, 3\)"),
     ({**ADM, "arr_0": np.asfortranarray(IMAGES)}, "in Fortran order"),
     ({**ADM, "features": np.zeros((4, 3), np.float32)}, "features has the shape"),
-    ({**ADM, "meta": META.replace("1", "2", 1)}, "meta is not that of format 1"),
-    ({**ADM, "meta": META.replace("30", "true")}, "meta is not that of format 1"),
-    ({**ADM, "meta": META.replace("null", '{"name": 1, "checksum": ""}')}, "meta is not that of format 1"),
-    ({**ADM, "meta": "[]"}, "meta is not that of format 1"),
+    ({**ADM, "meta": META.replace("1", "2", 1)}, "meta: format is 2"),
+    ({**ADM, "meta": META.replace("30", "true")}, "meta: count is true"),
+    ({**ADM, "meta": META.replace("null", '{"name": 1, "checksum": ""}')}, "meta: extractor.name"),
+    ({**ADM, "meta": META.replace("null", '{"name": "a\\nb", "checksum": ""}')}, "meta: extractor.name"),
+    ({**ADM, "meta": "[" * 100_000}, "meta"), ({**ADM, "meta": np.array([META])}, "meta"),
+    ({**ADM, "mu": np.full(5, 1e200)}, "mu"), ({**ADM, "sigma": STATS.cov * 1e300}, "sigma"),
+    ({**ADM, "sigma": np.zeros((0, 0)), "mu": np.zeros(0)}, "mu"),
+    ({**ADM, "meta": "[]"}, "meta"),
 ])
 def test_defects_are_told_with_file_and_key(tmp_path, arrays, said):
     path = npz(tmp_path, **arrays)

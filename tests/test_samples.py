@@ -132,13 +132,32 @@ def test_damage_is_told(opened, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="batch-000002.npy .*delete it and start again"):
             list(samples.batches())
+    headers = ("(10000000, 8, 8, 1)", "(4, 10000000000, 8, 1)", "(4, 8, 4, 2)")  # ours, with another shape
+    for shape in headers:
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
+        path.write_bytes(content[:10] + header + content[128:])
+        with pytest.raises(UserError, match=r"batch-000002\.npy"):
+            list(samples.batches())
     path.unlink()
-    with pytest.raises(UserError, match=r"batch-000002\.npy cannot be read"):
+    with pytest.raises(UserError, match=r"batch-000002\.npy"):
         samples.write_npz(tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists()
-    (samples.folder / "plan.json").write_text("[]")
-    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
-        SampleSet(tmp_path, PLAN)
+    for text in ("[]", "[" * 100_000, '{"batch_size": 0}', '{"batch_size": "4"}', '{"batch_size": true}', "\0"):
+        (samples.folder / "plan.json").write_text(text)
+        with pytest.raises(UserError, match=r"plan\.json"):
+            SampleSet(tmp_path, PLAN)
+    (samples.folder / "plan.json").write_text('{"batch_size": 2000000000}')
+    assert SampleSet(tmp_path, PLAN).plan.batch_size == PLAN.num_images
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"images": 1}', '{"images": "1", "seconds": 1}',
+                                  '{"images": 1, "seconds": NaN}', '{"images": 1, "seconds": -1}'])
+def test_a_damaged_timing_costs_only_itself(tmp_path, text):
+    samples = SampleSet(tmp_path, PLAN)
+    (samples.folder / "timing-0.json").write_text(text)
+    assert samples.seconds_per_image() is None
+    (samples.folder / "timing-1.json").write_text('{"images": 4, "seconds": 2}')
+    assert samples.seconds_per_image() == 0.5
 
 
 def generate(workdir, folder):

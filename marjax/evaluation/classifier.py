@@ -6,7 +6,6 @@ Legend: B or N images of H x W pixels (H = W) and C channels, F features, K clas
 
 import functools
 import os
-import zipfile
 from typing import Any
 
 import flax
@@ -22,8 +21,10 @@ from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
 from marjax.generation.images import make_folder, write_npz
+from marjax.npz_file import NpzFile
 
 NUM_FEATURES = 64
+_LARGEST = 1 << 16  # of image_size, channels and num_classes in a file
 EVAL_BATCH = 256  # every evaluation is padded to whole batches of it, so that one program serves any number of images
 
 
@@ -96,14 +97,20 @@ class Classifier:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Classifier":
         """What `save` wrote. Raises UserError where it is not."""
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-            sizes = {name: int(arrays.pop(name)) for name in ("image_size", "channels", "num_classes")}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{os.fspath(path)} is no classifier ({error}): give a file that Classifier.save "
-                            f"wrote") from None
+        advice = "give a classifier's file, which marjax train-classifier makes"
+        with NpzFile(path, advice=advice) as file:
+            sizes = {name: int(file.read(name, ("iu", 0))) for name in ("image_size", "channels", "num_classes")}
+            wanted = _abstract_params(**sizes) if all(0 < size <= _LARGEST for size in sizes.values()) else {}
+            for name, shape in wanted.items():
+                if (given := file.header(name, ("f", len(shape))).shape) != shape:
+                    raise UserError(f"{file.path}: {name} has the shape {given}, expected {shape}; {advice}")
+            if not wanted or set(file.names) != {*sizes, *wanted}:
+                raise UserError(f"{file.path} is no classifier: it has other arrays, or sizes that cannot be; {advice}")
+            arrays = {name: file.read(name, ("f", len(shape))).astype(np.float32) for name, shape in wanted.items()}
+        if odd := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise UserError(f"{file.path}: {odd[0]} holds values that are infinite or not a number; {advice}")
         return cls(flax.traverse_util.unflatten_dict(arrays, sep="/"), **sizes)
+
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 1000,
                      batch_size: int = 128, lr: float = 3e-3, max_shift: int = 2) -> Classifier:
@@ -191,6 +198,13 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
                             max_shift=min(2, data.image_size // 8))  # of digits of 8 pixels, 2 would lose too much
     made.save(out)
     return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
+
+
+def _abstract_params(image_size: int, channels: int, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters by name."""
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+    params = jax.eval_shape(_Network(num_classes).init, jax.random.key(0), image)["params"]
+    return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

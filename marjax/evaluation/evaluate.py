@@ -166,7 +166,7 @@ def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_
     """Samples and scores one setting."""
     if hosts.index:
         hosts.meet()  # until the first host has made the folder
-    samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count)
+    samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count, image_shape=measure.image_shape)
     if not hosts.index:
         hosts.meet()
     with samples.claimed():
@@ -202,10 +202,11 @@ def _saved(out: epath.Path, plan: Plan, save: str) -> epath.Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    """What samples are measured with and against."""
+    """What samples, images (H, W, C), are measured with and against."""
 
     extractor: FeatureExtractor
     reference: Reference
+    image_shape: tuple[int, int, int]
 
     @classmethod
     def open(cls, config: ml_collections.ConfigDict, request: Request) -> "_Measure":
@@ -218,7 +219,8 @@ class _Measure:
             raise UserError("no reference to measure against: give the file of the real images' statistics "
                             "(--reference, config.eval.reference), which marjax stats makes; for ImageNet, "
                             "docs/evaluation.md says where to get it")
-        made = cls(open_extractor(name, path), read_reference(reference))
+        size = config.data.image_size
+        made = cls(open_extractor(name, path), read_reference(reference), (size, size, config.data.channels))
         check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)
         return made
 

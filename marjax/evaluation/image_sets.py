@@ -4,16 +4,13 @@ Legend: N images of H x W pixels and C channels, B of them at a time.
 """
 
 import concurrent.futures
-import contextlib
+import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Protocol
 
 import ml_collections
 import numpy as np
-from etils import epath
 
 from marjax.data.examples import Images
 from marjax.data.folder import pictures, read_picture
@@ -22,6 +19,7 @@ from marjax.data.preprocess import Preprocess, center_crop, to_channels
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.evaluation.hosts import Hosts
+from marjax.npz_file import NpzFile
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices int (B,), images uint8 (B, H, W, C)
 
@@ -53,44 +51,32 @@ class NpzImages:
     def __init__(self, path: str | os.PathLike[str], key: str = "arr_0") -> None:
         """Reads the header. Raises UserError: no such file or array, or one of another kind."""
         self.source, self._key = os.fspath(path), key
-        with self._opened() as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            self.shape, fortran, dtype = header(file)
-            self._start = file.tell()
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] not in (1, 3) or fortran or 0 in self.shape:
-            raise UserError(f"{self.source}: {key} is {dtype} {self.shape}{' in Fortran order' * fortran}: give images "
-                            f"as uint8 (N, H, W, 1 or 3)")
+        self._advice = f"give an npz file with images, uint8 (N, H, W, 1 or 3), as {key}"
+        with NpzFile(path, advice=self._advice) as file:
+            header = file.header(key, ("u", 4))
+        self.shape = header.shape
+        if header.dtype != np.uint8 or self.shape[3] not in (1, 3) or header.fortran or 0 in self.shape:
+            order = " in Fortran order" * header.fortran
+            raise UserError(f"{self.source}: {key} is {header.dtype} {self.shape}{order}; {self._advice}")
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
-        image_bytes = int(np.prod(self.shape[1:]))
-        with self._opened() as file:
+        image_bytes = math.prod(self.shape[1:])
+        with (NpzFile(self.source, advice=self._advice) as archive,
+              archive.stream(self._key, ("u", 4)) as (file, header)):
+            if header.shape != self.shape:
+                raise UserError(f"{self.source} was replaced while it was read; start again")
             for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
                 indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
-                file.seek(self._start + int(indices_B[0]) * image_bytes)  # forwards only, which a stream can do
+                # Forwards only, which a stream can do.
+                file.seek(header.start + int(indices_B[0]) * image_bytes)
                 data = file.read(len(indices_B) * image_bytes)
                 if len(data) < len(indices_B) * image_bytes:
                     raise EOFError(f"{self._key} ends early")
                 yield indices_B, np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[zipfile.ZipExtFile]:
-        try:
-            with (epath.Path(self.source).open("rb") as stored, zipfile.ZipFile(stored) as archive,
-                  archive.open(f"{self._key}.npy") as file):
-                yield file  # type: ignore[misc]
-        except KeyError:
-            raise UserError(f"{self.source} has no {self._key}: give an npz with images uint8 (N, H, W, C) under that "
-                            f"name") from None
-        except UserError:
-            raise
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"images {self.source} cannot be read ({error}): give an npz file with "
-                            f"{self._key}") from None
 
 
 class FolderImages:

@@ -3,27 +3,30 @@
 Legend: N images, F features, S spatial features.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Gaussian, Moments
 from marjax.evaluation.hosts import Hosts
 from marjax.evaluation.image_sets import Batch, NpzImages
+from marjax.files import open_regular
 from marjax.generation.images import write_npz
+from marjax.json_file import parse_json
+from marjax.npz_file import NpzFile
 
 FORMAT = 1
+_ADVICE = "give another npz file of statistics or images, or make it with marjax stats"
+_LARGEST = 1e18  # of a value, so that its square and sums of those are finite in float32
 _STYLES = ("mu", "sigma"), ("ref_mu", "ref_sigma")
 
 
@@ -68,29 +71,29 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
       UserError: no such file, one of another kind, or arrays that cannot be what their names say.
     """
     path = os.fspath(path)
-    with _told(path), epath.Path(path).open("rb") as stored:
-        checksum = hashlib.file_digest(stored, "sha256").hexdigest()
-        stored.seek(0)
-        loaded = np.load(stored, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("it is one array, not an archive of named ones")
-        with loaded as file:
-            names = set(file.files)
-            meta = _meta(path, file["meta"]) if "meta" in names else {}
-            count = meta.get("count", 0)
-            keys = next((style for style in _STYLES if names & set(style)), None)
-            gaussian = keys and _gaussian(path, file, *keys, count)
-            spatial = _gaussian(path, file, "mu_s", "sigma_s", count) if names & {"mu_s", "sigma_s"} else None
-            features = _array(path, file, "features", 2) if "features" in names else None
-    if gaussian is None and "arr_0" not in names:
-        raise UserError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: expected statistics (mu and sigma, or "
-                        f"ref_mu and ref_sigma) or images (arr_0)")
-    if features is not None and (gaussian is None or features.shape[1:] != gaussian.mean.shape):
-        raise UserError(f"{path}: features has the shape {features.shape}, which does not go with the file's mean: "
-                        f"make the file again")
+    with NpzFile(path, advice=_ADVICE) as file:
+        names = set(file.names)
+        meta = _meta(path, file.read("meta", ("U", 0))) if "meta" in names else {}
+        count = meta.get("count", 0)
+        keys = next((style for style in _STYLES if names & set(style)), None)
+        gaussian = keys and _gaussian(file, *keys, count)
+        spatial = _gaussian(file, "mu_s", "sigma_s", count) if names & {"mu_s", "sigma_s"} else None
+        if gaussian is None and "arr_0" not in names:
+            listed = ", ".join(map(shortened, file.names[:20]))
+            raise UserError(f"{path} holds {listed or 'nothing'}, expected statistics (mu and sigma, or ref_mu and "
+                            f"ref_sigma) or images (arr_0); {_ADVICE}")
+        features = None
+        if "features" in names:
+            shape = file.header("features", ("f", 2)).shape
+            if gaussian is None or shape[1:] != gaussian.mean.shape:
+                raise UserError(f"{path}: features has the shape {shape}, which does not go with the file's mean; "
+                                f"{_ADVICE}")
+            features = _array(file, "features", 2)
+    images = NpzImages(path) if "arr_0" in names else None
+    with open_regular(path) as stored:
+        checksum = hashlib.file_digest(stored, "sha256").hexdigest()  # type: ignore[arg-type]
     return Reference(gaussian, spatial, None if features is None else features.astype(np.float32),
-                     NpzImages(path) if "arr_0" in names else None, meta.get("extractor"), meta.get("source", ""), path,
-                     checksum)
+                     images, meta.get("extractor"), meta.get("source", ""), path, checksum)
 
 
 def write_reference(path: str | os.PathLike[str], reference: Reference) -> Reference:
@@ -166,59 +169,30 @@ def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtra
                      extractor={"name": extractor.name, "checksum": extractor.checksum}, source=source)
 
 
-@contextlib.contextmanager
-def _told(path: str) -> Iterator[None]:
-    """Turns what a missing or damaged file raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give an npz file of statistics or images") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an npz file of statistics ({error}): give another one") from None
-
-
-def _gaussian(path: str, file: Any, mean_key: str, cov_key: str, count: int) -> Gaussian:
-    mean_F, cov_FxF = (np.asarray(_array(path, file, key, axes), np.float64)
-                       for key, axes in ((mean_key, 1), (cov_key, 2)))
-    if cov_FxF.shape != (len(mean_F), len(mean_F)):
-        raise UserError(f"{path}: {cov_key} has the shape {cov_FxF.shape}, expected {(len(mean_F), len(mean_F))} to go "
-                        f"with {mean_key}: make the file again")
-    largest = np.abs(cov_FxF).max(initial=0.0)
-    if np.abs(cov_FxF - cov_FxF.T).max(initial=0.0) > 1e-5 * largest or cov_FxF.diagonal().min(initial=0.0) < 0:
-        raise UserError(f"{path}: {cov_key} is no covariance (not symmetric, or with negative variances): make the "
-                        f"file again")
+def _gaussian(file: NpzFile, mean_key: str, cov_key: str, count: int) -> Gaussian:
+    mean_F = _array(file, mean_key, 1).astype(np.float64)
+    shape = file.header(cov_key, ("f", 2)).shape
+    if shape != (len(mean_F), len(mean_F)):
+        raise UserError(f"{file.path}: {cov_key} has the shape {shape}, expected {(len(mean_F), len(mean_F))} to go "
+                        f"with {mean_key}; {_ADVICE}")
+    cov_FxF = _array(file, cov_key, 2).astype(np.float64)
+    if np.abs(cov_FxF - cov_FxF.T).max() > 1e-5 * np.abs(cov_FxF).max() or cov_FxF.diagonal().min() < 0:
+        raise UserError(f"{file.path}: {cov_key} is no covariance (not symmetric, or with negative variances); "
+                        f"{_ADVICE}")
     return Gaussian(mean_F, cov_FxF, count)
 
 
-def _array(path: str, file: Any, key: str, axes: int) -> np.ndarray:
-    if key not in file.files:
-        raise UserError(f"{path} has no {key}, which what it has ({', '.join(sorted(file.files))}) asks for: make the "
-                        f"file again")
-    try:
-        array = file[key]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: {key} cannot be read ({error}): get the file again") from None
-    if array.ndim != axes or array.dtype.kind != "f" or not array.size:
-        raise UserError(f"{path}: {key} is {array.dtype} {array.shape}, expected floats with {axes} axes: make the "
-                        f"file again")
-    if not np.isfinite(array).all():
-        raise UserError(f"{path}: {key} holds values that are not finite: make the file again")
+def _array(file: NpzFile, key: str, ndim: int) -> np.ndarray:
+    array = file.read(key, ("f", ndim))
+    if not array.size or not (np.abs(array) < _LARGEST).all():
+        raise UserError(f"{file.path}: {key} holds values that are not finite or far too large, or none; {_ADVICE}")
     return array
 
 
 def _meta(path: str, stored: np.ndarray) -> dict[str, Any]:
-    """What our own files say beside their arrays, checked for its types."""
-    try:
-        meta = json.loads(str(stored))
-        network = meta["extractor"]
-        fits = (meta["format"] == FORMAT and type(meta["count"]) is int and meta["count"] >= 0
-                and isinstance(meta["source"], str)
-                and (network is None or ({*network} == {"name", "checksum"}
-                                         and all(isinstance(value, str) for value in network.values()))))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path}: meta is not that of format {FORMAT}: make the file with this version of marjax")
+    """What our own files say beside their arrays."""
+    name = re.compile(r"[ -~]*")
+    shape = {"format": {FORMAT}, "count": range(1 << 53), "source": str,
+             "extractor": (None, {"name": name, "checksum": name})}
+    meta: dict[str, Any] = parse_json(str(stored), shape, where=f"{path}: meta", advice=_ADVICE)
     return meta

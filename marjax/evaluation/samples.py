@@ -29,6 +29,8 @@ from marjax.errors import UserError
 from marjax.files import claimed, write_bytes
 from marjax.generation.images import make_folder, to_uint8, write_png
 from marjax.generation.sampler import Sampler
+from marjax.json_file import read_json
+from marjax.npz_file import read_npy
 
 _AHEAD = 2  # batches on the devices at a time, so that these never wait for a file to be written
 
@@ -91,20 +93,30 @@ class SampleSet:
       folder: where it is.
     """
 
-    def __init__(self, root: str | os.PathLike[str], plan: Plan, host: int = 0, hosts: int = 1) -> None:
-        """Raises UserError: the folder cannot be written, or holds a plan that cannot be read."""
+    def __init__(self, root: str | os.PathLike[str], plan: Plan, host: int = 0, hosts: int = 1, *,
+                 image_shape: tuple[int, int, int] | None = None) -> None:
+        """Begins or resumes a set.
+
+        Args:
+          root: the folder of its folder.
+          plan: of the set.
+          host, hosts: which part of it is this host's.
+          image_shape: (H, W, C) of an image, to check files of an earlier start; without it they must agree.
+
+        Raises:
+          UserError: the folder cannot be written, or holds a plan that cannot be read.
+        """
         self.folder = epath.Path(root) / plan.name
-        self.host, self.hosts = host, hosts
+        self.host, self.hosts, self._image_shape = host, hosts, image_shape
         path = self.folder / "plan.json"
         if host == 0 and self.folder.exists() and not path.exists():
             self.remove()  # what was left of a set that was being deleted
         make_folder(self.folder)
         # A batch size with which nothing was made, such as one that the memory did not suffice for, is forgotten.
         if path.exists() and any(each.name.startswith("batch-") for each in self.folder.iterdir()):
-            try:
-                plan = dataclasses.replace(plan, batch_size=int(json.loads(path.read_text())["batch_size"]))
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path} cannot be read ({error}): delete the folder and start again") from None
+            begun = read_json(path, {"batch_size": range(1, 1 << 31)}, advice="delete its folder and start again")
+            # Of one batch that holds all images, there is nothing left to generate.
+            plan = dataclasses.replace(plan, batch_size=min(begun["batch_size"], max(plan.num_images, plan.batch_size)))
         elif host == 0:
             write_bytes(path, (json.dumps(dataclasses.asdict(plan), indent=1) + "\n").encode())
         self.plan = plan
@@ -158,25 +170,20 @@ class SampleSet:
           UserError: a file is missing or damaged.
         """
         first, step = (0, 1) if everyones else (self.host, self.hosts)
+        advice, shape = "delete it and start again, which makes it anew", self._image_shape
         for batch in range(first, self.plan.num_batches, step):
             path, indices = self.folder / _file(batch), self.plan.indices(batch)
-            try:
-                images = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path} cannot be read ({error}): delete it and start again, which makes it "
-                                f"anew") from None
-            if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(indices):
-                raise UserError(f"{path} holds {images.dtype} {images.shape} instead of {len(indices)} images: delete "
-                                f"it and start again, which makes it anew")
+            images = read_npy(path, ("u", 4), advice=advice)
+            shape = shape or images.shape[1:]
+            if images.dtype != np.uint8 or images.shape != (len(indices), *shape):
+                raise UserError(f"{path} is {images.dtype} {images.shape}, expected uint8 {(len(indices), *shape)}; "
+                                f"{advice}")
             yield indices, images
 
     def seconds_per_image(self) -> float | None:
         """Of all hosts together, without each sitting's first batch, which compiles; None if nothing was timed."""
-        rate = 0.0
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"timing-\d+\.json", path.name):
-                timing = json.loads(path.read_text())
-                rate += timing["images"] / timing["seconds"] if timing["seconds"] else 0.0
+        timings = [_timing(path) for path in self.folder.iterdir() if re.fullmatch(r"timing-\d+\.json", path.name)]
+        rate = sum(images / seconds for images, seconds in timings if seconds > 0)
         return 1.0 / rate if rate else None
 
     def write_npz(self, path: str | os.PathLike[str]) -> None:
@@ -226,10 +233,7 @@ class _Clock:
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
-        self.images, self.seconds = 0, 0.0
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            kept = json.loads(path.read_text())
-            self.images, self.seconds = kept["images"], kept["seconds"]
+        self.images, self.seconds = _timing(path)
         self.last: float | None = None
 
     def tick(self, images: int) -> None:
@@ -240,6 +244,15 @@ class _Clock:
             self.seconds += now - self.last
             write_bytes(self.path, json.dumps({"images": self.images, "seconds": self.seconds}).encode())
         self.last = now
+
+
+def _timing(path: epath.Path) -> tuple[int, float]:
+    """Images and the seconds that they took; a file that cannot be read only costs what it had counted."""
+    try:
+        kept = read_json(path, {"images": range(1 << 53), "seconds": float}, advice="", missing=None)
+    except UserError:
+        kept = None
+    return (0, 0.0) if kept is None or not 0.0 <= kept["seconds"] < 1e15 else (kept["images"], kept["seconds"])
 
 
 def _file(batch: int) -> str:
