@@ -27,13 +27,13 @@ from marjax.files import read_whole
 MAX_BYTES = 16 << 20
 _MAX_DEPTH = 100  # arrays and objects in each other; recursive code fails at some hundreds
 _MAX_INT = 1 << 64
-_REQUIRED = object()
+REQUIRED = object()
 _NAMES: dict[Any, str] = {
     int: "an integer", float: "a finite number", bool: "true or false", str: "a string", dict: "an object",
     list: "an array", None: "null"}
 
 
-def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str, missing: Any = _REQUIRED,
+def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str, missing: Any = REQUIRED,
               allow_nan: bool = False, max_bytes: int = MAX_BYTES) -> Any:
     """Reads a JSON file, local or gs://, and checks it.
 
@@ -57,7 +57,7 @@ def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str,
     try:
         data = read_whole(path, max_bytes, advice=advice)
     except (FileNotFoundError, NotADirectoryError):
-        if missing is not _REQUIRED:
+        if missing is not REQUIRED:
             return missing
         raise UserError(f"{where} does not exist; {advice}") from None
     return parse_json(data, shape, where=where, advice=advice, allow_nan=allow_nan)

@@ -208,13 +208,40 @@ def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache
         make(autoencoders).tokenizer)).num_examples == 100
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}'])
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}', "[" * 100_000, "\0"])
 def test_a_manifest_that_is_none(autoencoders, cache, tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(UserError, match=r"manifest\.json"):
         read_manifest(tmp_path)
     with pytest.raises(UserError, match=r"a manifest\.json that cannot be read"):
         cache_latents(make(autoencoders), tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_examples", 0), ("num_examples", 10**15), ("num_examples", 1e3), ("shard_examples", 0), ("shape", []),
+    ("shape", [4, -4, 8]), ("shape", [1 << 20] * 3), ("shape", [1] * 40), ("shape", 4), ("flips", 1), ("format", 2),
+    ("dtype", "float64"), ("dtype", []), ("num_classes", True), ("checksum", None), ("split", "a\nb")])
+def test_a_field_that_cannot_be_is_named(cache, tmp_path, name, value):
+    fields = json.loads((cache / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | {name: value}))
+    with pytest.raises(UserError, match=rf"manifest\.json: {name}.* is "):
+        read_manifest(tmp_path)
+
+
+def test_sizes_that_the_files_do_not_have(cache, tmp_path):
+    """10^12 examples: the list of their files alone would fill the memory."""
+    fields = json.loads((cache / "manifest.json").read_text())
+    for path in cache.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for changes in ({"num_examples": 10**12}, {"num_examples": 10**12, "shard_examples": 1},
+                    {"num_examples": 119}, {"shard_examples": 10**12}):
+        (tmp_path / "manifest.json").write_text(json.dumps(fields | changes))
+        with pytest.raises(UserError, match=str(tmp_path)):
+            Latents(tmp_path, read_manifest(tmp_path), flip=False)
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | {"num_classes": 1}))
+    latents = Latents(tmp_path, read_manifest(tmp_path), flip=False)
+    with pytest.raises(UserError, match="label"):
+        [latents.read(index, np.random.default_rng(0)) for index in range(len(latents))]
 
 
 def test_a_cache_of_another_tokenizer_is_refused(autoencoders, cache, tmp_path):
@@ -266,7 +293,7 @@ def test_damage_is_told(autoencoders, cache, tmp_path):
         Latents(short, read_manifest(short), flip=True)
     for text in ("{}", "nonsense", (cache / "manifest.json").read_text().replace("float32", "float64")):
         (short / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+        with pytest.raises(UserError, match=r"manifest\.json"):
             read_manifest(short)
     with pytest.raises(UserError, match="is no latent cache"):
         read_manifest(tmp_path / "nowhere")

@@ -155,8 +155,9 @@ def _plan(config: ml_collections.ConfigDict, tokenizer: Cacheable, num_examples:
 def _shard_examples_of(folder: str) -> int | None:
     """Of a cache that was begun there."""
     for name in (MANIFEST, _PLAN):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(os.path.join(folder, name)) as file:
-            return Manifest.from_json(file.read()).shard_examples
+        with contextlib.suppress(UserError):
+            if (found := Manifest.read(os.path.join(folder, name), missing=None)) is not None:
+                return int(found.shard_examples)
     return None
 
 
@@ -166,9 +167,8 @@ def _begin(folder: str, manifest: Manifest, overwrite: bool) -> None:
     before = next((path for name in (MANIFEST, _PLAN) if os.path.exists(path := os.path.join(folder, name))), None)
     if before and not overwrite:
         try:
-            with open(before) as file:
-                differences = Manifest.from_json(file.read()).differences(manifest)
-        except (ValueError, TypeError, KeyError):
+            differences = Manifest.read(before).differences(manifest)
+        except UserError:
             differences = [f"a {os.path.basename(before)} that cannot be read"]
         if differences:
             raise UserError(f"{folder} holds another latent cache (it has {'; '.join(differences)}): give another "

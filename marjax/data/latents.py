@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from marjax.data.preprocess import CROP, draw_flip
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
+from marjax.json_file import REQUIRED, parse_json, read_json
 from marjax.storage import on_this_machine
 
 MANIFEST = "manifest.json"
@@ -82,18 +84,22 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
+    def read(cls, path: str | os.PathLike[str], *, missing: Any = REQUIRED) -> Any:
+        """The manifest in a file, or `missing` if that is given and there is no file. Raises UserError."""
+        found = read_json(path, _SHAPE, advice=_AGAIN, missing=missing)
+        return found if found is missing else cls._of(found, os.fspath(path))
+
+    @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError, TypeError or KeyError: it is none."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds a {type(fields).__name__}")
-        for field in dataclasses.fields(cls):
-            kind = {"int": int, "str": str, "bool": bool}.get(str(getattr(field.type, "__name__", field.type)))
-            if kind and type(fields.get(field.name)) is not kind:
-                raise ValueError(f"{field.name} is {fields.get(field.name)!r}")
-        made = cls(**fields | {"shape": tuple(int(size) for size in fields["shape"])})
-        if made.format != 1 or made.dtype not in DTYPES or min(made.num_examples, made.shard_examples, *made.shape) < 1:
-            raise ValueError(f"format {made.format}, {made.num_examples} examples of {made.dtype} {made.shape}")
+        """The inverse of `to_json`. Raises UserError: it is none."""
+        return cls._of(parse_json(text, _SHAPE, where=MANIFEST, advice=_AGAIN), MANIFEST)
+
+    @classmethod
+    def _of(cls, found: dict[str, Any], where: str) -> "Manifest":
+        made = cls(**{name: found[name] for name in _SHAPE} | {"shape": tuple(found["shape"])})
+        if not 1 <= len(made.shape) <= 8 or made.record_bytes >= 1 << 31:
+            raise UserError(f"{where}: shape is {shortened(str(made.shape))}, expected that of an image's latents; "
+                            f"{_AGAIN}")
         return made
 
     def differences(self, other: "Manifest") -> list[str]:
@@ -103,22 +109,27 @@ class Manifest:
         return [f"{name} {mine!r} instead of {others!r}" for name, mine, others in pairs if mine != others]
 
 
+_AGAIN = "make the cache again with marjax cache-latents --overwrite"
+_TEXT = re.compile(r"[^\x00-\x1f\x7f]*")
+_SHAPE = {  # the format first: what a later one has is not known here
+    "format": {1}, "checksum": _TEXT, "source": _TEXT, "split": _TEXT, "fingerprint": _TEXT, "crop": _TEXT,
+    "image_size": range(1, 1 << 31), "channels": range(1, 1 << 31), "num_examples": range(1, 1 << 48),
+    "num_classes": range(1, 1 << 31), "flips": bool, "shape": [range(1, 1 << 31)], "dtype": set(DTYPES),
+    "compute_dtype": _TEXT, "shard_examples": range(1, 1 << 48)}
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a finished cache. Raises UserError: there is none, or it cannot be read."""
     on_this_machine(folder, "config.data.cache")
     path = os.path.join(os.path.expanduser(folder), MANIFEST)
-    try:
-        with open(path) as file:
-            return Manifest.from_json(file.read())
-    except FileNotFoundError:
-        if os.path.exists(os.path.join(os.path.dirname(path), f"plan-{MANIFEST}")):
-            raise UserError(f"the latent cache {folder} is not finished: start its marjax cache-latents again, which "
-                            f"goes on from where it was") from None
-        raise UserError(f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents "
-                        f"--out {folder}, or leave config.data.cache empty") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): make the cache again with marjax "
-                        f"cache-latents --overwrite") from None
+    found: Manifest | None = Manifest.read(path, missing=None)
+    if found is not None:
+        return found
+    if os.path.exists(os.path.join(os.path.dirname(path), f"plan-{MANIFEST}")):
+        raise UserError(f"the latent cache {folder} is not finished: start its marjax cache-latents again, which "
+                        f"resumes it")
+    raise UserError(f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents --out "
+                    f"{folder}, or leave config.data.cache empty")
 
 
 def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[int, ...], dtype: npt.DTypeLike,
@@ -197,12 +208,14 @@ class Latents:
 def _open(folder: str, manifest: Manifest) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    paths = [os.path.join(os.path.expanduser(folder), manifest.shard_file(shard))
-             for shard in range(manifest.num_shards)]
     again = "start its marjax cache-latents again, which makes what is missing"
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise UserError(f"the latent cache {folder} lacks {len(missing)} of {len(paths)} files, such as {missing[0]}: "
+    folder = os.path.expanduser(folder)
+    there = set(os.listdir(folder))
+    names = map(manifest.shard_file, range(manifest.num_shards))  # there may be said to be any number of them
+    if (missing := next((name for name in names if name not in there), None)) is not None:
+        raise UserError(f"the latent cache {folder} lacks some of {manifest.num_shards} files, such as {missing}: "
                         f"{again}")
+    paths = [os.path.join(folder, manifest.shard_file(shard)) for shard in range(manifest.num_shards)]
     try:
         records = ArrayRecordDataSource(paths)
     except Exception as error:
@@ -236,10 +249,12 @@ def pack(moments: npt.NDArray[Any], label: int) -> bytes:
 
 
 def unpack(record: bytes, manifest: Manifest) -> tuple[npt.NDArray[Any], int]:
-    """The inverse of `pack`. Raises ValueError: the record is of another size."""
+    """The inverse of `pack`. Raises ValueError: another size, or a label that no example has."""
     if len(record) != manifest.record_bytes:
         raise ValueError(f"a record has {len(record)} bytes, expected {manifest.record_bytes}")
     label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
+    if not 0 <= label < manifest.num_classes:
+        raise ValueError(f"a record has the label {label}, expected at most {manifest.num_classes - 1}")
     return np.frombuffer(record, DTYPES[manifest.dtype], offset=_LABEL_BYTES).reshape(manifest.shape), label
 
 
