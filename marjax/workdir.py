@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -12,11 +13,14 @@ from marjax import storage
 from marjax.config import apply_overrides, base, flatten, resolve
 from marjax.errors import UserError
 from marjax.files import write_bytes
+from marjax.json_file import read_json
 
 # What a second start in the same work directory may change: it does not alter what is trained.
 FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
                "model.remat", "model.denoiser.remat",
                "tokenizer.path", "tokenizer.train.")  # of the tokenizer the checksum counts
+
+_CLOCK_SKEW = 86400.0  # seconds that the clocks of two machines may differ by
 
 # What counts in a second start of marjax train-tokenizer, and what of it does not.
 _TOKENIZER_FIELDS = ("seed", "data.", "tokenizer.")
@@ -107,13 +111,20 @@ def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
     path, now = epath.Path(workdir) / "started.json", time.time()
     if not write:
         return now
+    advice = "the goodput is counted from now; delete it"
     try:
-        return float(json.loads(path.read_text())["unix_seconds"])
-    except FileNotFoundError:
+        found = read_json(path, {"unix_seconds": float}, advice=advice, missing=None)
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return now
+    if found is None:
         write_bytes(path, (json.dumps({"unix_seconds": now}) + "\n").encode())
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return now
+        return now
+    if not 0 <= found["unix_seconds"] <= now + _CLOCK_SKEW:
+        print(f"warning: {path}: unix_seconds is {found['unix_seconds']}, expected a time before now; {advice}",
+              file=sys.stderr)
+        return now
+    return min(now, float(found["unix_seconds"]))
 
 
 def settings_of_all(config: ConfigDict) -> dict[str, Any]:

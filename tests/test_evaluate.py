@@ -137,7 +137,7 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
 
 @pytest.mark.parametrize("fields, says", [
     ({"reference": None}, "no reference to measure against"), ({"reference": "gone.npz"}, "gone.npz does not exist"),
-    ({"extractor_path": "gone.npz"}, "gone.npz is no classifier"), ({"extractor_path": ""}, "no weights of the class"),
+    ({"extractor_path": "gone.npz"}, "gone.npz"), ({"extractor_path": ""}, "no weights of the class"),
     ({"settings": {"cfg": ["much"]}}, "cfg"), ({"settings": {"steps": [1]}}, "steps is no setting"),
     ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"save": "gif"}, "save is 'gif'"),
     ({"weights": ["ema", "best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),

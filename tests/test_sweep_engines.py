@@ -15,7 +15,7 @@ from conftest import DIGITS
 
 from marjax import cli
 from marjax.errors import StorageError, TrainingError, UserError
-from marjax.sweep import Point, engines, jobs, load, name_of, points, slurm, status, sweep, xpk
+from marjax.sweep import Point, engines, jobs, load, name_of, points, slurm, status, sweep, table, xpk
 from marjax.sweep.jobs import Job
 from marjax.sweep.points import PREPARE, Plan
 
@@ -362,3 +362,57 @@ def test_report_waits_for_the_last(tmp_path, programs):
     finish(plan, "named")
     sweep(file, root, engine="slurm")
     assert pathlib.Path(root / "report.txt").read_text() == "done done done"
+
+
+DAMAGED = ["", "[]", "{}", "[" * 100_000, "\0", '{"engine": 9}', '{"rows": ' + "9" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
+    """Of how it ended: it runs again. Of its job: two could be at work on it, so nothing starts."""
+    file, root = write(tmp_path), tmp_path / "root"
+    plan = Plan.of(file, root)
+    finish(plan, *NAMES[:2])
+    for path in (root / NAMES[1] / "result.json", plan.failure("named")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert [row["status"] for row in table(file, root)] == ["done", "unfinished", "unfinished"]
+    said = capsys.readouterr().err
+    assert "result.json" in said and "named.failed.json" in said
+    jobs.write(plan, "named", Job("local", "other:1"))
+    plan.job("named").write_text(text)
+    for act in (status, sweep):
+        with pytest.raises(UserError, match=r"jobs/named\.json"):
+            act(file, root)
+
+
+@pytest.mark.parametrize("changes", [
+    {"where": ["--kubeconfig=/tmp/x"]}, {"where": ["-o", "x"]}, {"where": ["--context=-x"]}, {"where": "--context=x"},
+    {"id": "--kubeconfig=/tmp/x"}, {"id": 3}, {"id": "a\n"}, {"engine": "other"}, {"engine": ["slurm"]}])
+def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
+    """kubectl runs what a --kubeconfig names, and the folder of a sweep may be anyone's."""
+    file, root = write(tmp_path), tmp_path / "root"
+    calls = [programs("kubectl", "{}"), programs("squeue")]
+    plan = Plan.of(file, root)
+    jobs.write(plan, "named", Job("xpk", "a-1", ("--context=gke_a_b_c",)))
+    fields = json.loads(plan.job("named").read_text())
+    plan.job("named").write_text(json.dumps(fields | changes))
+    with pytest.raises(UserError, match=r"jobs/named\.json"):
+        status(file, root)
+    assert not [each() for each in calls if each()]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"items": [{}]}',
+                                  '{"items": [{"metadata": {"name": "a"}, "status": 3}]}'])
+def test_an_answer_of_kubectl_that_is_none(programs, text):
+    programs("kubectl", text)
+    assert jobs.states({"p": Job("xpk", "a")}, {"xpk": xpk.states}) == {"p": "unknown"}
+
+
+def test_a_surrogate_in_a_result_can_be_written_again(tmp_path):
+    file, root = write(tmp_path), tmp_path / "root"
+    plan = Plan.of(file, root)
+    (plan.root / "logs").mkdir(parents=True)
+    plan.fail("named", "no file a\udcff", 1.0)
+    assert table(file, root)[-1]["error"] == "no file a\udcff"
+    assert b"a\xff" in (root / "table.csv").read_bytes()

@@ -21,6 +21,7 @@ from marjax.files import write_bytes
 from marjax.generation.images import make_folder
 from marjax.interop import weights_file
 from marjax.interop.pytorch import Tensor
+from marjax.json_file import parse_json
 
 KEY = "marjax"
 KIND = "inception"
@@ -180,6 +181,7 @@ def _holds(path: str | os.PathLike[str], total: str) -> bool:
 def _said(metadata: dict[str, str] | None) -> str | None:
     """The checksum that the metadata of a file of ours names."""
     try:
-        return json.loads((metadata or {})[KEY])["checksum"]
-    except (ValueError, KeyError, TypeError):
+        text = (metadata or {}).get(KEY, "")
+        return str(parse_json(text, {"checksum": str}, where=KEY, advice="")["checksum"])
+    except UserError:
         return None

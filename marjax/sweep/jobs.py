@@ -6,6 +6,7 @@ The files are all that is needed later: `marjax sweep --status` asks the engine 
 import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -13,9 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from marjax.errors import TrainingError, UserError
-from marjax.sweep.points import Plan, read_json, write_json
+from marjax.files import write_bytes
+from marjax.json_file import read_json
+from marjax.sweep.points import Plan, write_json
 
 QUEUED, RUNNING, ENDED, UNKNOWN = "queued", "running", "ended", "unknown"
+# Whoever wrote the file: no option of squeue or kubectl but these, of which others would run a program.
+_SHAPE = {"engine": {"local", "slurm", "xpk"}, "id": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,300}"),
+          "where": [re.compile(r"--(clusters|context|namespace)=[^-\x00-\x1f][^\x00-\x1f]*")]}
 _SHOWN = 15  # lines of a command that fails
 
 
@@ -35,10 +41,10 @@ class Job:
 
 
 def read(plan: Plan, names: Sequence[str]) -> dict[str, Job]:
-    """The jobs of these points; those that none was given are left out."""
+    """The jobs of these points; those that none was given are left out. Raises UserError: a damaged file."""
     jobs = {}
     for name in names:
-        found = read_json(plan.job(name))
+        found = read_json(plan.job(name), _SHAPE, missing=None, advice="delete it if the job of that point has ended")
         if found is not None:
             jobs[name] = Job(found["engine"], found["id"], tuple(found["where"]))
     return jobs
@@ -56,7 +62,8 @@ def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
 
     If the engine refuses, what was noted of them and of their jobs is put back.
     """
-    before = {path: read_json(path) for name in names for path in (plan.failure(name), plan.job(name))}
+    before = {path: path.read_bytes() if path.exists() else None
+              for name in names for path in (plan.failure(name), plan.job(name))}
     for name in names:
         plan.failure(name).unlink(missing_ok=True)
     try:
@@ -66,7 +73,7 @@ def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
             if content is None:
                 path.unlink(missing_ok=True)
             else:
-                write_json(path, content)
+                write_bytes(path, content)
         raise
 
 
@@ -100,7 +107,7 @@ def _is_point(pid: str) -> bool:
     """Whether a process is there and, where that can be seen, no other that has got the same number since."""
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         pass

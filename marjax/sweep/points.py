@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -17,10 +18,12 @@ from ml_collections import ConfigDict
 from marjax import config as config_lib
 from marjax import storage
 from marjax.errors import PreemptedError, StorageError, TrainingError, UserError
+from marjax.json_file import read_json
 from marjax.sweep.definition import Sweep, load
 from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
 from marjax.workdir import FREE_FIELDS, read_workdir
 
+_RESULT = {"fingerprint": str, "rows": [{str: (float, bool, str, None)}], "seconds": float}
 PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, none of which can start like this
 
 
@@ -91,12 +94,12 @@ class Plan:
 
     def state(self, name: str) -> State:
         """What the files of a point say, or of PREPARE."""
-        result = read_json(self.root / name / "result.json")
+        result = _read_note(self.root / name / "result.json", _RESULT)
         if result is not None:
-            if result.get("fingerprint") == fingerprint(self.configs[name]):
+            if result["fingerprint"] == fingerprint(self.configs[name]):
                 return State("done", result["rows"], result["seconds"])
             return State("failed", error=self._contradiction(name), conflict=True)
-        failure = read_json(self.failure(name))
+        failure = _read_note(self.failure(name), {"error": str, "seconds": float})
         if failure is not None:
             return State("failed", seconds=failure["seconds"], error=failure["error"])
         return State("unfinished")
@@ -221,12 +224,14 @@ def _fields_that_count(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(free)}
 
 
-def read_json(path: epath.Path) -> dict[str, Any] | None:
+def _read_note(path: epath.Path, shape: Any) -> dict[str, Any] | None:
+    """What a file says; None if there is none or it is damaged, which is printed: the point then runs again."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        found: dict[str, Any] | None = read_json(path, shape, advice="it is ignored", missing=None, allow_nan=True)
+        return found
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
         return None
-    return content if isinstance(content, dict) else None
 
 
 def write_json(path: epath.Path, content: dict[str, Any]) -> None:

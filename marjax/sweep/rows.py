@@ -62,4 +62,4 @@ def write_table(root: epath.Path, rows: Sequence[Row], varying: Sequence[str]) -
 
 def write_whole(path: epath.PathLike, text: str) -> None:
     """Writes a file at once or not at all. Raises UserError."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -1,13 +1,13 @@
 """Points as workloads of a GKE cluster, one `xpk workload create` each."""
 
 import argparse
-import json
 import re
 import shlex
 import uuid
 from collections.abc import Sequence
 
 from marjax.errors import UserError
+from marjax.json_file import parse_json
 from marjax.sweep import jobs
 from marjax.sweep.jobs import ENDED, QUEUED, RUNNING, Job
 from marjax.sweep.points import Plan
@@ -17,6 +17,8 @@ from marjax.sweep.points import Plan
 DEFAULTS = {"--max-restarts": "100", "--restart-on-exit-codes": "42,127-255",
             "--termination-grace-period-seconds": "300", "--ttl-seconds-after-finished": "604800"}
 NEEDED = ("--cluster", "--docker-image", "--tpu-type")
+_JOBSET_LIST = {"items": [{"metadata": {"name": str}, "spec?": dict,
+                           "status?": {"conditions?": [{"type": str, "status": str}]}}]}
 _JOBSETS = "jobsets.jobset.x-k8s.io"
 
 
@@ -93,8 +95,12 @@ def states(asked: Sequence[Job]) -> dict[str, str]:
 
 
 def _parse(text: str) -> dict[str, str]:
+    try:
+        items = parse_json(text, _JOBSET_LIST, where="kubectl's answer", advice="")["items"]
+    except UserError:
+        return {}
     found = {}
-    for item in json.loads(text)["items"]:
+    for item in items:
         status = item.get("status", {})
         over = {condition.get("type") for condition in status.get("conditions", ())
                 if condition.get("status") == "True"} & {"Completed", "Failed"}
