@@ -171,7 +171,7 @@ class Generator(nn.Module):
 
 def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int,
           num_codes: int = 0) -> Generator:
-    """The network that a resolved `config.model` describes (see `marjax/config.py`).
+    """The network that a resolved `config.model` describes (see `marjax/config/schema.py`).
 
     `num_codes` is how many different tokens there are, for heads that model codes.
     """
