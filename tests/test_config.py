@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, dotted
+from ml_collections import ConfigDict
 
+import marjax
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.errors import UserError
@@ -145,6 +147,76 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
 def test_bad_overrides(key, value, says):
     with pytest.raises(UserError, match=says):
         config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {key: value}))
+
+
+CONFIG_FILE = """from ml_collections import ConfigDict
+from marjax import config as config_lib
+
+def get_config(arg=None):
+    config = config_lib.load({digits!r})
+    {line}
+    return config
+"""
+
+
+@pytest.mark.parametrize("line, says", [
+    ("config.train.stpes = 10", "line 6: unknown config key 'train.stpes'; the closest is 'train.steps'"),
+    ("config.trian.steps = 10", "line 6: unknown config key 'trian'; the closest is 'train'"),
+    ("config.trian = dict(steps=10)", "'trian'; the closest is 'train'"),
+    ("config['train']['stpes'] = 10", "'train.stpes'; the closest is 'train.steps'"),
+    ("config.update(train=dict(stpes=10))", "'train.stpes'; the closest is 'train.steps'"),
+    ("config.tokenizer.train.disc.update(wieght=1.0)", "the closest is 'tokenizer.train.disc.weight'"),
+    ("config.train = dict(stpes=10)", "'train.stpes'; the closest is 'train.steps'"),
+    ("config.train = dict(steps=10)", "config.train.* is missing"),
+    ("config.unlock(); config.train.stpes = 10", "'train.stpes'; the closest is 'train.steps'"),
+    ("config.unlock(); config.trian = dict()", "'trian'; the closest is 'train'"),
+    ("config.unlock(); del config.train.steps", "config.train.steps is missing"),
+    ("config.unlock(); del config.train", "config.train is missing"),
+    ("config = ConfigDict(dict(train=dict(steps=10)))", "is missing"),
+    ("config = ConfigDict(config.to_dict() | dict(trian=1))", "'trian'; the closest is 'train'"),
+    ("config = ConfigDict(config.to_dict() | dict(train=1))", "config.train is 1: expected a section"),
+    ("config = ConfigDict(config.to_dict() | dict(seed=dict(a=1)))", "config.seed is"),
+    ("config = ConfigDict(config.to_dict() | dict(seed='1'))", "config.seed is '1': expected int"),
+    ("config.train.steps = '10'", "config.train.steps"),
+    ("config.train.steps = True", "config.train.steps is True: expected int"),
+    ("config.tokenizer.autoencoder.channel_mults = (1, 'a')", "channel_mults is .*: expected a tuple of int"),
+    ("config.data.data_dir = 'a' + chr(0)", "config.data.data_dir"),
+    ("config.data.data_dir = None", "config.data.data_dir is None"),
+    ("config.train.lr = 10**400", "config.train.lr"),
+    ("return 3", "returned int"),
+    ("1 / 0", "line 6: ZeroDivisionError"),
+    ("import nothing_of_this_name", "line 6: ModuleNotFoundError"),
+    (")", "line 6: SyntaxError"),
+])
+def test_a_config_file_cannot_hold_what_no_config_has(tmp_path, line, says):
+    file = tmp_path / "own.py"
+    file.write_text(CONFIG_FILE.format(digits=f"{ROOT}/configs/digits.py", line=line))
+    with pytest.raises(UserError, match=says) as raised:
+        config_lib.resolve(config_lib.load(str(file)))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_hand_made_config_with_all_fields_is_as_good():
+    given = ConfigDict(load("digits.py:debug").to_dict())
+    assert config_lib.resolve(given) == config_lib.resolve(load("digits.py:debug"))
+    assert config_lib.apply_overrides(given, {"train.lr": "1"}).train.lr == 1.0
+    given.trian = 1
+    for call in (config_lib.resolve, lambda config: config_lib.apply_overrides(config, {}),
+                 lambda config: marjax.train(config, "/proc/nothing")):
+        with pytest.raises(UserError, match="'trian'; the closest is 'train'"):
+            call(given)
+        with pytest.raises(UserError, match="config is None: expected a section"):
+            call(None)
+
+
+def test_what_none_turns_off():
+    config = load("digits.py")
+    for text, clip in (("none", None), ("0", None), ("2", 2.0)):
+        resolved = config_lib.resolve(config_lib.apply_overrides(config, {"train.clip": text}))
+        assert resolved.train.clip == clip
+    assert config_lib.apply_overrides(config, {"train.schedule": "none"}).train.schedule is None
+    with pytest.raises(UserError, match="train.b1"):
+        config_lib.apply_overrides(config, {"train.b1": "none"})
 
 
 def test_workdir_keeps_its_config(tmp_path):

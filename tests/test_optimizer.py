@@ -55,3 +55,19 @@ def test_ema(warmup):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new.ema, expected)
         state = new
     assert int(state.step) == 12
+
+
+@pytest.mark.parametrize("clip", [None, 0])
+def test_no_clipping(clip):
+    """Of the same gradient as one that is clipped at a norm which it does not reach; and not frozen weights."""
+    gradients, moved = {"w": {"kernel": jnp.array([300.0, -400.0])}}, {}
+    config = config_lib.base()
+    for given in (clip, 1e9, 1.0):
+        config.train.update(lr=0.1, warmup_steps=0, steps=10, weight_decay=0.0, schedule="constant", clip=given)
+        tx = optimizer.make_optimizer(config.train)
+        state = tx.init({"w": {"kernel": jnp.zeros(2)}})
+        updates, state = tx.update(gradients, state, {"w": {"kernel": jnp.zeros(2)}})
+        moved[given] = updates["w"]["kernel"], state[1][0].nu["w"]["kernel"]
+        np.testing.assert_allclose(moved[given][0], [-0.1, 0.1], rtol=1e-4)
+    np.testing.assert_array_equal(moved[clip][1], moved[1e9][1])
+    assert (moved[clip][1] > 1e4 * moved[1.0][1]).all()

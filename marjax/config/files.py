@@ -1,17 +1,19 @@
 """Config files: Python files with `get_config(arg)`, and their arguments."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from marjax.config.overrides import closest, parse_value
-from marjax.errors import UserError
+from marjax.config.overrides import closest, conform, parse_value, sections, unknown_key
+from marjax.errors import TrainingError, UserError
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
@@ -46,13 +48,19 @@ def load(path: str) -> ConfigDict:
     """The config of "FILE.py" or "FILE.py:ARG", not yet resolved.
 
     Raises:
-      UserError: no such file, or one without `get_config`.
+      UserError: no such file, one without `get_config`, an error in it, or a config that has other fields than
+        `base()`.
     """
     file, _, arg = path.partition(":")
-    config = load_function(file, "config", "get_config")(arg or None)
+    function = load_function(file, "config", "get_config")
+    with errors_of(file, "config"):
+        config = function(arg or None)
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {file!r} returned {type(config).__name__}, not a ConfigDict")
-    return config
+    try:
+        return conform(config)
+    except UserError as error:
+        raise UserError(f"get_config of {file!r}: {error}") from None
 
 
 class _AsItIs(importlib.machinery.SourceFileLoader):
@@ -69,7 +77,7 @@ def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
     """The function of that name in a Python file that is no module of ours; `kind` says in errors what file it is.
 
     Raises:
-      UserError: no such file, or one without that function.
+      UserError: no such file, one without that function, or an error in it.
     """
     if not os.path.isfile(file):
         raise UserError(f"{kind} file {file!r} does not exist: give a Python file with {name}")
@@ -80,7 +88,47 @@ def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
         raise UserError(f"{kind} file {file!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # as dataclasses and pickle expect of a module
-    loader.exec_module(module)
+    with errors_of(file, kind):
+        loader.exec_module(module)
     if not hasattr(module, name):
         raise UserError(f"{kind} file {file!r} has no {name}")
     return getattr(module, name)
+
+
+@contextlib.contextmanager
+def errors_of(file: str, kind: str) -> Iterator[None]:
+    """Makes one line with the line's number of whatever the code of a user's file raises; see `load_function`.
+
+    Raises:
+      UserError: with the original error as its cause.
+    """
+    try:
+        yield
+    except (UserError, TrainingError, MemoryError):
+        raise
+    except Exception as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        lines = [line for frame, line in frames if frame.f_code.co_filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines = [error.lineno or 1]
+        where = f"{kind} file {file!r}" + (f", line {lines[-1]}" if lines else "")
+        raise UserError(f"{where}: {_of_config(error, frames) or _first_line(error)}") from error
+
+
+def _of_config(error: Exception, frames: Sequence[tuple[types.FrameType, int]]) -> str | None:
+    """What to report if a config refused a field or a value; None if it did not."""
+    for frame, _ in reversed(frames):
+        section = frame.f_locals.get("self")
+        key = frame.f_locals.get("key", frame.f_locals.get("attribute"))
+        if isinstance(section, ConfigDict) and isinstance(key, str):
+            names = set(section)
+            prefix = next((f"{name}." for name, fields in sections().items() if name and fields == names), "")
+            if isinstance(error, KeyError | AttributeError) and key not in section:
+                return str(unknown_key(prefix + key))
+            return f"config.{prefix}{key}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,44 +1,87 @@
-"""Single fields of a config: set by dotted key, parsed to the field's type."""
+"""Fields of a config by name and type: which there are, setting single ones, and making any config conform."""
 
-import copy
 import difflib
-from collections.abc import Mapping
-from typing import Any
+import functools
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from marjax.config.schema import NONE_IS_OFF, base
 from marjax.errors import UserError
+from marjax.ranges import shown
+
+_EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tuple of int"}
+
+
+class Field(NamedTuple):
+    """What a field of the config holds: its type, and whether it may be None."""
+
+    kind: type
+    optional: bool
+
+
+@functools.cache
+def known_fields() -> Mapping[str, Field]:
+    """Every field of `base()` by its dotted key."""
+    config = base()
+    found = {}
+    for key, default in flatten(config).items():
+        *parents, leaf = key.split(".")
+        section = functools.reduce(lambda section, name: section[name], parents, config)
+        found[key] = Field(section.get_type(leaf), default is None or key in NONE_IS_OFF)
+    return found
+
+
+@functools.cache
+def sections() -> Mapping[str, set[str]]:
+    """The names in every section of `base()` by its dotted key; "" is the config itself."""
+    found: dict[str, set[str]] = {"": set()}
+    for key in known_fields():
+        names = key.split(".")
+        for depth, name in enumerate(names):
+            found.setdefault(".".join(names[:depth]), set()).add(name)
+    return found
+
+
+def conform(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """A locked copy with exactly the fields of `base()`, each of its type; integers become floats where those belong.
+
+    Args:
+      config: one that started from `base()`, whatever was done to it since, or nested dicts with the same fields.
+
+    Raises:
+      UserError: an unknown field (naming the closest), a missing one, or a value of another type.
+    """
+    made = base()
+    _fill(made, config, "")
+    return made
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy with single fields set; strings are parsed to the field's type.
+    """A copy with single fields set; strings are parsed to the field's type, "none" to None where that is allowed.
 
     Raises:
-      UserError: an unknown field (naming the closest), a section, or a value of the wrong type.
+      UserError: an unknown field (naming the closest), a section, or a value of the wrong type; in `config` too.
     """
-    config = copy.deepcopy(config)  # keeps the types of fields that are None
-    fields = flatten(config)
+    config = conform(config)
+    fields = known_fields()
     for key, value in overrides.items():
         if key not in fields:
-            sections = {name.rsplit(".", 1)[0] for name in fields if "." in name}
-            if key in sections:
+            if key in sections():
                 raise UserError(f"config.{key} is a section: set one of its fields, such as "
-                                f"{next(name for name in fields if name.startswith(key + '.'))}")
-            raise UserError(f"unknown config key {key!r}{closest(key, fields)}")
+                                f"{next(name for name in fields if name.startswith(f'{key}.'))}")
+            raise UserError(f"unknown config key {key!r}{closest(str(key), fields)}")
+        kind, optional = fields[key]
+        if isinstance(value, str) and kind is not str:
+            value = None if optional and value.lower() == "none" else parse_value(key, value, kind)
+        elif optional and value in ("none", "None"):
+            value = None
         *parents, leaf = key.split(".")
-        section = config
-        for name in parents:
-            section = section[name]
-        kind = section.get_type(leaf)
-        value = parse_value(key, value, kind) if isinstance(value, str) else value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if kind is tuple and isinstance(value, list):  # as JSON has them
-            value = tuple(value)
-        try:
-            section[leaf] = value
-        except TypeError:
-            raise UserError(f"config.{key} is {value!r}: expected {kind.__name__}") from None
+        section = functools.reduce(lambda section, name: section[name], parents, config)
+        section[leaf] = _typed(key, value, fields[key])
     return config
 
 
@@ -53,7 +96,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def closest(name: str, names: Any) -> str:
+def unknown_key(key: str) -> UserError:
+    """The error about a field or section that the config does not have."""
+    return UserError(f"unknown config key {key!r}{closest(key, [*sections(), *known_fields()])}")
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """"; the closest is 'x'" for an error about an unknown name; "" if none is close."""
     names = list(names)
     by_depth = sorted(names, key=lambda known: -known.count("."))
     leaves = {known.rsplit(".", 1)[-1]: known for known in by_depth}  # of equal ones, the one that lies highest
@@ -63,6 +112,7 @@ def closest(name: str, names: Any) -> str:
 
 
 def parse_value(key: str, text: str, kind: type) -> Any:
+    """The value of a type that a text stands for. Raises UserError."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -71,5 +121,54 @@ def parse_value(key: str, text: str, kind: type) -> Any:
         return kind(text)
     except (ValueError, KeyError):
         if kind is tuple:
-            raise UserError(f"{key}={text!r}: expected whole numbers with commas, such as 1,2,4") from None
-        raise UserError(f"{key}={text!r}: expected {kind.__name__}") from None
+            raise UserError(f"{key}={shown(text)}: expected whole numbers with commas, such as 1,2,4") from None
+        raise UserError(f"{key}={shown(text)}: expected {kind.__name__}") from None
+
+
+def _fill(section: ConfigDict, given: Any, prefix: str) -> None:
+    where = f"config.{prefix}".rstrip(".") if prefix else "config"
+    if not isinstance(given, Mapping | ConfigDict):
+        raise UserError(f"{where} is {shown(given)}: expected a section with its fields")
+    for key in given:
+        if key not in section:
+            raise unknown_key(f"{prefix}{key}")
+    for key in section:
+        if key not in given:
+            raise UserError(f"config.{prefix}{key} is missing: start from marjax.config.base() and set single fields")
+        if isinstance(section[key], ConfigDict):
+            _fill(section[key], given[key], f"{prefix}{key}.")
+        else:
+            section[key] = _typed(f"{prefix}{key}", given[key], known_fields()[f"{prefix}{key}"])
+
+
+def _typed(key: str, value: Any, field: Field) -> Any:
+    """The value as the field's type. Raises UserError."""
+    kind, is_number = field.kind, not isinstance(value, bool)
+    if value is None and field.optional:
+        return None
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, numbers.Integral) and is_number:
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real) and is_number:
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"config.{key} is {shown(value)}: give a number that a float can hold") from None
+    if kind is str and isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        if isinstance(text, str) and _is_text(text):
+            return text
+    if kind is tuple and isinstance(value, tuple | list) and all(  # a list, as JSON has them
+            isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in value):
+        return tuple(int(each) for each in value)
+    raise UserError(f"config.{key} is {shown(value)}: expected {_EXPECTED[kind]}")
+
+
+def _is_text(text: str) -> bool:
+    """Whether no system call would refuse a text as part of a path."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text

@@ -1,36 +1,44 @@
 """From a config as given to one that is checked, complete and locked."""
 
-import copy
-
 from ml_collections import ConfigDict
 
-from marjax.config.overrides import flatten
+from marjax.config.overrides import conform, flatten
 from marjax.config.schema import CHOICES
 from marjax.errors import UserError
+from marjax.ranges import shown
 from marjax.tokenizers import TokenShape, token_shape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     """A checked, locked copy with every derived field computed. Resolving twice changes nothing.
 
+    Args:
+      config: with the fields of `base()`.
+      open_data: whether to count classes and examples where the config does not say how many there are. Without it
+        nothing that the config names is opened, as must be with the config of a stranger.
+
     Raises:
-      UserError: a field that is missing, out of range or at odds with another; a source that has to be counted and
-        cannot be opened.
+      UserError: a field that is unknown, missing, out of range or at odds with another; a source that has to be
+        counted and cannot be opened.
     """
-    config = copy.deepcopy(config)  # keeps the types of fields that are None
+    config = conform(config)
     if config.train.schedule is None and config.model.head in HEADS:
         config.train.schedule = HEADS[config.model.head].schedule
+    for section in (config.train, config.tokenizer.train):
+        section.clip = section.clip or None
     fields = flatten(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed:
-            raise UserError(f"config.{key} is {fields[key]!r}: give one of {', '.join(allowed)}")
+            raise UserError(f"config.{key} is {shown(fields[key])}: give one of {', '.join(allowed)}")
     train, data, model = config.train, config.data, config.model
     counts_epochs = None in (train.steps, train.warmup_steps) and train.epochs is not None
-    if data.num_classes is None or (data.num_examples is None and counts_epochs):
+    if open_data and (data.num_classes is None or (data.num_examples is None and counts_epochs)):
         _count(data)
         fields = flatten(config)
+    if data.num_classes is None:
+        raise UserError("config.data.num_classes is missing: set it")
     for key in ("data.image_size", "data.num_classes", "tokenizer.patch_size", "model.width", "model.encoder_depth",
                 "model.decoder_depth", "model.num_heads", "model.buffer_size", "model.denoiser.depth",
                 "model.denoiser.width", "model.diffusion.batch_mul", "train.batch_size", "train.accumulate",
@@ -89,7 +97,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps "
                         f"{train.steps}")
     check_sample(config)
-    return config.lock()
+    return config
 
 
 def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
@@ -100,7 +108,7 @@ def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
         if key in ("batch_size", "steps", "log_every", "checkpoint_every", "scale_images", "disc.layers"):
             if value < 1:
                 raise UserError(f"{path}.{key} is {value}: give at least 1")
-        elif key in ("lr", "clip"):
+        elif key == "lr":
             if not value > 0.0:
                 raise UserError(f"{path}.{key} is {value}: give a positive number")
         elif key in ("b1", "b2", "ema_decay", "restart_below"):

@@ -31,8 +31,15 @@ CHOICES = {
 }
 
 
+# Fields whose default is a number, which None turns off.
+NONE_IS_OFF = ("train.clip", "tokenizer.train.clip")
+
+
 def base() -> ConfigDict:
-    """Every field there is, with the paper's value where it has one. Fields of None are derived by `resolve`."""
+    """Every field there is, with the paper's value where it has one; locked, so that no other field can be added.
+
+    Fields of None are derived by `resolve`.
+    """
     derived_int, derived_float, derived_str, derived_tuple = (
         functools.partial(config_dict.placeholder, kind) for kind in (int, float, str, tuple))
     return ConfigDict(dict(
@@ -78,7 +85,7 @@ def base() -> ConfigDict:
                 warmup_steps=1000,
                 b1=0.5,
                 b2=0.9,
-                clip=1.0,  # of the gradient's global norm
+                clip=config_dict.FieldReference(1.0),  # of the gradient's global norm; None or 0: no clipping
                 ema_decay=0.999,
                 ema_warmup=True,  # as in config.train
                 kl_weight=1e-6,  # of the divergence's sum over latents, beside the sum of |x - x'| over values
@@ -127,7 +134,7 @@ def base() -> ConfigDict:
             b1=0.9,
             b2=0.95,
             weight_decay=0.02,
-            clip=3.0,  # of the gradient's global norm
+            clip=config_dict.FieldReference(3.0),  # of the gradient's global norm; None or 0: no clipping
             ema_decay=0.9999,
             ema_warmup=False,  # min(ema_decay, (1 + n) / (10 + n)) at step n
         ),
@@ -164,7 +171,7 @@ def base() -> ConfigDict:
             extractor_path="",  # of its weights; inception has a place of its own
             reference="",  # file of the real images' statistics (see marjax stats)
         ),
-    ))
+    )).lock()
 
 
 def set_model_size(model: ConfigDict, size: str) -> None:

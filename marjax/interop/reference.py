@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
+from marjax.config.schema import NONE_IS_OFF
 from marjax.errors import UserError
 from marjax.tokenizers.autoencoder_names import count_layers
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
@@ -88,6 +89,8 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], arguments: Mapping[str, Any
     for name, (key, kind) in _ARGUMENTS.items():
         if arguments.get(name) is not None:
             given[key] = _typed(name, arguments[name], kind)
+        elif name in arguments and key in NONE_IS_OFF:
+            given[key] = None
     size = next((name for name, each in config_lib.MODEL_SIZES.items()
                  if (each["width"], each["depth"], each["depth"]) == (width, model.encoder_depth, model.decoder_depth)),
                 None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from marjax.config import load_function
+from marjax.config import errors_of, load_function
 from marjax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
@@ -145,14 +145,16 @@ def load(path: str | os.PathLike[str]) -> Sweep:
       UserError: no such file, one without `get_sweep`, or points that cannot be used.
     """
     function = load_function(os.fspath(path), "sweep", "get_sweep")
-    loaded = function()
+    with errors_of(os.fspath(path), "sweep"):
+        loaded = function()
     if isinstance(loaded, Sweep):
         return loaded
     if isinstance(loaded, str | Mapping) or not isinstance(loaded, Iterable):
         raise UserError(f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep: return one, or yield "
                         f"overlays")
     names = getattr(function, "__globals__", {})
-    points = [_point(each, names.get("CONFIG"), path) for each in loaded]
+    with errors_of(os.fspath(path), "sweep"):
+        points = [_point(each, names.get("CONFIG"), path) for each in loaded]
     return Sweep(points, **{name: names.get(name) for name in ("measure", "prepare", "report")})
 
 

@@ -25,7 +25,7 @@ from marjax.tokenizers.autoencoder import Autoencoder, init_params
 from marjax.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
 from marjax.tokenizers.spec import Spec
 from marjax.training import lpips
-from marjax.training.optimizer import ema_decay
+from marjax.training.optimizer import clipping, ema_decay
 from marjax.training.run import Metrics
 
 # Codes' shares of all latents are averaged over about so many steps.
@@ -76,7 +76,7 @@ class Trainer:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, clipped by the global norm, after a linear warmup; both networks have one of their own."""
-        return optax.chain(optax.clip_by_global_norm(self.train.clip),
+        return optax.chain(clipping(self.train.clip),
                            optax.adam(self.learning_rate, self.train.b1, self.train.b2))
 
     def learning_rate(self, step: jax.Array) -> jax.Array:

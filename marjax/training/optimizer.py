@@ -42,9 +42,14 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW, from a resolved `config.train`."""
     return optax.chain(
-        optax.clip_by_global_norm(train.clip),
+        clipping(train.clip),
         optax.adamw(learning_rate(train), train.b1, train.b2, eps=1e-8, weight_decay=train.weight_decay,
                     mask=decay_mask))
+
+
+def clipping(norm: float | None) -> optax.GradientTransformation:
+    """Clipping of the gradient by its global norm; None or 0 is no clipping. The state has the same structure."""
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
 
 
 def ema_decay(train: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
