@@ -10,7 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from marjax import storage
-from marjax.config import apply_overrides, base, flatten, resolve
+from marjax.config import conform, flatten, resolve
+from marjax.config.migrations import migrate, stamp
 from marjax.errors import UserError
 from marjax.files import write_bytes
 from marjax.json_file import read_json
@@ -49,7 +50,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
                 raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
         else:
             _refuse_contradiction(workdir, read_workdir(workdir), config, tokenizer)
-        text = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+        text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
         write_bytes(path / "config.json", text.encode())  # a crash leaves the old file or the new one
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
@@ -77,8 +78,10 @@ def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokeni
 def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     """The resolved config of a work directory; a tokenizer that lies in it is found there, wherever that is now.
 
+    Nothing that the config names is opened: the work directory may be a stranger's. One of an older format is migrated.
+
     Raises:
-      UserError: there is none, or it was not written by this program.
+      UserError: there is none, it is no config, or it has a format that this program cannot read.
     """
     storage.check(workdir)
     path = epath.Path(workdir)
@@ -86,20 +89,25 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
         raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
     if not (path / "config.json").exists():
         raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
+    where = f"{workdir}/config.json"
+    content = read_json(path / "config.json", {str: object}, advice="restore it, or give another --workdir")
     try:
-        content = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{workdir}/config.json is not JSON ({error})") from None
-    template = base()
-    known, given = flatten(template), flatten(content) if isinstance(content, dict) else {}
-    if known.keys() != given.keys():
-        odd = sorted(known.keys() ^ given.keys())
-        raise UserError(f"{workdir}/config.json is not a config of this version: unknown or missing "
-                        f"{', '.join(odd[:5])}")
-    config = apply_overrides(template, given)
-    if config.tokenizer.path and (path / config.tokenizer.path).exists():
+        config = resolve(conform(migrate(content, where)), open_data=False)
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(where) else f"{where}: {told}") from None
+    if _lies_in(path, config.tokenizer.path):
         config.tokenizer.path = os.fspath(path / config.tokenizer.path)
-    return resolve(config)
+    return config
+
+
+def _lies_in(folder: epath.Path, name: str) -> bool:
+    if not name or storage.is_remote(name) or os.path.isabs(name) or ".." in name.split("/"):
+        return False
+    try:
+        return (folder / name).exists()
+    except OSError:  # such as a name of thousands of characters
+        return False
 
 
 def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:

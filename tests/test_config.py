@@ -239,6 +239,114 @@ def test_workdir_keeps_its_config(tmp_path):
     assert read_workdir(tmp_path / "run").train.steps == 9000
 
 
+@pytest.fixture
+def workdir(tmp_path):
+    """Writes the config.json of a work directory, DIGITS with what `change` does to it, and returns the folder."""
+    def write(change=lambda content: None, stamped=True):
+        run = tmp_path / "run"
+        (run / "config.json").unlink(missing_ok=True)
+        claim_workdir(run, trained_on_digits())
+        content = json.loads((run / "config.json").read_text())
+        if not stamped:
+            del content["format"]
+        change(content)
+        (run / "config.json").write_text(json.dumps(content))
+        return run
+    return write
+
+
+def trained_on_digits(**fields):
+    """The config that `train` writes, with the checksum of a tokenizer without weights."""
+    return config_lib.resolve(config_lib.apply_overrides(
+        load("digits.py:debug"), {"tokenizer.checksum": ""} | dotted(fields)))
+
+
+def test_configs_of_older_formats_are_migrated(workdir):
+    """Those that do not say their format: as it was when it had a part of today's fields, and as it was last."""
+    def first(content):
+        del content["eval"], content["data"]["cache"], content["mesh"]["replicate_below"]
+        content["model"]["mask_ratio"]["per"] = "batch"
+        del content["model"]["mask_ratio_per"]
+        for key in ("checksum", "path", "posterior", "autoencoder", "train", "num_codes"):
+            del content["tokenizer"][key]
+        del content["sample"]["choice_temperature"], content["sample"]["confidence_order"]
+
+    assert read_workdir(workdir(first, stamped=False)) == trained_on_digits(
+        model__mask_ratio_per="batch", eval__extractor_path="", eval__reference="", eval__extractor="inception")
+    for older in (lambda content: None, lambda content: content.pop("eval")):
+        run = workdir(older, stamped=False)
+        claim_workdir(run, trained_on_digits())  # resumed
+        assert read_workdir(run) == trained_on_digits()
+        assert "format" in json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda content: content.update(format=2), "format 2.*newer"),
+    (lambda content: content.update(format=10**15), "format 1000000000000000.*newer"),
+    (lambda content: content.update(format=-1), "format is -1"),
+    (lambda content: content.update(format="1"), "format is '1'"),
+    (lambda content: content.update(format=True), "format is True"),
+    (lambda content: content["train"].update(stpes=1), "'train.stpes'; the closest is 'train.steps'"),
+    (lambda content: content.update(trian={}), "'trian'; the closest is 'train'"),
+    (lambda content: content["train"].pop("b1"), "config.train.b1 is missing"),
+    (lambda content: content.pop("eval"), "config.eval is missing"),
+    (lambda content: content.update(train=[1]), r"config.train is \[1\]: expected a section"),
+    (lambda content: content.update(train=None), "config.train is None"),
+    (lambda content: content.update(tokenizer=3), "config.tokenizer is 3"),
+    (lambda content: content["train"].update(steps="many"), "config.train.steps is 'many'"),
+    (lambda content: content["train"].update(steps=1.5), "config.train.steps is 1.5"),
+    (lambda content: content["train"].update(lr=float("nan")), "NaN"),
+    (lambda content: content["train"].update(lr=None, base_lr=True), "config.train.base_lr is True"),
+    (lambda content: content["train"].update(steps=10**30), "integer"),
+    (lambda content: content["model"].update(dtype=["float32"]), "config.model.dtype"),
+    (lambda content: content["tokenizer"].update(path="a\0b"), "config.tokenizer.path"),
+    (lambda content: content["tokenizer"].update(path="\ud800"), "config.tokenizer.path"),
+    (lambda content: content["tokenizer"].update(path={"a": 1}), "config.tokenizer.path"),
+])
+@pytest.mark.parametrize("stamped", [True, False])
+def test_configs_that_no_work_directory_has(workdir, change, says, stamped):
+    if "eval is missing" in says and not stamped:
+        return  # as it may be in an older format
+    run = workdir(change, stamped)
+    before = (run / "config.json").read_bytes()
+    for call in (read_workdir, lambda run: claim_workdir(run, config_lib.resolve(load("digits.py:debug")))):
+        with pytest.raises(UserError, match=says) as raised:
+            call(run)
+        assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"train":' * 100_000, "\ud800", "1" + "0" * 5000, "[1]",
+                                  "null", '"x"'], ids=range(9))
+def test_config_files_that_are_no_json(workdir, text):
+    run = workdir()
+    (run / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="config.json"):
+        read_workdir(run)
+
+
+@pytest.mark.parametrize("name", ["tfds:evil", "digits"])
+def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
+    def opened(*args, **kwargs):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("marjax.data.sources.open_source", opened)
+    monkeypatch.setattr("marjax.data.latents.read_manifest", opened)
+
+    def change(content):
+        content["data"].update(source=name, data_dir="evil", cache="evil", num_examples=None)
+        content["eval"].update(every=1, reference="evil", extractor_path="evil")
+
+    assert read_workdir(workdir(change)).data.source == name
+    for missing in ({"num_classes": None}, {"num_classes": None, "cache": ""}):
+        with pytest.raises(UserError, match="config.data.num_classes"):
+            read_workdir(workdir(lambda content, missing=missing: change(content) or content["data"].update(missing)))
+    with pytest.raises(UserError, match="train.steps"):
+        read_workdir(workdir(lambda content: change(content) or content["train"].update(steps=None, epochs=1.0)))
+    with pytest.raises(AssertionError, match="opened"):  # where the data is the user's own
+        config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {"data.num_classes": None, "data.cache": ""}))
+
+
 def test_foreign_folders(tmp_path):
     config = config_lib.resolve(load("digits.py"))
     (tmp_path / "thesis.tex").write_text("")
@@ -251,7 +359,7 @@ def test_foreign_folders(tmp_path):
         read_workdir(tmp_path)
     for content in ("{", "[1]", json.dumps({"model": {"width": 3}})):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match=r"config\.json is not"):
+        with pytest.raises(UserError, match=r"config\.json"):
             read_workdir(tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         claim_workdir("/proc/nothing", config)

@@ -1,0 +1,78 @@
+"""The format of a work directory's config.json, and how a config of an older format becomes one of this.
+
+Whoever renames or removes a field, or adds one whose default is not what happened before, raises FORMAT and adds a
+function to `_MIGRATIONS`. A field that is merely added gets its default where an older format lacks it: it goes into
+`_ADDED`, with FORMAT raised too.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from marjax.config.overrides import flatten
+from marjax.config.schema import base
+from marjax.errors import UserError
+from marjax.ranges import shown
+
+FORMAT = 1  # format 0 does not say that it is: the key is missing
+KEY = "format"  # beside the sections
+
+# Fields, or sections with all their fields, that came after the first config of the format.
+_ADDED = {
+    0: ("data.cache", "eval", "mesh.replicate_below", "model.mask_ratio_per", "sample.choice_temperature",
+        "sample.confidence_order", "tokenizer.autoencoder", "tokenizer.checksum", "tokenizer.num_codes",
+        "tokenizer.path", "tokenizer.posterior", "tokenizer.train"),
+}
+
+
+def stamp(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json for a config as nested dicts."""
+    return {KEY: FORMAT, **config}
+
+
+def migrate(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config of the present format, as nested dicts, from the content of config.json.
+
+    Args:
+      content: what the file holds.
+      where: the file, for errors.
+
+    Raises:
+      UserError: a format that does not exist, or one that is newer than this program.
+    """
+    migrated = copy.deepcopy(dict(content))
+    version = migrated.pop(KEY, 0)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise UserError(f"{where}: {KEY} is {shown(version)}, expected an integer from 0 to {FORMAT}: restore the file")
+    if version > FORMAT:
+        raise UserError(f"{where} has format {version}, but this version of marjax reads formats up to {FORMAT}: "
+                        f"install the version that wrote it, or a newer one")
+    defaults = flatten(base())
+    for older in range(version, FORMAT):
+        _MIGRATIONS[older](migrated)
+        for key, value in defaults.items():
+            if any(key == added or key.startswith(f"{added}.") for added in _ADDED[older]):
+                _add(migrated, key, value)
+    return migrated
+
+
+def _from_0(content: dict[str, Any]) -> None:
+    model, tokenizer = content.get("model"), content.get("tokenizer")
+    ratio = model.get("mask_ratio") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(ratio, dict) and "per" in ratio:
+        model["mask_ratio_per"] = ratio.pop("per")
+    if isinstance(tokenizer, dict) and tokenizer.get("name") == "pixels":
+        tokenizer.setdefault("checksum", "")
+
+
+_MIGRATIONS = {0: _from_0}
+
+
+def _add(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    section: Any = content
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            return  # another type, which is reported with all others
+    section.setdefault(leaf, value)
