@@ -15,6 +15,7 @@ from marjax import flops, orders, peak, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings, draw_randomness
 from marjax.models import generator as generator_lib
+from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, TokenShape
 from marjax.tokenizers.codebook import Codebook
 from marjax.tokenizers.pixels import Pixels
@@ -41,6 +42,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     """
     if what not in ("train", "sample"):
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
+    check_arguments(repeats=repeats, recompute=recompute)
     config = config_lib.resolve(config)
     mesh = sharding.near_mesh(config.mesh)
     tokens = config_lib.tokens_of(config)

@@ -12,6 +12,7 @@ import sys
 
 from marjax import config as config_lib
 from marjax.errors import TrainingError, UserError
+from marjax.ranges import MAX_INT, check_arguments, shown
 from marjax.storage import is_remote
 from marjax.workdir import read_workdir
 
@@ -35,13 +36,17 @@ def parse_labels(text: str) -> list[int]:
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"labels {text!r}: give classes such as 0-9 or 1,5,7, or 'none'")
+        if not _is_class(first) or (dash and not _is_class(last)):
+            raise UserError(f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'")
         numbers = range(int(first), int(last if dash else first) + 1)
         if not numbers:
             raise UserError(f"labels {text!r}: {part} runs backwards")
         labels += numbers
     return labels
+
+
+def _is_class(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 7  # no more than can be listed
 
 
 def join(given: argparse.Namespace, stops_at_steps: bool = False) -> None:
@@ -65,8 +70,9 @@ def join(given: argparse.Namespace, stops_at_steps: bool = False) -> None:
 def parse_range(text: str) -> tuple[int, int]:
     """(10, 15) from "10:15". Raises UserError: anything else."""
     first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"steps {text!r}: give the first and the last, such as 10:15")
+    few = len(text) <= 30  # digits: Python does not read numbers of thousands
+    if not (few and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= MAX_INT):
+        raise UserError(f"steps {shown(text)}: give the first and the last, such as 10:15")
     return int(first), int(last)
 
 
@@ -134,8 +140,7 @@ def sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.generation.images import grid, make_folder, write_npz, write_png
     from marjax.generation.sample import sample
 
-    if given.num_per_label < 1:
-        raise UserError(f"num_per_label is {given.num_per_label}: give at least 1")
+    check_arguments(num_per_label=given.num_per_label, seed=given.seed, step=given.step)
     config = read_workdir(given.workdir)
     classes = parse_labels(given.labels) if given.labels else list(range(config.data.num_classes))
     labels = np.repeat(np.array(classes), given.num_per_label)
@@ -362,9 +367,7 @@ def compile_for_slice(given: argparse.Namespace, overrides: dict[str, str]) -> N
 def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.benchmark import benchmark
 
-    for name in ("repeats", "recompute"):
-        if getattr(given, name) < 0:
-            raise UserError(f"{name} is {getattr(given, name)}: give at least 0")
+    check_arguments(repeats=given.repeats, recompute=given.recompute)
     if given.what == "metrics":
         from marjax.evaluation.rates import metric_seconds
 

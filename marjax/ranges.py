@@ -1,8 +1,111 @@
-"""Ranges of numbers, and how a value that is outside of one is reported."""
+"""Ranges of numbers, those of the arguments that commands and functions share, and how a wrong value is reported.
 
+The ranges of the config's fields are in `config/schema.py`.
+"""
+
+import dataclasses
+import math
+import numbers
+import operator
 from typing import Any
 
-from marjax.errors import shortened
+from marjax.errors import UserError, shortened
+
+MAX_INT = 2**31 - 1  # of a step, as the devices count them
+MAX_FLOAT = 3e38  # that a float32 holds
+MIN_FLOAT = 1e-30  # that is not zero to a float32, nor to what is computed with it
+BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; NaN is in no range.
+
+    Attributes:
+      low: the least.
+      high: the greatest.
+      whole: integers only.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError: the value, which the error calls `name`, is no number of this range."""
+        if self.whole:
+            if not _is_int(value):
+                raise UserError(f"{name} is {shown(value)}: expected int")
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise UserError(f"{name} is {shown(value)}: expected float")
+        if not self.low <= value <= self.high:
+            raise UserError(f"{name} is {shown(value)}: give {self._expected(value)}")
+
+    def _expected(self, value: Any) -> str:
+        if value > self.high == BELOW_ONE:
+            return "less than 1"
+        if value > self.high:
+            return f"at most {self.high:,}".replace(",", "_") if self.whole else f"at most {self.high:g}"
+        if self.low == MIN_FLOAT:
+            return "a positive number"
+        return f"at least {self.low:g}" + (f" and at most {self.high:g}" if math.isnan(value) else "")
+
+
+def whole(low: int, high: int = MAX_INT) -> Range:
+    """The integers from `low` to `high`."""
+    return Range(low, high, whole=True)
+
+
+COUNT = whole(1)
+COUNT_OR_NONE = whole(0)  # where 0 turns something off
+BATCH = whole(1, 2**24)
+SEED = whole(0, 2**32 - 1)
+IMAGE_SIZE = whole(1, 16_384)
+SHARE = Range(0.0, 1.0)
+SHARE_BELOW_ONE = Range(0.0, BELOW_ONE)
+SHARE_BETWEEN = Range(MIN_FLOAT, BELOW_ONE)
+POSITIVE = Range(MIN_FLOAT, MAX_FLOAT)
+
+# Arguments of functions, and of the commands that call them; the same name has the same range everywhere.
+ARGUMENTS = {
+    "batch_size": BATCH,
+    "first_index": COUNT_OR_NONE,
+    "held_out": SHARE_BETWEEN,
+    "image_size": IMAGE_SIZE,
+    "jobs": whole(1, 100_000),
+    "keep_features": COUNT_OR_NONE,
+    "max_bad": COUNT_OR_NONE,
+    "num_images": COUNT,
+    "num_per_label": whole(1, 10**6),
+    "num_shards": whole(1, 99_999),
+    "recompute": COUNT_OR_NONE,
+    "repeats": COUNT_OR_NONE,
+    "seed": SEED,
+    "shard_examples": COUNT,
+    "step": COUNT_OR_NONE,
+    "steps": COUNT,
+    "val_share": SHARE_BELOW_ONE,
+    "workers": whole(1, 1024),
+}
+
+
+def _is_int(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def check_arguments(**values: Any) -> None:
+    """Checks arguments against ARGUMENTS by their names; None, which stands for a default, is not checked.
+
+    Raises:
+      UserError: a value that is no number of its range.
+    """
+    for name, value in values.items():
+        if value is not None:
+            ARGUMENTS[name].check(name, value)
 
 
 def shown(value: Any) -> str:

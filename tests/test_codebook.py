@@ -272,7 +272,7 @@ def test_same_settings_but_other_contents_are_kept(made, tmp_path):
     (["--out", "c.npz", "--config.tokenizer.num_codes=0"], "num_codes is 0"),
     (["--out", "c.npz", "--config.tokenizer.num_codes=1000000"], "num_codes is 1000000, but the patches"),
     (["--out", "c.npz", "--config.tokenizer.patch_size=3"], "not divisible"),
-    (["--out", "c.npz", "--config.seed=-1"], "seed=-1"),
+    (["--out", "c.npz", "--config.seed=-1"], "config.seed is -1"),
     (["--out", "c.npz", "--config.data.split=test"], "data.split='test'"),
     (["--out", "c.npz", "--codes=3"], "unknown argument"),
 ])

@@ -266,7 +266,7 @@ def test_a_record_that_is_none(run, measure, tmp_path):
     (["stats", "--npz", "gone.npz", "--config.seed=1"], "give --dataset"),
     (["stats", "--npz", "gone.npz", "--out", "x.npz", "--image_size", "8"], "image_size crops"),
     (["stats", "--dataset", "DIGITS", "--out", "x.npz", "--extractor", "inception"], "MARJAX_INCEPTION"),
-    (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out 1.0"),
+    (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out is 1.0"),
     (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
     (["plot", "--workdir", "gone", "--out", "x"], "no directory"), (["convert"], "no --out"),
     (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),

@@ -1,9 +1,11 @@
 """From a config as given to one that is checked, complete and locked."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from marjax.config.overrides import conform, flatten
-from marjax.config.schema import CHOICES
+from marjax.config.schema import CHOICES, MAX_LENGTH, RANGES
 from marjax.errors import UserError
 from marjax.ranges import shown
 from marjax.tokenizers import TokenShape, token_shape
@@ -28,6 +30,7 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
         config.train.schedule = HEADS[config.model.head].schedule
     for section in (config.train, config.tokenizer.train):
         section.clip = section.clip or None
+    _check_ranges(config)
     fields = flatten(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed:
@@ -36,32 +39,15 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     counts_epochs = None in (train.steps, train.warmup_steps) and train.epochs is not None
     if open_data and (data.num_classes is None or (data.num_examples is None and counts_epochs)):
         _count(data)
-        fields = flatten(config)
     if data.num_classes is None:
         raise UserError("config.data.num_classes is missing: set it")
-    for key in ("data.image_size", "data.num_classes", "tokenizer.patch_size", "model.width", "model.encoder_depth",
-                "model.decoder_depth", "model.num_heads", "model.buffer_size", "model.denoiser.depth",
-                "model.denoiser.width", "model.diffusion.batch_mul", "train.batch_size", "train.accumulate",
-                "checkpoint.every", "checkpoint.keep", "log.every", "sample.batch_size", "sample.max_stages"):
-        if fields[key] < 1:
-            raise UserError(f"config.{key} is {fields[key]}: give at least 1")
-    for key in ("model.attn_dropout", "model.proj_dropout"):
-        if not 0.0 <= fields[key] < 1.0:
-            raise UserError(f"config.{key} is {fields[key]}: give a share in [0, 1)")
-    if not 0.0 <= model.class_dropout <= 1.0:
-        raise UserError(f"config.model.class_dropout is {model.class_dropout}: give a share in [0, 1]")
-    if not 0.0 < model.mask_ratio.minimum < 1.0 or model.mask_ratio.std <= 0.0:
-        raise UserError("config.model.mask_ratio: give a minimum in (0, 1) and a positive std")
+    _check_mask_ratio(model.mask_ratio)
     if data.channels not in (1, 3):
         raise UserError(f"config.data.channels is {data.channels}: give 1 or 3")
     if model.width % model.num_heads:
         raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
     if int(model.width * model.mlp_ratio) < 1:
         raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
-    if model.diffusion.num_steps < 4:
-        raise UserError(f"config.model.diffusion.num_steps is {model.diffusion.num_steps}: give at least 4")
-    if config.mesh.replicate_below < 0:
-        raise UserError(f"config.mesh.replicate_below is {config.mesh.replicate_below}: give at least 0")
     if train.batch_size % train.accumulate:
         raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
                         f"{train.accumulate}")
@@ -73,9 +59,6 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
                         f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook")
     if config.eval.cfg is None:
         config.eval.cfg = config.sample.cfg
-    if config.eval.every < 0 or config.eval.num_images < 2 or config.eval.cfg < 0.0:
-        raise UserError(f"config.eval: every is {config.eval.every}, num_images {config.eval.num_images} and cfg "
-                        f"{config.eval.cfg}: give at least 0, 2 and 0")
     if config.eval.every and not config.eval.reference:
         raise UserError("config.eval.every is set, but config.eval.reference is not: give the file of the real images' "
                         "statistics, which marjax stats makes")
@@ -90,9 +73,7 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
             if epochs is None or epoch is None:
                 raise UserError(f"config has no train.{count}: give it, or data.num_examples and its epochs")
             train[count] = round(epochs * epoch)
-    if train.steps < 1 or train.warmup_steps < 0:
-        raise UserError(f"config: train.steps {train.steps} must be at least 1, train.warmup_steps "
-                        f"{train.warmup_steps} at least 0")
+    _check_ranges(config)  # of what was derived
     if train.schedule == "cosine" and train.warmup_steps >= train.steps:
         raise UserError(f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps "
                         f"{train.steps}")
@@ -100,24 +81,30 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     return config
 
 
+def _check_ranges(config: ConfigDict) -> None:
+    for key, value in flatten(config).items():
+        if key in RANGES and value is not None:
+            numbers = value if isinstance(value, tuple) else (value,)
+            if len(numbers) > MAX_LENGTH:
+                raise UserError(f"config.{key} has {len(numbers)} numbers: give at most {MAX_LENGTH}")
+            for number in numbers:
+                RANGES[key].check(f"config.{key}", number)
+
+
+def _check_mask_ratio(ratio: ConfigDict) -> None:
+    """The truncated normal distribution needs some of its mass between its ends."""
+    low, high = (math.erf((end - ratio.mean) / (ratio.std * math.sqrt(2.0))) for end in (ratio.minimum, 1.0))
+    if high - low < 1e-4:
+        raise UserError(f"config.model.mask_ratio: a normal distribution of mean {ratio.mean} and std {ratio.std} is "
+                        f"hardly ever between minimum {ratio.minimum} and 1: give another mean or a larger std")
+
+
 def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
     if train.lr is None:
         train.lr = 4.5e-6 * train.batch_size
-    fields, path = flatten(train), "config.tokenizer.train"
-    for key, value in fields.items():
-        if key in ("batch_size", "steps", "log_every", "checkpoint_every", "scale_images", "disc.layers"):
-            if value < 1:
-                raise UserError(f"{path}.{key} is {value}: give at least 1")
-        elif key == "lr":
-            if not value > 0.0:
-                raise UserError(f"{path}.{key} is {value}: give a positive number")
-        elif key in ("b1", "b2", "ema_decay", "restart_below"):
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"{path}.{key} is {value}: give a number in [0, 1)")
-        elif isinstance(value, int | float) and not value >= 0:
-            raise UserError(f"{path}.{key} is {value}: give at least 0")
+    path = "config.tokenizer.train"
     if train.disc.weight:
-        if train.disc.width < 1 or train.disc.width % autoencoder_spec.GROUPS:
+        if train.disc.width % autoencoder_spec.GROUPS:
             raise UserError(f"{path}.disc.width is {train.disc.width}: give a multiple of {autoencoder_spec.GROUPS}")
         least = 3 * 2**train.disc.layers  # leaves one patch
         if image_size < least:
@@ -176,13 +163,7 @@ def check_sample(config: ConfigDict) -> None:
         heads = ", ".join(name for name, each in HEADS.items() if each.ranks)
         raise UserError(f"confidence_order needs a head that ranks its tokens ({heads}) and a variant in which any may "
                         f"come next ({variants}), not {config.model.head} with {config.model.variant}")
-    if sample.choice_temperature < 0.0:
-        raise UserError(f"choice_temperature is {sample.choice_temperature}: give at least 0")
     try:
         respaced_timesteps(config.model.diffusion.num_steps, sample.num_sampling_steps)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if sample.temperature < 0.0:
-        raise UserError(f"temperature is {sample.temperature}: give at least 0")
-    if sample.cfg < 0.0:
-        raise UserError(f"cfg is {sample.cfg}: give at least 0 (1 is no guidance)")

@@ -29,6 +29,7 @@ from marjax.data.preprocess import CROP
 from marjax.data.sources import fingerprint, open_source
 from marjax.errors import TrainingError, UserError
 from marjax.files import claimed, sync, write_text
+from marjax.ranges import check_arguments
 from marjax.tokenizers import Cacheable, Tokenizer, open_tokenizer
 
 _SHARD_BYTES = 64 << 20  # at most, by default
@@ -85,9 +86,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     config = config_lib.resolve(config)
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype is {dtype!r}: give bfloat16 or float32")
-    for name, value in (("batch_size", batch_size), ("shard_examples", shard_examples)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: give at least 1")
+    check_arguments(batch_size=batch_size, shard_examples=shard_examples)
     folder = os.fspath(out)
     if "://" in folder:
         raise UserError(f"{folder} is not on this machine: write the cache to a local or mounted folder, then copy it")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from marjax.data.pictures import SUFFIXES
 from marjax.errors import UserError
+from marjax.ranges import check_arguments
 
 IMAGENET = "imagenet2012"
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -82,8 +83,7 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
     Raises:
       UserError: no such folder, no picture in it, a layout that may mean two things, or an impossible class name.
     """
-    if not 0.0 <= val_share < 1.0:
-        raise UserError(f"val_share is {val_share}: give a share in [0, 1)")
+    check_arguments(val_share=val_share)
     if not os.path.isdir(images):
         raise UserError(f"{images} is no folder: give a folder of class folders with pictures, on this machine")
     tree = _Tree()

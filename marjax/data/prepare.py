@@ -24,6 +24,7 @@ from marjax.data.shards import Record, Shard, features_of
 from marjax.data.workers import available_cores, write_shards
 from marjax.errors import UserError
 from marjax.files import claimed, write_text
+from marjax.ranges import check_arguments
 
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
 _MAX_SHARDS = 1024
@@ -125,9 +126,7 @@ def prepare(
         if "://" in path:
             raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
     given, out = [os.path.expanduser(path) for path in given], os.path.abspath(os.path.expanduser(out))
-    for field, number, least in (("num_shards", num_shards, 1), ("workers", workers, 1), ("max_bad", max_bad, 0)):
-        if number is not None and number < least:
-            raise UserError(f"{field} is {number}: give at least {least}")
+    check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers)
     if imagenet is not None:
         if name not in (None, IMAGENET) or val_share:
             raise UserError(f"ImageNet is prepared as {IMAGENET}, with its own validation pictures: leave out name and "

@@ -22,6 +22,7 @@ from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
 from marjax.generation.images import make_folder, write_npz
 from marjax.npz_file import NpzFile
+from marjax.ranges import check_arguments
 
 NUM_FEATURES = 64
 _LARGEST = 1 << 16  # of image_size, channels and num_classes in a file
@@ -181,10 +182,9 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
     Raises:
       UserError: anything that cannot be used.
     """
+    check_arguments(seed=seed, steps=steps, held_out=held_out)
     if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
-    if steps < 1 or not 0.0 < held_out < 1.0:
-        raise UserError(f"steps is {steps} and held_out {held_out}: give at least 1, and a share in (0, 1)")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     with Batches(data, EVAL_BATCH, 0, train=False) as batches:
         count, parts = batches.num_examples, list(batches)

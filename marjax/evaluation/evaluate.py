@@ -28,6 +28,7 @@ from marjax.evaluation.score import Features, check_fits, score
 from marjax.generation.images import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
+from marjax.ranges import check_arguments
 from marjax.workdir import read_workdir
 
 FOLDER = "evaluation"  # of samples, in the work directory or `out`
@@ -134,12 +135,9 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
         raise UserError(f"save is {request.save!r}: give npz or png")
     if wrong := [each for each in request.weights if each not in (None, "ema", "raw")]:
         raise UserError(f"weights is {wrong[0]!r}: give 'ema' or 'raw'")
+    check_arguments(seed=request.seed, step=request.step, num_images=request.num_images, batch_size=request.batch_size)
     if request.num_images < 2:
         raise UserError(f"num_images is {request.num_images}: give at least 2")
-    if not 0 <= request.seed < 2**32:
-        raise UserError(f"seed is {request.seed}: give 0 to {2**32 - 1}")
-    if request.batch_size is not None and request.batch_size < 1:
-        raise UserError(f"batch_size is {request.batch_size}: give at least 1")
     names = list(request.settings)
     found = []
     for values in itertools.product(*request.settings.values()):

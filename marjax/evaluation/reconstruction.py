@@ -24,6 +24,7 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.errors import UserError
 from marjax.generation.images import beside, grid, make_folder, to_uint8, write_png
+from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer
 from marjax.tokenizers import spec as autoencoder_spec
 
@@ -58,8 +59,7 @@ def check(images: str | os.PathLike[str] | None = None, config: ml_collections.C
     Raises:
       UserError: no images, one that cannot be read, or a tokenizer that cannot be used.
     """
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"num_images is {num_images} and batch_size {batch_size}: give at least 1")
+    check_arguments(num_images=num_images, batch_size=batch_size, seed=seed, image_size=image_size)
     if images is None and config is None:
         raise UserError("no images: give --images DIR, or --config FILE.py for those of a config")
     tokenizer, data = _open(config, name, path, image_size)
@@ -144,8 +144,6 @@ def _open(config: ml_collections.ConfigDict | None, name: str, path: str,
     """The tokenizer and the `config.data` to read images with."""
     given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
     given = {key: value for key, value in given.items() if value}
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size is {image_size}: give at least 1")
     if config is None and not name:
         from marjax.tokenizers import autoencoder_file
 

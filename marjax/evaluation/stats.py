@@ -12,6 +12,7 @@ from marjax.evaluation.hosts import all_processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.generation.images import make_folder
+from marjax.ranges import check_arguments
 
 
 def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.ConfigDict | None = None,
@@ -40,8 +41,7 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
         raise UserError("statistics are made of one source: give --dataset FILE.py, --images DIR or --npz FILE")
     if image_size is not None and images is None:
         raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
-    if keep_features < 0 or batch_size < 1:
-        raise UserError(f"keep_features is {keep_features} and batch_size {batch_size}: give at least 0 and 1")
+    check_arguments(image_size=image_size, keep_features=keep_features, batch_size=batch_size)
     if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")

@@ -15,6 +15,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
+from marjax.ranges import check_arguments
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
 from marjax.workdir import read_workdir
@@ -40,8 +41,7 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
       UserError: anything that cannot be used, before any work is done.
     """
     config = _config(workdir, tokenizer_path, settings)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}: give 0 to {2**32 - 1}")
+    check_arguments(seed=seed, step=step, first_index=first_index)
     labels = np.asarray(labels, np.int64)
     if labels.ndim != 1 or not len(labels):
         raise UserError("no labels: give at least one class, or -1 for none")

@@ -16,6 +16,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference
 from marjax.models import generator as generator_lib
+from marjax.ranges import check_arguments
 from marjax.training.state import init_unboxed
 from marjax.workdir import read_workdir
 
@@ -36,6 +37,7 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     Raises:
       UserError: the reference has no such model, there are no such weights, or the file cannot be written.
     """
+    check_arguments(step=step)
     target = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
     if "://" in os.fspath(out) or target.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a local file whose name ends in .safetensors")

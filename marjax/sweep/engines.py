@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from marjax.errors import TrainingError, UserError
 from marjax.generation.images import make_folder
+from marjax.ranges import check_arguments
 from marjax.sweep import jobs as jobs_lib
 from marjax.sweep import runner, slurm, xpk
 from marjax.sweep.definition import select
@@ -113,8 +114,7 @@ def _checked(engine: str, engine_args: str, at_once: int | None, root: str | os.
     """The engine's arguments as a list. Raises UserError."""
     if engine not in ENGINES:
         raise UserError(f"engine is {engine!r}: give one of {', '.join(ENGINES)}")
-    if at_once is not None and at_once < 1:
-        raise UserError(f"jobs is {at_once}: give at least 1")
+    check_arguments(jobs=at_once)
     try:
         arguments = shlex.split(engine_args)
     except ValueError as error:

@@ -20,6 +20,7 @@ from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.generation.images import make_folder, write_npz
+from marjax.ranges import check_arguments
 from marjax.tokenizers import TokenShape
 from marjax.tokenizers.codebook import Codebook, Fit, arrays_of, read
 
@@ -52,6 +53,7 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
         file that cannot or may not be written.
     """
     start = time.perf_counter()
+    check_arguments(seed=seed)
     config = config_lib.resolve(config)
     if config.tokenizer.name != "codebook":
         raise UserError(f"config.tokenizer.name is {config.tokenizer.name!r}, which cannot be trained here: give "
