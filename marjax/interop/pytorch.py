@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import io
 import itertools
+import logging
 import math
 import os
 import struct
@@ -21,16 +22,22 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
+from marjax.files import open_regular
 from marjax.interop import unpickle
-from marjax.interop.unpickle import Function, PickleError
+from marjax.interop.unpickle import Budget, Function, PickleError, Refused
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before 1.6
 _MAX_DIMS = 32
 _MAX_EXPANDED = 1 << 20  # elements of a view that repeats its storage's
+_MAX_DIRECTORY = 1 << 24  # bytes of a zip file's list of members; 100 or so a storage
+_MAX_KEY = 1000  # characters of the name of a storage
+_SHOWN = 5  # names in a warning
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 AGAIN = "download or copy it again"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +54,60 @@ class Tensor:
         return array if dtype is None else array.astype(dtype)
 
 
+class Foreign(Refused):
+    """Stands for an object in a file that is neither plain data nor a tensor; reading it as an array is an error."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, name: str, path: str) -> None:
+        super().__init__(name)
+        self.path = path
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise UserError(f"{self.path} asks for {shortened(self.name, 120)!r} where a tensor was expected, which is not "
+                        f"among the names that a file of weights needs, so nothing of it was run: save its weights as "
+                        f"a plain dict of tensors")
+
+
 def read(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` was given: dicts, lists, tuples, numbers, strings and argparse.Namespace, with `Tensor`s.
 
     Parameters are tensors, an OrderedDict is a dict, torch.Size a tuple, torch.device a string, a torch.dtype NumPy's.
+    Objects of other classes, such as those of optimizers, are a `Foreign`: nothing of them is imported or run.
 
     Args:
       path: of a local file, which must stay in place while its tensors are read.
 
     Raises:
-      UserError: it cannot be opened, is neither format, is damaged, or asks for anything but the above. Reading a
-        tensor raises one too, where its bytes are not those that were written.
+      UserError: it cannot be opened, is neither format, is damaged, or takes more work or memory than weights do.
+        Reading a tensor raises one too, where its bytes are not those that were written.
     """
     path = os.fspath(path)
+    names: dict[str, None] = {}
+
+    def foreign(name: str) -> Foreign:
+        if len(names) <= _SHOWN:
+            names[name] = None
+        return Foreign(name, path)
+
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            return (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, path, size)
+            content = (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, path, size, foreign)
+        if names:
+            shown = [shortened(name) for name in names][:_SHOWN] + ["others"] * (len(names) > _SHOWN)
+            _log.warning("%s holds objects besides its tensors (%s): they are ignored, and nothing of them was run",
+                         path, ", ".join(shown))
+        return content
     except PickleError as error:
         raise UserError(f"{path} cannot be read as a PyTorch file: its pickle {error}. If you trust its source, "
                         f"{AGAIN}, or save its weights there as a plain dict of tensors") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file that can") from None
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is: {AGAIN}, or use a machine with more") from None
 
 
 class _Region:
@@ -85,9 +122,9 @@ class _Region:
         begin, end = (0, self.size) if whole else (first, last)
         data = np.empty(end - begin, np.uint8)
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self.start + begin)
-                got = file.readinto(data)  # type: ignore[arg-type]
+                got = file.readinto(data)  # type: ignore[attr-defined]
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from None
         if got != len(data):
@@ -116,23 +153,25 @@ class _Storage:
 # --- The two formats -------------------------------------------------------------------------------------------------
 
 
-def _read_zip(file: BinaryIO, path: str, size: int) -> Any:
+def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign]) -> Any:
     members = _members(file, path, size)
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UserError(f"{path} is a zip file with {len(pickles)} members data.pkl (of {len(members)}), so torch.save "
                         f"has not written it: give a PyTorch checkpoint or a safetensors file")
     folder = pickles[0].removesuffix("data.pkl")
-    order = bytes(members[f"{folder}byteorder"].read(0, 10)) if f"{folder}byteorder" in members else b"little"
+    order = b"little"
+    if (place := members.get(f"{folder}byteorder")) is not None:
+        order = bytes(place.read(0, place.size)) if place.size < 10 else b"a long text"
     if order not in (b"little", b"big"):
         raise UserError(f"{path} is damaged: its byte order is {order!r}: {AGAIN}")
 
     def storage(dtype: np.dtype, key: str, numel: int, view: Any) -> _Storage:
         if view is not None or f"{folder}data/{key}" not in members:
-            raise PickleError(f"refers to the storage {key[:80]!r}, which the file does not have")
+            raise PickleError(f"refers to the storage {shortened(key)!r}, which the file does not have")
         region = members[f"{folder}data/{key}"]
         if numel * dtype.itemsize != region.size:
-            raise PickleError(f"says that storage {key[:80]!r} has {numel} elements of {dtype}, but it has "
+            raise PickleError(f"says that storage {shortened(key)!r} has {numel} elements of {dtype}, but it has "
                               f"{region.size} bytes")
         return _Storage(region, dtype, 0, numel, order == b"big")
 
@@ -140,14 +179,28 @@ def _read_zip(file: BinaryIO, path: str, size: int) -> Any:
     if region.size > unpickle.MAX_STRING:
         raise PickleError(f"has {region.size} bytes, where a list of tensors has a few million at most")
     data = io.BytesIO(region.read(0, region.size).tobytes())
-    return unpickle.load(data, _KNOWN, _BUILDERS, _persistent(storage, size))
+    return unpickle.load(data, _KNOWN, _BUILDERS, _persistent(storage, size), refused=foreign)
+
+
+class _Limited:
+    """A file for zipfile, which reads a list of members at once, however long the file says that it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_DIRECTORY:
+            raise PickleError(f"is in a zip file with a list of members of {size} bytes, which no checkpoint has")
+        return self.file.read(size)
 
 
 def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
     """Where each member of a zip file lies. Raises UserError: it is damaged, or not as torch.save writes it."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_Limited(file)) as archive:
             entries, directory = archive.infolist(), archive.start_dir
+    except (PickleError, MemoryError):
+        raise
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # a damaged directory makes it seek to places that there are not
             raise
@@ -162,8 +215,9 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
     for entry in entries:
         name = entry.filename
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-            raise UserError(f"{path} has a compressed or encrypted member {name[:80]!r}, which torch.save does not "
-                            f"write: give the file as it was published, or unpack it first if it was zipped once more")
+            raise UserError(f"{path} has a compressed or encrypted member {shortened(name)!r}, which torch.save does "
+                            f"not write: give the file as it was published, or unpack it first if it was zipped once "
+                            f"more")
         file.seek(entry.header_offset)
         header = file.read(_LOCAL_HEADER.size)
         start = end = size + 1
@@ -173,23 +227,26 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
                 start = entry.header_offset + _LOCAL_HEADER.size + name_size + extra_size
                 end = start + entry.file_size
         if end > directory or name in members:
-            raise UserError(f"{path} is damaged: its member {name[:80]!r} is there twice or lies outside of the file: "
-                            f"{AGAIN}")
+            raise UserError(f"{path} is damaged: its member {shortened(name)!r} is there twice or lies outside of "
+                            f"the file: {AGAIN}")
         members[name] = _Region(path, start, entry.file_size, entry.CRC)
         ranges.append((entry.header_offset, end, name))
     ranges.sort()
     for (_, end, name), (following, _, other) in itertools.pairwise(ranges):
         if following < end:
-            raise UserError(f"{path} is damaged: its members {name[:80]!r} and {other[:80]!r} overlap: {AGAIN}")
+            raise UserError(f"{path} is damaged: its members {shortened(name)!r} and {shortened(other)!r} overlap: "
+                            f"{AGAIN}")
     return members
 
 
-def _read_legacy(file: BinaryIO, path: str, size: int) -> Any:
+def _read_legacy(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign]) -> Any:
+    budget = Budget()
+
     def refuse(pid: Any) -> Any:
         raise PickleError("is damaged (a storage where there can be none)")
 
     def plain() -> Any:
-        return unpickle.load(file, {}, {}, refuse)
+        return unpickle.load(file, {}, {}, refuse, budget=budget)
 
     try:
         magic = plain()
@@ -208,17 +265,18 @@ def _read_legacy(file: BinaryIO, path: str, size: int) -> Any:
     def storage(dtype: np.dtype, key: str, numel: int, view: Any) -> _Storage:
         region, _, _ = roots.setdefault(key, (_Region(path, 0, 0, None), dtype, numel))
         if roots[key][1:] != (dtype, numel):
-            raise PickleError(f"says two different things about the storage {key[:80]!r}")
+            raise PickleError(f"says two different things about the storage {shortened(key)!r}")
         offset, length = 0, numel
         if view is not None:
             if type(view) is not tuple or len(view) != 3 or not _are_sizes(view[1:]) or view[1] + view[2] > numel:
-                raise PickleError(f"has a view outside of the storage {key[:80]!r}")
+                raise PickleError(f"has a view outside of the storage {shortened(key)!r}")
             _, offset, length = view
         return _Storage(region, dtype, offset, length, not system["little_endian"])
 
-    content = unpickle.load(file, _KNOWN, _BUILDERS, _persistent(storage, size))
+    content = unpickle.load(file, _KNOWN, _BUILDERS, _persistent(storage, size), refused=foreign, budget=budget)
     keys = plain()
-    if type(keys) is not list or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(roots):
+    if (type(keys) is not list or not all(isinstance(key, str) and len(key) <= _MAX_KEY for key in keys)
+            or sorted(keys) != sorted(roots)):
         raise PickleError("does not refer to the storages that the file lists")
     for key in keys:
         region, dtype, numel = roots[key]
@@ -228,7 +286,7 @@ def _read_legacy(file: BinaryIO, path: str, size: int) -> Any:
             raise UserError(f"{path} ends in the middle of its weights (it has {size} bytes, and needs "
                             f"{region.start + region.size} or more): the download was probably interrupted, {AGAIN}")
         if int.from_bytes(count, "little" if system["little_endian"] else "big") != numel:
-            raise UserError(f"{path} is damaged: the storage {key[:80]!r} has another size than its tensors say: "
+            raise UserError(f"{path} is damaged: the storage {shortened(key)!r} has another size than its tensors say: "
                             f"{AGAIN}")
         file.seek(region.start + region.size)
     return content
@@ -258,11 +316,12 @@ def _persistent(storage: Callable[[np.dtype, str, int, Any], _Storage], file_siz
         if type(pid) is not tuple or len(pid) not in (5, 6) or not _is_text(pid[0], "storage"):
             raise PickleError("is damaged (it refers to something that is no storage)")
         _, dtype, key, _, numel, *view = pid
-        if not isinstance(dtype, _StorageType) or not isinstance(key, str) or not _are_sizes([numel]):
+        if (not isinstance(dtype, _StorageType) or not isinstance(key, str) or len(key) > _MAX_KEY
+                or not _are_sizes([numel])):
             raise PickleError("is damaged (it describes a storage in another way than torch.save)")
         if numel * dtype.dtype.itemsize > file_size:
-            raise PickleError(f"says that the storage {key[:80]!r} has {numel} elements, which the file of {file_size} "
-                              f"bytes cannot hold: it is cut short or hostile")
+            raise PickleError(f"says that the storage {shortened(key)!r} has {numel} elements, which the file of "
+                              f"{file_size} bytes cannot hold: it is cut short or hostile")
         return storage(dtype.dtype, key, numel, view[0] if view else None)
 
     return load
@@ -294,6 +353,13 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtyp
     def load() -> np.ndarray:
         if not size:
             return np.empty(shape, found)
+        try:
+            return view()
+        except MemoryError:
+            raise UserError(f"{storage.region.path} needs more memory than there is, for a tensor of shape {shape}: "
+                            f"use a machine with more") from None
+
+    def view() -> np.ndarray:
         data = storage.region.read(first, first + (end - offset) * itemsize)
         if storage.swapped:
             unit = itemsize // 2 if found.kind == "c" else itemsize
@@ -329,6 +395,26 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
     if not isinstance(data, Tensor):
         raise PickleError("is damaged (a parameter that is no tensor)")
     return data
+
+
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Tensor:
+    del state  # its attributes
+    return _parameter(data, requires_grad, hooks)
+
+
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor with attributes, or of a class of its own, which is not looked at."""
+    del kind, state
+    if isinstance(function, Refused):
+        return function
+    if function not in (_KNOWN["torch._utils", name] for name in _REBUILD) or type(arguments) is not tuple:
+        raise PickleError("is damaged (it makes a tensor in another way than torch.save)")
+    return function.call(*arguments)
+
+
+def _default_dict(factory: Any = None) -> dict[Any, Any]:
+    del factory
+    return {}
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
@@ -400,16 +486,19 @@ _STORAGES: Mapping[str, Any] = {
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_, "ComplexFloatStorage": np.complex64,
     "ComplexDoubleStorage": np.complex128, "UntypedStorage": np.uint8}
 
+_REBUILD: Mapping[str, Callable[..., Tensor]] = {
+    "_rebuild_tensor": _rebuild_v1, "_rebuild_tensor_v2": _rebuild_v2, "_rebuild_tensor_v3": _rebuild_v3,
+    "_rebuild_parameter": _parameter, "_rebuild_parameter_with_state": _parameter_with_state}
+
 # Python 2 and old versions of NumPy and Lightning are there because the public LDM checkpoints name them.
 _KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): Function(_ordered_dict),
+    ("collections", "defaultdict"): Function(_default_dict),
     ("argparse", "Namespace"): Function(_namespace),
     ("torch", "Size"): Function(_size),
     ("torch", "device"): Function(_device),
-    ("torch._utils", "_rebuild_tensor"): Function(_rebuild_v1),
-    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): Function(_rebuild_v3),
-    ("torch._utils", "_rebuild_parameter"): Function(_parameter),
+    **{("torch._utils", name): Function(call) for name, call in _REBUILD.items()},
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
     **{("torch", name): np.dtype(kind) for name, kind in _DTYPES.items()},
     **{(module, name): _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()
        for module in ("torch", "torch.cuda", "torch.storage")},
