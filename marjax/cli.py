@@ -128,12 +128,15 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = command("convert", commands.convert, "Make a work directory of a PyTorch or safetensors checkpoint of "
                       "the reference, or a tokenizer's file of an autoencoder's.")
-    convert.add_argument("--checkpoint", metavar="FILE", help="of the model; leave it out to convert a tokenizer alone")
+    convert.add_argument("--checkpoint", metavar="FILE", help="of the model, or the index or folder of its shards; "
+                         "leave it out to convert a tokenizer alone")
     convert.add_argument("--inception", metavar="FILE", help="instead, the PyTorch weights of FID's Inception network")
-    convert.add_argument("--tokenizer", metavar="FILE", help="of its autoencoder, such as kl16.ckpt")
+    convert.add_argument("--tokenizer", metavar="FILE", help="of its autoencoder, such as kl16.ckpt, or of a latent "
+                         "diffusion model that holds it")
     convert.add_argument("--out", metavar="WORKDIR", help="or FILE.safetensors, of a tokenizer or Inception network "
                          "alone; the latter has a default, where it is looked for")
-    convert.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint with both; ema by default")
+    convert.add_argument("--weights", choices=("ema", "raw"), help="of a checkpoint with both, or of a tokenizer "
+                         "alone; ema by default")
 
     export = command("export", commands.export, "Write the weights of a work directory under the reference's PyTorch "
                      "names.", takes_overrides=False)

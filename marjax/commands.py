@@ -180,12 +180,12 @@ def convert(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     if given.out is None:
         raise UserError("no --out: give a WORKDIR, or FILE.safetensors for a tokenizer alone")
     if given.checkpoint is None:
-        if given.tokenizer is None or given.weights or overrides:
-            raise UserError("give --checkpoint FILE; a tokenizer alone takes only --tokenizer FILE and --out "
-                            "FILE.safetensors")
+        if given.tokenizer is None or overrides:
+            raise UserError("give --checkpoint FILE; a tokenizer alone takes only --tokenizer FILE, --weights and "
+                            "--out FILE.safetensors")
         from marjax.interop.convert_tokenizer import convert_tokenizer
 
-        made, is_new = convert_tokenizer(given.tokenizer, given.out)
+        made, is_new = convert_tokenizer(given.tokenizer, given.out, weights=given.weights)
         scale = "an unknown scale (config.tokenizer.autoencoder.scale)" if made.scale is None else f"scale {made.scale}"
         print(f"{given.out}{'' if is_new else ' is there already'}: tokenizer {made.name}, stride {made.spec.stride}, "
               f"{made.spec.embed_dim} channels, {scale}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import PARITY, ROOT, make_digits, parity, relative_error
 from safetensors.numpy import save_file
-from test_pytorch import Global, storage, tensor, write_zip
+from test_pytorch import Call, Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
 from marjax import orders, sample, sharding, train
@@ -144,6 +144,19 @@ def test_files_with_one_set_of_weights(raw, tmp_path, caplog, file):
     jax.tree.map(np.testing.assert_array_equal, restored(tmp_path / "b")[1], expected)
 
 
+def test_wrapped_weights_and_buffers_to_the_bit(ema, tmp_path):
+    """Through the command line: names of torch.compile and FSDP, and integer tables that no parameter has."""
+    content = weights_file.read(OFFICIAL).content["model_ema"]
+    arrays = {name.replace("blocks.", "blocks._orig_mod.").replace("attn.", "attn._fsdp_wrapped_module."):
+              np.asarray(each) for name, each in content.items()}
+    arrays |= {"encoder_blocks.0.attn.index": np.arange(4), "n_averaged": np.array(7)}
+    save_file({f"module.{name}": array for name, array in arrays.items()}, tmp_path / "x.safetensors")
+    argv = ["convert", "--checkpoint", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "run"), "--weights",
+            "ema", "--config.model.num_heads=4", "--config.model.dtype=float32"]
+    assert main(argv) == 0
+    jax.tree.map(np.testing.assert_array_equal, restored(tmp_path / "run")[1], restored(ema)[1])
+
+
 def test_only_the_weights_asked_for_are_read(tmp_path, monkeypatch):
     reads = []
     real = weights_file.pytorch._Region.read
@@ -272,10 +285,11 @@ def test_a_layer_number_without_bound_in_an_autoencoder(tmp_path):
 def test_what_files_of_others_hold(tmp_path):
     x = tensor(storage("FloatStorage", "0", 2), 0, (2,), (1,))
     for value, text in ((dict(model=[x]), "holds no weights: expected 'model_ema'"), ([x], "holds no weights"),
-                        (dict(model=dict(x=x)), "has no model_ema, so no ema weights: give --weights raw"),
-                        (dict(model_ema=dict(x=x, y=3)), "something else than tensors among its weights .y."),
-                        (dict(model_ema={7: x}), "something else than tensors among its weights .7."),
-                        (dict(model_ema=dict()), "something else than tensors among its weights .nothing."),
+                        (dict(model=dict(x=x)), r"z_proj.weight is missing \(there are 1 tensors, such as x\)"),
+                        (dict(model_ema=dict(x=x, y=3)), "z_proj.weight is missing"),
+                        (dict(model_ema={7: x}), "z_proj.weight is missing"),
+                        (dict(model_ema=dict()), "holds no weights"),
+                        (dict(model_ema=dict(x=Call(Global("my", "Tensor"), ()), y=x)), "weight x is an object of my"),
                         (dict(model_ema=dict(x=x)), "z_proj.weight is missing")):
         with pytest.raises(UserError, match=text):
             convert(write_zip(tmp_path / "x.pth", value, [bytes(8)]), tmp_path / "run")
@@ -341,7 +355,7 @@ def test_there_and_back(ema, raw, tmp_path):
         done = convert(out, tmp_path / weights, overrides=FLOAT32)
         assert done.weights == weights and done.config == read_workdir(workdir)
         assert not convert(out, workdir, overrides=FLOAT32).is_new
-    with pytest.raises(UserError, match="expected its tensors under 'model'"):
+    with pytest.raises(UserError, match="y.ckpt holds no weights"):
         convert_tokenizer(write_zip(tmp_path / "y.ckpt", {"model": {1: 2}}), tmp_path / "y.safetensors")
     with pytest.raises(UserError, match="holds ema weights, not raw"):
         convert(tmp_path / "ema.safetensors", tmp_path / "c", weights="raw", overrides=FLOAT32)
@@ -462,7 +476,7 @@ def test_a_tokenizer_alone(tmp_path, capsys):
     for given, text in ((argv, "has other contents"), ([*argv[:-1], str(tmp_path / "run")], "ends in .safetensors"),
                         (["convert", "--out", str(out)], "give --checkpoint FILE"),
                         ([*argv, "--config.seed=1"], "takes only --tokenizer"),
-                        ([*argv, "--weights", "raw"], "takes only --tokenizer")):
+                        ([*argv, "--weights", "ema"], "has no EMA weights, only model")):
         assert main(given) == 2 and text in capsys.readouterr().err
     assert out.read_bytes() == b"mine" and [each.name for each in tmp_path.iterdir()] == ["kl.safetensors"]
 

@@ -6,7 +6,6 @@ it can be sampled from, exported and evaluated, but not trained on.
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -22,17 +21,18 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.files import claimed
-from marjax.interop import names, reference, weights_file
+from marjax.interop import names, reference, weights_file, wrappers
 from marjax.interop.convert_tokenizer import Autoencoder, holds, read_autoencoder, write_tokenizer
 from marjax.interop.pytorch import Tensor
+from marjax.json_file import parse_json
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import init_unboxed
 from marjax.workdir import claim_workdir, read_workdir
 
-# Where each kind of weights is, in a checkpoint of the reference and in one of ours.
-_THEIRS = {"ema": "model_ema", "raw": "model"}
-_OURS = {"ema": "ema", "raw": "params"}
+_OURS = {"ema": "ema", "raw": "params"}  # item of a checkpoint with each kind of weights
+# Names that every MAR model has.
+ANCHORS = ("z_proj.weight", "encoder_pos_embed_learned", "diffusion_pos_embed_learned")
 _TOKENIZER = "tokenizer.safetensors"
 
 _log = logging.getLogger(__name__)
@@ -71,10 +71,11 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
     """Makes a work directory of a MAR checkpoint in PyTorch's or the safetensors format.
 
     Args:
-      checkpoint: the reference's own file, a bare state dict, or a safetensors file.
+      checkpoint: the reference's own file, a state dict, or a safetensors file, whatever wrapped or averaged its
+        weights (see `wrappers`); or the index of a sharded checkpoint, or its folder.
       workdir: a local folder, new or empty.
-      weights: "ema" or "raw"; by default, EMA weights of the reference's own file, and of files with one set of
-        weights that set, with a warning if the file does not say which it is.
+      weights: "ema" or "raw"; by default EMA weights, and of files without any the only set, with a warning if the
+        file does not say which it is.
       tokenizer: file of the autoencoder; it then becomes a part of the work directory.
       overrides: fields of the config, {"model.num_heads": 4}.
 
@@ -125,48 +126,42 @@ def _check_target(workdir: str | os.PathLike[str]) -> pathlib.Path:
 def _select(file: weights_file.WeightsFile, path: str | os.PathLike[str], weights: str | None) -> _Source:
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
-    content = file.content
-    if isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _THEIRS.values()):
-        chosen = weights or "ema"
-        tensors = content.get(_THEIRS[chosen])
-        if not isinstance(tensors, dict):
-            other = "raw" if chosen == "ema" else "ema"
-            if any(str(name).startswith("encoder.conv_in.") for name in content[_THEIRS[other]]):
-                raise UserError(f"{path} is an autoencoder, not a MAR model: give it by --tokenizer")
-            raise UserError(f"{path} has no {_THEIRS[chosen]}, so no {chosen} weights: give --weights {other}")
-        arguments = content.get("args") or {}
-        arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-        source = _Source(tensors, chosen, arguments if isinstance(arguments, dict) else {})
-    else:
-        source = _single(content, file.metadata or {}, path, weights)
-    odd = [str(name)[:80] for name, each in source.tensors.items()
-           if not isinstance(each, Tensor) or not isinstance(name, str)]
-    if odd or not source.tensors:
-        raise UserError(f"{path} has something else than tensors among its weights ({', '.join(odd[:5]) or 'nothing'}):"
-                        f" give a checkpoint of the reference, a state dict or a safetensors file")
-    return source
-
-
-def _single(content: Any, metadata: Mapping[str, str], path: str | os.PathLike[str], weights: str | None) -> _Source:
-    """A file with one set of weights. Those that `marjax export` wrote say which."""
-    if not isinstance(content, dict) or not any(isinstance(each, Tensor) for each in content.values()):
-        raise UserError(f"{path} holds no weights: expected 'model_ema' and 'model' as in the reference's checkpoints, "
-                        f"or tensors by name")
-    said = metadata.get("weights")
+    metadata = file.metadata or {}
+    said = metadata.get("weights")  # by `marjax export`
     if said not in _OURS:
-        if weights is None:
-            _log.warning(
-                "%s does not say whether its weights are EMA weights. The known public MAR safetensors files hold the "
-                "raw ones, which score far worse: the reference's own .pth files have both. Converted as raw; say "
-                "--weights ema or raw if you know.", path)
-        return _Source(content, weights or "raw", {})
-    if weights not in (None, said):
+        said = None
+    if None not in (said, weights) and said != weights:
         raise UserError(f"{path} holds {said} weights, not {weights}: leave out --weights")
+    chosen = wrappers.choose(file, ANCHORS, path, weights=weights or said)
+    arguments, step = _arguments(file.content), 0
+    if said is not None:
+        arguments, step = _exported(metadata)
+    elif weights is None and not chosen.is_ema:
+        _log.warning(
+            "%s does not say whether its weights are EMA weights. The known public MAR safetensors files hold the raw "
+            "ones, which score far worse: the reference's own .pth files have both. Converted as raw; say --weights "
+            "ema or raw if you know.", path)
+    # Integers under unknown names are counters and tables that forward passes look things up in.
+    tensors = {name: each for name, each in chosen.tensors.items()
+               if each.dtype.kind not in "iub" or names.is_known(name)}
+    return _Source(tensors, said or weights or ("ema" if chosen.is_ema else "raw"), arguments, step)
+
+
+def _arguments(content: Any) -> dict[str, Any]:
+    """The reference's arguments in its checkpoints, {} where there are none."""
+    arguments = content.get("args") if isinstance(content, dict) else None
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    """The arguments and the step that `marjax export` wrote."""
     try:
-        arguments, step = json.loads(metadata["args"]), int(metadata["step"])
-    except (KeyError, ValueError, RecursionError):
-        arguments, step = {}, 0
-    return _Source(content, said, arguments if isinstance(arguments, dict) else {}, max(0, step))
+        step = int(metadata["step"])
+        arguments = parse_json(metadata["args"], dict, where="its metadata", advice="export it again")
+    except (KeyError, ValueError):
+        return {}, 0
+    return arguments, step if 0 <= step < 1 << 53 else 0
 
 
 def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:

@@ -2,18 +2,22 @@
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
 from marjax.errors import UserError
-from marjax.interop import weights_file
-from marjax.interop.pytorch import Tensor
+from marjax.interop import weights_file, wrappers
 from marjax.interop.reference import tokenizer_name
 from marjax.tokenizers import autoencoder_file
 from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
+
+# Names that every autoencoder of LDM has, and most of diffusers.
+ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight")
+_DIFFUSERS = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +42,14 @@ class Autoencoder:
         return autoencoder_file.checksum(to_state_dict(self.spec, self.params), self.scale)
 
 
-def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Autoencoder, bool]:
+def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str], *,
+                      weights: str | None = None) -> tuple[Autoencoder, bool]:
     """Writes the tokenizer's file of an autoencoder's checkpoint; False if that very file is there already.
+
+    Args:
+      source: see `read_autoencoder`.
+      out: a file whose name ends in .safetensors.
+      weights: see `read_autoencoder`.
 
     Raises:
       UserError: it cannot be read, is no autoencoder, or `out` is something else. Nothing is written then.
@@ -47,7 +57,7 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
     if not os.fspath(out).endswith(".safetensors"):
         raise UserError(f"--out {out}: a tokenizer alone is a file, so give a name that ends in .safetensors (or a "
                         f"--checkpoint too, for a work directory)")
-    autoencoder = read_autoencoder(source)
+    autoencoder = read_autoencoder(source, weights=weights)
     if os.path.exists(out):
         if not holds(out, autoencoder):
             raise UserError(f"{out} is there already and has other contents: delete it, or give another --out")
@@ -56,10 +66,14 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
     return autoencoder, True
 
 
-def read_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
-    """The autoencoder of a checkpoint: of the reference (`model`), LDM (`state_dict`), a bare state dict, or our own.
+def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None) -> Autoencoder:
+    """The autoencoder of a checkpoint: of the reference, of LDM, inside a latent diffusion model, or our own file.
 
-    Entries of losses and discriminators are left out by name.
+    Entries of losses and discriminators are left out by name. The weights may be wrapped or averaged, see `wrappers`.
+
+    Args:
+      path: of a PyTorch or safetensors file, of the index of a sharded one, or of its folder.
+      weights: "ema" or "raw", of a checkpoint with both; EMA by default.
 
     Raises:
       UserError: it cannot be read, or has other tensors than such an autoencoder; names them.
@@ -68,15 +82,11 @@ def read_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
     if file.metadata is not None and autoencoder_file.KEY in file.metadata:
         stored = autoencoder_file.read(path)
         return Autoencoder(tokenizer_name(stored.spec), stored.spec, stored.params, stored.scale)
-    tensors = file.content
-    for key in ("state_dict", "model"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
-            break
-    if not isinstance(tensors, dict) or not all(
-            isinstance(each, Tensor) and isinstance(name, str) for name, each in tensors.items()):
-        raise UserError(f"{path} has no autoencoder: expected its tensors under 'model' (the reference's kl16.ckpt), "
-                        f"under 'state_dict' (LDM), or alone")
+    tensors = wrappers.choose(file, ANCHORS, path, weights=weights).tensors
+    if any(_DIFFUSERS.match(name) for name in tensors):
+        raise UserError(f"{path} has the names of diffusers, which cannot be read yet: give the file of the same "
+                        f"autoencoder under LDM's names (encoder.down.0.block.0.conv1.weight), or a checkpoint of a "
+                        f"latent diffusion model that holds it (first_stage_model.)")
     try:
         spec, params = from_state_dict(tensors)
     except UserError as error:

@@ -5,6 +5,7 @@ here, with heads or modulation parts as axes of their own; embeddings have leadi
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,12 @@ MAR_TABLE: tuple[Entry, ...] = (
     *_linear(f"{_NET}.final_layer.linear", f"{_DENOISER}/final_linear"),
     *_linear(f"{_NET}.final_layer.adaLN_modulation.1", f"{_DENOISER}/final_modulation"),
 )
+
+
+def is_known(name: str, table: tuple[Entry, ...] = MAR_TABLE) -> bool:
+    """Whether the table has a PyTorch name."""
+    return re.sub(r"\.\d+\.", ".{i}.", name, count=1) in {entry[0] for entry in table} or name in {
+        entry[0] for entry in table}
 
 
 def to_marjax(state_dict: Mapping[str, np.ndarray], abstract: Any, table: tuple[Entry, ...] = MAR_TABLE) -> Any:

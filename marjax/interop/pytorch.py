@@ -69,7 +69,7 @@ class Foreign(Refused):
                         f"a plain dict of tensors")
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def read(path: str | os.PathLike[str], budget: Budget | None = None) -> Any:
     """What `torch.save` was given: dicts, lists, tuples, numbers, strings and argparse.Namespace, with `Tensor`s.
 
     Parameters are tensors, an OrderedDict is a dict, torch.Size a tuple, torch.device a string, a torch.dtype NumPy's.
@@ -77,12 +77,13 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Args:
       path: of a local file, which must stay in place while its tensors are read.
+      budget: of the work, shared by files that are read together; by default a new one.
 
     Raises:
       UserError: it cannot be opened, is neither format, is damaged, or takes more work or memory than weights do.
         Reading a tensor raises one too, where its bytes are not those that were written.
     """
-    path = os.fspath(path)
+    path, budget = os.fspath(path), budget or Budget()
     names: dict[str, None] = {}
 
     def foreign(name: str) -> Foreign:
@@ -95,7 +96,7 @@ def read(path: str | os.PathLike[str]) -> Any:
             start = file.read(4)
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            content = (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, path, size, foreign)
+            content = (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, path, size, foreign, budget)
         if names:
             shown = [shortened(name) for name in names][:_SHOWN] + ["others"] * (len(names) > _SHOWN)
             _log.warning("%s holds objects besides its tensors (%s): they are ignored, and nothing of them was run",
@@ -153,8 +154,9 @@ class _Storage:
 # --- The two formats -------------------------------------------------------------------------------------------------
 
 
-def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign]) -> Any:
+def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign], budget: Budget) -> Any:
     members = _members(file, path, size)
+    budget.spend(len(members))
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UserError(f"{path} is a zip file with {len(pickles)} members data.pkl (of {len(members)}), so torch.save "
@@ -179,7 +181,7 @@ def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], For
     if region.size > unpickle.MAX_STRING:
         raise PickleError(f"has {region.size} bytes, where a list of tensors has a few million at most")
     data = io.BytesIO(region.read(0, region.size).tobytes())
-    return unpickle.load(data, _KNOWN, _BUILDERS, _persistent(storage, size), refused=foreign)
+    return unpickle.load(data, _KNOWN, _BUILDERS, _persistent(storage, size), refused=foreign, budget=budget)
 
 
 class _Limited:
@@ -239,9 +241,7 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
     return members
 
 
-def _read_legacy(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign]) -> Any:
-    budget = Budget()
-
+def _read_legacy(file: BinaryIO, path: str, size: int, foreign: Callable[[str], Foreign], budget: Budget) -> Any:
     def refuse(pid: Any) -> Any:
         raise PickleError("is damaged (a storage where there can be none)")
 

@@ -12,9 +12,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from marjax.errors import UserError
-from marjax.interop import pytorch
+from marjax.errors import UserError, shortened
+from marjax.files import open_regular
+from marjax.interop import pytorch, sharded
 from marjax.interop.pytorch import AGAIN, Tensor
+from marjax.interop.unpickle import Budget
 
 _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file that it points to: run git lfs pull in its "
@@ -24,7 +26,7 @@ _BEGINNINGS = {
     b"\x89HDF": "is an HDF5 file: give a PyTorch checkpoint or a safetensors file",
     b"PK\x05\x06": "is an empty zip file: " + AGAIN,
 }
-_MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_MAX_HEADER = 20_000_000  # bytes of a safetensors file's header; 100 or so a tensor
 _SAFETENSORS_TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
     "U64": np.uint64, "I32": np.int32, "U32": np.uint32, "I16": np.int16, "U16": np.uint16, "I8": np.int8,
@@ -37,15 +39,20 @@ class WeightsFile:
 
     Attributes:
       content: of PyTorch, the object as `pytorch.read` gives it; of safetensors, a dict of name -> `Tensor`.
-      metadata: of safetensors; None for PyTorch.
+      metadata: of safetensors; None for PyTorch and for shards.
+      size: bytes of the file, or of all shards.
     """
 
     content: Any
     metadata: dict[str, str] | None
+    size: int | None = None
 
 
 def read(path: str | os.PathLike[str]) -> WeightsFile:
     """Reads what is in a local file but its tensors, which `np.asarray` reads.
+
+    Args:
+      path: of the file, of the index of a sharded checkpoint, or of a folder with either.
 
     Raises:
       UserError: no such file, or something else; says what it seems to be.
@@ -53,14 +60,34 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
     path = os.fspath(path)
     if "://" in path:
         raise UserError(f"{path} is no local file: copy it to this machine first")
+    if os.path.isdir(path):
+        path = sharded.file_of(path)
     try:
-        with open(path, "rb") as file:
+        budget, sizes = Budget(), []
+        if not path.endswith(sharded.SUFFIX):
+            return _read(path, budget)
+
+        def read_shard(path: str) -> dict[str, Tensor]:
+            shard = _read(path, budget)
+            sizes.append(shard.size or 0)
+            if not isinstance(shard.content, dict) or not all(
+                    isinstance(name, str) and isinstance(each, Tensor) for name, each in shard.content.items()):
+                raise UserError(f"{path} holds something else than tensors by name, so it is no shard: {AGAIN}")
+            return shard.content
+
+        return WeightsFile(sharded.read(path, read_shard), None, sum(sizes))
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is: {AGAIN}, or use a machine with more") from None
+
+
+def _read(path: str, budget: Budget) -> WeightsFile:
+    """One file."""
+    try:
+        with open_regular(path) as file:
             start = file.read(1024)
             size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the file of a checkpoint") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give the file of a checkpoint in it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file that can") from None
     if not start:
@@ -76,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
         return _read_safetensors(path, size)
     if start[0] in b"P\x80":
-        return WeightsFile(pytorch.read(path), None)
+        return WeightsFile(pytorch.read(path, budget), None, size)
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
         raise UserError(f"{path} is a text, not a checkpoint (it begins with {start[:60].decode()!r}): {AGAIN}")
     raise UserError(f"{path} is neither a PyTorch checkpoint nor a safetensors file (it begins with the bytes "
@@ -90,15 +117,15 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
         for name in handle.keys():  # noqa: SIM118 - it is no dict
             each = handle.get_slice(name)
             if each.get_dtype() not in _SAFETENSORS_TYPES:
-                raise UserError(f"{path} has a tensor {name[:80]!r} of type {each.get_dtype()}, which this program "
-                                f"cannot read: convert it to float32 or bfloat16 first")
+                raise UserError(f"{path} has a tensor {shortened(name)!r} of type {each.get_dtype()}, which this "
+                                f"program cannot read: convert it to float32 or bfloat16 first")
 
             def load(name: str = name) -> np.ndarray:
                 return handle.get_tensor(name)
 
             tensors[name] = Tensor(tuple(each.get_shape()), np.dtype(_SAFETENSORS_TYPES[each.get_dtype()]), load)
-        return WeightsFile(tensors, handle.metadata() or {})
-    except UserError:
+        return WeightsFile(tensors, handle.metadata() or {}, size)
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # what its Rust code raises is not documented
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
