@@ -4,6 +4,7 @@ A source is random access: `len(source)` examples, `source[i]` decoded on demand
 are the pipeline's business. Sources are picklable, since worker processes hold a copy each.
 """
 
+import contextlib
 import difflib
 import functools
 import glob
@@ -18,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from marjax.data import tfds_files
 from marjax.errors import UserError
 from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
+MAX_CLASSES = 1 << 20  # each has a row of the model's embedding
 
 
 class Element(TypedDict):
@@ -226,9 +229,7 @@ def _slice_of(split: str, source: str, size: int) -> slice:
 
 def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) -> TfdsSource:
     """Raises UserError for all that can be wrong with a data set before its first example is read."""
-    name = source.removeprefix("tfds:")
-    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\w.*]+)?", name):
-        raise UserError(f"data.source={source!r} is malformed: expected 'tfds:NAME[/CONFIG][:VERSION]'.")
+    tfds_files.parse_name(source)
     on_this_machine(data_dir, "config.data.data_dir")  # the reader of array_record waits for ever at gs://
     try:
         import tensorflow_datasets as tfds
@@ -243,6 +244,9 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
         )
     num_classes = _checked_num_classes(source, getattr(features["label"], "num_classes", None), num_classes)
     try:
+        stored = {each.value for each in builder.info.available_file_formats()} if builder.is_prepared() else set()
+        if stored and tfds_files.FORMAT not in stored:
+            raise NotImplementedError
         reader = builder.as_data_source(split=split)
     except Exception as error:
         raise UserError(_why_unreadable(builder, source, split, error)) from error
@@ -255,11 +259,12 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
 
 
 def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
-    name = source.removeprefix("tfds:")
+    base, config, version = tfds_files.parse_name(source)
     try:
-        return tfds.builder(name, data_dir=data_dir or None)
+        return _checked_builder(tfds, base, config, version, data_dir)
+    except UserError:
+        raise
     except tfds.core.DatasetNotFoundError as error:
-        base = re.split("[/:]", name)[0]
         known = tfds.list_builders(with_community_datasets=False)
         if base in known or os.path.isdir(os.path.join(data_dir, base)):
             problem = f"there is a {base!r}, but not in this config or version"
@@ -278,6 +283,30 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
         f"data.source={source!r} cannot be opened in data.data_dir={data_dir!r}: {problem}; check name, config, "
         "version and directory."
     ) from cause
+
+
+def _checked_builder(tfds: Any, name: str, config: str | None, version: str | None, data_dir: str) -> Any:
+    """Opens what is prepared, from its files alone, or else what TFDS knows by name, without any files."""
+    from tensorflow_datasets.core import dataset_builder
+    from tensorflow_datasets.core.utils import file_utils
+
+    known = None
+    with contextlib.suppress(tfds.core.DatasetNotFoundError):
+        known = tfds.builder_cls(name)
+        name = known.name  # also of a name in camel case
+        if config is None and known.builder_configs:
+            config = known.default_builder_config.name
+        if version is None and (config is None or config in known.builder_configs):
+            version = str(dataset_builder.canonical_version_for_config(known, known.builder_configs.get(config)))
+    for root in map(os.fspath, file_utils.list_data_dirs(data_dir or None)):
+        if (folder := tfds_files.find(root, name, config, version)) is not None:
+            tfds_files.check(folder)
+            if known is None or os.path.exists(os.path.join(folder, tfds_files.FEATURES)):
+                return tfds.builder_from_directory(folder)
+            return known(config=config, version=os.path.basename(folder), data_dir=root)
+    if known is None:
+        raise tfds.core.DatasetNotFoundError(name)
+    return known(config=config, version=version, data_dir=data_dir or None)
 
 
 def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> str:
@@ -308,6 +337,8 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
 
 
 def _checked_num_classes(source: str, declared: int | None, num_classes: int | None) -> int:
+    if declared is not None and not 0 < declared <= MAX_CLASSES:
+        raise UserError(f"data.source={source!r} has {declared} classes, expected 1 to {MAX_CLASSES}; prepare it again")
     if num_classes is None:
         if declared is None:
             raise UserError(f"data.source={source!r} does not say how many classes it has: set data.num_classes.")

@@ -1,0 +1,189 @@
+"""The files of a prepared TFDS data set: found, and checked before TFDS reads them.
+
+TFDS imports the module of every class that `features.json` or `dataset_info.json` names, and reads whatever files their
+names and templates lead to. Here nothing is imported, and a data set is refused unless its features are TFDS's own and
+its shards are files of the folder, long enough for the examples they are said to hold.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from marjax.errors import UserError, shortened
+from marjax.json_file import read_json
+
+INFO, FEATURES = "dataset_info.json", "features.json"
+FORMAT = "array_record"  # the one that is read
+
+_OWN = "tensorflow_datasets.core.features."
+CLASSES = frozenset(_OWN + name for name in (
+    "features_dict.FeaturesDict", "sequence_feature.Sequence", "image_feature.Image", "class_label_feature.ClassLabel",
+    "text_feature.Text", "scalar.Scalar", "tensor_feature.Tensor", "feature.Tensor", "bounding_boxes.BBoxFeature"))
+_NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
+_PART = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a file's name
+_TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})+", re.ASCII)
+_VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
+_MAX_METADATA = 64 << 20  # bytes of a file that is not a shard
+_AGAIN = "prepare the data set again"
+_FEW_BYTES = 64  # an example with an image and a label is hardly ever smaller
+
+
+def parse_name(source: str) -> tuple[str, str | None, str | None]:
+    """NAME, CONFIG and VERSION of "tfds:NAME[/CONFIG][:VERSION]". Raises UserError: it is malformed."""
+    match = _NAME.fullmatch(source.removeprefix("tfds:"))
+    if not match:
+        raise UserError(f"data.source={source!r} is malformed, expected 'tfds:NAME[/CONFIG][:VERSION]' with a version "
+                        f"such as 1.0.0 or 1.*.*; mend it")
+    return match["name"], match["config"], match["version"]
+
+
+def find(root: str, name: str, config: str | None, version: str | None) -> str | None:
+    """The folder of the newest version of a data set that is prepared below `root`, None if there is none.
+
+    Args:
+      root: the folder for data sets.
+      name, config: of the data set; without a config, the default that the data set's own metadata give, if any.
+      version: such as "1.0.0" or "1.*.*"; None stands for any.
+
+    Raises:
+      UserError: the metadata cannot be read.
+    """
+    folder = os.path.join(root, name)
+    default = os.path.join(folder, ".config", "metadata.json")
+    if config is None and os.path.exists(default):
+        given = read_json(default, {"default_config_name?": object}, advice=_AGAIN).get("default_config_name")
+        config = given if isinstance(given, str) and _PART.fullmatch(given) else None
+    place = os.path.join(folder, config or "")
+    try:
+        versions = [entry for entry in os.listdir(place) if _VERSION.fullmatch(entry)]
+    except OSError:
+        return None
+    if version is not None:
+        pattern = version.replace(".", r"\.").replace("*", r"\d+")
+        versions = [entry for entry in versions if re.fullmatch(pattern, entry)]
+    for entry in sorted(versions, key=lambda entry: [int(part) for part in entry.split(".")], reverse=True):
+        if any(os.path.lexists(os.path.join(place, entry, file)) for file in (INFO, FEATURES)):
+            return os.path.join(place, entry)
+    return None
+
+
+def check(folder: str) -> None:
+    """Checks what TFDS would read of the folder of a data set's version, before it does.
+
+    Raises:
+      UserError: a class that is not TFDS's own, a name that leads out of the folder, a file that is no plain file, more
+        examples than a shard can hold, or metadata that cannot be read.
+    """
+    from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
+
+    for entry in _entries(folder):
+        if entry.name.endswith((".json", ".txt")) and not entry.is_dir():
+            _check_plain(entry.path, _MAX_METADATA)
+    path = os.path.join(folder, FEATURES)
+    if os.path.lexists(path):
+        _check_features(path, _proto(path, feature_pb2.Feature()))
+    path = os.path.join(folder, INFO)
+    info = _proto(path, dataset_info_pb2.DatasetInfo())
+    if info.HasField("features"):
+        _check_features(path, info.features)
+    for field, name in (("name", info.name), ("fileFormat", info.file_format)):
+        if not _PART.fullmatch(name) and (name or field == "name"):
+            raise UserError(f"{path}: {field} is {name[:80]!r}, expected letters, digits and _; {_AGAIN}")
+    for split in info.splits:
+        _check_split(folder, path, info, split)
+
+
+def _check_features(path: str, feature: Any) -> None:
+    """Raises UserError where a feature, or one inside it, is of another class than CLASSES."""
+    if feature.python_class_name != _OWN + "features_dict.FeaturesDict":
+        _check_class(path, feature.python_class_name)
+        raise UserError(f"{path} does not describe examples with named features; {_AGAIN}")
+    for inner in _features(feature):
+        _check_class(path, inner.python_class_name)
+        name = inner.python_class_name.rsplit(".")[-1]
+        if inner.WhichOneof("content") in (None, "json_feature"):
+            raise UserError(f"{path}: a {name} is described in a way that TFDS's own features are not; {_AGAIN}")
+        if inner.tensor.encoding == "zlib":  # a few bytes may become any number
+            raise UserError(f"{path}: a {name} is compressed, expected tensors as they are; {_AGAIN}")
+
+
+def _features(feature: Any) -> Iterator[Any]:
+    yield feature
+    for inner in feature.features_dict.features.values():
+        yield from _features(inner)
+    if feature.sequence.HasField("feature"):
+        yield from _features(feature.sequence.feature)
+
+
+def _check_class(path: str, name: str) -> None:
+    if name not in CLASSES:
+        raise UserError(f"{path}: TFDS would import and run the feature class {name[:200]!r}, expected one of its own "
+                        f"(Image, ClassLabel, Text, scalars and tensors); prepare the data set with these")
+
+
+def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
+    if not _PART.fullmatch(split.name):
+        raise UserError(f"{path}: the split name {split.name[:80]!r} cannot be part of a file's name; {_AGAIN}")
+    template = split.filepath_template or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    if not _TEMPLATE.fullmatch(template) or template.startswith("."):
+        raise UserError(f"{path}: filepathTemplate {template[:80]!r} of split {split.name} does not name files of this "
+                        f"folder; {_AGAIN}")
+    if FORMAT not in (info.file_format, *info.alternative_file_formats):
+        return  # nothing reads its shards here
+    count = len(split.shard_lengths)
+    for index, length in enumerate(split.shard_lengths):
+        name = template.format(DATASET=info.name, SPLIT=split.name, FILEFORMAT=FORMAT,
+                               SHARD_INDEX=f"{index:05d}", NUM_SHARDS=f"{count:05d}",
+                               SHARD_X_OF_Y=f"{index:05d}-of-{count:05d}")
+        shard = os.path.join(folder, name)
+        if length:
+            size = _check_plain(shard)
+            if length < 0 or (length * _FEW_BYTES > size and length != _num_records(shard)):
+                raise UserError(f"{path}: {name} is said to hold {length} examples, but its {size} bytes do "
+                                f"not; {_AGAIN}")
+
+
+def _num_records(shard: str) -> int | None:
+    """How many records a file has; None if it cannot be read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(shard)
+        try:
+            return int(reader.num_records())
+        finally:
+            reader.close()
+    except Exception:
+        return None
+
+
+def _check_plain(path: str, most: int | None = None) -> int:
+    """The size of a file. Raises UserError: there is none, it is a pipe or device, or it has more than `most` bytes."""
+    if not os.path.isfile(path):
+        problem = "is no plain file" if os.path.lexists(path) else "is missing"
+        raise UserError(f"{path} {problem}; {_AGAIN}")
+    size = os.path.getsize(path)
+    if most is not None and size > most:
+        raise UserError(f"{path} has {size} bytes, expected at most {most}; {_AGAIN}")
+    return size
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): make it readable") from None
+
+
+def _proto(path: str, message: Any) -> Any:
+    """The content of a file as a protocol buffer, filled in as TFDS does it."""
+    from google.protobuf import json_format
+
+    content = read_json(path, dict, advice=_AGAIN, max_bytes=_MAX_METADATA)
+    try:
+        return json_format.ParseDict(content, message)
+    except Exception as error:  # of several kinds, RecursionError among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not what TFDS writes ({shortened(reason, 200)}); {_AGAIN}") from None
