@@ -1,7 +1,6 @@
-"""What there is to prepare: the pictures of a folder of class folders, or of the ImageNet tars, in a fixed order.
+"""What there is to prepare: the pictures of a folder of class folders, in a fixed order. Nothing is decoded here.
 
-Nothing is decoded here. A picture inside a tar, or inside a tar of a tar, is found by its offset, since tars are not
-compressed: workers then read any picture without unpacking.
+Which folders are splits and which are classes is decided here, by the names that data sets are published under.
 """
 
 import collections
@@ -9,34 +8,22 @@ import dataclasses
 import hashlib
 import os
 import re
-import tarfile
 import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterator
 
-from tqdm import tqdm
-
-from marjax.data.pictures import SUFFIXES
+from marjax.data.tree import Folder, Item, Tree, read_tree
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 
-IMAGENET = "imagenet2012"
-TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-_NUM_IMAGENET = {"train": 1_281_167, "validation": 50_000}
-
-# Folders that hold a split rather than a class, and what TFDS calls the split.
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "valid": "validation", "test": "test"}
-_JUNK = ("thumbs.db", "desktop.ini", "__macosx")
-
-
-class Item(NamedTuple):
-    """A picture: `name` is unique and what the user knows it by; `size` bytes of the file `path`, from `offset` on."""
-
-    name: str
-    label: int
-    path: str
-    offset: int
-    size: int
+# Names of folders that hold a split rather than a class, in lower case and with one "_" for whatever separates words.
+_SPLIT = re.compile(
+    r"(?:(?:seg|images?|imgs?|data|dataset)_)?"
+    r"(?:(?P<train>train|training)|(?P<validation>val|valid|validate|validation|dev|devel|development|eval|evaluation)"
+    r"|(?P<test>test|testing)|(?P<unlabelled>pred|predict|prediction|unlabell?ed))"
+    r"_?(?:sets?|splits?|data|images?|imgs?|pictures?|photos?|dir|folder)?_?\d{0,4}")
+# Names of a folder that holds the class folders beside files about them, as in CUB-200.
+_CONTAINERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "dataset"})
+_Group = tuple[str, str, list[Item]]  # split; class, or "" for pictures in no class folder; pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +60,9 @@ class Listing:
 def list_folder(images: str, val_share: float = 0.0) -> Listing:
     """The pictures below `images`: class folders, or train/ and val/ (and test/) with class folders, or one class.
 
-    Folders inside a class folder belong to the class. Classes are sorted by name; those without a picture are left out
-    with a warning. What is hidden, or not named as a picture, is ignored and counted. Links are followed.
+    Split folders may have any of the common names, in any case. Folders inside a class folder belong to the class.
+    Classes are sorted by name; those without a picture are left out with a warning. See `read_tree` for what is
+    ignored, and for links.
 
     Args:
       images: the folder.
@@ -86,38 +74,29 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
     check_arguments(val_share=val_share)
     if not os.path.isdir(images):
         raise UserError(f"{images} is no folder: give a folder of class folders with pictures, on this machine")
-    tree = _Tree()
-    root = os.path.realpath(images)
-    only = os.path.basename(root) or "pictures"  # the class of a folder without class folders
-    folders, loose = tree.read(root, "", (root,))
-    found = {name: tree.below(os.path.join(root, name), name, (root,)) for name in folders}
-    filled = [name for name in folders if found[name]]
-    if not filled and not loose:
+    tree = read_tree(images)
+    top = _classes_in(tree.top, tree.warnings)
+    only = os.path.basename(tree.top.path) or "pictures"  # the class of a folder without class folders
+    filled = top.filled
+    if not filled and not top.items:
         ignored = f" ({_counts(tree.ignored)} are none)" if tree.ignored else ""
         raise UserError(f"{images} holds no picture{ignored}: give a folder of class folders with JPEG or PNG files")
-    if filled and loose:
-        raise UserError(f"{images} holds pictures ({loose[0].name}) beside folders of pictures ({filled[0]}): move "
-                        f"them into class folders, or give one of the folders")
-    # Which folders are classes: (split, folder's name or "", pictures).
-    groups: list[tuple[str, str, list[Item]]] = [("train", "", loose)]
-    empty = [name for name in folders if not found[name]]
+    if filled and top.items:
+        raise UserError(f"{images} holds pictures ({top.items[0].name}) beside folders of pictures ({filled[0].name}): "
+                        f"move them into class folders, or give one of the folders")
+    groups: list[_Group] = [("train", "", top.items)]
     if filled:
-        nested = {name: [item for item in found[name] if item.name.count("/") > 1] for name in filled}
-        splits = [name for name in filled if name in _SPLITS]
-        if "train" not in splits or (set(filled) - set(splits) and not nested["train"]):
-            groups = [("train", name, found[name]) for name in filled]
-        elif set(filled) - set(splits):
-            other = sorted(set(filled) - set(splits))[0]
-            raise UserError(f"{images} holds train/ with folders inside, and {other}/: if train is a split, leave only "
-                            f"train, val and test there; if it is a class, give it another name")
+        splits = _splits_of(images, filled)
+        if splits:
+            groups = [group for split, folder in splits.items()
+                      for group in _groups_of_split(images, split, folder, tree)]
         else:
-            groups = []
-            for name in splits:
-                groups += _groups_of_split(images, name, found[name], nested[name])
-                empty += [f"{name}/{child}" for child in tree.empty_children(os.path.join(root, name), name)]
+            groups = [("train", folder.name, folder.below()) for folder in filled]
+            _warn_of_classes(filled, tree.warnings)
     names = sorted({name or only for split, name, _ in groups if split == "train"})
+    groups = list(_without_unlabelled(groups, names, only, tree))
     _check_classes(names, tree.warnings)
-    tree.warnings += [f"{name}/ holds no picture: not a class" for name in empty]
+    tree.warnings.extend(f"{folder.prefix} holds no picture: not a class" for folder in top.empty)
     made: dict[str, list[Item]] = {}
     for split, name, items in groups:
         if (name or only) not in names:
@@ -133,114 +112,91 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
 
 def list_pictures(folder: str) -> list[Item]:
     """All pictures in and below a folder, in the order of their names, without a label. Raises UserError."""
-    root = os.path.realpath(folder)
-    return _Tree().below(root, os.path.basename(root), ())
+    return read_tree(folder, os.path.basename(os.path.realpath(folder)) + "/").top.below()
 
 
-def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
-    """The pictures of ILSVRC2012_img_train.tar and, if given, ILSVRC2012_img_val.tar, labelled as TFDS labels them.
-
-    Args:
-      paths: the tars, or a folder that holds them under these names.
-      progress: whether to show a bar on a terminal.
-
-    Raises:
-      UserError: a file that is missing, cut short or none of the two.
-    """
-    from tensorflow_datasets import core
-
-    folder = os.path.join("datasets", IMAGENET)  # the lists are part of the package, in every version of it so far
-    classes = core.tfds_path(os.path.join(folder, "labels.txt")).read_text().split()
-    labels = {name: index for index, name in enumerate(classes)}
-    validation = core.tfds_path(os.path.join(folder, "validation_labels.txt")).read_text().split()
-    tars: list[str] = []
-    for path in paths:
-        if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in (TRAIN_TAR, VALIDATION_TAR)]
-            tars += [tar for tar in inside if os.path.isfile(tar)]
-        else:
-            tars.append(path)
-    if not tars:
-        raise UserError(f"{', '.join(paths) or 'no path'}: expected {TRAIN_TAR} (and {VALIDATION_TAR}), or a folder "
-                        f"with them; they are at https://image-net.org/download-images, after registration")
-    made: dict[str, list[Item]] = {}
-    for tar in tars:
-        if not os.path.isfile(tar):
-            raise UserError(f"{tar} does not exist: give {TRAIN_TAR} or {VALIDATION_TAR}, on this machine")
-        try:
-            split, items = _read_tar(tar, labels, validation, progress)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{tar} cannot be read as an uncompressed tar ({error}): download it again") from None
-        if split in made:
-            raise UserError(f"{tar} is a second tar of split {split}: give each of the two once")
-        made[split] = sorted(items)
-    warnings = [f"split {split} has {len(items):,} pictures, ImageNet has {_NUM_IMAGENET[split]:,}"
-                for split, items in made.items() if len(items) != _NUM_IMAGENET[split]]
-    return Listing("imagenet", "ILSVRC 2012, as TFDS orders and labels it.", classes, dict(sorted(made.items())),
-                   collections.Counter(), warnings)
+def _split_of(folder: Folder) -> str | None:
+    """The split that a folder's name stands for: "train", "validation", "test" or "unlabelled"."""
+    match = _SPLIT.fullmatch(re.sub(r"[\W_]+", "_", folder.name.lower()).strip("_"))
+    return match.lastgroup if match else None
 
 
-class _Tree:
-    """Reads folders, and remembers what it left out."""
-
-    def __init__(self) -> None:
-        self.ignored: collections.Counter[str] = collections.Counter()
-        self.warnings: list[str] = []
-
-    def read(self, path: str, prefix: str, above: tuple[str, ...]) -> tuple[list[str], list[Item]]:
-        """The folders and the pictures right in `path`, sorted; `prefix` begins the pictures' names."""
-        folders, items = [], []
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"folder {path} cannot be read ({error.strerror}): make it readable, or move it") from None
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name.lower() in _JUNK:
-                self.ignored["hidden or the system's"] += 1
-            elif entry.is_dir():
-                if os.path.realpath(entry.path) in above:
-                    self.warnings.append(f"{prefix}{entry.name} is a link to a folder around it: left out")
-                else:
-                    folders.append(entry.name)
-            elif suffix in SUFFIXES and (entry.is_file() or not os.path.exists(entry.path)):
-                # A link to nothing is a picture that cannot be read, and is found to be so later; one to a device or
-                # pipe is none.
-                size = entry.stat().st_size if os.path.exists(entry.path) else 0
-                items.append(Item(prefix + entry.name, -1, entry.path, 0, size))
-            else:
-                self.ignored[suffix or "no suffix"] += 1
-        return folders, items
-
-    def below(self, path: str, name: str, above: tuple[str, ...]) -> list[Item]:
-        """All pictures in and below a folder, in order of their names."""
-        above = (*above, os.path.realpath(path))
-        folders, items = self.read(path, f"{name}/", above)
-        for folder in folders:
-            items += self.below(os.path.join(path, folder), f"{name}/{folder}", above)
-        return sorted(items)
-
-    @staticmethod
-    def empty_children(path: str, name: str) -> list[str]:
-        """The names of folders right in `path` without any picture below."""
-        quiet = _Tree()
-        folders, _ = quiet.read(path, "", (path,))
-        return [folder for folder in folders if not quiet.below(os.path.join(path, folder), name, (path,))]
+def _classes_in(top: Folder, warnings: list[str]) -> Folder:
+    """The folder of class folders or of splits: the one that was given, or one that lies in it beside no pictures."""
+    found = folder = top
+    while not folder.items and len(folder.filled) == 1 and not _split_of(folder.filled[0]):
+        (folder,) = folder.filled
+        is_container = folder.name.lower() in _CONTAINERS and not folder.items and len(folder.filled) > 1
+        if is_container or "train" in map(_split_of, folder.filled):
+            found = folder
+    if found is not top:
+        splits = "train" in map(_split_of, found.filled)
+        warnings.append(f"{'splits' if splits else 'classes'} are the folders in {found.prefix}")
+    return found
 
 
-def _groups_of_split(images: str, name: str, items: list[Item], nested: list[Item]) -> Iterator[
-        tuple[str, str, list[Item]]]:
-    if nested and len(nested) < len(items):
-        direct = sorted(set(items) - set(nested))[0].name
-        raise UserError(f"{images}: {name}/ holds pictures ({direct}) beside class folders: move them into one")
-    if not nested:
-        yield _SPLITS[name], "", items
+def _splits_of(images: str, filled: list[Folder]) -> dict[str, Folder]:
+    """The folders that are splits, by split; none if all are classes."""
+    splits = {folder.name: split for folder in filled if (split := _split_of(folder))}
+    if len(splits) == len(filled) and "train" not in splits.values():
+        raise UserError(f"{images} holds {', '.join(f'{name}/' for name in splits)} but no train/; add one, or start "
+                        f"with --images {filled[0].path} to train on that")
+    train = [folder for folder in filled if splits.get(folder.name) == "train"]
+    others = [folder.name for folder in filled if folder.name not in splits]
+    if not train or (others and not any(folder.filled for folder in train)):
+        return {}
+    if others:
+        raise UserError(f"{images} holds {train[0].name}/ with folders inside, and {others[0]}/: if train is a split, "
+                        f"leave only train, val and test there; if it is a class, give it another name")
+    found: dict[str, Folder] = {}
+    for folder in filled:
+        if (first := found.setdefault(splits[folder.name], folder)) is not folder:
+            raise UserError(f"{images}: {first.name}/ and {folder.name}/ are both split {splits[folder.name]}; move "
+                            f"one away, or its class folders into the other")
+    return found
+
+
+def _groups_of_split(images: str, split: str, folder: Folder, tree: Tree) -> Iterator[_Group]:
+    if split == "unlabelled":
+        _leave_out(folder.below(), folder.prefix, tree)
         return
-    classes: dict[str, list[Item]] = {}
-    for item in items:
-        classes.setdefault(item.name.split("/")[1], []).append(item)
-    for child, its in classes.items():
-        yield _SPLITS[name], child, its
+    while not folder.items and len(folder.filled) == 1 and (
+            _split_of(folder.filled[0]) == split or folder.filled[0].name.lower() in _CONTAINERS):
+        (folder,) = folder.filled  # as in seg_train/seg_train/
+    if folder.items and folder.filled:
+        raise UserError(f"{images}: {folder.prefix} holds pictures ({folder.items[0].name}) beside class folders: move "
+                        f"them into one")
+    if folder.items:
+        yield split, "", folder.items
+    for child in folder.filled:
+        yield split, child.name, child.below()
+    tree.warnings.extend(f"{child.prefix} holds no picture: not a class" for child in folder.empty)
+
+
+def _without_unlabelled(groups: list[_Group], classes: list[str], only: str, tree: Tree) -> Iterator[_Group]:
+    """Leaves out pictures of other splits that lie in no class folder, where those to train on do."""
+    for split, name, items in groups:
+        if split != "train" and not name and classes != [only]:
+            _leave_out(items, os.path.dirname(items[0].name) + "/", tree)
+        else:
+            yield split, name, items
+
+
+def _leave_out(items: list[Item], where: str, tree: Tree) -> None:
+    tree.ignored["without a class"] += len(items)
+    tree.warnings.append(f"{where} holds {len(items)} pictures without class folders: left out; move them into class "
+                         f"folders to keep them")
+
+
+def _warn_of_classes(folders: list[Folder], warnings: list[str]) -> None:
+    """Folders that are taken for classes although they may be none."""
+    for folder in folders:
+        if len(folders) == 1 and not folder.items and len(folder.filled) > 1:
+            warnings.append(f"{folder.prefix} is the only class, with {folder.filled[0].prefix} and others inside: if "
+                            f"these are classes, start with --images {folder.path}")
+        elif len(folders) > 1 and (_split_of(folder) or folder.name.lower() in _CONTAINERS):
+            warnings.append(f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
+                            f"it holds the classes, start with --images {folder.path}")
 
 
 def _check_classes(names: list[str], warnings: list[str]) -> None:
@@ -271,48 +227,6 @@ def _divide(made: dict[str, list[Item]], share: float) -> dict[str, list[Item]]:
         if not items:
             raise UserError(f"val_share is {share}, which leaves no picture for {split}: give another share, or none")
     return parts | {split: items for split, items in made.items() if split != "train"}
-
-
-def _read_tar(tar: str, labels: dict[str, int], validation: list[str], progress: bool) -> tuple[str, list[Item]]:
-    """A tar's split and pictures: of class tars inside, or pictures whose labels TFDS knows by their number."""
-    items: list[Item] = []
-    splits: set[str] = set()
-    with open(tar, "rb") as file, tqdm(desc=f"listing {os.path.basename(tar)}", unit=" pictures",
-                                       disable=None if progress else True) as bar:
-        for member in _members(file, 0, os.path.getsize(tar)):
-            base = os.path.basename(member.name)
-            numbered = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", base)
-            if base.endswith(".tar") and base[:-4] in labels:
-                splits.add("train")
-                inside = _members(file, member.offset_data, member.offset_data + member.size)
-                items += [Item(os.path.basename(image.name), labels[base[:-4]], tar, image.offset_data, image.size)
-                          for image in inside]
-            elif numbered and 1 <= int(numbered[1]) <= len(validation):
-                splits.add("validation")
-                label = labels[validation[int(numbered[1]) - 1]]
-                items.append(Item(base, label, tar, member.offset_data, member.size))
-            else:
-                raise UserError(f"{tar} holds {member.name}, expected class tars such as n01440764.tar or pictures "
-                                f"such as ILSVRC2012_val_00000001.JPEG: give {TRAIN_TAR} or {VALIDATION_TAR} as they "
-                                f"are downloaded (the test pictures have no labels)")
-            bar.update(len(items) - bar.n)
-    if len(splits) != 1:
-        raise UserError(f"{tar} holds {'training and validation pictures' if splits else 'no picture'}: give "
-                        f"{TRAIN_TAR} or {VALIDATION_TAR} as they are downloaded")
-    if len({item.name for item in items}) < len(items):
-        raise UserError(f"{tar} holds pictures of the same name: give it as it is downloaded")
-    return splits.pop(), items
-
-
-def _members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that begins at `start` of an open file, their offsets counted in that file."""
-    file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            if member.offset_data + member.size > end:
-                raise EOFError(f"{member.name} goes beyond the end")
-            if member.isfile():
-                yield member  # whoever takes it may move the file: tarfile seeks before it reads
 
 
 def _counts(counts: collections.Counter[str]) -> str:

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from hashlib import md5
 from typing import Any
 
-from marjax.data.listing import IMAGENET, Item, Listing, list_folder, list_imagenet
+from marjax.data.imagenet import IMAGENET, list_imagenet
+from marjax.data.listing import Listing, list_folder
 from marjax.data.shards import Record, Shard, features_of
+from marjax.data.tree import Item
 from marjax.data.workers import available_cores, write_shards
 from marjax.errors import UserError
 from marjax.files import claimed, write_text

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from marjax.data.listing import Item
 from marjax.data.pictures import UnreadableError, storable
+from marjax.data.tree import Item
 from marjax.errors import TrainingError
 from marjax.files import sync, write_text
 

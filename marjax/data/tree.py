@@ -1,0 +1,187 @@
+"""The folders below a folder, and the pictures in them: each real folder once, whatever links lead to it.
+
+Nothing here is recursive, so folders may be nested as deeply as the file system allows.
+"""
+
+import collections
+import dataclasses
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from marjax.data.pictures import SUFFIXES
+from marjax.errors import UserError, shortened
+
+# Files and folders of systems, file servers and programs, in lower case; and all that begin with a dot.
+_SYSTEM = frozenset({
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__macosx", "network trash folder",
+    "temporary items", "lost+found", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@quarantine", "#recycle", "#snapshot",
+    "__pycache__", "ipynb_checkpoints"})
+
+
+class Item(NamedTuple):
+    """A picture: `name` is unique and what the user knows it by; `size` bytes of the file `path`, from `offset` on."""
+
+    name: str
+    label: int
+    path: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass
+class Folder:
+    """A folder that was read.
+
+    Attributes:
+      name: its own name, "" for the topmost.
+      prefix: its path below the topmost folder with a "/" at the end, "" for the topmost.
+      path: on this machine.
+      items: the pictures right in it, sorted.
+      folders: the folders right in it, sorted by name.
+      num_pictures: in it and below.
+    """
+
+    name: str
+    prefix: str
+    path: str
+    items: list[Item] = dataclasses.field(default_factory=list)
+    folders: list["Folder"] = dataclasses.field(default_factory=list)
+    num_pictures: int = 0
+
+    @property
+    def filled(self) -> list["Folder"]:
+        """The folders right in it that hold pictures, or folders with pictures."""
+        return [folder for folder in self.folders if folder.num_pictures]
+
+    @property
+    def empty(self) -> list["Folder"]:
+        """The folders right in it without any picture."""
+        return [folder for folder in self.folders if not folder.num_pictures]
+
+    def below(self) -> list[Item]:
+        """All pictures in it and below, sorted by name."""
+        found, waiting = list[Item](), [self]
+        while waiting:
+            folder = waiting.pop()
+            found += folder.items
+            waiting += folder.folders
+        return sorted(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What is below a folder.
+
+    Attributes:
+      top: the folder.
+      ignored: how many files and folders were left out, by suffix or kind.
+      warnings: links that were not followed.
+    """
+
+    top: Folder
+    ignored: collections.Counter[str]
+    warnings: list[str]
+
+
+def read_tree(root: str, prefix: str = "") -> Tree:
+    """Reads a folder and all below it.
+
+    Links are followed after everything else was read, in order of their names, to folders that were not read yet. What
+    is hidden, a system's, or not named as a picture is ignored and counted.
+
+    Args:
+      root: the folder.
+      prefix: begins the name of every picture.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    root = os.path.realpath(root)
+    tree = Tree(Folder("", prefix, root), collections.Counter(), [])
+    order, seen = list[Folder](), set[tuple[int, int]]()
+    folders, links = collections.deque([(tree.top, False)]), collections.deque[tuple[Folder, Folder]]()
+    parents: dict[int, Folder] = {}
+    while folders or links:
+        if folders:
+            folder, linked = folders.popleft()
+        else:
+            parent, folder = links.popleft()
+            target = os.path.realpath(folder.path)
+            if _holds(target, os.path.realpath(parent.path)) or _holds(target, root):
+                tree.warnings.append(f"{folder.prefix[:-1]} is a link to a folder around it: left out")
+                continue
+            linked = True
+        identity = _identity(folder.path)
+        if identity in seen:
+            tree.warnings.append(f"{folder.prefix[:-1]} leads to a folder that was read already: left out")
+            continue
+        seen.add(identity)
+        if linked:
+            parent.folders.append(folder)
+            parents[id(folder)] = parent
+        order.append(folder)
+        for child, is_link in _read(folder, tree.ignored):
+            if is_link:
+                links.append((folder, child))
+            else:
+                folder.folders.append(child)
+                parents[id(child)] = folder
+                folders.append((child, False))
+    for folder in reversed(order):  # a folder comes after the one around it
+        folder.folders.sort(key=lambda child: child.name)
+        folder.num_pictures += len(folder.items)
+        if id(folder) in parents:
+            parents[id(folder)].num_pictures += folder.num_pictures
+    return tree
+
+
+def _read(folder: Folder, ignored: collections.Counter[str]) -> list[tuple[Folder, bool]]:
+    """Fills in the pictures right in a folder; returns the folders in it, each with whether it is a link."""
+    found: list[tuple[Folder, bool]] = []
+    try:
+        with os.scandir(folder.path) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder.path, error) from None
+    for entry in entries:
+        name = folder.prefix + entry.name
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
+            ignored["hidden or the system's"] += 1
+            continue
+        try:
+            status = os.stat(entry.path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise _unreadable(entry.path, error) from None
+            mode, size = stat.S_IFREG, 0  # a link to nothing is a picture that cannot be read, and found to be so later
+        else:
+            mode, size = status.st_mode, status.st_size
+        if stat.S_ISDIR(mode):
+            found.append((Folder(entry.name, name + "/", entry.path), entry.is_symlink()))
+        elif not stat.S_ISREG(mode):
+            ignored["pipes, sockets and devices"] += 1
+        elif suffix in SUFFIXES:
+            folder.items.append(Item(name, -1, entry.path, 0, size))
+        else:
+            ignored[suffix or "no suffix"] += 1
+    return found
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return status.st_dev, status.st_ino
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(f"folder {shortened(path, 200)} cannot be read ({error.strerror}); make it readable, or move it")
