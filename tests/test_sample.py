@@ -212,3 +212,53 @@ def test_a_model_of_a_pod_is_sampled_on_whatever_there_is(run, tmp_path):
     (tmp_path / "run" / "config.json").write_text(text.replace('"fsdp": 1', '"fsdp": 16').replace('"data": -1',
                                                                                                   '"data": 4'))
     np.testing.assert_array_equal(sample(tmp_path / "run", [0, 1], seed=3), sample(run, [0, 1], seed=3))
+
+
+@pytest.fixture
+def foreign(run, tmp_path, monkeypatch):
+    """A work directory of somebody else: its config names a data set that runs code when it is opened, and traps."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "runs_code.py").write_text("import pathlib\npathlib.Path('ran').touch()\nclass Feature: pass\n")
+    data_set = tmp_path / "theirs" / "digits_of_mine" / "1.0.0"
+    data_set.mkdir(parents=True)
+    (data_set / "features.json").write_text(json.dumps({"pythonClassName": "runs_code.Feature"}))
+    (data_set / "dataset_info.json").write_text(json.dumps({
+        "name": "digits_of_mine", "version": "1.0.0", "fileFormat": "array_record",
+        "splits": [{"name": "train", "shardLengths": ["5"], "numBytes": "5",
+                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}]}))
+    shutil.copytree(run, tmp_path / "run")
+
+    def make(**fields):
+        content = json.loads((tmp_path / "run" / "config.json").read_text())
+        content["data"] |= {"source": "tfds:digits_of_mine", "data_dir": "theirs", "cache": "theirs", **fields}
+        content["eval"] |= {"every": 1, "reference": "runs_code.py", "extractor_path": "runs_code.py"}
+        (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+        return tmp_path / "run"
+    return make
+
+
+def test_a_foreign_work_directory_is_its_weights_and_config(foreign, run, tmp_path, monkeypatch):
+    def opened(*args, **kwargs):
+        raise AssertionError("opened")
+
+    workdir = foreign(num_examples=None)
+    monkeypatch.setattr("marjax.data.sources.open_source", opened)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    np.testing.assert_array_equal(sample(workdir, [0, 1], seed=3), sample(run, [0, 1], seed=3))
+    assert main(["export", "--workdir", "run", "--out", "weights.safetensors"]) == 0
+    assert main(["plot", "--workdir", "run", "--out", "figures", "--format", "png"]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("fields", [{"cache": ""}, {}])
+def test_a_foreign_work_directory_never_has_its_data_counted(foreign, tmp_path, capsys, fields):
+    foreign(num_classes=None, num_examples=None, **fields)
+    for command in (["sample", "--out", "out"], ["evaluate", "--num_images", "2"],
+                    ["export", "--out", "weights.safetensors"]):
+        assert main([*command, "--workdir", "run"]) == 2
+        error = capsys.readouterr().err
+        assert "config.data.num_classes is missing" in error and error.count("\n") == 1
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()

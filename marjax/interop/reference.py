@@ -111,7 +111,7 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], arguments: Mapping[str, Any
         released = config_lib.MODEL_SIZES[size]
         if (released["denoiser_depth"], released["denoiser_width"]) == (model.denoiser.depth, model.denoiser.width):
             given |= {"sample.num_iter": 256, "sample.cfg": released["cfg"], "sample.temperature": 1.0}
-    return config_lib.resolve(config_lib.apply_overrides(config, given | dict(overrides)))
+    return config_lib.resolve(config_lib.apply_overrides(config, given | dict(overrides)), open_data=False)
 
 
 def arguments_of(config: ConfigDict) -> dict[str, Any]:
