@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from marjax import storage
 from marjax.config import conform, flatten, resolve
 from marjax.config.migrations import migrate, stamp
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 
@@ -30,13 +31,23 @@ _TOKENIZER_FREE = ("data.workers", "data.data_dir", "data.cache", "tokenizer.pat
                    "tokenizer.train.remat", "tokenizer.train.log_every", "tokenizer.train.checkpoint_every",
                    "tokenizer.train.pictures_every", "tokenizer.train.lpips.vgg", "tokenizer.train.lpips.linear")
 
+# What this program itself may have in a work directory before its config, such as locks.
+_OWN = re.compile(r"config\.json\.partial.*|.*\.(lock|lease)")
+
+# What may lie in a new work directory: hidden files, those of operating systems and file servers, logs of shells and
+# schedulers, and the scripts that start a run.
+_BYSTANDER = re.compile(
+    _OWN.pattern + r"|\..*|thumbs\.db|desktop\.ini|lost\+found|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information"
+    r"|.*\.(log|out|err|pid)(\.\d+)?|.*\.[eo]\d+|.*(log|stdout|stderr|output|console).*\.txt|logs?|stdout|stderr|output"
+    r"|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job)", re.IGNORECASE)
+
 
 def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False) -> None:
     """Makes the work directory and writes `config.json`, or checks the one that is there.
 
-    Fields in FREE_FIELDS may change between starts, and so may the number of steps, upwards, under a constant
-    learning rate. With `tokenizer`, the directory is that of a tokenizer's training, for which only the data and the
-    tokenizer count.
+    Logs, hidden files and other bystanders in a new one are reported and left alone. Fields in FREE_FIELDS may change
+    between starts, and so may the number of steps, upwards, under a constant learning rate. With `tokenizer`, the
+    directory is that of a tokenizer's training, for which only the data and the tokenizer count.
 
     Raises:
       UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
@@ -46,8 +57,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
-            if any(file.name != "config.json.partial" for file in storage.children(path)):
-                raise UserError(f"work directory {workdir} has files but no config.json: give an empty or new folder")
+            _look_at_bystanders(path)
         else:
             _refuse_contradiction(workdir, read_workdir(workdir), config, tokenizer)
         text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
@@ -55,6 +65,29 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
                         f"give a folder that can") from None
+
+
+def _look_at_bystanders(folder: epath.Path) -> None:
+    """Reports the files in a new work directory that are nobody's work. Raises UserError: there are others."""
+    found = sorted(storage.children(folder), key=lambda file: file.name)
+    theirs = [file.name for file in found if not _BYSTANDER.fullmatch(file.name) and not _is_new_log(file)]
+    if theirs:
+        raise UserError(f"work directory {folder} has files but no config.json: give an empty or new folder, or move "
+                        f"away {_listed(theirs)}")
+    others = [file.name for file in found if not _OWN.fullmatch(file.name)]
+    if others:
+        print(f"work directory {folder}: {len(others)} file{'s' if len(others) > 1 else ''} of others ignored: "
+              f"{_listed(others)}", file=sys.stderr)
+
+
+def _is_new_log(path: epath.Path) -> bool:
+    """Whether a file may be one that `tee` has just opened, whatever it is called."""
+    return (path.suffix in ("", ".txt") and not storage.is_remote(path) and path.is_file()
+            and not path.stat().length)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(shortened(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokenizer: bool) -> None:

@@ -347,6 +347,42 @@ def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
         config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {"data.num_classes": None, "data.cache": ""}))
 
 
+BYSTANDERS = [".gitkeep", ".DS_Store", "._run", ".nfs0000001", "Thumbs.db", "desktop.ini", "nohup.out",
+              "slurm-123_4.out", "slurm-123.err", "train.log", "train.log.1",
+              "log.txt", "stdout", "job.o4711", "run.sbatch", "run.pid"]
+
+
+@pytest.mark.parametrize("name", BYSTANDERS)
+def test_bystanders_in_a_new_work_directory(tmp_path, capsys, name):
+    (tmp_path / name).write_text("x")
+    claim_workdir(tmp_path, trained_on_digits())
+    assert read_workdir(tmp_path) == trained_on_digits()
+    said = capsys.readouterr().err
+    assert name in said and said.count("\n") == 1 and (tmp_path / name).read_text() == "x"
+    claim_workdir(tmp_path, trained_on_digits())
+    assert not capsys.readouterr().err
+
+
+def test_many_bystanders_are_counted_and_what_is_ours_is_not(tmp_path, capsys):
+    for name in (*BYSTANDERS, "config.json.partial", "marjax.lock"):
+        (tmp_path / name).write_text("x")
+    for name in ("lost+found", "@eaDir", "logs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "whatever").touch()  # that `tee` has opened
+    claim_workdir(tmp_path, trained_on_digits())
+    assert f"{len(BYSTANDERS) + 4} files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "1.png", "data.npz", "metrics.jsonl", "checkpoints/", "photos/",
+                                  "notes.txt", "events.out.tfevents.1.host"])
+def test_the_work_of_others_is_refused(tmp_path, capsys, name):
+    for each in (name, "nohup.out"):
+        (tmp_path / each).mkdir() if each.endswith("/") else (tmp_path / each).write_text("x")
+    with pytest.raises(UserError, match=rf"no config\.json: .*{name.rstrip('/')}"):
+        claim_workdir(tmp_path, trained_on_digits())
+    assert len(list(tmp_path.iterdir())) == 2 and not capsys.readouterr().err
+
+
 def test_foreign_folders(tmp_path):
     config = config_lib.resolve(load("digits.py"))
     (tmp_path / "thesis.tex").write_text("")
