@@ -300,7 +300,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
     (lambda content: content["train"].update(steps=10**30), "integer"),
     (lambda content: content["model"].update(dtype=["float32"]), "config.model.dtype"),
     (lambda content: content["tokenizer"].update(path="a\0b"), "config.tokenizer.path"),
-    (lambda content: content["tokenizer"].update(path="\ud800"), "config.tokenizer.path"),
+    (lambda content: content["tokenizer"].update(path="\ud800"), "surrogate"),
     (lambda content: content["tokenizer"].update(path={"a": 1}), "config.tokenizer.path"),
 ])
 @pytest.mark.parametrize("stamped", [True, False])
