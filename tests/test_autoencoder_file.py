@@ -1,6 +1,7 @@
 """The file of an autoencoder, what a config asks of it, and training on its latents."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -181,6 +182,27 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
              r"weight has shape \(15, 4\) instead of \(16, 4\)")):
         rewritten(path, out, change_tensors=change)
         refused(says)
+    # Networks that would be traced for ever, by what the file says and by names; deep JSON; more bytes than it has.
+    for change in ({"num_res_blocks": 10**6}, {"num_res_blocks": 60_000}, {"channel_mults": [1] * 12}):
+        rewritten(path, out, change_meta=lambda meta, change=change: {
+            **meta, "spec": {**meta["spec"], "resolution": 2048, **change}})
+        refused("does not say what network|do not fit a VQ autoencoder of [0-9]+ blocks")
+    rewritten(path, out, change_meta=lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1] * 10**5}})
+    refused("does not say what network it holds")
+    head, again = struct.pack("<Q", 13), "its metadata has no 'marjax'"
+    for content, says in ((head + b'{"a": [1, 2]}', "a is an array"), (head + b"[1,2,3,4,5,6]", "an array, expected"),
+                          (struct.pack("<Q", 99_999) + b"[" * 99_999, "nested deeper"),
+                          (head + b"{" + b" " * 11 + b"}", again),
+                          (struct.pack("<Q", 1 << 60) + b"{}", "damaged .of 10 bytes")):
+        out.write_bytes(content)
+        refused(says)
+    deep = {"marjax": "[" * 100_000}
+    safetensors.save_file({"a": np.zeros(1, np.float32)}, out, deep)
+    refused("nested deeper")
+    rewritten(path, out)
+    with out.open("ab") as file:
+        file.truncate(1 << 36)
+    refused("its header says")
     rewritten(path, out)
     stored = autoencoder_file.read(out)
     assert open_tokenizer(tokenizer).checksum == stored.checksum

@@ -280,6 +280,11 @@ def test_a_layer_number_without_bound_in_an_autoencoder(tmp_path):
     save_file({name: array.astype(np.float32) for name, array in state.items()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="names a layer 3000000, and no such network"):
         read_autoencoder(tmp_path / "x.safetensors")
+    for name in ("encoder.down.0.block.999.x", "encoder.down.999.block.0.x"):  # few enough, but they are not there
+        arrays = {key: np.zeros(shape, np.float32) for key, shape in [*shapes.items()][1:]} | {name: np.zeros(1)}
+        save_file(arrays, tmp_path / "x.safetensors")
+        with pytest.raises(UserError, match="autoencoder of 2001 blocks|block.0.conv1.weight is missing"):
+            read_autoencoder(tmp_path / "x.safetensors")
 
 
 def test_what_files_of_others_hold(tmp_path):

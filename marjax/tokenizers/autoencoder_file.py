@@ -15,12 +15,15 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from marjax.errors import UserError
-from marjax.files import write_bytes
-from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
+from marjax.errors import UserError, shortened
+from marjax.files import open_regular, write_bytes
+from marjax.json_file import check_json, parse_json
+from marjax.storage import is_remote
+from marjax.tokenizers.autoencoder_names import check, from_state_dict, to_state_dict
 from marjax.tokenizers.spec import Spec
 
 KEY = "marjax"
+_MAX_HEADER = 1 << 24  # bytes; 100 or so a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,33 +64,66 @@ def read(path: str | os.PathLike[str]) -> Stored:
       UserError: it is damaged or something else, or its tensors are not those of its network, which are then listed.
     """
     again = "make it again with marjax convert, or give another config.tokenizer.path"
+    damaged = f"{path} is no safetensors file or is damaged"
     if epath.Path(path).is_dir():
         raise UserError(f"{path} is a folder: give the .safetensors file of an autoencoder")
-    data = epath.Path(path).read_bytes()
     try:
-        tensors = safetensors.load(data)
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # also a dtype that NumPy does not have
-        raise UserError(f"{path} is no safetensors file or is damaged ({_first_line(error)}): {again}") from None
-    if KEY not in header.get("__metadata__", {}):
-        raise UserError(f"{path} is a safetensors file, but not one of marjax (its metadata has no {KEY!r}): "
-                        f"marjax convert makes one of it")
-    try:
-        meta = json.loads(header["__metadata__"][KEY])
-        spec, scale = Spec.from_json(meta["spec"]), meta["scale"]
-        if meta["kind"] != spec.kind or not (scale is None or float(scale) > 0.0):
-            raise ValueError(f"kind {meta['kind']!r} with {spec.num_codes} codes and scale {scale}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say what network it holds ({_first_line(error)}): {again}") from None
-    odd = [f"{name} is {array.dtype}" for name, array in tensors.items() if array.dtype != np.float32]
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise UserError(f"{damaged} (of {size} bytes, its header would be {length}): {again}")
+            header = parse_json(file.read(length), {str: dict}, where=f"the header of {path}", advice=again)
+            check_json(header, {"__metadata__?": {str: str}}, where=f"the header of {path}", advice=again)
+            metadata = header.pop("__metadata__", {})
+            check_json(header, {str: {"shape": [range(1 << 48)], "data_offsets": [int]}},
+                       where=f"the header of {path}", advice=again)
+            ends = [offset for each in header.values() for offset in each["data_offsets"]]
+            if 8 + length + max(ends, default=0) != size:
+                raise UserError(f"{damaged} (it has {size} bytes, and its header says "
+                                f"{8 + length + max(ends, default=0)}): {again}")
+            spec, scale = _network(metadata, path, again)
+            try:
+                # Before the tensors are read, and before a network is made of them.
+                check({name: tuple(each["shape"]) for name, each in header.items()}, spec)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            file.seek(0)
+            tensors = safetensors.load(file.read())
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than there is: {again}") from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or is_remote(path):
+            raise
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {again}") from None
+    except (SafetensorError, KeyError, TypeError) as error:  # also a dtype that NumPy does not have
+        raise UserError(f"{damaged} ({_first_line(error)}): {again}") from None
+    odd = [f"{shortened(name)} is {array.dtype}" for name, array in tensors.items() if array.dtype != np.float32]
     odd += [f"{name} is not finite" for name, array in tensors.items() if not odd and not np.isfinite(array).all()]
     if odd:
-        raise UserError(f"{path} has tensors other than finite float32 ones ({'; '.join(odd)}): {again}")
+        raise UserError(f"{path} has tensors other than finite float32 ones ({'; '.join(odd[:20])}): {again}")
     try:
         _, params = from_state_dict(tensors, spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return Stored(spec, params, None if scale is None else float(scale), checksum(tensors, scale))
+    return Stored(spec, params, scale, checksum(tensors, scale))
+
+
+def _network(metadata: dict[str, str], path: str | os.PathLike[str], again: str) -> tuple[Spec, float | None]:
+    """The network and the scale that the metadata says. Raises UserError."""
+    if KEY not in metadata:
+        raise UserError(f"{path} is a safetensors file, but not one of marjax (its metadata has no {KEY!r}): "
+                        f"marjax convert makes one of it")
+    where = f"{path} does not say what network it holds: its metadata"
+    meta = parse_json(metadata[KEY], {"kind": str, "spec": dict, "scale": (float, None)}, where=where, advice=again)
+    try:
+        spec, scale = Spec.from_json(meta["spec"]), meta["scale"]
+        if meta["kind"] != spec.kind or not (scale is None or scale > 0.0):
+            raise ValueError(f"kind {shortened(meta['kind'])!r} with {spec.num_codes} codes and scale {scale}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is wrong ({shortened(_first_line(error), 200)}): {again}") from None
+    return spec, None if scale is None else float(scale)
 
 
 def checksum(tensors: dict[str, np.ndarray], scale: float | None) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from marjax.errors import UserError
-from marjax.tokenizers.autoencoder import abstract_params
+from marjax.errors import UserError, shortened
 from marjax.tokenizers.spec import Spec
 
 _MAX_LAYERS = 1000
+_PER_BLOCK = 8  # tensors of a residual block, at least
+_LISTED = 20  # problems in an error
 
 # What training left in a checkpoint besides the autoencoder.
 IGNORED = ("loss.", "discriminator.")
@@ -23,50 +24,59 @@ IGNORED = ("loss.", "discriminator.")
 
 def table(spec: Spec) -> dict[str, str]:
     """PyTorch name -> path of the parameter, keys joined by "/"."""
-    names: dict[str, str] = {}
+    return {theirs: ours for theirs, (ours, _) in layout(spec).items()}
 
-    def conv(theirs: str, ours: str) -> None:
-        names.update({f"{theirs}.weight": f"{ours}/kernel", f"{theirs}.bias": f"{ours}/bias"})
 
-    def norm(theirs: str, ours: str) -> None:
-        names.update({f"{theirs}.weight": f"{ours}/scale", f"{theirs}.bias": f"{ours}/bias"})
+def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """PyTorch name -> (path of the parameter, shape in PyTorch's layout), without tracing the network."""
+    names: dict[str, tuple[str, tuple[int, ...]]] = {}
 
-    def block(theirs: str, ours: str, shortcut: bool) -> None:
-        for i in (1, 2):
-            norm(f"{theirs}.norm{i}", f"{ours}/norm{i}")
-            conv(f"{theirs}.conv{i}", f"{ours}/conv{i}")
-        if shortcut:
-            conv(f"{theirs}.nin_shortcut", f"{ours}/shortcut")
+    def conv(theirs: str, ours: str, before: int, after: int, side: int = 3) -> None:
+        names.update({f"{theirs}.weight": (f"{ours}/kernel", (after, before, side, side)),
+                      f"{theirs}.bias": (f"{ours}/bias", (after,))})
 
-    def attention(theirs: str, ours: str) -> None:
-        norm(f"{theirs}.norm", f"{ours}/norm")
+    def norm(theirs: str, ours: str, features: int) -> None:
+        names.update({f"{theirs}.weight": (f"{ours}/scale", (features,)),
+                      f"{theirs}.bias": (f"{ours}/bias", (features,))})
+
+    def block(theirs: str, ours: str, before: int, after: int) -> None:
+        for i, features in ((1, before), (2, after)):
+            norm(f"{theirs}.norm{i}", f"{ours}/norm{i}", features)
+            conv(f"{theirs}.conv{i}", f"{ours}/conv{i}", features, after)
+        if before != after:
+            conv(f"{theirs}.nin_shortcut", f"{ours}/shortcut", before, after, 1)
+
+    def attention(theirs: str, ours: str, features: int) -> None:
+        norm(f"{theirs}.norm", f"{ours}/norm", features)
         for part in ("q", "k", "v", "proj_out"):
-            conv(f"{theirs}.{part}", f"{ours}/{part}")
+            conv(f"{theirs}.{part}", f"{ours}/{part}", features, features, 1)
 
-    mults = spec.channel_mults
-    levels = list(range(len(mults)))
-    for half, way, order, sample, blocks in (
-            ("encoder", "down", levels, "downsample", spec.num_res_blocks),
-            ("decoder", "up", levels[::-1], "upsample", spec.num_res_blocks + 1)):
-        conv(f"{half}.conv_in", f"{half}/conv_in")
-        before = 1 if half == "encoder" else mults[-1]
+    widths = [spec.width * mult for mult in spec.channel_mults]
+    levels, halves = list(range(len(widths))), 1 if spec.num_codes else 2
+    for half, way, order, sample, blocks, first, last in (
+            ("encoder", "down", levels, "downsample", spec.num_res_blocks, (spec.in_channels, spec.width),
+             spec.latent_channels * halves),
+            ("decoder", "up", levels[::-1], "upsample", spec.num_res_blocks + 1, (spec.latent_channels, widths[-1]),
+             spec.in_channels)):
+        conv(f"{half}.conv_in", f"{half}/conv_in", *first)
+        before = first[1]
         for level in order:
             for i in range(blocks):
-                block(f"{half}.{way}.{level}.block.{i}", f"{half}/{way}_{level}_block_{i}", mults[level] != before)
-                before = mults[level]
+                block(f"{half}.{way}.{level}.block.{i}", f"{half}/{way}_{level}_block_{i}", before, widths[level])
+                before = widths[level]
                 if spec.has_attention(half, level):
-                    attention(f"{half}.{way}.{level}.attn.{i}", f"{half}/{way}_{level}_attn_{i}")
+                    attention(f"{half}.{way}.{level}.attn.{i}", f"{half}/{way}_{level}_attn_{i}", before)
             if level != order[-1]:
-                conv(f"{half}.{way}.{level}.{sample}.conv", f"{half}/{way}_{level}_{sample}")
-        block(f"{half}.mid.block_1", f"{half}/mid_block_1", False)
-        attention(f"{half}.mid.attn_1", f"{half}/mid_attn")
-        block(f"{half}.mid.block_2", f"{half}/mid_block_2", False)
-        norm(f"{half}.norm_out", f"{half}/norm_out")
-        conv(f"{half}.conv_out", f"{half}/conv_out")
-    conv("quant_conv", "quant_conv")
-    conv("post_quant_conv", "post_quant_conv")
+                conv(f"{half}.{way}.{level}.{sample}.conv", f"{half}/{way}_{level}_{sample}", before, before)
+        block(f"{half}.mid.block_1", f"{half}/mid_block_1", widths[-1], widths[-1])
+        attention(f"{half}.mid.attn_1", f"{half}/mid_attn", widths[-1])
+        block(f"{half}.mid.block_2", f"{half}/mid_block_2", widths[-1], widths[-1])
+        norm(f"{half}.norm_out", f"{half}/norm_out", before)
+        conv(f"{half}.conv_out", f"{half}/conv_out", before, last)
+    conv("quant_conv", "quant_conv", spec.latent_channels * halves, spec.embed_dim * halves, 1)
+    conv("post_quant_conv", "post_quant_conv", spec.embed_dim, spec.latent_channels, 1)
     if spec.num_codes:
-        names["quantize.embedding.weight"] = "codebook"
+        names["quantize.embedding.weight"] = ("codebook", (spec.num_codes, spec.embed_dim))
     return names
 
 
@@ -85,27 +95,36 @@ def from_state_dict(state_dict: Mapping[str, Any], spec: Spec | None = None) -> 
         taken, and the places of attention are given in terms of that.
 
     Raises:
-      UserError: a parameter that nothing fills, a tensor that nothing uses, or a shape that does not fit; all of them
-        are listed.
+      UserError: a parameter that nothing fills, a tensor that nothing uses, or a shape that does not fit; lists them,
+        before any tensor is read.
     """
     tensors = {name: array for name, array in state_dict.items() if not name.startswith(IGNORED)}
-    spec = infer_spec({name: tuple(array.shape) for name, array in tensors.items()}) if spec is None else spec
-    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract_params(spec), sep="/").items()}
-    filled, problems, names = {}, [], table(spec)
-    for theirs, ours in names.items():
-        if theirs not in tensors:
-            problems.append(f"{theirs} is missing")
-            continue
-        array, expected = tensors[theirs], _pytorch_shape(shapes[ours])
-        if tuple(array.shape) != expected:
-            problems.append(f"{theirs} has shape {tuple(array.shape)} instead of {expected}")
-            continue
-        filled[ours] = _to_marjax(np.asarray(array).astype(np.float32))
-    problems += [f"{name} is not used" for name in tensors if name not in names]
-    if problems:
-        raise UserError(f"{len(problems)} tensors do not fit a {spec.kind.upper()} autoencoder of width {spec.width} "
-                        f"and channel_mults {spec.channel_mults}: {'; '.join(problems)}")
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    spec = infer_spec(shapes) if spec is None else spec
+    check(shapes, spec)
+    filled = {ours: _to_marjax(np.asarray(tensors[theirs]).astype(np.float32))
+              for theirs, (ours, _) in layout(spec).items()}
     return spec, traverse_util.unflatten_dict(filled, sep="/")
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
+    """Raises a UserError that lists the tensors, unless those of a network have these shapes.
+
+    Takes no longer than there are tensors, whatever the network.
+    """
+    blocks = len(spec.channel_mults) * (2 * spec.num_res_blocks + 1)
+    if blocks * _PER_BLOCK > len(shapes):
+        raise UserError(f"{len(shapes)} tensors do not fit a {spec.kind.upper()} autoencoder of {blocks} blocks, "
+                        f"which has {blocks * _PER_BLOCK} or more: it is damaged, or of another kind")
+    names = layout(spec)
+    problems = [f"{theirs} is missing" for theirs in names if theirs not in shapes]
+    problems += [f"{theirs} has shape {shapes[theirs]} instead of {expected}"
+                 for theirs, (_, expected) in names.items() if theirs in shapes and shapes[theirs] != expected]
+    problems += [f"{shortened(name)} is not used" for name in shapes if name not in names]
+    if problems:
+        more = f"; and {len(problems) - _LISTED} others" if len(problems) > _LISTED else ""
+        raise UserError(f"{len(problems)} tensors do not fit a {spec.kind.upper()} autoencoder of width {spec.width} "
+                        f"and channel_mults {spec.channel_mults}: {'; '.join(problems[:_LISTED])}{more}")
 
 
 def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
@@ -117,8 +136,9 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     def shape(name: str) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != 4:
             what = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            some = ", ".join(map(shortened, sorted(shapes)[:3])) or "none"
             raise UserError(f"this is no LDM autoencoder: {name} {what} (there are {len(shapes)} tensors, such as "
-                            f"{', '.join(sorted(shapes)[:3]) or 'none'}): give the file of a KL or VQ first stage")
+                            f"{some}): give the file of a KL or VQ first stage")
         return shapes[name]
 
     def count(pattern: str) -> int:
@@ -160,6 +180,3 @@ def _to_marjax(array: np.ndarray) -> np.ndarray:
 def _to_pytorch(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
 
-
-def _pytorch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)

@@ -11,6 +11,7 @@ from marjax.errors import UserError
 
 GROUPS = 32  # of every GroupNorm
 DEFAULT_NUM_CODES = 512
+_MAX_SIZE, _MAX_LEVELS, _MAX_CODES = 1 << 16, 12, 1 << 24
 POSTERIORS = ("sample", "mean")  # what a KL tokenizer takes of its posterior
 
 
@@ -51,12 +52,15 @@ class Spec:
     def __post_init__(self) -> None:
         for name in ("in_channels", "width", "num_res_blocks", "latent_channels", "embed_dim", "resolution"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: give at least 1")
-        if not self.channel_mults or any(not isinstance(mult, int) or mult < 1 for mult in self.channel_mults):
-            raise ValueError(f"channel_mults is {self.channel_mults!r}: give a number of at least 1 for every level")
-        if self.num_codes < 0:
-            raise ValueError(f"num_codes is {self.num_codes}: give at least 1, or 0 for a KL network")
+            if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+                raise ValueError(f"{name} is {value!r}: give 1 to {_MAX_SIZE}")
+        mults = self.channel_mults
+        if not 1 <= len(mults) <= _MAX_LEVELS or any(
+                type(mult) is not int or not 1 <= mult <= _MAX_SIZE for mult in mults):
+            raise ValueError(f"channel_mults is {mults[:_MAX_LEVELS]!r}: give a number of at least 1 for every level, "
+                             f"of at most {_MAX_LEVELS}")
+        if not 0 <= self.num_codes <= _MAX_CODES:
+            raise ValueError(f"num_codes is {self.num_codes}: give 1 to {_MAX_CODES}, or 0 for a KL network")
         if self.width % GROUPS:
             raise ValueError(f"width is {self.width}: give a multiple of {GROUPS}, the groups of every GroupNorm")
         if self.resolution % self.stride:
