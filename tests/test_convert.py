@@ -337,7 +337,10 @@ def test_the_released_sizes(size, cfg):
 
 
 @pytest.mark.parametrize("arguments, text", [
-    ({"mask_ratio_min": "x"}, "argument mask_ratio_min is no float"), ({"vae_stride": [16]}, "vae_stride is no int"),
+    ({"mask_ratio_min": "x"}, "argument mask_ratio_min is no float"), ({"cfg": float("nan")}, "cfg is no float"),
+    ({"seed": 2**100}, "argument seed is no int"), ({"epochs": float("inf")}, "argument epochs is no float"),
+    ({"num_sampling_steps": "9" * 5000}, "argument num_sampling_steps is no str"),
+    ({"vae_stride": [16]}, "vae_stride is no int"),
     ({"img_size": 512}, "images of 512 pixels, but 16 x 16 tokens .* make 256"), ({"vae_embed_dim": 0}, "no square"),
     ({"patch_size": 2}, "no square of patches of 2 x 2 latents of 16"), ({"vae_stride": 8}, "no autoencoder that has"),
     ({"encoder_num_heads": 12, "decoder_num_heads": 8}, "12 attention heads and its decoder 8")])

@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from marjax.errors import shortened
+
+_LISTED = 20  # problems in an error
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
@@ -108,37 +112,37 @@ def to_marjax(state_dict: Mapping[str, np.ndarray], abstract: Any, table: tuple[
       table: which name is which.
 
     Raises:
-      ValueError: a parameter that nothing fills, a tensor that nothing uses, or a shape that does not fit; all of
-        them are listed.
+      ValueError: a parameter that nothing fills, a tensor that nothing uses, or a shape that does not fit; lists them,
+        before any tensor is read.
     """
     ours = flatten(abstract)
-    filled: dict[str, np.ndarray] = {}
-    used: set[str] = set()
+    sources: dict[str, list[str]] = {}
     problems: list[str] = []
     for pattern, path, kind in table:
         if path not in ours:
             continue
         shape = tuple(ours[path].shape)
         stacked = "{i}" in pattern
-        names = [pattern.format(i=i) for i in range(shape[0])] if stacked else [pattern]
+        sources[path] = [pattern.format(i=i) for i in range(shape[0])] if stacked else [pattern]
         each = shape[1:] if stacked else shape
-        layers = []
-        for name in names:
+        for name in sources[path]:
             if name not in state_dict:
                 problems.append(f"{name} is missing")
-                continue
-            used.add(name)
-            array = np.asarray(state_dict[name])
-            if not kind.fits(array.shape, each):
-                problems.append(f"{name} has shape {array.shape}, which does not fit {path} {each}")
-                continue
-            layers.append(kind.to_marjax(array.astype(np.float32), each))
-        if len(layers) == len(names):
-            filled[path] = np.stack(layers) if stacked else layers[0]
-    problems += [f"{path} is in no table" for path in ours if path not in {entry[1] for entry in table}]
-    problems += [f"{name} is not used" for name in state_dict if name not in used]
+            elif not kind.fits(tuple(state_dict[name].shape), each):
+                problems.append(f"{name} has shape {tuple(state_dict[name].shape)}, which does not fit {path} {each}")
+    used = {name for names in sources.values() for name in names}
+    problems += [f"{path} is in no table" for path in ours if path not in sources]
+    problems += [f"{shortened(name)} is not used" for name in state_dict if name not in used]
     if problems:
-        raise ValueError(f"{len(problems)} tensors do not match: " + "; ".join(problems))
+        more = f"; and {len(problems) - _LISTED} others" if len(problems) > _LISTED else ""
+        raise ValueError(f"{len(problems)} tensors do not match: {'; '.join(problems[:_LISTED])}{more}")
+    filled: dict[str, np.ndarray] = {}
+    for pattern, path, kind in table:
+        if path in ours:
+            shape = tuple(ours[path].shape)
+            each = shape[1:] if "{i}" in pattern else shape
+            layers = [kind.to_marjax(np.asarray(state_dict[name]).astype(np.float32), each) for name in sources[path]]
+            filled[path] = np.stack(layers) if "{i}" in pattern else layers[0]
     return unflatten(filled)
 
 

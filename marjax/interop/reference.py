@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax.config.schema import NONE_IS_OFF
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
 from marjax.tokenizers.autoencoder_names import count_layers
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
 from marjax.variants import VARIANTS
@@ -198,7 +198,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int) -> tuple
         if any(each.startswith("encoder.conv_in.") for each in shapes):
             raise UserError("it is an autoencoder, not a MAR model: give it by --tokenizer")
         raise UserError(f"it is no MAR model of the reference: {name} {what} (there are {len(shapes)} tensors, such as "
-                        f"{', '.join(sorted(map(str, shapes))[:3]) or 'none'})")
+                        f"{', '.join(map(shortened, sorted(shapes)[:3])) or 'none'})")
     return shapes[name]
 
 
@@ -209,10 +209,9 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 def _typed(name: str, value: Any, kind: type) -> Any:
     """An argument of the file as its kind; what a stranger's file holds is not trusted to be one."""
-    if kind is str and isinstance(value, int):
-        value = str(value)
-    if kind is float and isinstance(value, int):
-        value = float(value)
-    if type(value) is not kind:
+    if type(value) is int and abs(value) < 1 << 53 and kind in (str, float):
+        value = kind(value)
+    if type(value) is not kind or (isinstance(value, str) and len(value) > 100) or (
+            isinstance(value, int | float) and not abs(value) < 1 << 53):  # nor if it is not a number
         raise UserError(f"its argument {name} is no {kind.__name__}: the file is damaged or of another program")
     return value
