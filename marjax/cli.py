@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_shards", type=int, help="files of each split; by default, of 64 MiB or more")
     prepare.add_argument("--max_bad", type=int, default=0, help="unreadable pictures to leave out before giving up")
     prepare.add_argument("--val_share", type=float, default=0.0, help="of each class, set aside as split validation")
+    prepare.add_argument("--bits", type=int, help="used of 16 bits a channel; by default as many as each picture needs")
     prepare.add_argument("--workers", type=int, help="processes; by default as many as there are cores")
     prepare.add_argument("--overwrite", action="store_true", help="start afresh, and replace what was prepared there")
 

@@ -219,7 +219,7 @@ def prepare(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError("nothing to prepare: give either --images DIR or --imagenet TAR")
     print(prepare(given.images, given.imagenet, out=given.out, name=given.name, num_shards=given.num_shards,
                   max_bad=given.max_bad, val_share=given.val_share, workers=given.workers,
-                  overwrite=given.overwrite).summary())
+                  overwrite=given.overwrite, bits=given.bits).summary())
 
 
 def cache_latents(given: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -69,6 +69,7 @@ POSITIVE = Range(MIN_FLOAT, MAX_FLOAT)
 # Arguments of functions, and of the commands that call them; the same name has the same range everywhere.
 ARGUMENTS = {
     "batch_size": BATCH,
+    "bits": whole(8, 16),
     "first_index": COUNT_OR_NONE,
     "held_out": SHARE_BETWEEN,
     "image_size": IMAGE_SIZE,

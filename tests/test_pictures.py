@@ -1,14 +1,16 @@
 """What is stored of each kind of picture: the table of marjax/data/pictures.py, line by line."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 
-from marjax.data.pictures import UnreadableError, storable
+from marjax.data import png
+from marjax.data.pictures import MAX_BYTES, UnreadableError, decode, read_bytes, storable
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -36,6 +38,27 @@ def decoded(data):
     with Image.open(io.BytesIO(data)) as image:
         assert image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "RGB")
         return np.asarray(image)
+
+
+def png_of(*chunks):
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks)
+
+
+def deep_png(pixels, *chunks):
+    """A PNG file of 16 bits a channel, which Pillow can read but not write: pixels (H, W, C)."""
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return png_of((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+
+
+def with_chunks(data, before=(), after=()):
+    """A PNG file with further chunks before and after its pixels."""
+    found = [(kind, data[first:last]) for kind, first, last in png.chunks(data)]
+    pixels = [kind for kind, _ in found].index(b"IDAT")
+    return png_of(*found[:pixels], *before, *found[pixels:-1], *after, found[-1])
 
 
 def over_white(pixels, alpha):
@@ -91,13 +114,7 @@ def test_the_rest_becomes_png(kind):
 
 
 def test_sixteen_bits_in_colour_and_no_leftovers():
-    # A PNG file of one pixel with 16 bits a channel, which Pillow can read but not write.
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0\x12\x34\x56\x78\x9a\xbc")), (b"IEND", b"")]
-    deep = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks)
-    stored, kind = storable(deep)
+    stored, kind = storable(deep_png(np.array([[[0x1234, 0x5678, 0x9ABC]]])))
     assert kind == "16-bit" and decoded(stored).tolist() == [[[0x12, 0x56, 0x9A]]]
     stored, _ = storable(as_file(Image.fromarray(RGB).convert("CMYK"), "JPEG", icc_profile=b"of another ink"))
     assert b"iCCP" not in stored
@@ -147,3 +164,167 @@ def test_the_quick_check_finds_every_truncation():
                 with pytest.raises(UnreadableError):
                     storable(whole[:size])
         assert found > 30
+
+
+LONG = b"x" * (2 << 20)
+TEXTS = {
+    "a long text": [(b"zTXt", b"Comment\0\0" + zlib.compress(LONG))],
+    "a long international text": [(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LONG))],
+    "a long profile": [(b"iCCP", b"name\0\0" + zlib.compress(LONG))],
+    "a text packed in another way": [(b"zTXt", b"Comment\0\7what")],
+    "a profile packed in another way": [(b"iCCP", b"name\0\1what")],
+    "a profile without a name": [(b"iCCP", b"")],
+    "65 MiB of text": [(b"tEXt", b"Comment\0" + LONG)] * 33,
+    "a text that stands for a colour": [(b"tEXt", b"transparency\0no")],
+    "a text that stands for a box": [(b"tEXt", b"bbox\0no")],
+}
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("texts", TEXTS)
+def test_png_files_with_any_text_or_profile_are_read(texts, where):
+    own = as_file(RGB, "PNG")
+    given = with_chunks(own, **{where: TEXTS[texts]})
+    np.testing.assert_array_equal(decode(given), RGB)  # from a data set of others
+    stored, kind = storable(given)
+    assert (stored, kind) == (own, "PNG")
+    np.testing.assert_array_equal(decoded(stored), RGB)  # by Pillow alone
+    np.testing.assert_array_equal(decoded(storable(given + b"after the end")[0]), RGB)
+
+
+def test_harmless_texts_are_kept():
+    small = [(b"tEXt", b"Software\0x"), (b"zTXt", b"Comment\0\0" + zlib.compress(b"y")),
+             (b"iCCP", b"name\0\0" + zlib.compress(b"z" * 3000))]
+    given = with_chunks(as_file(RGB, "PNG"), small, small[:1])
+    assert storable(given) == (given, "PNG")
+    broken = bytearray(given)
+    broken[given.index(b"Software")] ^= 1  # its checksum is wrong now, which other readers refuse
+    stored, _ = storable(bytes(broken))
+    np.testing.assert_array_equal(decoded(stored), RGB)
+    xmp = b'<x tiff:Orientation="6"/>'
+    turned = with_chunks(as_file(RGB, "PNG"), [(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp), *TEXTS["a long text"]])
+    stored, kind = storable(turned)
+    assert kind == "rotated"
+    np.testing.assert_array_equal(decoded(stored), np.rot90(RGB, -1))
+
+
+def test_more_chunks_than_a_picture_has():
+    with pytest.raises(UnreadableError, match="chunks"):
+        storable(with_chunks(as_file(RGB, "PNG"), [(b"tEXt", b"")] * 200_001))
+
+
+SMALL = RNG.integers(0, 1 << 12, (12, 17, 4), dtype=np.uint16)
+SMALL[0, 0] = (1 << 12) - 1
+BY_VALUES = " of 16 bits by its values"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_ten_and_twelve_bits_in_sixteen(channels, bits):
+    values = SMALL[..., :channels] >> (12 - bits)
+    if channels in (2, 4):
+        values[..., -1] = 65535  # opaque
+    stored, kind = storable(deep_png(values))
+    assert kind == f"{bits}{BY_VALUES}" + ", transparency" * (channels in (2, 4))
+    expected = (values[..., :3 if channels > 2 else 1] >> (bits - 8)).astype(np.uint8)
+    assert expected.max() == 255
+    np.testing.assert_array_equal(decoded(stored).reshape(expected.shape), expected)
+    if channels in (1, 3):
+        np.testing.assert_array_equal(decode(deep_png(values)), expected)
+    as_sixteen, kind = storable(deep_png(values), bits=16)
+    assert kind.split(",")[0] == "16-bit"
+    np.testing.assert_array_equal(decoded(as_sixteen).reshape(expected.shape), values[..., :expected.shape[2]] >> 8)
+
+
+def test_what_a_file_says_of_its_bits_goes_before_a_guess():
+    dark = SMALL[..., :1] >> 3  # 9 bits
+    for said, kind in ((12, "12 of 16 bits"), (14, "14 of 16 bits"), (8, "10" + BY_VALUES), (16, "10" + BY_VALUES)):
+        stored, told = storable(deep_png(dark, (b"sBIT", bytes([said]))))
+        assert told == kind
+        np.testing.assert_array_equal(decoded(stored), dark[..., 0] >> (int(kind[:2]) - 8))
+    assert storable(deep_png(dark * 128, (b"sBIT", b"\x0c")))[1] == "16-bit"
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = 4095
+    stored, told = storable(as_file(dark[..., 0], "TIFF", tiffinfo=tags))
+    assert told == "TIFF, 12 of 16 bits"
+    np.testing.assert_array_equal(decoded(stored), dark[..., 0] >> 4)
+    assert storable(deep_png(dark * 0))[1] == "8 of 16 bits"  # black, whatever it means
+
+
+def test_a_transparent_colour_is_no_value():
+    deep = SMALL[..., :1] >> 2
+    deep[3, 4] = 65535
+    stored, kind = storable(as_file(deep[..., 0], "PNG", transparency=65535))
+    assert kind == f"10{BY_VALUES}, transparency"
+    np.testing.assert_array_equal(decoded(stored), np.where(deep[..., 0] == 65535, 255, deep[..., 0] >> 2))
+    rgb = SMALL[..., :3].copy()
+    rgb[5, 6] = (1, 2, 65535)
+    stored, kind = storable(deep_png(rgb, (b"tRNS", struct.pack(">HHH", 1, 2, 65535))))
+    assert kind == f"12{BY_VALUES}, transparency"
+    expected = (rgb >> 4).astype(np.uint8)
+    expected[5, 6] = 255
+    np.testing.assert_array_equal(decoded(stored), expected)
+
+
+def test_fully_transparent_pictures():
+    nothing = np.zeros_like(HOLES)
+    stored, kind = storable(as_file(np.dstack([RGB, nothing]), "PNG"))
+    assert kind == "transparency, fully transparent"
+    np.testing.assert_array_equal(decoded(stored), RGB)  # the picture, where its alpha says nothing
+    stored, kind = storable(as_file(np.dstack([GREY, nothing]), "PNG"))
+    assert kind == "transparency, fully transparent"
+    np.testing.assert_array_equal(decoded(stored), GREY)
+    stored, kind = storable(as_file(Image.new("RGBA", (5, 4)), "PNG"))
+    assert kind == "transparency, fully transparent" and (decoded(stored) == 255).all()
+    stored, kind = storable(as_file(Image.new("P", (5, 4)), "PNG", transparency=0))
+    assert kind == "palette, transparency, fully transparent" and (decoded(stored) == 255).all()
+    tall = np.zeros((2100, 2100, 4), np.uint8)  # in several strips, of which one shows something
+    tall[2099, 7] = (1, 2, 3, 255)
+    stored, kind = storable(as_file(tall, "PNG", compress_level=1))
+    assert kind == "transparency" and decoded(stored)[2099, 7].tolist() == [1, 2, 3]
+    assert decoded(stored).sum() == (2100 * 2100 - 1) * 765 + 6
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_pictures_of_too_many_pixels(kind):
+    """Of a few KB, and hundreds of MB once they are decoded."""
+    options = {"compression": "group4"} if kind == "TIFF" else {}
+    size = (13_000, 13_000) if kind in ("PNG", "TIFF") else (60_000, 3_000)
+    data = bytearray(as_file(Image.new("1", (8, 8) if kind == "GIF" else size), kind, **options))
+    if kind == "GIF":
+        struct.pack_into("<HH", data, 6, *size)
+    data = bytes(data)
+    for read in (storable, decode):
+        with pytest.raises((UnreadableError, Image.DecompressionBombError), match=r"too many pixels|exceeds limit"):
+            read(data)
+
+
+def test_files_that_are_no_pictures_are_not_read(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"")
+    os.truncate(path, 8 << 30)  # no room on the disk
+    with pytest.raises(UnreadableError, match="8,589,934,592 bytes"):
+        read_bytes(path)
+    with pytest.raises(UnreadableError, match="bytes, over"):
+        read_bytes(path, 17, MAX_BYTES + 1)
+    assert read_bytes(path, 17, 3) == b"\0\0\0"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UnreadableError, match="cannot be read"):
+        read_bytes(path)
+    with pytest.raises(UnreadableError, match="cannot be read"):
+        read_bytes("/dev/zero")
+
+
+def test_pictures_run_no_programs(tmp_path, monkeypatch):
+    """PostScript is drawn by Ghostscript, which Pillow starts."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "EPS")
+    for read in (decode, storable):
+        with pytest.raises(ValueError, match="no image file"):
+            read(file.getvalue())
+    assert not (tmp_path / "ran").exists()

@@ -201,7 +201,7 @@ def test_files_that_are_lost_are_missed(tmp_path, monkeypatch):
     again = prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1, overwrite=True)
     assert shard.exists() and again.num_examples == made.num_examples
     (folder / "prepared.json").write_text("[1]")
-    with pytest.raises(UserError, match="is no JSON object"):
+    with pytest.raises(UserError, match=r"prepared\.json: the content is an array"):
         prepare(tmp_path / "own", out=tmp_path / "data", num_shards=2, workers=1)
 
 
@@ -421,6 +421,87 @@ def test_more_refusals(tmp_path, capsys):
     (tmp_path / "data" / "own" / "1.0.0" / "dataset_info.json").write_text("{}")
     with pytest.raises(UserError, match="that marjax prepare has not made"):
         prepare(made, out=tmp_path / "data")
+
+
+def test_doubtful_pictures_are_named(tmp_path, capsys):
+    few(tmp_path / "own")
+    Image.fromarray(np.arange(4000, dtype=np.uint16).reshape(40, 100)).save(tmp_path / "own" / "a" / "deep.png")
+    Image.new("RGBA", (5, 4)).save(tmp_path / "own" / "b" / "clear.png")
+    arguments = ["prepare", "--images", str(tmp_path / "own"), "--out", str(tmp_path / "data"), "--workers", "1"]
+    for _ in range(2):  # also of what was prepared before
+        assert cli.main(arguments) == 0
+        told = capsys.readouterr()
+        assert "1 picture is taken to use 8, 10 or 12 of 16 bits" in told.err and "a/deep.png" in told.err
+        assert "fully transparent" in told.err and "b/clear.png" in told.err
+        assert "1 12 of 16 bits by its values" in told.out
+    assert cli.main([*arguments, "--bits", "16"]) == 2
+    assert "bits (was None, now 16)" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite", "--bits", "16"]) == 0
+    told = capsys.readouterr()
+    assert "deep.png" not in told.err and "1 16-bit" in told.out
+    for bits in (7, 17):
+        with pytest.raises(UserError, match=f"bits is {bits}"):
+            prepare(tmp_path / "own", out=tmp_path / "data", bits=bits)
+
+
+def test_pictures_that_are_too_large_are_unreadable(tmp_path):
+    few(tmp_path / "own")
+    (tmp_path / "own" / "a" / "sparse.png").write_bytes(b"")
+    os.truncate(tmp_path / "own" / "a" / "sparse.png", 8 << 30)
+    (tmp_path / "own" / "a" / "bomb.png").write_bytes(as_file(Image.new("1", (13_000, 13_000)), "PNG"))
+    made = prepare(tmp_path / "own", out=tmp_path / "data", workers=1, max_bad=2, num_shards=1)
+    assert {name: "8,589,934,592 bytes" in why or "too many pixels" in why for name, why in made.unreadable} == {
+        "a/bomb.png": True, "a/sparse.png": True}
+
+
+JSONS = ["", "[]", "3", "null", '{"plan": 3}', '{"plan": {"name": 3}}', '{"plan": []}', "[" * 100_000, "\xff", "{",
+         '{"num_examples": {"train": -1}}', '{"kinds": []}']
+
+
+@pytest.mark.parametrize("text", JSONS)
+def test_own_files_of_any_shape(tmp_path, text):
+    few(tmp_path / "own")
+    folder = tmp_path / "data" / "own" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "prepared.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="prepared.json|not made") as caught:
+        prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
+    assert "\n" not in str(caught.value)
+    preparing = tmp_path / "other" / "own" / "1.0.0.preparing"
+    preparing.mkdir(parents=True)
+    (preparing / "plan.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="plan.json|begun with other") as caught:
+        prepare(tmp_path / "own", out=tmp_path / "other", workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    few(tmp_path / "own")
+    arguments = ["prepare", "--images", str(tmp_path / "own"), "--workers", "1", "--out"]
+    (tmp_path / "file").write_text("")
+    assert cli.main([*arguments, str(tmp_path / "file" / "data")]) == 2
+    assert "cannot be made (Not a directory)" in capsys.readouterr().err
+
+    def read_only(path, *arguments, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for name in ("rename", "remove", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"marjax.data.prepare.os.{name}", read_only)
+            assert cli.main([*arguments, str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert "Read-only file system" in error and "Traceback" not in error and error.count("error") == 1
+
+
+def test_few_file_descriptors_are_told_in_one_line(tmp_path):
+    few(tmp_path / "own")
+    script = ("import resource, sys\nfrom marjax import cli\n"
+              "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 4096))\nsys.exit(cli.main(sys.argv[2:]))")
+    ended = subprocess.run([sys.executable, "-c", script, "14", "prepare", "--images", tmp_path / "own", "--out",
+                            tmp_path / "data", "--num_shards", "4", "--workers", "2"], capture_output=True, text=True)
+    assert ended.returncode in (1, 2) and "Too many open files" in ended.stderr
+    assert "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1
 
 
 SYNSETS = {"n01440764": 0, "n02123045": 281, "n15075141": 999}

@@ -46,6 +46,25 @@ def test_crop_treats_channels_alone(height: int, width: int) -> None:
         np.testing.assert_array_equal(center_crop(image[..., c : c + 1], 32), cropped[..., c : c + 1])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_only_the_middle_of_long_thin_pictures_is_scaled(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise(3, 300, channels)
+    for c in range(channels):
+        whole = np.asarray(Image.fromarray(image[..., c]).resize((3200, 32), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(center_crop(image, 32)[..., c], whole[:, 1584:1616])
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def recorded(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, resample)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    for shape in ((3, 60_000), (60_000, 3), (1, 65_535), (1_000_000, 1), (600, 100_000)):
+        assert center_crop(noise(*shape, channels), 256).shape == (256, 256, channels)
+    assert max(width * height for width, height in sizes) <= 2_000_000
+
+
 def test_channels() -> None:
     grey, colour, alpha = noise(6, 5, 1), noise(6, 5, 3), noise(6, 5, 4)
     assert to_channels(grey, 1) is grey and to_channels(colour, 3) is colour

@@ -3,8 +3,8 @@
 import os
 
 from marjax.data.listing import list_pictures
-from marjax.data.pictures import UnreadableError, storable
-from marjax.data.sources import Pixels, decode
+from marjax.data.pictures import UnreadableError, decode, read_bytes, storable
+from marjax.data.sources import Pixels
 from marjax.errors import UserError
 
 
@@ -32,8 +32,7 @@ def read_picture(path: str | os.PathLike[str]) -> Pixels:
       UserError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return decode(storable(file.read())[0])
-    except (OSError, UnreadableError) as error:
+        return decode(storable(read_bytes(path))[0])
+    except UnreadableError as error:
         raise UserError(f"picture {os.fspath(path)} cannot be read ({error}): repair it, or take it out of the "
                         f"folder") from None

@@ -11,26 +11,38 @@ no orientation and wants one or three channels of eight bits. The rules, in the 
 | animated (GIF, WebP, PNG) or with several pages (TIFF) | PNG of the first frame |
 | EXIF orientation other than upright | PNG, turned upright; with `upright=False` the orientation is ignored |
 | 1 bit | 8-bit grey PNG, 0 and 255 |
-| 16 bits a channel | 8-bit PNG of the high bytes |
+| 16 bits a channel | 8-bit PNG of the upper bits in use, see `deep.py` |
 | palette | RGB PNG |
-| alpha, or a transparent colour | PNG, laid over white |
+| alpha, or a transparent colour | PNG, laid over white; if all of it is transparent, its colours where these differ |
+| PNG with texts or a profile over 1 MiB, or damaged ones | the file without these |
 | CMYK, YCbCr, HSV | RGB PNG, as Pillow converts it |
 | 32-bit integers, floating point, L*a*b* | none: unreadable, since their range or meaning is not known |
+| over MAX_PIXELS or MAX_BYTES | none: unreadable, found before anything is decoded |
 
 Colour profiles are ignored throughout, as the reference ignores them.
 """
 
 import io
-import struct
+import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from marjax.data import deep, png
+from marjax.files import open_regular
+
+MAX_PIXELS = 1 << 27  # 11,585 x 11,585: some 400 MB of colours
+MAX_BYTES = 1 << 29  # of a picture's file
 
 # What Pillow may try. Left out are formats that run other programs (EPS), hold drawings, or have no signature (TGA).
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 _PASSED = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG"}
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
 
 # A file of such a name is taken for a picture: stored, or unreadable. Of the last row Pillow knows none or only some;
 # leaving a phone's HEIC pictures out without a word would be worse than stopping at the first.
@@ -45,12 +57,24 @@ class UnreadableError(ValueError):
     """A file that holds no picture which can be stored; says why."""
 
 
-def storable(data: bytes, upright: bool = True) -> tuple[bytes, str]:
+# Parts of a kind (see `storable`) that may not be what was meant, and what to do then.
+DOUBTS = {"by its values": "taken to use 8, 10 or 12 of 16 bits, as the largest values need: start with --overwrite "
+                           "--bits 16 if they are only dark",
+          "fully transparent": "fully transparent: take out what shows nothing"}
+
+
+def doubts(kind: str) -> list[str]:
+    """The keys of DOUBTS that a kind calls for."""
+    return [part for part in DOUBTS if part in kind]
+
+
+def storable(data: bytes, upright: bool = True, bits: int | None = None) -> tuple[bytes, str]:
     """What is stored of a picture file, after decoding all of it.
 
     Args:
       data: the file's bytes.
       upright: whether to turn the picture as its EXIF orientation says.
+      bits: how many bits are used of 16 bits a channel; see `deep.py` for None.
 
     Returns:
       The bytes of a JPEG or PNG file of mode L or RGB with 8 bits a channel; and its kind, "JPEG" or "PNG" for the
@@ -64,33 +88,86 @@ def storable(data: bytes, upright: bool = True) -> tuple[bytes, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large or odd files that can be read all the same
-            return _storable(data, upright)
+            return _storable(data, upright, bits)
     except UnreadableError:
         raise
     except UnidentifiedImageError:
         raise UnreadableError("no image file that Pillow can read here") from None
     except Image.DecompressionBombError as error:
         raise UnreadableError(f"too many pixels: {error}") from None
+    except MemoryError:
+        raise UnreadableError("it needs more memory than there is") from None
     except Exception as error:  # broken files make Pillow raise almost anything
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UnreadableError(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from None
 
 
-def _storable(data: bytes, upright: bool) -> tuple[bytes, str]:
+def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
+    """The pixels of an image file: (H, W, 1) if it is grey, else (H, W, 3).
+
+    As in the reference, alpha is dropped and the EXIF orientation ignored; 16 bits a channel become 8 as in `storable`.
+
+    Raises:
+      ValueError, OSError and others: it cannot be read.
+    """
+    data, _ = png.without_texts(encoded)
+    try:
+        opened = _opened(data)
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(encoded)} bytes that are no image file known to Pillow") from None
+    with opened as image:
+        pixels: Image.Image = deep.eight_bits(image, data)[0] if deep.is_deep(image, data) else image
+        if pixels.mode in ("1", "L", "LA"):
+            return np.asarray(pixels.convert("L"))[..., None]
+        return np.asarray(pixels.convert("RGB"))
+
+
+def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
+    """A picture's file, or the part of a file in which it lies. Raises UnreadableError."""
+    try:
+        with open_regular(path) as file:
+            if size is None:
+                size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise UnreadableError(f"it has {size:,} bytes, over {MAX_BYTES:,}")
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UnreadableError(f"the file cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise UnreadableError("it needs more memory than there is") from None
+    if len(data) < size:
+        raise UnreadableError(f"the file ends after {len(data)} of {size} bytes")
+    return data
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
+    """An image of a known format and a bearable size, not decoded yet."""
     Image.init()
-    with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+    image = Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise UnreadableError(f"too many pixels: {image.width} x {image.height}, over {MAX_PIXELS:,}")
+    return image
+
+
+def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str]:
+    data, is_sound = png.without_texts(given)
+    with _opened(data) as image:
         kind, mode = image.format or "", image.mode
         if kind == "PNG":
             # Decoding does not look at the checksums of the pixels. Other readers do, and refuse the file.
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
                 checked.verify()
         why = [] if kind in _PASSED else [kind]
-        # The second picture of an MPO is not an animation's: a depth map, or the other eye's.
-        if getattr(image, "n_frames", 1) > 1 and kind != "MPO":
+        # The second picture of an MPO is not an animation's: a depth map, or the other eye's. Frames are not counted,
+        # since that reads all of them.
+        if getattr(image, "is_animated", False) and kind != "MPO":
             why.append("first frame")
         if upright and _orientation(image) not in (0, 1):
             why.append("rotated")
-        if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I") or _has_deep_channels(data):
+        is_deep = deep.is_deep(image, data)
+        if is_deep:
             why.append("16-bit")
         elif mode in ("1", "P", "PA"):
             why.append("1-bit" if mode == "1" else "palette")
@@ -103,9 +180,17 @@ def _storable(data: bytes, upright: bool) -> tuple[bytes, str]:
             # Decoding to an eighth of the size reads every byte, so it finds what is missing, with less to compute.
             image.draft(None, (1, 1))
             image.load()
-            return data, _PASSED[kind]
-        turned = ImageOps.exif_transpose(image) if upright else image.copy()
-    return _as_png(_plain(turned, kind, transparent)), ", ".join(why)
+            return given if is_sound else data, _PASSED[kind]
+        image.load()
+        turn = _TURNS.get(_orientation(image)) if upright else None  # TIFF is upright once it is loaded
+        plain: Image.Image = image
+        if is_deep:
+            with _opened(data) as again:
+                plain, used, guessed = deep.eight_bits(again, data, bits)
+            if used != 16:
+                why[why.index("16-bit")] = f"{used} of 16 bits" + " by its values" * guessed
+        plain = _plain(plain, why)
+    return _as_png(plain if turn is None else plain.transpose(turn)), ", ".join(why)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -115,28 +200,36 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _has_deep_channels(data: bytes) -> bool:
-    """Whether this is a PNG file of 16 bits a channel, which Pillow does not tell for more than one channel."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and struct.unpack_from("B", data, 24)[0] == 16
-
-
-def _plain(image: Image.Image, kind: str, transparent: bool) -> Image.Image:
+def _plain(image: Image.Image, why: list[str]) -> Image.Image:
     """The same picture in mode L or RGB."""
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):  # older Pillows open 16-bit PNG files as "I"
-        deep = np.asarray(image).astype(np.uint32)
-        pixels = (deep >> 8).astype(np.uint8)
-        if isinstance(through := image.info.get("transparency"), int):  # the value that stands for nothing
-            pixels[deep == through] = 255
-        return Image.fromarray(pixels)
     if mode in ("I", "F", "LAB"):
         raise UnreadableError(f"pixels of mode {mode}, whose range is not known: convert the file to 8 bits a channel")
-    grey = mode in ("1", "L", "LA", "La")
-    if transparent:
+    to = "L" if mode in ("1", "L", "LA", "La") else "RGB"
+    if "transparency" not in image.info and mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert(to)
+    shown, is_empty = _flattened(image, to, over_white=True)
+    if not is_empty:
+        return shown
+    why.append("fully transparent")
+    colours, _ = _flattened(image, to, over_white=False)
+    varies = any(low != high for low, high in (band.getextrema() for band in colours.split()))
+    return colours if varies else shown
+
+
+def _flattened(image: Image.Image, mode: str, over_white: bool) -> tuple[Image.Image, bool]:
+    """A picture without its alpha, in strips to save memory; and whether it is fully transparent."""
+    flat, is_empty = Image.new(mode, image.size), True
+    rows = max(1, (1 << 22) // max(1, image.width))
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
         # Premultiplied modes have no way to RGBA but through their own plain form.
-        layer = image.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("L" if grey else "RGB")
+        layer = part.convert({"La": "LA", "RGBa": "RGBA"}.get(part.mode, part.mode)).convert("RGBA")
+        is_empty = is_empty and layer.getchannel("A").getextrema() == (0, 0)
+        if over_white:
+            layer = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        flat.paste(layer.convert("RGB").convert(mode), (0, top))
+    return flat, is_empty
 
 
 def _as_png(image: Image.Image) -> bytes:

@@ -21,16 +21,20 @@ from typing import Any
 
 from marjax.data.imagenet import IMAGENET, list_imagenet
 from marjax.data.listing import Listing, list_folder
+from marjax.data.pictures import DOUBTS
 from marjax.data.shards import Record, Shard, features_of
 from marjax.data.tree import Item
 from marjax.data.workers import available_cores, write_shards
-from marjax.errors import UserError
+from marjax.errors import TrainingError, UserError, shortened
 from marjax.files import claimed, write_text
+from marjax.json_file import read_json
 from marjax.ranges import check_arguments
 
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
 _MAX_SHARDS = 1024
 _RECORDS = "records"
+_PREPARED = {"num_examples": {str: range(1 << 40)}, "kinds": {str: range(1 << 40)}, "unreadable": [[str]],
+             "doubtful?": [[str]]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,7 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    bits: int | None = None,
 ) -> Prepared:
     """Prepares a data set that marjax and plain `tfds.data_source` read; a second call goes on where one was killed.
 
@@ -114,6 +119,7 @@ def prepare(
       workers: processes; by default, one for each core that this process may use.
       overwrite: start afresh, and replace what was prepared there.
       progress: whether to show bars on a terminal.
+      bits: how many bits are used of pictures with 16 bits a channel; see `marjax.data.deep` for None.
 
     Raises:
       UserError: an argument, a folder or a tar that cannot be used; more than `max_bad` unreadable pictures; another
@@ -128,7 +134,8 @@ def prepare(
         if "://" in path:
             raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
     given, out = [os.path.expanduser(path) for path in given], os.path.abspath(os.path.expanduser(out))
-    check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers)
+    check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers,
+                    bits=bits)
     if imagenet is not None:
         if name not in (None, IMAGENET) or val_share:
             raise UserError(f"ImageNet is prepared as {IMAGENET}, with its own validation pictures: leave out name and "
@@ -148,8 +155,10 @@ def prepare(
     plan = {"source": listing.kind, "name": name, "version": version, "classes": len(listing.classes),
             "pictures": {split: len(items) for split, items in listing.splits.items()},
             "shards": {split: len(parts) for split, parts in shards.items()}, "sha256": listing.digest()}
+    if bits is not None:
+        plan["bits"] = bits
     if os.path.exists(os.path.join(final, "dataset_info.json")) and not overwrite:
-        made = _read_json(os.path.join(final, "prepared.json"))
+        made = _read_json(os.path.join(final, "prepared.json"), {**_PREPARED, "plan": dict})
         _refuse_other(final, made.get("plan"), plan)
         missing = [file for split, parts in shards.items() for file in _files(name, split, len(parts))
                    if not os.path.exists(os.path.join(final, file))]
@@ -164,29 +173,39 @@ def prepare(
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
-    with claimed(folder, "marjax prepare"):
-        before = {} if overwrite else _read_json(os.path.join(folder, "plan.json"))
-        if before:
-            _refuse_other(folder, before, plan)
-        for file in os.listdir(folder):
-            if file == _RECORDS and not before:
-                shutil.rmtree(os.path.join(folder, file))
-            elif file != "lock" and (not before or ".partial" in file):
-                os.remove(os.path.join(folder, file))
-        os.makedirs(os.path.join(folder, _RECORDS), exist_ok=True)
-        write_text(os.path.join(folder, "plan.json"), json.dumps(plan, indent=1))
-        tasks: dict[str, list[Shard]] = {}
-        for split, parts in shards.items():
-            files = _files(name, split, len(parts))
-            tasks[split] = [Shard(os.path.join(folder, file), os.path.join(folder, _RECORDS, f"{file}.json"), part,
-                                  listing.kind == "images", max_bad) for file, part in zip(files, parts, strict=True)]
-        records = write_shards([task for split in tasks.values() for task in split], max_bad,
-                               workers or available_cores(), progress)
-        _check_unreadable(records, max_bad, folder)
-        made = _write_metadata(folder, plan, listing,
-                               {split: [records[task.path] for task in parts] for split, parts in tasks.items()})
-        _publish(folder, final)
+    try:
+        with claimed(folder, "marjax prepare"):
+            _begin(folder, plan, overwrite)
+            tasks: dict[str, list[Shard]] = {}
+            for split, parts in shards.items():
+                files = _files(name, split, len(parts))
+                tasks[split] = [Shard(os.path.join(folder, file), os.path.join(folder, _RECORDS, f"{file}.json"), part,
+                                      listing.kind == "images", max_bad, bits)
+                                for file, part in zip(files, parts, strict=True)]
+            records = write_shards([task for split in tasks.values() for task in split], max_bad,
+                                   workers or available_cores(), progress)
+            _check_unreadable(records, max_bad, folder)
+            made = _write_metadata(folder, plan, listing,
+                                   {split: [records[task.path] for task in parts] for split, parts in tasks.items()})
+            _publish(folder, final)
+    except OSError as error:  # a folder that cannot be written, too few file descriptors or processes
+        raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the same "
+                            f"again") from None
     return _prepared(out, listing, made, fresh=True)
+
+
+def _begin(folder: str, plan: dict[str, Any], overwrite: bool) -> None:
+    """Leaves in the folder only what belongs to this data set, or refuses."""
+    before = {} if overwrite else _read_json(os.path.join(folder, "plan.json"), {})
+    if before:
+        _refuse_other(folder, before, plan)
+    for file in os.listdir(folder):
+        if file == _RECORDS and not before:
+            shutil.rmtree(os.path.join(folder, file))
+        elif file != "lock" and (not before or ".partial" in file):
+            os.remove(os.path.join(folder, file))
+    os.makedirs(os.path.join(folder, _RECORDS), exist_ok=True)
+    write_text(os.path.join(folder, "plan.json"), json.dumps(plan, indent=1))
 
 
 def _checked_name(name: str | None, folder: str) -> str:
@@ -232,8 +251,8 @@ def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, An
     if before is None:
         raise UserError(f"{folder} holds a data set that marjax prepare has not made: give another --out or --name")
     if before != plan:
-        changes = [f"{key} (was {before.get(key)}, now {plan[key]})" for key in plan
-                   if before.get(key) != plan[key] and key != "sha256"]
+        changes = [f"{shortened(key)} (was {shortened(str(before.get(key)))}, now {plan.get(key)})"
+                   for key in {**plan, **before} if before.get(key) != plan.get(key) and key != "sha256"]
         raise UserError(f"{folder} was begun with other pictures or settings: "
                         f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}. Give what it was begun "
                         f"with, another --out or --name, or --overwrite to start afresh")
@@ -244,7 +263,7 @@ def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> 
     unreadable = [pair for record in records.values() for pair in record.unreadable]
     if len(unreadable) > max_bad:
         _write_unreadable(folder, unreadable)
-        name, why = unreadable[0]
+        name, why = shortened(unreadable[0][0], 200), unreadable[0][1]
         raise UserError(f"{name} cannot be read ({why})"
                         + (f", nor can others, {len(unreadable)} so far" if len(unreadable) > 1 else "")
                         + f", and max_bad is {max_bad}: start the same with a larger --max_bad to leave such pictures "
@@ -252,7 +271,8 @@ def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> 
 
 
 def _write_unreadable(folder: str, unreadable: list[tuple[str, str]]) -> None:
-    write_text(os.path.join(folder, "unreadable.txt"), "".join(f"{name}\t{why}\n" for name, why in unreadable))
+    lines = [f"{shortened(name, 4096)}\t{why}\n" for name, why in unreadable]
+    write_text(os.path.join(folder, "unreadable.txt"), "".join(lines))
 
 
 def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records: dict[str, list[Record]]) -> dict[
@@ -268,6 +288,8 @@ def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records
     counts = {split: sum(record.num_examples for record in parts) for split, parts in records.items()}
     made: dict[str, Any] = {"plan": plan, "num_examples": counts, "kinds": dict(sorted(kinds.items())),
                             "unreadable": unreadable}
+    if doubtful := sorted(pair for record in everything for pair in record.doubtful):
+        made["doubtful"] = doubtful
     if unreadable:
         _write_unreadable(folder, unreadable)
     for split, count in counts.items():
@@ -311,22 +333,22 @@ def _tidy(final: str) -> None:
 
 def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> Prepared:
     plan = made["plan"]
+    warnings = []
+    for doubt, advice in DOUBTS.items():
+        if names := [pair[0] for pair in made.get("doubtful", []) if pair[-1] == doubt]:
+            shown = ", ".join(shortened(name, 200) for name in names[:3]) + ", ..." * (len(names) > 3)
+            warnings.append(f"{len(names)} picture{'s are' if len(names) > 1 else ' is'} {advice}: {shown}")
+            _say(f"warning: {warnings[-1]}")
     return Prepared(out, plan["name"], plan["version"], listing.classes, made["num_examples"], made["kinds"],
-                    [(name, why) for name, why in made["unreadable"]], dict(sorted(listing.ignored.items())),
-                    listing.warnings, fresh)
+                    [(pair[0], pair[-1]) for pair in made["unreadable"]], dict(sorted(listing.ignored.items())),
+                    listing.warnings + warnings, fresh)
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path) as file:
-            content = json.load(file)
-        if not isinstance(content, dict):
-            raise ValueError
-        return content
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise UserError(f"{path} is no JSON object: remove its folder, or start with --overwrite") from None
+def _read_json(path: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """What is in one of our files, {} if it is not there."""
+    given: dict[str, Any] = read_json(path, shape, advice="remove its folder, or start with --overwrite", missing={},
+                                      max_bytes=1 << 28)
+    return given
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 from marjax.data.sources import Element, Pixels
 from marjax.errors import UserError
 
+_LONGEST = 16  # times its shorter side is scaled of a picture: all of 60,000 x 3 pixels would take gigabytes
 CROP = "center"  # what `center_crop` does; another crop needs another name, for caches record it
 
 
@@ -15,7 +16,8 @@ def center_crop(image: Pixels, size: int) -> Pixels:
     """The central square of `image`, its shorter side scaled to `size`.
 
     Halves with a box filter as long as the shorter side is at least 2 * size, then goes to the exact size with a
-    bicubic one: the crop of guided diffusion (Dhariwal and Nichol 2021) that the reference trains on. Also enlarges.
+    bicubic one: the crop of guided diffusion (Dhariwal and Nichol 2021) that the reference trains on. Also enlarges. Of
+    a picture over 16 times as long as wide, only the middle is scaled.
 
     Args:
       image: uint8 (H, W, C), C of 1 or 3.
@@ -24,6 +26,10 @@ def center_crop(image: Pixels, size: int) -> Pixels:
     Returns:
       uint8 (size, size, C); may be a view of `image`.
     """
+    height, width = image.shape[:2]
+    longest = _LONGEST * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    image = image[top : height - top, left : width - left]
     height, width = image.shape[:2]
     if min(height, width) != size:
         image = _scale(image, size)

@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from marjax.data.pictures import UnreadableError, storable
+from marjax.data.pictures import UnreadableError, doubts, read_bytes, storable
 from marjax.data.tree import Item
-from marjax.errors import TrainingError
+from marjax.errors import TrainingError, UserError
 from marjax.files import sync, write_text
+from marjax.json_file import read_json
 
 
 class Shard(NamedTuple):
@@ -26,6 +27,7 @@ class Shard(NamedTuple):
       items: the pictures, in order.
       upright: see `storable`.
       max_bad: how many pictures may be unreadable.
+      bits: see `storable`.
     """
 
     path: str
@@ -33,6 +35,7 @@ class Shard(NamedTuple):
     items: list[Item]
     upright: bool
     max_bad: int
+    bits: int | None = None
 
 
 class Record(NamedTuple):
@@ -43,6 +46,7 @@ class Record(NamedTuple):
       num_bytes: of the examples.
       kinds: how many pictures of each kind there are (see `storable`).
       unreadable: names of the pictures left out, each with the reason.
+      doubtful: pictures that may not be what was meant, each with the reason (a key of `pictures.DOUBTS`).
       finished: whether the shard is there; not if too many pictures were unreadable, or if it was stopped.
     """
 
@@ -50,16 +54,19 @@ class Record(NamedTuple):
     num_bytes: int = 0
     kinds: dict[str, int] = {}  # noqa: RUF012  (never changed)
     unreadable: list[tuple[str, str]] = []  # noqa: RUF012
+    doubtful: list[tuple[str, str]] = []  # noqa: RUF012
     finished: bool = False
 
 
 def read_record(shard: Shard) -> Record | None:
     """The record of a shard, None if the shard is not finished."""
+    shape = {"num_examples": range(len(shard.items) + 1), "num_bytes": range(1 << 62), "kinds": {str: range(1 << 40)},
+             "unreadable": [[str]], "doubtful": [[str]], "finished": bool}
     try:
-        with open(shard.record) as file:
-            given = json.load(file)
-        return Record(**given | {"unreadable": [(name, why) for name, why in given["unreadable"]]})
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # of no use: as if it were not there
+        given = read_json(shard.record, shape, advice="", max_bytes=1 << 28)
+        pairs = {field: [(name, why) for name, why in given[field]] for field in ("unreadable", "doubtful")}
+        return Record(**given | pairs)
+    except (UserError, ValueError, TypeError):  # of no use: as if it were not there
         return None
 
 
@@ -80,6 +87,7 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
     partial = f"{shard.path}.partial{os.getpid()}"
     kinds: dict[str, int] = {}
     unreadable: list[tuple[str, str]] = []
+    doubtful: list[tuple[str, str]] = []
     num_examples = num_bytes = 0
     try:
         # Each example is found by itself, as TFDS has it; and not compressed, which would cost a third of the time here
@@ -90,7 +98,7 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
                 if stopped() or len(unreadable) > shard.max_bad:
                     return Record(unreadable=unreadable)
                 try:
-                    stored, kind = storable(_read(item), shard.upright)
+                    stored, kind = storable(read_bytes(item.path, item.offset, item.size), shard.upright, shard.bits)
                 except UnreadableError as error:
                     unreadable.append((item.name, str(error)))
                 else:
@@ -98,13 +106,14 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
                     writer.write(example)
                     num_examples, num_bytes = num_examples + 1, num_bytes + len(example)
                     kinds[kind] = kinds.get(kind, 0) + 1
+                    doubtful += [(item.name, doubt) for doubt in doubts(kind)]
                 tick()
         finally:
             writer.close()
         if len(unreadable) > shard.max_bad:
             return Record(unreadable=unreadable)
         sync(partial)
-        record = Record(num_examples, num_bytes, dict(sorted(kinds.items())), unreadable, True)
+        record = Record(num_examples, num_bytes, dict(sorted(kinds.items())), unreadable, doubtful, True)
         os.replace(partial, shard.path)
         write_text(shard.record, json.dumps(record._asdict()))
         return record
@@ -113,18 +122,6 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
-
-
-def _read(item: Item) -> bytes:
-    try:
-        with open(item.path, "rb") as file:
-            file.seek(item.offset)
-            data = file.read(item.size)
-    except OSError as error:
-        raise UnreadableError(f"the file cannot be read: {error.strerror or error}") from None
-    if len(data) < item.size:
-        raise UnreadableError(f"the file ends after {len(data)} of {item.size} bytes")
-    return data
 
 
 def _serialized(image: bytes, item: Item) -> bytes:

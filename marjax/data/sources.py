@@ -9,7 +9,6 @@ import difflib
 import functools
 import glob
 import hashlib
-import io
 import os
 import re
 from typing import Any, Protocol, TypedDict
@@ -17,9 +16,9 @@ from typing import Any, Protocol, TypedDict
 import ml_collections
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from marjax.data import tfds_files
+from marjax.data.pictures import decode
 from marjax.errors import UserError
 from marjax.storage import on_this_machine
 
@@ -353,19 +352,6 @@ def _checked_num_classes(source: str, declared: int | None, num_classes: int | N
 
 def _empty(source: str, split: str) -> str:
     return f"data.split={split!r} of {source!r} is empty: choose a split or a slice with at least one example."
-
-
-def decode(encoded: bytes) -> Pixels:
-    """The pixels of an image file: (H, W, 1) if it is grey, else (H, W, 3). As in the reference, alpha is dropped and
-    the EXIF orientation ignored."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{len(encoded)} bytes that are no image file known to Pillow") from error
-    with image:
-        if image.mode in ("1", "L", "LA"):
-            return np.asarray(image.convert("L"))[..., None]
-        return np.asarray(image.convert("RGB"))
 
 
 def _first_line(error: Exception) -> str:

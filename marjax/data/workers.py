@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from marjax.data.shards import Record, Shard, read_record, write_shard
-from marjax.errors import TrainingError
+from marjax.errors import TrainingError, shortened
 
 # In a worker process: how many pictures all of them are through with, and whether to stop.
 _shared: tuple[Any, Any] | None = None
@@ -56,7 +56,7 @@ def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, progress: 
                 records[shard.path] = record
                 unreadable += len(record.unreadable)
                 for name, why in record.unreadable:
-                    tqdm.write(f"unreadable: {name}: {why}", file=sys.stderr)
+                    tqdm.write(f"unreadable: {shortened(name, 200)}: {why}", file=sys.stderr)
         finally:
             written.close()
     return records
