@@ -5,6 +5,7 @@ JAX itself. JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES 
 detected; without any of these a process is alone.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -203,6 +204,14 @@ def on_first(action: Callable[[], Any]) -> None:
         problem = dict(_texts(problem))[0]
     if problem:
         raise UserError(problem)
+
+
+@contextlib.contextmanager
+def first_holds(lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Holds a lock (see `marjax.lock`) in process 0, for all of them. Raises its UserError on all."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(lock))
+        yield
 
 
 def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:

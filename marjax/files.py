@@ -1,11 +1,9 @@
-"""Files that are there as a whole or not at all, and folders that one process at a time writes."""
+"""Files that are there as a whole or not at all."""
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
-from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from etils import epath
@@ -113,28 +111,3 @@ def sync(path: str) -> None:
     """Waits until what was written to a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def claimed(folder: str, command: str, lock: str = "lock") -> Iterator[None]:
-    """Holds a folder against a second process; the claim ends with this process, however it ends.
-
-    Args:
-      folder: that exists.
-      command: what writes there, for the error.
-      lock: the file that stands for the claim.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    path = os.path.join(folder, lock)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is being written by another {command}: wait for it, or end it") from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path)

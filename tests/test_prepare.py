@@ -22,7 +22,7 @@ from PIL import Image
 from test_pictures import as_file, decoded, exif
 
 import marjax
-from marjax import cli
+from marjax import cli, lock
 from marjax import config as config_lib
 from marjax.data.pictures import storable
 from marjax.data.prepare import prepare
@@ -304,17 +304,15 @@ def test_resume_after_kill(tmp_path, workers):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def test_two_at_once_are_kept_apart(tmp_path):
-    import fcntl
-
+def test_two_at_once_are_kept_apart(tmp_path, monkeypatch):
     few(tmp_path / "own")
-    folder = tmp_path / "data" / "own" / "1.0.0.preparing"
-    folder.mkdir(parents=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="being written by another marjax prepare"):
-            prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
+    monkeypatch.setattr(lock, "_PATIENCE", 0.0)
+    folder = tmp_path / "data" / "own"
+    with (lock.locked_folder(folder, "marjax prepare", "1.0.0.lock"),
+          pytest.raises(UserError, match=f"being written by marjax prepare on host .* process {os.getpid()}")):
+        prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
+    assert [path.name for path in folder.iterdir()] == ["1.0.0"]
 
 
 def test_unreadable_pictures_up_to_a_limit(tmp_path, capsys):

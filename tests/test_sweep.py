@@ -245,14 +245,14 @@ def test_one_sweep_at_a_time_and_it_ends_its_processes(tmp_path, how):
             time.sleep(0.1)
         child = int(log.read_text().split()[-1])
         assert os.getsid(child) == child
-        with pytest.raises(UserError, match="another sweep runs in"):
+        with pytest.raises(UserError, match="is being written by marjax sweep on host"):
             sweep(file, root)
         process.send_signal(how)
         code = process.wait(timeout=300)
         assert code == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
         if how == signal.SIGKILL:  # nobody ended the child; but as long as it runs, no other starts
             os.kill(child, 0)
-            with pytest.raises(UserError, match="another sweep runs in"):
+            with pytest.raises(UserError, match="is being written by marjax sweep on host"):
                 sweep(file, root)
         else:
             with pytest.raises(ProcessLookupError):

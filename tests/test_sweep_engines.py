@@ -1,5 +1,6 @@
 """Sweeps that are submitted: stand-ins for sbatch, squeue, sacct, xpk and kubectl note what they are called with."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -185,12 +186,12 @@ def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
 
 
 def test_local_points_of_a_container_that_is_gone(tmp_path, monkeypatch):
-    """Its sweep and points would still hold the lock. Of a bucket there is none."""
+    """Its sweep and points would still hold the lock. A lease in a bucket tells nothing of points."""
     file, root, started = write(tmp_path), tmp_path / "root", []
     jobs.write(Plan.of(file, root), "named", Job("local", "other:1"))
     monkeypatch.setattr(engines.runner, "run", lambda plan, names, *_: started.append(names))
     sweep(file, root)
-    monkeypatch.setattr(engines.runner, "is_remote", lambda _: True)
+    monkeypatch.setattr(engines, "locked_folder", lambda *_: contextlib.nullcontext())
     with pytest.raises(TrainingError, match="1 of 3 points were skipped, since nothing can be learnt .*: named; "):
         sweep(file, root)
     assert started == [NAMES, NAMES[:2]]

@@ -28,7 +28,9 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
 from marjax.data.sources import fingerprint, open_source
 from marjax.errors import TrainingError, UserError
-from marjax.files import claimed, sync, write_text
+from marjax.files import sync, write_text
+from marjax.lock import NAME as LOCK
+from marjax.lock import locked_folder
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Cacheable, Tokenizer, open_tokenizer
 
@@ -102,7 +104,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
-    with claimed(folder, "marjax cache-latents", f"lock-{index}-of-{count}"):
+    with distributed.first_holds(locked_folder(folder, "marjax cache-latents")):
         distributed.on_first(lambda: _begin(folder, manifest, overwrite))
         mine = range(index * manifest.num_shards // count, (index + 1) * manifest.num_shards // count)
         waiting = [shard for shard in mine if not os.path.exists(os.path.join(folder, manifest.shard_file(shard)))]
@@ -174,7 +176,7 @@ def _begin(folder: str, manifest: Manifest, overwrite: bool) -> None:
                             f"--out, or --overwrite to start afresh")
     ours = [name for name in os.listdir(folder)
             if name in (MANIFEST, _PLAN) or name.startswith("latents.array_record-")]
-    odd = [name for name in os.listdir(folder) if name not in ours and not name.startswith("lock-")
+    odd = [name for name in os.listdir(folder) if name not in ours and not name.startswith(LOCK)
            and not name.startswith((MANIFEST, _PLAN))]
     if odd and not before:
         raise UserError(f"{folder} has other files, such as {odd[0]}: give an empty or new folder")

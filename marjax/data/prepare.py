@@ -26,8 +26,9 @@ from marjax.data.shards import Record, Shard, features_of
 from marjax.data.tree import Item
 from marjax.data.workers import available_cores, write_shards
 from marjax.errors import TrainingError, UserError, shortened
-from marjax.files import claimed, write_text
+from marjax.files import write_text
 from marjax.json_file import read_json
+from marjax.lock import locked_folder
 from marjax.ranges import check_arguments
 
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
@@ -157,7 +158,10 @@ def prepare(
             "shards": {split: len(parts) for split, parts in shards.items()}, "sha256": listing.digest()}
     if bits is not None:
         plan["bits"] = bits
-    if os.path.exists(os.path.join(final, "dataset_info.json")) and not overwrite:
+
+    def finished() -> Prepared | None:
+        if overwrite or not os.path.exists(os.path.join(final, "dataset_info.json")):
+            return None
         made = _read_json(os.path.join(final, "prepared.json"), {**_PREPARED, "plan": dict})
         _refuse_other(final, made.get("plan"), plan)
         missing = [file for split, parts in shards.items() for file in _files(name, split, len(parts))
@@ -168,13 +172,17 @@ def prepare(
         _tidy(final)
         return _prepared(out, listing, made, fresh=False)
 
+    if (there := finished()) is not None:
+        return there
     folder = final + ".preparing"
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
-    try:
-        with claimed(folder, "marjax prepare"):
+    with locked_folder(os.path.dirname(final), "marjax prepare", f"{version}.lock"):
+        if (there := finished()) is not None:  # another process was quicker
+            return there
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
+        try:
             _begin(folder, plan, overwrite)
             tasks: dict[str, list[Shard]] = {}
             for split, parts in shards.items():
@@ -188,9 +196,9 @@ def prepare(
             made = _write_metadata(folder, plan, listing,
                                    {split: [records[task.path] for task in parts] for split, parts in tasks.items()})
             _publish(folder, final)
-    except OSError as error:  # a folder that cannot be written, too few file descriptors or processes
-        raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the same "
-                            f"again") from None
+        except OSError as error:  # a folder that cannot be written, too few file descriptors or processes
+            raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the "
+                                f"same again") from None
     return _prepared(out, listing, made, fresh=True)
 
 
@@ -202,7 +210,7 @@ def _begin(folder: str, plan: dict[str, Any], overwrite: bool) -> None:
     for file in os.listdir(folder):
         if file == _RECORDS and not before:
             shutil.rmtree(os.path.join(folder, file))
-        elif file != "lock" and (not before or ".partial" in file):
+        elif not before or ".partial" in file:
             os.remove(os.path.join(folder, file))
     os.makedirs(os.path.join(folder, _RECORDS), exist_ok=True)
     write_text(os.path.join(folder, "plan.json"), json.dumps(plan, indent=1))
@@ -314,7 +322,6 @@ def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records
 
 def _publish(folder: str, final: str) -> None:
     """Gives the folder its name; only then is there a data set. One that is to be replaced stays until then."""
-    os.remove(os.path.join(folder, "lock"))
     old = final + ".old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(final):

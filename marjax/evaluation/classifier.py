@@ -21,6 +21,7 @@ from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
 from marjax.generation.images import make_folder, write_npz
+from marjax.lock import locked_file
 from marjax.npz_file import NpzFile
 from marjax.ranges import check_arguments
 
@@ -186,18 +187,19 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
     if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
-    with Batches(data, EVAL_BATCH, 0, train=False) as batches:
-        count, parts = batches.num_examples, list(batches)
-    images, labels = (np.concatenate([part[name] for part in parts])[:count] for name in ("image", "label"))
-    order = np.random.RandomState(seed).permutation(count)
-    tested = round(count * held_out)
-    if not 0 < tested < count:
-        raise UserError(f"{count} images cannot be parted by held_out={held_out}: give more, or another share")
-    train, test = order[tested:], order[:tested]
-    made = train_classifier(images[train], labels[train], data.num_classes, seed=seed, steps=steps,
-                            max_shift=min(2, data.image_size // 8))  # of digits of 8 pixels, 2 would lose too much
-    made.save(out)
-    return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
+    with locked_file(out, "marjax train-classifier"):
+        with Batches(data, EVAL_BATCH, 0, train=False) as batches:
+            count, parts = batches.num_examples, list(batches)
+        images, labels = (np.concatenate([part[name] for part in parts])[:count] for name in ("image", "label"))
+        order = np.random.RandomState(seed).permutation(count)
+        tested = round(count * held_out)
+        if not 0 < tested < count:
+            raise UserError(f"{count} images cannot be parted by held_out={held_out}: give more, or another share")
+        train, test = order[tested:], order[:tested]
+        made = train_classifier(images[train], labels[train], data.num_classes, seed=seed, steps=steps,
+                                max_shift=min(2, data.image_size // 8))  # of digits of 8 pixels, 2 would lose too much
+        made.save(out)
+        return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
 
 
 def _abstract_params(image_size: int, channels: int, num_classes: int) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ import ml_collections
 from etils import epath
 
 from marjax import config as config_lib
+from marjax import distributed
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.hosts import Hosts, all_processes
@@ -28,9 +29,11 @@ from marjax.evaluation.score import Features, check_fits, score
 from marjax.generation.images import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
+from marjax.lock import locked_folder
 from marjax.ranges import check_arguments
 from marjax.workdir import read_workdir
 
+LOCK = "evaluation.lock"  # another than a training's: its checkpoints may be evaluated meanwhile
 FOLDER = "evaluation"  # of samples, in the work directory or `out`
 # The fields of config.sample that alter an image.
 FIELDS = ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule", "temperature", "confidence_order",
@@ -89,27 +92,28 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
     combinations = _combinations(config, request)
     measure = _Measure.open(config, request)
     out = make_folder(workdir if request.out is None else request.out)
-    record = Record(out / RECORD)
-    measure = measure.with_features(out / FOLDER, hosts)
-    entries = []
-    for weights in request.weights:
-        opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
-                              local=True)
-        samplers: dict[Any, Sampler] = {}
-        for sample in combinations:
-            plan = _plan(config, sample, opened, request)
-            identity = {**plan.identity, "extractor": measure.extractor.checksum,
-                        "reference": measure.reference.checksum}
-            entry = None if request.overwrite else record.find(identity)
-            if entry is None or (request.save and not _saved(out, plan, request.save).exists()):
-                sampler = opened.sampler.with_settings(sample)
-                sampler = samplers.setdefault(sampler.settings.shape(), sampler).with_settings(sample)
-                entry = _one(out, plan, sampler, opened.params, measure, request, hosts)
-                record.put(identity, entry, write=hosts.index == 0)
-                hosts.meet()
-            if hosts.index == 0:  # once the entry is there, and not before; a kill may have left them
-                (out / FOLDER / plan.name).rmtree(missing_ok=True)
-            entries.append(entry)
+    with distributed.first_holds(locked_folder(out, "marjax evaluate", LOCK)):
+        record = Record(out / RECORD)
+        measure = measure.with_features(out / FOLDER, hosts)
+        entries = []
+        for weights in request.weights:
+            opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
+                                  local=True)
+            samplers: dict[Any, Sampler] = {}
+            for sample in combinations:
+                plan = _plan(config, sample, opened, request)
+                identity = {**plan.identity, "extractor": measure.extractor.checksum,
+                            "reference": measure.reference.checksum}
+                entry = None if request.overwrite else record.find(identity)
+                if entry is None or (request.save and not _saved(out, plan, request.save).exists()):
+                    sampler = opened.sampler.with_settings(sample)
+                    sampler = samplers.setdefault(sampler.settings.shape(), sampler).with_settings(sample)
+                    entry = _one(out, plan, sampler, opened.params, measure, request, hosts)
+                    record.put(identity, entry, write=hosts.index == 0)
+                    hosts.meet()
+                if hosts.index == 0:  # once the entry is there, and not before; a kill may have left them
+                    (out / FOLDER / plan.name).rmtree(missing_ok=True)
+                entries.append(entry)
     return entries
 
 
@@ -167,22 +171,21 @@ def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_
     samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count, image_shape=measure.image_shape)
     if not hosts.index:
         hosts.meet()
-    with samples.claimed():
-        samples.generate(sampler, params, request.progress)
-        features = Features(samples.folder)
-        if hosts.index == 0:
-            features.clear()  # what a killed run has left, perhaps of other hosts
-        hosts.meet()  # all batches are there
-        metrics = score(samples.batches(), plan.num_images, measure.extractor, measure.reference, hosts,
-                        num_classes=plan.num_classes, features=features)
-        seconds = samples.seconds_per_image()
-        saved = _saved(out, plan, request.save)
-        begun = saved.with_name(f"{saved.name}.partial")
-        if request.save == "png":
-            samples.write_pngs(begun)
-        elif request.save and hosts.index == 0:
-            samples.write_npz(saved)
-    hosts.meet()  # nobody reads the set or holds it any more
+    samples.generate(sampler, params, request.progress)
+    features = Features(samples.folder)
+    if hosts.index == 0:
+        features.clear()  # what a killed run has left, perhaps of other hosts
+    hosts.meet()  # all batches are there
+    metrics = score(samples.batches(), plan.num_images, measure.extractor, measure.reference, hosts,
+                    num_classes=plan.num_classes, features=features)
+    seconds = samples.seconds_per_image()
+    saved = _saved(out, plan, request.save)
+    begun = saved.with_name(f"{saved.name}.partial")
+    if request.save == "png":
+        samples.write_pngs(begun)
+    elif request.save and hosts.index == 0:
+        samples.write_npz(saved)
+    hosts.meet()  # nobody reads the set any more
     if request.save == "png" and hosts.index == 0:
         saved.rmtree(missing_ok=True)
         begun.rename(saved)

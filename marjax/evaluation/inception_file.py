@@ -22,6 +22,7 @@ from marjax.generation.images import make_folder
 from marjax.interop import weights_file
 from marjax.interop.pytorch import Tensor
 from marjax.json_file import parse_json
+from marjax.lock import locked_file
 
 KEY = "marjax"
 KIND = "inception"
@@ -88,7 +89,8 @@ def convert_inception(source: str | os.PathLike[str], out: str | os.PathLike[str
             raise UserError(f"{os.fspath(out)} is there already and has other contents: delete it, or give another "
                             f"--out")
         return total, False
-    write_bytes(out, save(tensors, {KEY: json.dumps({"kind": KIND, "checksum": total})}))
+    with locked_file(out, "marjax convert"):
+        write_bytes(out, save(tensors, {KEY: json.dumps({"kind": KIND, "checksum": total})}))
     return total, True
 
 

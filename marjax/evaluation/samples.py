@@ -26,7 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 from marjax.errors import UserError
-from marjax.files import claimed, write_bytes
+from marjax.files import write_bytes
 from marjax.generation.images import make_folder, to_uint8, write_png
 from marjax.generation.sampler import Sampler
 from marjax.json_file import read_json
@@ -126,19 +126,6 @@ class SampleSet:
         there = {path.name for path in self.folder.iterdir()}
         return [batch for batch in range(self.host, self.plan.num_batches, self.hosts)
                 if _file(batch) not in there]
-
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Holds the set against a second start of this host's part. Raises UserError: another process has it."""
-        with contextlib.ExitStack() as stack:
-            if "://" not in os.fspath(self.folder):  # object stores have no locks
-                try:
-                    stack.enter_context(claimed(os.fspath(self.folder), "marjax evaluate",
-                                                f"lock-{self.host}-of-{self.hosts}"))
-                except FileNotFoundError:
-                    raise UserError(f"{self.folder} is gone: another marjax evaluate has finished it meanwhile, so "
-                                    f"start again, which finds what that has measured") from None
-            yield
 
     def generate(self, sampler: Sampler, params: Any, progress: bool = True) -> None:
         """Makes this host's missing batches. Raises UserError: a file cannot be written."""

@@ -6,12 +6,14 @@ import ml_collections
 from etils import epath
 
 from marjax import config as config_lib
+from marjax import distributed
 from marjax.errors import UserError
 from marjax.evaluation.extractor import open_extractor
 from marjax.evaluation.hosts import all_processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.generation.images import make_folder
+from marjax.lock import locked_file
 from marjax.ranges import check_arguments
 
 
@@ -45,27 +47,28 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
     if epath.Path(out).exists() and not overwrite:
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
-    if config is not None:
-        extractor = extractor or config.eval.extractor
-        if extractor_path is None and extractor == config.eval.extractor:
-            extractor_path = config.eval.extractor_path
-    network = open_extractor(extractor or "inception", extractor_path or "")
-    source: ImageSet
-    if images is not None:
-        source = FolderImages(images, image_size, getattr(network, "channels", 3))
-    elif npz is not None:
-        source = NpzImages(npz)
-    else:
-        assert config is not None
-        config_lib.tokens_of(config)  # a slip in the data's sizes is told before anything is read
-        source = ConfigImages(config.data)
-    hosts = all_processes()
-    try:
-        made = make_reference(source.batches(batch_size, hosts), len(source), network, source=source.source,
-                              keep_features=keep_features, hosts=hosts)
-    except ValueError as error:
-        raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
-    if hosts.index == 0:
-        write_reference(out, made)
-    hosts.meet()
-    return read_reference(out)
+    with distributed.first_holds(locked_file(out, "marjax stats")):
+        if config is not None:
+            extractor = extractor or config.eval.extractor
+            if extractor_path is None and extractor == config.eval.extractor:
+                extractor_path = config.eval.extractor_path
+        network = open_extractor(extractor or "inception", extractor_path or "")
+        source: ImageSet
+        if images is not None:
+            source = FolderImages(images, image_size, getattr(network, "channels", 3))
+        elif npz is not None:
+            source = NpzImages(npz)
+        else:
+            assert config is not None
+            config_lib.tokens_of(config)  # a slip in the data's sizes is told before anything is read
+            source = ConfigImages(config.data)
+        hosts = all_processes()
+        try:
+            made = make_reference(source.batches(batch_size, hosts), len(source), network, source=source.source,
+                                  keep_features=keep_features, hosts=hosts)
+        except ValueError as error:
+            raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
+        if hosts.index == 0:
+            write_reference(out, made)
+        hosts.meet()
+        return read_reference(out)

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
-from marjax.files import claimed
 from marjax.interop import names, reference, weights_file, wrappers
 from marjax.interop.convert_tokenizer import Autoencoder, holds, read_autoencoder, write_tokenizer
 from marjax.interop.pytorch import Tensor
 from marjax.json_file import parse_json
+from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import init_unboxed
@@ -190,7 +190,7 @@ def _write(target: pathlib.Path, config: ConfigDict, source: _Source, params: An
     partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(os.fspath(target.parent), "marjax convert", f"{partial.name}.lock"):
+        with locked_file(target, "marjax convert"):
             shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
             try:
                 claim_workdir(partial, config)

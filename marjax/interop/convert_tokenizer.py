@@ -11,6 +11,7 @@ import numpy as np
 from marjax.errors import UserError
 from marjax.interop import weights_file, wrappers
 from marjax.interop.reference import tokenizer_name
+from marjax.lock import locked_file
 from marjax.tokenizers import autoencoder_file
 from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
@@ -62,7 +63,8 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
         if not holds(out, autoencoder):
             raise UserError(f"{out} is there already and has other contents: delete it, or give another --out")
         return autoencoder, False
-    write_tokenizer(out, autoencoder)
+    with locked_file(out, "marjax convert"):
+        write_tokenizer(out, autoencoder)
     return autoencoder, True
 
 

@@ -15,6 +15,7 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference
+from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
 from marjax.ranges import check_arguments
 from marjax.training.state import init_unboxed
@@ -68,8 +69,9 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     metadata = {"format": "pt", "weights": weights, "step": str(restored.step), "args": json.dumps(arguments)}
     partial = target.with_name(f"{target.name}.partial")
     try:
-        save_file(tensors, partial, metadata)
-        partial.replace(target)
+        with locked_file(target, "marjax export"):
+            save_file(tensors, partial, metadata)
+            partial.replace(target)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from marjax.config import errors_of, load_function
 from marjax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
-_TAKEN = ("logs", "jobs", "sweep.lock", "table.csv", "table.md")  # in the root folder, beside the points
+LOCK = "sweep.lock"  # of the root folder
+_TAKEN = ("logs", "jobs", LOCK, "table.csv", "table.md")  # in the root folder, beside the points
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from marjax.errors import TrainingError, UserError
 from marjax.generation.images import make_folder
+from marjax.lock import locked_folder
 from marjax.ranges import check_arguments
 from marjax.sweep import jobs as jobs_lib
 from marjax.sweep import runner, slurm, xpk
-from marjax.sweep.definition import select
+from marjax.sweep.definition import LOCK, select
 from marjax.sweep.jobs import QUEUED, RUNNING, UNKNOWN, Job
 from marjax.sweep.points import PREPARE, Plan
 from marjax.sweep.rows import Row, last_metrics, write_table
@@ -49,7 +50,7 @@ def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: i
     plan = Plan.of(path, root)
     chosen = list(plan.configs) if only is None else select(only, list(plan.configs))
     make_folder(plan.root / "logs")
-    with runner.locked(plan.root) as lock:
+    with locked_folder(plan.root, "marjax sweep", LOCK) as lock:
         waiting, busy, unknown = _waiting(plan, chosen, alone=lock is not None)
         write(plan)
         prepares = bool(waiting) and plan.sweep.prepare is not None

@@ -4,7 +4,6 @@ The process of the sweep never touches an accelerator: the points would find it 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from marjax.errors import PREEMPTED, UserError
+from marjax.errors import PREEMPTED
 from marjax.files import write_bytes
 from marjax.storage import is_remote
 from marjax.sweep import jobs
@@ -35,7 +34,7 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
       plan: of the sweep.
       names: of the points.
       at_once: points at a time.
-      lock: what `locked` yields.
+      lock: the file descriptor that holds the root's lock, or None; what `marjax.lock.locked` yields.
       ended: called when one has ended.
     """
     waiting = list(names)
@@ -153,26 +152,6 @@ def _caught_signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def locked(root: epath.Path) -> Iterator[int | None]:
-    """Holds the lock of a root folder; yields its file descriptor, None on an object store, which has no locks.
-
-    Raises:
-      UserError: another sweep has it.
-    """
-    if is_remote(root):
-        print(f"{root} has no lock: see to it that no other sweep runs there", flush=True)
-        yield None
-        return
-    with (root / "sweep.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another sweep runs in {root} (or points of one that was killed still do): wait for it, "
-                            f"or give another --root") from None
-        yield file.fileno()
 
 
 def tell(name: str, text: str) -> None:

@@ -25,9 +25,10 @@ from marjax.data.pipeline import Batches
 from marjax.evaluation.probe import Probe
 from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
+from marjax.lock import locked_folder
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import open_tokenizer
+from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training import state as state_lib
 from marjax.training.clock import Clock
 from marjax.training.optimizer import make_optimizer
@@ -53,7 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
       The final state, on the devices.
 
     Raises:
-      UserError: a config, data set, work directory or checkpoint that cannot be used.
+      UserError: a config, data set, work directory or checkpoint that cannot be used, or a work directory that another
+        process writes.
       PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
@@ -74,8 +76,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
-    distributed.on_first(lambda: claim_workdir(workdir, config))
+    with distributed.first_holds(locked_folder(workdir, "marjax train")):
+        distributed.on_first(lambda: claim_workdir(workdir, config))
+        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about)
 
+
+def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
+           tokenizer: Tokenizer, examples: Examples | None, probe: Probe | None, tracer: Profile | None,
+           about: str) -> TrainState:
+    """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
     optimizer = make_optimizer(config.train)

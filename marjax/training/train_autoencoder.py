@@ -18,6 +18,7 @@ from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.reconstruction import from_config, measure
 from marjax.generation.images import beside, grid, make_folder, to_uint8
+from marjax.lock import locked_file, locked_folder
 from marjax.metrics import MetricWriter
 from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
@@ -27,6 +28,7 @@ from marjax.training.clock import Clock
 from marjax.training.run import Intervals, Run, headline
 from marjax.workdir import claim_workdir, first_start, settings_of_all
 
+_COMMAND = "marjax train-tokenizer"
 _SHOWN = 32  # images in a picture
 _MEASURED_AT_ONCE = 32
 
@@ -76,12 +78,13 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
                         f"another --out, or --overwrite it")
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
     about = distributed.check(mesh, settings_of_all(config))
-    distributed.on_first(lambda: claim_workdir(folder, config, tokenizer=True))
-    state = _run(config, folder, trainer, abstract, mesh, about)
-    stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
-    report = _measured(config, stored)
-    report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
-               "seconds": time.perf_counter() - start}
+    with distributed.first_holds(locked_folder(folder, _COMMAND)):
+        distributed.on_first(lambda: claim_workdir(folder, config, tokenizer=True))
+        state = _run(config, folder, trainer, abstract, mesh, about)
+        stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
+        report = _measured(config, stored)
+        report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
+                   "seconds": time.perf_counter() - start}
     return report | ({"num_codes": spec.num_codes} if spec.num_codes else {})
 
 
@@ -164,11 +167,12 @@ def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite
     checksum = autoencoder_file.checksum(autoencoder_file.to_state_dict(stored.spec, stored.params), scale)
 
     def write() -> None:
-        if overwrite or not epath.Path(path).exists():
-            autoencoder_file.write(path, stored.spec, stored.params, scale)
-        elif autoencoder_file.read(path).checksum != checksum:
-            raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
-                            f"--overwrite it")
+        with locked_file(path, _COMMAND):
+            if overwrite or not epath.Path(path).exists():
+                autoencoder_file.write(path, stored.spec, stored.params, scale)
+            elif autoencoder_file.read(path).checksum != checksum:
+                raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
+                                f"--overwrite it")
 
     distributed.on_first(write)
     return checksum

@@ -20,6 +20,7 @@ from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.generation.images import make_folder, write_npz
+from marjax.lock import locked_file
 from marjax.ranges import check_arguments
 from marjax.tokenizers import TokenShape
 from marjax.tokenizers.codebook import Codebook, Fit, arrays_of, read
@@ -75,15 +76,16 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
         raise UserError(f"config.tokenizer.num_codes is {tokens.num_codes}, but the patches of {source}, are of only "
                         f"{len(distinct_UxD)} kinds: give at most {len(distinct_UxD)}")
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
-    codes = _kmeans(_normalised(distinct_UxD), counts_U, tokens.num_codes, seed)
-    codebook = Codebook(codes, tokens.patch, tokens.channels)
-    mse, codes_used = _reconstruction(config, tokens, codebook)
-    psnr = 10.0 * math.log10(4.0 / mse) if mse else math.inf
-    fit = Fit(mse, psnr, num_images, seed, source)
-    if old is None:
-        distributed.on_first(lambda: write_npz(path, **arrays_of(codebook, fit)))
-    elif old[0].checksum != codebook.checksum or old[1] != fit:
-        _refuse(path, [f"mse {old[1].mse:.6g}, not {mse:.6g}, for the same settings"])
+    with distributed.first_holds(locked_file(path, "marjax train-tokenizer")):
+        codes = _kmeans(_normalised(distinct_UxD), counts_U, tokens.num_codes, seed)
+        codebook = Codebook(codes, tokens.patch, tokens.channels)
+        mse, codes_used = _reconstruction(config, tokens, codebook)
+        psnr = 10.0 * math.log10(4.0 / mse) if mse else math.inf
+        fit = Fit(mse, psnr, num_images, seed, source)
+        if old is None:
+            distributed.on_first(lambda: write_npz(path, **arrays_of(codebook, fit)))
+        elif old[0].checksum != codebook.checksum or old[1] != fit:
+            _refuse(path, [f"mse {old[1].mse:.6g}, not {mse:.6g}, for the same settings"])
     return {"path": os.fspath(path), "checksum": codebook.checksum, "num_codes": codebook.num_codes,
             "codes_used": codes_used, "num_images": num_images, "mse": mse, "psnr": psnr,
             "seconds": time.perf_counter() - start}

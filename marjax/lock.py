@@ -1,0 +1,429 @@
+"""Locks: one process at a time writes a work directory, a data set or a file.
+
+The lock of a folder is the file `marjax.lock` in it, that of a file `NAME.lock` beside it. Local file systems and NFS
+have `flock`, which ends with its process however that ends. Elsewhere (gs://, mounts without locks) the lock is a
+lease: its holder rewrites it every _REFRESH seconds, and whoever sees it unchanged for _STALE seconds takes it over. A
+holder that learns that its lease is gone ends at once.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from etils import epath
+
+from marjax.errors import UserError
+from marjax.storage import explain, is_remote
+
+NAME = "marjax.lock"  # in a folder
+
+_PATIENCE = 3.0  # seconds; a process that was killed may need a moment to be gone
+_REFRESH, _STALE = 20.0, 120.0  # seconds
+_SURELY_STALE = 600.0  # seconds by the holder's clock, which may differ from ours
+_POLL = 1.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | os.PathLike[str], command: str, name: str = NAME) -> Iterator[int | None]:
+    """Holds the lock `folder/name`; creates the folder if missing, and removes it again if it is still empty.
+
+    Args, yields and raises: see `locked`.
+    """
+    path = epath.Path(folder)
+    is_new = not is_remote(path) and not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be created ({error.strerror or error}): give one that can be "
+                        f"written") from None
+    try:
+        with locked(path / name, folder, command) as held:
+            yield held
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files
+                os.rmdir(path)
+
+
+@contextlib.contextmanager
+def locked_file(path: str | os.PathLike[str], command: str) -> Iterator[int | None]:
+    """Holds the lock of a file, which need not exist; its folder does. Args, yields and raises: see `locked`."""
+    with locked(epath.Path(f"{os.fspath(path)}.lock"), path, command) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def locked(lock: epath.Path, target: str | os.PathLike[str], command: str) -> Iterator[int | None]:
+    """Holds a lock; the file of one that is held is removed at the end.
+
+    Args:
+      lock: its file, local or gs://.
+      target: what it protects, for the error.
+      command: what holds it, for the error of others.
+
+    Yields:
+      The file descriptor that holds the lock: a child process that inherits it holds the lock too. None for a lease.
+
+    Raises:
+      UserError: another process holds it (names host, process and since when), or its file cannot be created.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = None
+        if is_remote(lock):
+            stack.enter_context(_leased(_Object(lock), target, command))
+        elif (descriptor := _flocked(os.fspath(lock), target, command)) is not None:
+            stack.callback(_release, os.fspath(lock), descriptor)
+        else:
+            stack.enter_context(_leased(_PlainFile(f"{os.fspath(lock)}.lease"), target, command))
+        yield descriptor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """Who holds a lock: what its file says.
+
+    Attributes:
+      command: such as "marjax train".
+      host, pid: of the process.
+      since: when it got the lock, in seconds since 1970.
+      boot, space, started: of the machine's start, the process's namespace and its start: together with host and pid
+        they are no other process's.
+      token: of this lock alone.
+      time: when the file was written.
+    """
+
+    command: str
+    host: str
+    pid: int
+    since: float
+    boot: str
+    space: str
+    started: str
+    token: str
+    time: float
+
+    @classmethod
+    def here(cls, command: str) -> "_Holder":
+        now = time.time()
+        return cls(command, socket.gethostname(), os.getpid(), now, *_machine(), _started(os.getpid()),
+                   uuid.uuid4().hex, now)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"marjax_lock": 1, **dataclasses.asdict(self)}).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> "_Holder | None":
+        """None for what is not (yet) a lock's content."""
+        try:
+            content = json.loads(data)
+            fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            numbers = ("pid", "since", "time")
+            if any(not isinstance(value, int | float if name in numbers else str) for name, value in fields.items()):
+                return None
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def is_dead(self) -> bool:
+        """Whether it can be seen here that the process is gone: it is one of this machine."""
+        here = (self.host, self.boot, self.space) == (socket.gethostname(), *_machine())
+        return here and _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
+        except (OverflowError, ValueError, OSError):
+            since = "unknown"
+        return f"{self.command} on host {self.host}, process {self.pid}, since {since}"
+
+
+def _machine() -> tuple[str, str]:
+    """What tells this start of this machine, and this namespace of processes, from all others; "" if unknown."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return boot, os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "", ""
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine was started, in its own unit; "" if there is none."""
+    try:
+        with open(f"/proc/{int(pid)}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie writes nothing any more
+    except (OSError, ValueError, IndexError, OverflowError):
+        return ""
+
+
+def _refuse(target: str | os.PathLike[str], holder: _Holder | None) -> UserError:
+    by = f"{holder}" if holder else "another process"
+    if holder and holder.is_dead():
+        by += " (which has ended: a process that it started still runs)"
+    end = f"end it (kill {holder.pid} on {holder.host})" if holder else "end it"
+    return UserError(f"{os.fspath(target)} is being written by {by}: wait for it, or {end}")
+
+
+def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | None:
+    """The descriptor of the file, which it has locked; None where the file system has no locks. Raises UserError."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = _open(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file since it was opened: whoever creates it anew would hold another.
+            if _is(path, descriptor):
+                before = os.pread(descriptor, 1 << 16, 0)
+                if before.strip(b"\0\n") and _Holder.parse(before) is None:
+                    raise UserError(f"{path} is not a lock of marjax: move it away")
+                with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, _Holder.here(command).to_bytes(), 0)
+                return descriptor
+            os.close(descriptor)
+            continue
+        except BlockingIOError:
+            holder = _Holder.parse(os.pread(descriptor, 1 << 16, 0))
+            os.close(descriptor)
+        except OSError as error:
+            is_empty = not os.fstat(descriptor).st_size
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                if is_empty:  # created above; it locks nothing here
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                return None
+            raise UserError(f"{path} cannot be locked ({error.strerror}): give a folder of another file "
+                            f"system") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if time.monotonic() > until:
+            raise _refuse(target, holder)
+        time.sleep(0.05)
+
+
+def _open(path: str) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a symbolic link: remove it") from None
+        raise UserError(f"{path} cannot be created ({error.strerror}): give a folder that can be written") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file: remove it")
+    return descriptor
+
+
+def _is(path: str, descriptor: int) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        there, ours = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _release(path: str, descriptor: int) -> None:
+    """Only who holds the lock removes its file, and before another can hold it."""
+    with contextlib.suppress(OSError):
+        if _is(path, descriptor):
+            os.unlink(path)
+    os.close(descriptor)
+
+
+class _Cell(Protocol):
+    """A file or object that is written only if nobody else has written it meanwhile."""
+
+    path: str
+
+    def read(self) -> tuple[bytes, Any] | None:
+        """The content and its version; None if there is none."""
+
+    def write(self, data: bytes, version: Any) -> Any:
+        """The new version; None if the one there is not `version` (None: there is none) any more."""
+
+    def remove(self, version: Any) -> None:
+        """Unless it has another version."""
+
+
+@contextlib.contextmanager
+def _leased(cell: _Cell, target: str | os.PathLike[str], command: str) -> Iterator[None]:
+    try:
+        holder = _Holder.here(command)
+        lease = _Lease(cell, holder, _take(cell, holder, target))
+    except UserError:
+        raise
+    except Exception as error:
+        told = explain(error)
+        if told is None and isinstance(error, OSError):
+            told = UserError(f"{cell.path} cannot be created ({error.strerror or error}): give a folder that can be "
+                             f"written")
+        raise (told or error) from None
+    try:
+        yield
+    finally:
+        lease.end()
+
+
+def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
+    """The version of the lease, once it is `holder`'s. Raises UserError."""
+    seen, since, patience = None, 0.0, time.monotonic() + _PATIENCE
+    announced = False
+    while True:
+        there = cell.read()
+        if there is None:
+            version = cell.write(holder.to_bytes(), None)
+            if version is not None:
+                return version
+            continue
+        data, version = there
+        other, now = _Holder.parse(data), time.monotonic()
+        if other is not None and other.token == holder.token:
+            return version  # a request that seemed to have failed
+        if seen is None or version != seen[0]:
+            if seen is not None and other is not None and other.token == seen[1]:
+                raise _refuse(target, other)  # it was written anew: its holder lives
+            seen, since = (version, other.token if other else ""), now
+        stale = now - since >= _STALE or (other is not None and (
+            other.is_dead() or time.time() - other.time >= _SURELY_STALE))
+        if stale and (taken := cell.write(holder.to_bytes(), version)) is not None:
+            return taken
+        if other is not None and not stale and now > patience and (
+                (other.host, *_machine()) == (socket.gethostname(), other.boot, other.space)):
+            raise _refuse(target, other)  # it lives, on this machine
+        if not announced and now > patience:
+            announced = True
+            print(f"marjax: {os.fspath(target)} is locked by {other or 'another process'}: waiting whether that is "
+                  f"still alive, for at most {_STALE:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(_POLL)
+
+
+class _Lease:
+    """Writes the lease anew in a thread, until `end`."""
+
+    def __init__(self, cell: _Cell, holder: _Holder, version: Any) -> None:
+        self._cell, self._holder, self._version = cell, holder, version
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="marjax-lock", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Gives the lease back."""
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):  # then it becomes stale
+            self._cell.remove(self._version)
+
+    def _refresh(self) -> None:
+        while not self._over.wait(_REFRESH):
+            data = dataclasses.replace(self._holder, time=time.time()).to_bytes()
+            try:
+                version = self._cell.write(data, self._version)
+                if version is None:
+                    there = self._cell.read()
+                    other = _Holder.parse(there[0]) if there else None
+                    if there is not None and other is not None and other.token == self._holder.token:
+                        version = there[1]  # written by a request that seemed to have failed
+            except Exception:
+                continue  # the storage does not answer; the run itself finds that out
+            if version is None:
+                print(f"marjax: error: {self._cell.path} was taken over by {other or 'another process'}, since this "
+                      f"process could not refresh it: ended, so that only one writes", file=sys.stderr, flush=True)
+                os._exit(1)
+            self._version = version
+
+
+class _PlainFile:
+    """A file on a file system without locks. Its version is its content."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self) -> tuple[bytes, bytes] | None:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with open(descriptor, "rb") as file:
+            data = file.read()
+        return data, data
+
+    def write(self, data: bytes, version: bytes | None) -> bytes | None:
+        if version is None:
+            try:
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except FileExistsError:
+                return None
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            return data
+        if self.read() != (version, version):
+            return None
+        partial = f"{self.path}.partial{uuid.uuid4().hex}"
+        try:
+            with open(partial, "xb") as file:
+                file.write(data)
+            os.replace(partial, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+            raise
+        before, after = _Holder.parse(version), _Holder.parse(data)
+        if before is not None and after is not None and before.token != after.token:
+            time.sleep(2 * _POLL)  # of two that take it over at the same moment, the last has it
+            return data if self.read() == (data, data) else None
+        return data
+
+    def remove(self, version: bytes) -> None:
+        if self.read() == (version, version):
+            os.unlink(self.path)
+
+
+class _Object:
+    """An object in a bucket. Its version is its generation."""
+
+    def __init__(self, path: epath.Path) -> None:
+        import fsspec
+        from fsspec.asyn import sync
+
+        self.path = os.fspath(path)
+        self._client: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils makes
+        self._sync = sync
+        self._bucket, _, self._key = self.path.removeprefix("gs://").partition("/")
+
+    def _call(self, method: str, path: str, *names: str, **query: Any) -> Any:
+        return self._sync(self._client.loop, self._client._call, method, path, *names, **query)
+
+    def read(self) -> tuple[bytes, str] | None:
+        try:
+            headers, data = self._call("GET", "b/{}/o/{}", self._bucket, self._key, alt="media")
+        except FileNotFoundError:
+            return None
+        return data, str({key.lower(): value for key, value in headers.items()}["x-goog-generation"])
+
+    def write(self, data: bytes, version: str | None) -> str | None:
+        path = f"{self._client._location}/upload/storage/v1/b/{{}}/o"
+        try:
+            made = self._call("POST", path, self._bucket, uploadType="media", name=self._key,
+                              ifGenerationMatch=version or "0", data=data, json_out=True)
+        except FileExistsError:  # what the client makes of "precondition failed"
+            return None
+        return str(made["generation"])
+
+    def remove(self, version: str) -> None:
+        self._call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=version)
