@@ -17,6 +17,8 @@ running() {
 # setup [gs://ADDRESS...]: installs, and copies what lies there to the home folder; not what is there already.
 setup() {
     local python
+    export PYTHONSAFEPATH=1 # Python imports nothing from the current folder; 3.10 does, so it runs in another
+    cd /
     for python in python3.13 python3.12 python3.11 python3; do
         "$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break || python=
     done
@@ -25,6 +27,7 @@ setup() {
         python3 -m uv python install 3.12
         python=$(python3 -m uv python find --managed-python 3.12)
     fi
+    cd "$OLDPWD"
     [[ $# -eq 0 ]] || (cd && gcloud storage cp --recursive --no-clobber "$@" .)
     export PYTHON=$python
     # shellcheck source=launch/venv.sh

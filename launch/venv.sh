@@ -2,6 +2,7 @@
 # To be sourced: `venv.sh FOLDER WHAT` makes the virtual environment FOLDER with WHAT installed in editable form, unless
 # it is there and complete, and activates it. PYTHON names the interpreter (3.11 or newer).
 folder=$1 what=$2
+export PYTHONSAFEPATH=1 # Python imports nothing from the current folder
 if ! cmp -s setup.cfg "$folder/installed-for"; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "marjax needs Python 3.11 or newer: set PYTHON to one" >&2

@@ -279,7 +279,7 @@ def test_xpk_workloads(tmp_path, programs):
     assert [name[:-9] for name in names] == ["lr-0-001-seed-1", "lr-0-002-seed-1", "named"]
     assert jobs.read(plan, NAMES) == {point: Job("xpk", name) for point, name in zip(NAMES, names, strict=True)}
     assert [call["command"] for call in calls] == [
-        f"exec python -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES]
+        f"exec python -P -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES]
     assert calls[0]["max-restarts"] == "3" and "42" in calls[0]["restart-on-exit-codes"]
     assert calls[0]["ttl-seconds-after-finished"] == "604800"
 

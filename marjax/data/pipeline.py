@@ -10,6 +10,7 @@ for a whole batch at once: Grain's own chain of shuffle, repeat, random_map and 
 on itself, which is more than a step of a small model takes.
 """
 
+import contextlib
 import functools
 import gc
 import math
@@ -28,7 +29,7 @@ from absl import flags
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
-from marjax.data.workers import serve_parent
+from marjax.data.workers import safe_path, serve_parent
 from marjax.errors import UserError
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
@@ -112,6 +113,9 @@ class Batches(Iterator[Batch]):
         self._iterator: grain.DatasetIterator | None = None
         self._workers = workers
         steps = _Steps(examples, batch_size, seed, rows, train, first)
+        self._starts = contextlib.ExitStack()  # Grain starts its workers when it likes
+        if workers:
+            self._starts.enter_context(safe_path())
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
     def __next__(self) -> Batch:
@@ -132,6 +136,7 @@ class Batches(Iterator[Batch]):
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
+            self._starts.close()
             del iterator
             if self._workers:  # Grain's last batches lie in shared memory and in reference cycles
                 gc.collect()

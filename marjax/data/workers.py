@@ -1,12 +1,13 @@
 """Writes shards in several processes, with a bar that counts pictures; stops them all where too many are unreadable."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -71,9 +72,11 @@ def _in_this_process(shards: Sequence[Shard], workers: int, bar: Any) -> Generat
 def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[tuple[Shard, Record], None, None]:
     # Spawned: a fork of a process with JAX's threads may hang.
     context = multiprocessing.get_context("spawn")
-    count, stop, before = context.Value("q", 0), context.Event(), bar.n
+    with safe_path():
+        count, stop, before = context.Value("q", 0), context.Event(), bar.n
     with ProcessPoolExecutor(workers, context, _start_worker, (count, stop)) as pool:
-        running = {pool.submit(_write_in_worker, shard): shard for shard in shards}
+        with safe_path():
+            running = {pool.submit(_write_in_worker, shard): shard for shard in shards}
         try:
             while running:
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -86,6 +89,21 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Worker processes that are started in this block never import from the current folder.
+
+    Python puts it first on the path of a spawned process, until that has got the path of its parent.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONSAFEPATH", None)
 
 
 def _start_worker(count: Any, stop: Any) -> None:

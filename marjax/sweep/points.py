@@ -89,8 +89,8 @@ class Plan:
         return self.root / "jobs" / f"{name}.json"
 
     def command(self, name: str, python: str) -> list[str]:
-        """What a point's process runs; for PREPARE, the one of `prepare`."""
-        return [python, "-m", "marjax", "sweep-point", self.path, "--root", os.fspath(self.root), "--name", name]
+        """What a point's process runs, which imports nothing from the current folder; for PREPARE, `prepare`."""
+        return [python, "-P", "-m", "marjax", "sweep-point", self.path, "--root", os.fspath(self.root), "--name", name]
 
     def state(self, name: str) -> State:
         """What the files of a point say, or of PREPARE."""

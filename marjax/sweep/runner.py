@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+import marjax
 from marjax.errors import PREEMPTED
 from marjax.files import write_bytes
 from marjax.storage import is_remote
@@ -73,11 +74,21 @@ def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]"
         log.flush()
         command = [*plan.command(name, sys.executable), "--alone"]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                                   env=_environment(), start_new_session=True,
                                    pass_fds=() if lock is None else (lock,))
     if name != PREPARE:
         jobs.write(plan, name, jobs.Job("local", f"{socket.gethostname()}:{process.pid}"))
     return process
+
+
+def _environment() -> dict[str, str]:
+    """Of a point's process. Where `python -m marjax` runs in a checkout that is not installed, it finds that too."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(marjax.__file__)))
+    if not sys.flags.safe_path and os.path.realpath(root) == os.path.realpath(os.getcwd()):
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{before}{os.pathsep}{root}" if before else root
+    return environment
 
 
 def _log(plan: Plan, name: str) -> str:
