@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.data.sources import open_source
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import draw_randomness
@@ -40,7 +41,7 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
 
     @jax.jit
     def draw(params: Any) -> tuple[jax.Array, jax.Array]:
-        latent = tokenizer.encode(tokenizer.params, images, jax.random.key(0))
+        latent = tokenizer.encode(tokenizer.params, images, numerics.key(0))
         real = tokens.patchify(latent)
         z = generator.apply({"params": params}, real, labels, jnp.zeros(NUM_IMAGES, bool), rand.order, num_known,
                             method="condition")

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.generation.sampler import draw_randomness, generate
 from marjax.models import generator as generator_lib
 from marjax.orders import Stage
@@ -41,12 +42,12 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
     config.model.denoiser.update(depth=3, width=64)
     generator = generator_lib.build(config.model, num_tokens=1, token_dim=2, num_classes=2)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.0)
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(0))
+    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(numerics.key(0))
 
     def step(carry, inputs):
         (params, opt_state), (i, tokens, labels) = carry, inputs
-        rand = generator.draw_loss_randomness(jax.random.fold_in(jax.random.key(1), i), len(labels))
-        _, grads = loss_and_grads(generator, params, tokens, labels, rand, jax.random.key(2))
+        rand = generator.draw_loss_randomness(jax.random.fold_in(numerics.key(1), i), len(labels))
+        _, grads = loss_and_grads(generator, params, tokens, labels, rand, numerics.key(2))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.sweep import Point, Sweep
 from marjax.sweep.rows import write_whole
 from marjax.workdir import read_workdir
@@ -92,7 +93,7 @@ def prepare(root: pathlib.Path) -> None:
     classifier = train_classifier(images[:4000], labels[:4000], 10)
     classifier.save(root / "classifier.npz")
     tokenizer = open_codebook(config.tokenizer)
-    quantise = jax.jit(lambda x: tokenizer.encode(tokenizer.params, x / 127.5 - 1.0, jax.random.key(0)))
+    quantise = jax.jit(lambda x: tokenizer.encode(tokenizer.params, x / 127.5 - 1.0, numerics.key(0)))
     quantised = np.asarray(quantise(images[:MEASURED_ON].astype(np.float32)))
     quantised = np.clip(np.round((quantised + 1.0) * 127.5), 0, 255).astype(np.uint8)
     # As many real images as there are samples in a row, against all others.

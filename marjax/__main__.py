@@ -3,9 +3,13 @@
 import os
 import sys
 
+from marjax import numerics
+
 
 def main() -> int:
     """Runs the command line in a process that is set up for it."""
+    for name in numerics.clean_environment(os.environ):
+        print(f"marjax: {name} is ignored: it would change results or stop a healthy run", file=sys.stderr)
     # Compiled programs outlive the process: a resumed run or a second sampling starts at once. JAX reads this when it
     # is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/marjax/jax"))

@@ -11,7 +11,7 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import flops, orders, peak, sharding
+from marjax import flops, numerics, orders, peak, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings, draw_randomness
 from marjax.models import generator as generator_lib
@@ -24,6 +24,7 @@ from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 
+@numerics.pinned()
 def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, recompute: int = 0) -> dict[str, Any]:
     """Measures "train" or "sample" steps on random tokens of the config's shape; the tokenizer is left out.
 
@@ -139,7 +140,7 @@ def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) 
     def make_run(compiled: Any) -> Callable[[], None]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         init = jax.jit(lambda key: state_lib.init_unboxed(generator, key), out_shardings=shardings)
-        params = init(jax.random.key(config.seed))
+        params = init(numerics.key(config.seed))
         return lambda: compiled(params, *inputs[1:]).block_until_ready()
 
     return lambda: sampler.program.lower(*inputs), make_run
@@ -152,7 +153,7 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     labels = np.arange(size) % config.data.num_classes
     rand = jax.jit(lambda index: draw_randomness(generator, config.seed, index, sample.num_sampling_steps))(
         np.arange(size))
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(config.seed))
+    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(numerics.key(config.seed))
     codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
 
     @jax.jit

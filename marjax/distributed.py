@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from marjax import numerics
 from marjax.errors import LOST_PEER, PREEMPTED, LostPeerError, UserError, causes
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
@@ -214,6 +215,7 @@ def first_holds(lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
+@numerics.pinned()
 def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
     """One line about the run, once all devices have added up a number, and all processes run the same thing.
 

@@ -22,7 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import flops, orders, sharding
+from marjax import flops, numerics, orders, sharding
 from marjax.compile import hlo
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings
@@ -84,6 +84,7 @@ class Compiled:
     text: str = ""
 
 
+@numerics.pinned()
 def lowered_programs(config: ml_collections.ConfigDict, mesh: Mesh, names: Sequence[str] = NAMES,
                      cached: bool = False) -> list[Lowered]:
     """The programs of these names, for a resolved config.
@@ -114,6 +115,7 @@ def lowered_programs(config: ml_collections.ConfigDict, mesh: Mesh, names: Seque
     return made
 
 
+@numerics.pinned()
 def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text: bool = False) -> Compiled:
     """Compiles it; memory that does not suffice is a result, not an error.
 
@@ -254,7 +256,7 @@ def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokeniz
     if name == "encode":
         program, given, each = jax.jit(tokenizer.moments), image, encode
     else:
-        latent = jax.eval_shape(tokenizer.encode, tokenizer.params, image, jax.random.key(0))
+        latent = jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
         program, given, each = jax.jit(tokenizer.decode), _rows(latent.shape, latent.dtype, mesh), decode
     return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given),
                    bytes_on_a_device(tokenizer.params))

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from marjax import config as config_lib
-from marjax import distributed, sharding
+from marjax import distributed, numerics, sharding
 from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
@@ -62,6 +62,7 @@ class Cached:
     alone: float = float("nan")
 
 
+@numerics.pinned()
 def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str], *, dtype: str = "bfloat16",
                   batch_size: int = 32, shard_examples: int | None = None, overwrite: bool = False,
                   measure: bool = False, progress: bool = True) -> Cached:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from marjax import numerics
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
@@ -64,6 +65,7 @@ class Classifier:
         flat = flax.traverse_util.flatten_dict(params, sep="/")
         self.checksum = checksum({name: np.asarray(value) for name, value in flat.items()})
 
+    @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:
         """See `FeatureExtractor`; takes images of its own size and channels only."""
         shape = (self.image_size, self.image_size, self.channels)
@@ -114,6 +116,7 @@ class Classifier:
         return cls(flax.traverse_util.unflatten_dict(arrays, sep="/"), **sizes)
 
 
+@numerics.pinned()
 def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 1000,
                      batch_size: int = 128, lr: float = 3e-3, max_shift: int = 2) -> Classifier:
     """Trains by Adam under a cosine decay, on images shifted by up to `max_shift` pixels.
@@ -141,7 +144,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
     if labels_N.min() < 0 or labels_N.max() >= num_classes:
         raise ValueError(f"labels lie in [{labels_N.min()}, {labels_N.max()}]: expected [0, {num_classes})")
     optimizer = optax.adam(optax.cosine_decay_schedule(lr, steps))
-    key = jax.random.key(seed)
+    key = numerics.key(seed)
     params = _Network(num_classes).init(jax.random.fold_in(key, steps), _scaled(images[:1]))["params"]
     opt_state = optimizer.init(params)
     pool = jnp.asarray(images), jnp.asarray(labels_N, jnp.int32)
@@ -165,6 +168,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
                       num_classes=num_classes)
 
 
+@numerics.pinned()
 def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], *, seed: int = 0, steps: int = 1000,
                   held_out: float = 0.2, overwrite: bool = False) -> dict[str, Any]:
     """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.
@@ -205,7 +209,7 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
 def _abstract_params(image_size: int, channels: int, num_classes: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters by name."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
-    params = jax.eval_shape(_Network(num_classes).init, jax.random.key(0), image)["params"]
+    params = jax.eval_shape(_Network(num_classes).init, numerics.key(0), image)["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
 
 

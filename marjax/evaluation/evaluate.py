@@ -18,7 +18,7 @@ import ml_collections
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import distributed
+from marjax import distributed, numerics
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.hosts import Hosts, all_processes
@@ -76,6 +76,7 @@ class Request:
     progress: bool = True
 
 
+@numerics.pinned()
 def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> list[dict[str, Any]]:
     """Measures a work directory's weights; every process of a run calls this, with folders that all of them see.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from marjax import numerics
 from marjax.evaluation.extractor import Extracted
 
 IMAGE_SIZE = 299
@@ -185,7 +186,7 @@ def layers(params: Any, images: jax.Array) -> dict[str, jax.Array]:
 def abstract_params() -> Any:
     """The parameter tree, of `jax.ShapeDtypeStruct`s."""
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    return jax.eval_shape(Network().init, jax.random.key(0), image)["params"]
+    return jax.eval_shape(Network().init, numerics.key(0), image)["params"]
 
 
 class Inception:
@@ -203,6 +204,7 @@ class Inception:
     num_classes = NUM_CLASSES
     num_spatial = NUM_SPATIAL
 
+    @numerics.pinned()
     def __init__(self, params: Any, checksum: str, *, batch_size: int = 32) -> None:
         """Of a parameter tree of `Network`, as `inception_file.open_inception` reads it."""
         self.checksum, self.batch_size = checksum, batch_size
@@ -213,6 +215,7 @@ class Inception:
         self._forward = jax.jit(jax.shard_map(_forward, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("batch")),
                                               out_specs=PartitionSpec("batch")))
 
+    @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:
         """Features, logits without their bias, and 17 x 17 x 7 spatial features (see `layers`).
 

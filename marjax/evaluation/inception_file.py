@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save
 
+from marjax import numerics
 from marjax.errors import UserError
 from marjax.evaluation.inception import BN_EPSILON, Inception, abstract_params
 from marjax.files import write_bytes
@@ -42,6 +43,7 @@ def cache_path() -> str:
                         "inception.safetensors")
 
 
+@numerics.pinned()
 def open_inception(path: str | os.PathLike[str] | None = None, *, batch_size: int = 32) -> Inception:
     """The network with its weights, on all devices of this process.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from marjax import numerics
 from marjax.evaluation.frechet import Moments, frechet_distance
 from marjax.evaluation.inception import IMAGE_SIZE, NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL, Inception, Network
 from marjax.evaluation.inception_score import ScoreSums
@@ -13,6 +14,7 @@ from marjax.evaluation.kernel_distance import kernel_distance
 from marjax.evaluation.precision_recall import precision_recall
 
 
+@numerics.pinned()
 def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size: int = 32) -> dict[str, Any]:
     """Times `Inception.extract` on uint8 images, host work and resize included, and the network alone on its own input.
 
@@ -24,7 +26,7 @@ def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size
       batches: a call has.
       batch_size: images on a device at a time.
     """
-    params = jax.jit(Network().init)(jax.random.key(0), np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32))["params"]
+    params = jax.jit(Network().init)(numerics.key(0), np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32))["params"]
     extractor = Inception(params, "", batch_size=batch_size)
     rows = batch_size * jax.local_device_count()
     images = np.random.default_rng(0).integers(0, 256, (rows * batches, image_size, image_size, 3), np.uint8)
@@ -46,6 +48,7 @@ def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size
             "ratio": float(np.median([b / a for a, b in seconds]))}
 
 
+@numerics.pinned()
 def metric_seconds(num_images: int = 10_000) -> dict[str, float]:
     """Times every metric on random features of so many images, as many real ones, and Inception's widths."""
     rng = np.random.default_rng(0)

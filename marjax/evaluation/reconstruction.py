@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.codes import nearest
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
@@ -32,6 +33,7 @@ PICTURE = "reconstructions.png"
 _SHOWN = 32  # images in the picture
 
 
+@numerics.pinned()
 def check(images: str | os.PathLike[str] | None = None, config: ml_collections.ConfigDict | None = None, *,
           name: str = "", path: str = "", image_size: int | None = None, num_images: int = 256, batch_size: int = 16,
           seed: int = 0, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def check(images: str | os.PathLike[str] | None = None, config: ml_collections.C
 Batch = tuple[np.ndarray, int]  # uint8 (B, S, S, C), with B the same for all, and how many of the B count
 
 
+@numerics.pinned()
 def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, seed: int, *,
             before: Callable[[], Any] = lambda: None) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Sends images through a tokenizer and back; closes `batches`.
@@ -109,13 +112,13 @@ def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, se
     with contextlib.closing(batches):
         first = next(batches)
         image = jax.ShapeDtypeStruct(first[0].shape, np.float32)
-        jax.eval_shape(run, tokenizer.params, image, jax.random.key(0))
+        jax.eval_shape(run, tokenizer.params, image, numerics.key(0))
         before()
         params = jax.device_put(tokenizer.params)
         for batch, real in itertools.chain([first], batches):
             real = min(real, num_images - seen)
             original = batch.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-            latent, back, codes = jax.device_get(run(params, original, jax.random.fold_in(jax.random.key(seed), seen)))
+            latent, back, codes = jax.device_get(run(params, original, jax.random.fold_in(numerics.key(seed), seen)))
             error += float(np.sum(np.square(back[:real] - original[:real], dtype=np.float64)))
             rows = latent[:real].reshape(-1, latent.shape[-1]).astype(np.float64)
             sums, squares, places = sums + rows.sum(0), squares + (rows**2).sum(0), len(rows) // real

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from marjax import numerics
 from marjax.errors import UserError, shortened
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Gaussian, Moments
@@ -121,6 +122,7 @@ def write_reference(path: str | os.PathLike[str], reference: Reference) -> Refer
     return dataclasses.replace(reference, path=os.fspath(path), checksum=checksum, images=None)
 
 
+@numerics.pinned()
 def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtractor, *, source: str = "",
                    keep_features: int = 10_000, seed: int = 0, hosts: Hosts | None = None) -> Reference:
     """Sends images through a network; every host calls it with its share of them, and all get the same.

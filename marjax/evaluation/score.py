@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
+from marjax import numerics
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Moments, frechet_distance
@@ -83,6 +84,7 @@ def check_fits(extractor: FeatureExtractor, reference: Reference, image_size: in
                         f"({error}): give another --extractor") from None
 
 
+@numerics.pinned()
 def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extractor: FeatureExtractor,
           reference: Reference, hosts: Hosts = Hosts(), *, num_classes: int = 0,  # noqa: B008
           features: Features | None = None) -> dict[str, float]:

@@ -6,7 +6,7 @@ import ml_collections
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import distributed
+from marjax import distributed, numerics
 from marjax.errors import UserError
 from marjax.evaluation.extractor import open_extractor
 from marjax.evaluation.hosts import all_processes
@@ -17,6 +17,7 @@ from marjax.lock import locked_file
 from marjax.ranges import check_arguments
 
 
+@numerics.pinned()
 def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.ConfigDict | None = None,
                     images: str | os.PathLike[str] | None = None, npz: str | os.PathLike[str] | None = None,
                     extractor: str | None = None, extractor_path: str | None = None, image_size: int | None = None,

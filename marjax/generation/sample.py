@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import sharding
+from marjax import numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
@@ -21,6 +21,7 @@ from marjax.training.state import abstract_params
 from marjax.workdir import read_workdir
 
 
+@numerics.pinned()
 def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0,
            weights: str | None = None, step: int | None = None, first_index: int = 0,
            tokenizer_path: str | None = None, **settings: Any) -> np.ndarray:
@@ -73,6 +74,7 @@ class Opened(NamedTuple):
     digest: str
 
 
+@numerics.pinned()
 def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
                  tokenizer_path: str | None = None, local: bool = False, **settings: Any) -> Opened:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.

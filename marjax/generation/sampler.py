@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import orders, sharding
+from marjax import numerics, orders, sharding
 from marjax.generation.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -70,7 +70,7 @@ def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
     """
 
     def one(index: jax.Array) -> SampleRandomness:
-        key_order, key_head = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        key_order, key_head = jax.random.split(jax.random.fold_in(numerics.key(seed), index))
         return SampleRandomness(generator.draw_orders(key_order, 1)[0],
                                 generator.head.draw_sample_noise(key_head, generator.num_tokens, num_sampling_steps))
 
@@ -172,6 +172,7 @@ class Sampler:
         return (params, self.tokenizer_params, labels, np.uint32(0), index, scales,
                 np.float32(self.settings.temperature), choice)
 
+    @numerics.pinned()
     def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
         """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
         with jax.set_mesh(self.mesh):

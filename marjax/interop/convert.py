@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference, weights_file, wrappers
@@ -65,6 +66,7 @@ class _Source:
     step: int = 0
 
 
+@numerics.pinned()
 def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str], *, weights: str | None = None,
             tokenizer: str | os.PathLike[str] | None = None,
             overrides: Mapping[str, Any] | None = None) -> Converted:
@@ -167,7 +169,7 @@ def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int]:
 def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
     """The parameter tree, float32 numpy. Raises UserError: names of tensors and parameters that do not match."""
     generator = generator_lib.of(config, config_lib.tokens_of(config))
-    abstract = jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0)))
     odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items()
            if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)]
     if odd:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from marjax import numerics
 from marjax.errors import UserError
 from marjax.interop import weights_file, wrappers
 from marjax.interop.reference import tokenizer_name
@@ -43,6 +44,7 @@ class Autoencoder:
         return autoencoder_file.checksum(to_state_dict(self.spec, self.params), self.scale)
 
 
+@numerics.pinned()
 def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str], *,
                       weights: str | None = None) -> tuple[Autoencoder, bool]:
     """Writes the tokenizer's file of an autoencoder's checkpoint; False if that very file is there already.

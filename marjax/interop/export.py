@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from marjax import config as config_lib
+from marjax import numerics
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference
@@ -22,6 +23,7 @@ from marjax.training.state import init_unboxed
 from marjax.workdir import read_workdir
 
 
+@numerics.pinned()
 def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None,
            step: int | None = None) -> dict[str, str]:
     """Writes the weights of a work directory with PyTorch's names and layouts, float32, to the bit.
@@ -53,7 +55,7 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     generator = generator_lib.of(config, config_lib.tokens_of(config))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                            jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0))))
+                            jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0))))
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")

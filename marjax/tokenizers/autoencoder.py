@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from marjax import numerics
 from marjax.errors import UserError
 from marjax.tokenizers.spec import GROUPS, Spec
 
@@ -202,7 +203,7 @@ def init_params(spec: Spec, key: jax.Array) -> Any:
 @functools.cache
 def abstract_params(spec: Spec) -> Any:
     """The parameters' shapes, without computing anything."""
-    return jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(spec, numerics.key(0)))
 
 
 def rows_at_once(spec: Spec, image_pixels: int) -> int:

@@ -18,7 +18,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from marjax import sharding
+from marjax import numerics, sharding
 from marjax.codes import nearest
 from marjax.tokenizers import kl
 from marjax.tokenizers.autoencoder import Autoencoder, init_params
@@ -130,7 +130,7 @@ class Trainer:
         """One step of both networks; see `make_step`."""
         train, rest = self.train, dict(state.rest)
         image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        key_posterior, key_codes = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        key_posterior, key_codes = jax.random.split(jax.random.fold_in(numerics.key(self.seed), state.step))
         (made, term), backward, (parts, before, codes) = jax.vjp(
             lambda params: self.forward(params, image, key_posterior), state.params, has_aux=True)
         (distance, l1), towards = jax.value_and_grad(lambda made: self._distance(made, image), has_aux=True)(made)

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, flops, peak, sharding
+from marjax import distributed, flops, numerics, peak, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples
@@ -39,6 +39,7 @@ from marjax.training.step import make_train_step
 from marjax.workdir import claim_workdir, first_start, settings_of_all
 
 
+@numerics.pinned()
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
           profile: tuple[int, int] | None = None) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
@@ -68,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     tokenizer = open_tokenizer(config.tokenizer)
     config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
-    jax.eval_shape(tokenizer.encode, tokenizer.params, image, jax.random.key(0))
+    jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
     examples = None
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
@@ -112,6 +113,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
             if mesh.size > 1:
                 writer.note(sharding.overview(abstract.params))
             writer.note(headline(abstract.params, start, config.train.steps))
+            if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
+                writer.note(changed)
             if tracer is not None and start >= tracer.first:  # a start that follows a preemption
                 writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
                 tracer = None

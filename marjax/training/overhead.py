@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from marjax import config as config_lib
-from marjax import sharding
+from marjax import numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch, aligned_empty
 from marjax.metrics import MetricWriter
@@ -25,6 +25,7 @@ from marjax.training.run import Intervals, Metrics, Run
 from marjax.training.state import TrainState
 
 
+@numerics.pinned()
 def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, Any]:
     """Runs the loop of `marjax train` on the config's real state, with a step that only counts.
 

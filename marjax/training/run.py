@@ -10,7 +10,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from marjax import distributed, sharding
+from marjax import distributed, numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
 from marjax.errors import PreemptedError, TrainingError
@@ -152,7 +152,7 @@ class Run(Generic[S]):
                 self.writer.note(f"step {step}: metrics.jsonl is still being written")
             self.checkpoints.save(step, **self.items(state), meta={
                 "images": step * self.batch_size, "productive_seconds": self.clock.productive,
-                "first_start": self.clock.first_start})
+                "first_start": self.clock.first_start, "numerics": numerics.recorded()})
             self.unsaved = False
 
     def _evaluate(self, step: int, state: S) -> None:

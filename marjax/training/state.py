@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from marjax import sharding
+from marjax import numerics, sharding
 from marjax.models.generator import Generator
 
 
@@ -42,7 +42,7 @@ def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sha
 
     `replicate_below` is `config.mesh.replicate_below`.
     """
-    boxed = jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_params(generator, numerics.key(0)))
     return sharding.parameters(boxed, mesh, replicate_below)
 
 
@@ -70,7 +70,7 @@ def create(generator: Generator, optimizer: optax.GradientTransformation, abstra
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(numerics.key(seed))
 
 
 def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from marjax import sharding
+from marjax import numerics, sharding
 from marjax.models.generator import Generator, LossRandomness
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape
 from marjax.training.optimizer import ema_decay, learning_rate
@@ -22,7 +22,7 @@ from marjax.training.state import TrainState
 
 def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The keys of a step: for the tokenizer, for the loss, for dropout."""
-    key_tokenizer, key_loss, key_dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+    key_tokenizer, key_loss, key_dropout = jax.random.split(jax.random.fold_in(numerics.key(seed), step), 3)
     return key_tokenizer, key_loss, key_dropout
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, sharding
+from marjax import distributed, numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -33,6 +33,7 @@ _SHOWN = 32  # images in a picture
 _MEASURED_AT_ONCE = 32
 
 
+@numerics.pinned()
 def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *,
                       workdir: str | os.PathLike[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Trains the network of `config.tokenizer` on `config.data`, and writes its EMA weights and scale to one file.
@@ -67,9 +68,9 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     mesh = sharding.near_mesh(config.mesh)
     sharding.check_batch(mesh, train.batch_size, 1)
     trainer = Trainer.of(config, spec)
-    abstract = jax.eval_shape(trainer.init, jax.random.key(config.seed))
+    abstract = jax.eval_shape(trainer.init, numerics.key(config.seed))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
-    jax.eval_shape(trainer.forward, abstract.params, image, jax.random.key(0))
+    jax.eval_shape(trainer.forward, abstract.params, image, numerics.key(0))
     _open_batches(config, mesh, 0).close()
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         finished = train.steps in checkpoints.steps()
@@ -97,7 +98,7 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
         restored = checkpoints.restore(_items(abstract))
         if restored is None:
             state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
-                jax.random.key(config.seed))
+                numerics.key(config.seed))
         else:
             items = restored.items
             state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],
@@ -109,6 +110,8 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
                           progress=config.log.progress, active=jax.process_index() == 0) as writer:
             writer.note(about)
             writer.note(headline(abstract.params, start, train.steps))
+            if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
+                writer.note(changed)
             every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
             run: Run[AutoencoderState] = Run(
                 every, train.batch_size, mesh, writer, checkpoints, items=_items,
@@ -154,7 +157,7 @@ def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderSt
     @jax.jit
     def back(params: Any, image: jax.Array) -> jax.Array:
         image = image.astype("float32") / 127.5 - 1.0
-        return tokenizer.decode(params, tokenizer.encode(params, image, jax.random.key(0)))
+        return tokenizer.decode(params, tokenizer.encode(params, image, numerics.key(0)))
 
     pictures = [to_uint8(jax.device_get(back(jax.device_get(params), original)))
                 for params in (state.params, state.ema)]

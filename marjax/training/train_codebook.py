@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import distributed
+from marjax import distributed, numerics
 from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -31,6 +31,7 @@ MAX_PATCHES = 500_000
 _LOOKED_UP = 16_384
 
 
+@numerics.pinned()
 def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *, seed: int | None = None,
                    overwrite: bool = False) -> dict[str, Any]:
     """Finds the K codes that the patches of `config.data` are nearest to, and writes them to one file.
@@ -155,7 +156,7 @@ def _reconstruction(config: ml_collections.ConfigDict, tokens: TokenShape, codeb
     """Mean squared error of what `encode` makes of all images, and how many codes it uses."""
     @jax.jit
     def encode(params: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent = codebook.encode(params, image, jax.random.key(0))
+        latent = codebook.encode(params, image, numerics.key(0))
         return latent, nearest(tokens.patchify(latent), codebook.codebook(params))
 
     error, values, used = 0.0, 0, np.zeros(codebook.num_codes, bool)
