@@ -207,8 +207,9 @@ def export(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
     from marjax.interop.export import export
 
+    is_new = not os.path.exists(given.out)
     made = export(given.workdir, given.out, weights=given.weights, step=given.step)
-    print(f"{given.out}: {made['weights']} weights of step {made['step']}")
+    print(f"{given.out}{'' if is_new else ' is there already'}: {made['weights']} weights of step {made['step']}")
 
 
 def prepare(given: argparse.Namespace, overrides: dict[str, str]) -> None:

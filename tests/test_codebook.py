@@ -1,6 +1,7 @@
 """The codebook of patches: its training, its file, its latents, and the command."""
 
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,13 @@ def damaged(path, how):
             arrays["codes"] = arrays["codes"].astype(np.float64)
         elif how == "dim":
             arrays["codes"] = arrays["codes"][:, :3]
+        elif how == "text size":
+            arrays["patch_size"] = np.array("2")
+        elif how == "petabytes":  # which np.load would allocate
+            header = np.lib.format.header_data_from_array_1_0(arrays["codes"]) | {"shape": (1 << 48, 4)}
+            with zipfile.ZipFile(path, "w") as archive, archive.open("codes.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+            return
         elif how == "array":
             with open(path, "wb") as file:
                 np.save(file, arrays["codes"])
@@ -196,14 +204,15 @@ def damaged(path, how):
         np.savez(path, **arrays)
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "text", "bits", "other", "nan", "double", "dim", "array"])
+@pytest.mark.parametrize("how", ["cut", "empty", "text", "bits", "other", "nan", "double", "dim", "array", "text size",
+                                 "petabytes"])
 def test_damaged_files_are_told(made, tmp_path, how):
     path = tmp_path / "damaged.npz"
     path.write_bytes(contents(made[0].tokenizer.path))
     config = make_config(tokenizer__path=str(path))
     open_tokenizer(config.tokenizer)
     damaged(path, how)
-    with pytest.raises(UserError, match="damaged.npz is no codebook or is damaged") as caught:
+    with pytest.raises(UserError, match=f"^{path}.* ") as caught:
         open_tokenizer(config.tokenizer)
     assert "marjax train-tokenizer" in str(caught.value) and "\n" not in str(caught.value)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PARITY, ROOT, make_digits, parity, relative_error
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_pytorch import Call, Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
@@ -289,7 +289,8 @@ def test_a_layer_number_without_bound_in_an_autoencoder(tmp_path):
 
 def test_what_files_of_others_hold(tmp_path):
     x = tensor(storage("FloatStorage", "0", 2), 0, (2,), (1,))
-    for value, text in ((dict(model=[x]), "holds no weights: expected 'model_ema'"), ([x], "holds no weights"),
+    for value, text in ((dict(model=[x]), "not a checkpoint with 'model_ema' .* it holds no weights"),
+                        ([x], "holds no weights"),
                         (dict(model=dict(x=x)), r"z_proj.weight is missing \(there are 1 tensors, such as x\)"),
                         (dict(model_ema=dict(x=x, y=3)), "z_proj.weight is missing"),
                         (dict(model_ema={7: x}), "z_proj.weight is missing"),
@@ -358,12 +359,13 @@ def test_there_and_back(ema, raw, tmp_path):
         out = tmp_path / f"{weights}.safetensors"
         assert export(workdir, out)["weights"] == weights
         assert equal(tensors(out), {name: np.asarray(each) for name, each in content[key].items()})
+        assert equal(load_file(out), tensors(out))  # as the safetensors library reads it
         assert weights_file.read(out).metadata["step"] == "0"
         # What was written says what it is.
         done = convert(out, tmp_path / weights, overrides=FLOAT32)
         assert done.weights == weights and done.config == read_workdir(workdir)
         assert not convert(out, workdir, overrides=FLOAT32).is_new
-    with pytest.raises(UserError, match="y.ckpt holds no weights"):
+    with pytest.raises(UserError, match="y.ckpt .*holds no weights"):
         convert_tokenizer(write_zip(tmp_path / "y.ckpt", {"model": {1: 2}}), tmp_path / "y.safetensors")
     with pytest.raises(UserError, match="holds ema weights, not raw"):
         convert(tmp_path / "ema.safetensors", tmp_path / "c", weights="raw", overrides=FLOAT32)
@@ -392,6 +394,16 @@ def test_a_run_of_ours_there_and_back(trained, tmp_path, capsys):
     out, run = str(tmp_path / "x.safetensors"), str(tmp_path / "run")
     assert main(["export", "--workdir", str(trained), "--out", out, "--step", "2", "--weights", "raw"]) == 0
     assert "raw weights of step 2" in capsys.readouterr().out
+    before = (tmp_path / "x.safetensors").read_bytes()
+    assert main(["export", "--workdir", str(trained), "--out", out, "--step", "2", "--weights", "raw"]) == 0
+    assert "is there already: raw weights of step 2" in capsys.readouterr().out
+    for other in (["--step", "4", "--weights", "raw"], ["--step", "2"]):
+        assert main(["export", "--workdir", str(trained), "--out", out, *other]) == 2
+        assert f"{out} is there already, with other contents" in capsys.readouterr().err
+    export(trained, tmp_path / "y.safetensors", step=2, weights="raw")
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes() == before
+    (tmp_path / "y.safetensors").unlink()
+    capsys.readouterr()
     argv = ["convert", "--checkpoint", out, "--out", run, "--config.model.dtype=float32", "--config.data.source=digits",
             "--config.log.tensorboard=false"]
     assert main(argv) == 0

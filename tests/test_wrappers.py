@@ -8,7 +8,7 @@ from marjax.errors import UserError
 from marjax.interop import convert, weights_file
 from marjax.interop.pytorch import Foreign, Tensor
 from marjax.interop.weights_file import WeightsFile
-from marjax.interop.wrappers import choose
+from marjax.interop.wrappers import check_size, choose
 
 NAMES = ("a.weight", "blocks.0.bias", "blocks.1.bias", "z_proj.weight")
 ANCHORS = ("z_proj.weight",)
@@ -79,20 +79,21 @@ def test_the_average_unless_asked_otherwise(content):
 
 
 def test_files_of_others(caplog):
-    def says(content, text, asked=None, size=None):
+    def says(content, text, asked=None):
         with pytest.raises(UserError, match=f"^x.pth.*{text}"):
-            choose(WeightsFile(content, None, size), ANCHORS, "x.pth", weights=asked)
+            choose(WeightsFile(content, None), ANCHORS, "x.pth", weights=asked)
 
     says({"model": LIVE}, "no EMA weights, only model: give --weights raw", "ema")
     says({"ema": EMA}, "has only EMA weights", "raw")
-    says({"epoch": 3, "list": [1]}, "holds no weights: expected 'model_ema'")
+    says({"epoch": 3, "list": [1]}, "is not a checkpoint with 'model_ema' .* it holds no weights")
     says({"model": Foreign("mar.MAR", "x.pth")}, "an object of mar.MAR, which is refused: save its state_dict")
     says({"model": LIVE | {"b.weight": Foreign("my.Tensor", "x.pth")}}, "weight b.weight is an object of my.Tensor")
     says({"model": LIVE, "ema": list(EMA.values())[1:]}, "a list of 3 tensors .ema., which do not match the 4 of model")
     says({"ema": list(EMA.values())}, "holds no weights")
     says(weights(10, "module.") | {"a.weight": COUNT}, "module.a.weight and a.weight are one name")
-    huge = Tensor((1 << 20, 1 << 10), np.dtype("f4"), lambda: None)
-    says(LIVE | {"huge": huge}, "have 429[0-9]+ bytes, but it has 900", size=900)
+    huge = WeightsFile(LIVE | {"huge": Tensor((1 << 20, 1 << 10), np.dtype("f4"), lambda: None)}, None, 900)
+    with pytest.raises(UserError, match="x.pth says that its weights have 429[0-9]+ bytes, but it has 900"):
+        check_size(choose(huge, ANCHORS, "x.pth"), huge, "x.pth")
     two = {"ema1": EMA, "ema2": weights(30), "model": LIVE}
     assert which(two) == (True, 20) and "several sets of these weights, ema1, ema2: took the first" in caplog.text
 

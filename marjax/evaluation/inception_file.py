@@ -16,12 +16,11 @@ from flax import traverse_util
 from safetensors.numpy import save
 
 from marjax import numerics
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
 from marjax.evaluation.inception import BN_EPSILON, Inception, abstract_params
 from marjax.files import write_bytes
 from marjax.generation.images import make_folder
-from marjax.interop import weights_file
-from marjax.interop.pytorch import Tensor
+from marjax.interop import weights_file, wrappers
 from marjax.json_file import parse_json
 from marjax.lock import locked_file
 
@@ -34,7 +33,6 @@ SOURCES = (
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _LISTED = 20  # tensors in an error: all of a few, and not the hundreds of another network
-_IGNORED = ".num_batches_tracked"  # counters of training, in some versions of the files
 
 
 def cache_path() -> str:
@@ -104,17 +102,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         are listed.
     """
     file = weights_file.read(path)
-    given = file.content
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-        raise UserError(f"{os.fspath(path)} is not FID's InceptionV3: expected a dict of its tensors by name; "
-                        f"get {SOURCES[0]}")
-    given = {name: each for name, each in given.items() if not name.endswith(_IGNORED)}
     wanted = shapes()
+    given = wrappers.choose(file, list(wanted)[:2], path, what="FID's InceptionV3").tensors
     odd = [f"{name} is missing" for name in wanted if name not in given]
-    odd += [f"{name} is not used" for name in given if name not in wanted]
-    odd += [f"{name} has shape {getattr(given[name], 'shape', None)} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in given and not (isinstance(given[name], Tensor) and tuple(given[name].shape) == shape)]
+    odd += [f"{shortened(name)} is not used" for name in given if name not in wanted]
+    odd += [f"{name} has shape {given[name].shape} instead of {shape}" for name, shape in wanted.items()
+            if name in given and given[name].shape != shape]
     if not odd:
         tensors = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
         odd = [f"{name} has values that are infinite or not a number" for name, array in tensors.items()

@@ -135,6 +135,7 @@ def _select(file: weights_file.WeightsFile, path: str | os.PathLike[str], weight
     if None not in (said, weights) and said != weights:
         raise UserError(f"{path} holds {said} weights, not {weights}: leave out --weights")
     chosen = wrappers.choose(file, ANCHORS, path, weights=weights or said)
+    wrappers.check_size(chosen, file, path)
     arguments, step = _arguments(file.content), 0
     if said is not None:
         arguments, step = _exported(metadata)

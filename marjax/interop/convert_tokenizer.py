@@ -86,7 +86,9 @@ def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None
     if file.metadata is not None and autoencoder_file.KEY in file.metadata:
         stored = autoencoder_file.read(path)
         return Autoencoder(tokenizer_name(stored.spec), stored.spec, stored.params, stored.scale)
-    tensors = wrappers.choose(file, ANCHORS, path, weights=weights).tensors
+    chosen = wrappers.choose(file, ANCHORS, path, weights=weights)
+    wrappers.check_size(chosen, file, path)
+    tensors = chosen.tensors
     if any(_DIFFUSERS.match(name) for name in tensors):
         raise UserError(f"{path} has the names of diffusers, which cannot be read yet: give the file of the same "
                         f"autoencoder under LDM's names (encoder.down.0.block.0.conv1.weight), or a checkpoint of a "

@@ -4,17 +4,18 @@ import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from marjax import config as config_lib
 from marjax import numerics
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
+from marjax.files import open_regular
 from marjax.interop import names, reference
 from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
@@ -28,9 +29,11 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
            step: int | None = None) -> dict[str, str]:
     """Writes the weights of a work directory with PyTorch's names and layouts, float32, to the bit.
 
+    The same weights give the same bytes.
+
     Args:
       workdir: of a training run or a conversion; its model is variant mar with head diffusion.
-      out: a local file that is not there yet; its name ends in .safetensors.
+      out: a local file whose name ends in .safetensors. If it is there, it must have these very contents.
       weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
       step: of the checkpoint, or None for the newest whole one.
 
@@ -38,14 +41,13 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
       The file's metadata: `weights`, `step`, and `args`, JSON of the reference's arguments.
 
     Raises:
-      UserError: the reference has no such model, there are no such weights, or the file cannot be written.
+      UserError: the reference has no such model, there are no such weights, or the file has other contents or cannot
+        be written.
     """
     check_arguments(step=step)
     target = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
     if "://" in os.fspath(out) or target.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a local file whose name ends in .safetensors")
-    if target.exists():
-        raise UserError(f"--out {out} is there already: delete it, or give another name")
     if not target.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {target.parent}: make it first")
     if weights not in (None, "ema", "raw"):
@@ -67,15 +69,49 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     if restored is None:
         raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
 
-    tensors = {name: np.ascontiguousarray(array) for name, array in names.to_pytorch(restored.items[item]).items()}
     metadata = {"format": "pt", "weights": weights, "step": str(restored.step), "args": json.dumps(arguments)}
+    parts = _parts(names.to_pytorch(restored.items[item]), metadata)
+    if target.exists():
+        if not _holds(target, parts):
+            raise UserError(f"--out {out} is there already, with other contents: delete it, or give another name")
+        return metadata
     partial = target.with_name(f"{target.name}.partial")
     try:
         with locked_file(target, "marjax export"):
-            save_file(tensors, partial, metadata)
+            with partial.open("wb") as file:
+                for part in parts:
+                    file.write(part)
             partial.replace(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error}): free space, or give another file") from None
     return metadata
+
+
+def _parts(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of float32 tensors, a part at a time.
+
+    Equal tensors and metadata give equal bytes. The safetensors library orders metadata differently every time.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in sorted(tensors.items()):
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, array in sorted(tensors.items()):
+        if array.nbytes:
+            yield np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data
+
+
+def _holds(path: pathlib.Path, parts: Iterator[bytes | memoryview]) -> bool:
+    """Whether a file has exactly these contents."""
+    try:
+        with open_regular(path) as file:
+            return all(file.read(len(part)) == part for part in parts) and not file.read(1)
+    except OSError as error:
+        raise UserError(f"--out {path} is there already and cannot be read ({error.strerror or error}): give another "
+                        f"name") from None

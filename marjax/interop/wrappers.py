@@ -36,7 +36,7 @@ _KEYS = ("", "model", "state_dict", "model_state_dict", "module", "model_ema", "
          "state_dict_ema", "ema_model", "ema_params", "params_ema", "shadow_params")
 _PREFIXES = ("", "model.", "net.", "first_stage_model.", "vae.", "autoencoder.", "model_ema.", "ema_model.", "ema.")
 _MAX_DEPTH, _MAX_VISITS, _MAX_SETS = 5, 4, 50
-_SLACK = 1 << 20  # bytes
+_SLACK = 1 << 26  # bytes
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Weights:
 
 
 def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[str], *,
-           weights: str | None = None) -> Weights:
+           weights: str | None = None, what: str = "a checkpoint with 'model_ema' and 'model' as the reference's, "
+           "'state_dict', or tensors by name") -> Weights:
     """The weights of a file: by default the EMA weights where there are several sets.
 
     Args:
@@ -69,6 +70,7 @@ def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[st
       anchors: names that the weights have; without any of these, what looks most like weights is returned.
       path: of the file, for errors.
       weights: "ema" or "raw" to ask for these. All of a file that does not say what it holds may be either.
+      what: the file should be, for errors.
 
     Raises:
       UserError: the file has no weights, or not those, or they cannot be used.
@@ -78,8 +80,7 @@ def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[st
         raise UserError(f"{path} is one of {int(shard[1])} shards: give their index (*.index.json), or the folder")
     sets = find(file.content, anchors)
     if not sets:
-        raise UserError(f"{path} holds no weights: expected 'model_ema' and 'model' as in the reference's checkpoints, "
-                        f"'state_dict', or tensors by name{_whole(file.content)}")
+        raise UserError(f"{path} is not {what}: it holds no weights{_whole(file.content)}")
     averages, live = [each for each in sets if each.is_ema], [each for each in sets if not each.is_ema]
     if weights == "ema" and not averages and live[0].where:
         raise UserError(f"{path} has no EMA weights, only {_places(live)}: give --weights raw")
@@ -94,11 +95,18 @@ def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[st
     for name, each in chosen.refused.items():
         raise UserError(f"{path}: the weight {shortened(name)} is an object of {shortened(each.name)}, which is "
                         f"refused, and nothing of it was run: save its weights as a plain dict of tensors")
-    needed = sum(math.prod(each.shape) * each.dtype.itemsize for each in chosen.tensors.values())
+    return chosen
+
+
+def check_size(weights: Weights, file: WeightsFile, path: str | os.PathLike[str]) -> None:
+    """Raises a UserError if the weights, which may be views that repeat a few values, are far larger than the file.
+
+    For networks whose sizes follow from the file.
+    """
+    needed = sum(math.prod(each.shape) * each.dtype.itemsize for each in weights.tensors.values())
     if file.size is not None and needed > 2 * file.size + _SLACK:
         raise UserError(f"{path} says that its weights have {needed} bytes, but it has {file.size}: it is damaged or "
                         f"hostile")
-    return chosen
 
 
 def find(content: Any, anchors: Sequence[str]) -> list[Weights]:

@@ -5,7 +5,6 @@ Shapes: B batch, H x W image of C channels, p patch side, K codes of D = p * p *
 
 import dataclasses
 import hashlib
-import io
 import os
 from typing import Any
 
@@ -17,7 +16,11 @@ from etils import epath
 
 from marjax.codes import nearest
 from marjax.errors import UserError
+from marjax.npz_file import read_npz
 from marjax.tokenizers.protocol import TokenShape
+
+_ARRAYS = {"codes": ("f", 2), "patch_size": ("i", 0), "channels": ("i", 0), "mse": ("f", 0), "psnr": ("f", 0),
+           "num_images": ("i", 0), "seed": ("i", 0), "source": ("U", 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +102,16 @@ def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
       FileNotFoundError: there is none.
       UserError: it cannot be read, or is something else.
     """
+    advice = "make it again with marjax train-tokenizer --overwrite, or give another config.tokenizer.path"
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(path)
+    arrays = read_npz(path, _ARRAYS, advice=advice)
     try:
-        data = epath.Path(path).read_bytes()
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            codebook = Codebook(arrays["codes"], int(arrays["patch_size"]), int(arrays["channels"]))
-            kinds = {"mse": float, "psnr": float, "num_images": int, "seed": int, "source": str}
-            return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged zip file raises almost anything
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise UserError(f"{path} is no codebook or is damaged ({type(error).__name__}: {reason}): make it again with "
-                        f"marjax train-tokenizer --overwrite, or give another config.tokenizer.path") from None
+        codebook = Codebook(arrays["codes"], int(arrays["patch_size"]), int(arrays["channels"]))
+    except ValueError as error:
+        raise UserError(f"{path} is no codebook or is damaged ({error}): {advice}") from None
+    kinds = {"mse": float, "psnr": float, "num_images": int, "seed": int, "source": str}
+    return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
 
 
 def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marjax.errors import UserError
-from marjax.interop import weights_file
-from marjax.interop.pytorch import Tensor
+from marjax.errors import UserError, shortened
+from marjax.interop import weights_file, wrappers
 
 # Channels of the convolutions of VGG16, block by block; a block's last output is compared, and then pooled.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -59,18 +58,12 @@ def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
 
 def _read(path: str | os.PathLike[str], wanted: dict[str, tuple[int, ...]], what: str,
           ignored: re.Pattern[str] | None = None) -> dict[str, np.ndarray]:
-    content = weights_file.read(path).content
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected the tensors of {what}")
-    given = {name: each for name, each in content.items()
-             if isinstance(name, str) and not (ignored and ignored.fullmatch(name))}
+    tensors = wrappers.choose(weights_file.read(path), list(wanted)[:2], path, what=what).tensors
+    given = {name: each for name, each in tensors.items() if not (ignored and ignored.fullmatch(name))}
     odd = [f"{name} is missing" for name in wanted if name not in given]
-    odd += [f"{name} is unknown" for name in given if name not in wanted]
-    odd += [f"{name} is {getattr(each, 'shape', type(each).__name__)} instead of {wanted[name]}"
-            for name, each in given.items()
-            if name in wanted and not (isinstance(each, Tensor) and tuple(each.shape) == wanted[name])]
+    odd += [f"{shortened(name)} is unknown" for name in given if name not in wanted]
+    odd += [f"{name} is {each.shape} instead of {wanted[name]}" for name, each in given.items()
+            if name in wanted and each.shape != wanted[name]]
     if odd:
         raise UserError(f"{path} is not {what}: {'; '.join(odd[:8])}{'; and others' if len(odd) > 8 else ''}")
     arrays = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
