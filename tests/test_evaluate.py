@@ -199,6 +199,25 @@ def test_two_commands_write_one_record(run, measure, tmp_path, monkeypatch):
     assert [each["settings"]["seed"] for each in results] == [1, 0]
 
 
+def test_statistics_a_second_time(measure, tmp_path, capsys):
+    images, out = _images(tmp_path, 8, 20), tmp_path / "stats.npz"
+    argv = ["stats", "--npz", str(images), "--out", str(out), "--extractor", "classifier", "--extractor_path",
+            measure["extractor_path"]]
+    assert main(argv) == 0
+    before = out.read_bytes()
+    assert main(argv) == 0 and "20 images of" in capsys.readouterr().out
+    assert main([*argv, "--keep_features", "3"]) == 2
+    other = np.load(images)["arr_0"]
+    for changed in (other[:19], 255 - other):
+        write_npz(images, arr_0=changed)
+        capsys.readouterr()
+        assert main(argv) == 2 and f"{out} is there already, with other contents" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*argv, "--overwrite"]) == 0 and out.read_bytes() != before
+    out.write_text("mine")
+    assert main(argv) == 2 and out.read_text() == "mine"
+
+
 def test_references_that_do_not_suffice(run, measure, tmp_path):
     few = [make_statistics(tmp_path / f"{kept}.npz", npz=_images(tmp_path, 8, 20), keep_features=kept,
                            extractor="classifier", extractor_path=measure["extractor_path"]) for kept in (0, 3)]
