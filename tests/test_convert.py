@@ -525,3 +525,31 @@ def test_an_ldm_checkpoint(tmp_path, monkeypatch):
             assert convert_tokenizer("ldm.ckpt", tmp_path / "a.safetensors")[1]
     monkeypatch.setattr(module.weights_file, "read", lambda path: real)
     assert not convert_tokenizer(VAE, tmp_path / "a.safetensors")[1] and not (tmp_path / "b.safetensors").exists()
+
+
+def test_the_autoencoder_of_a_latent_diffusion_model(tmp_path):
+    """With a network beside it, LDM's averages by names without dots, its own scale, and Stable Diffusion XL's."""
+    live = {name: np.asarray(each) for name, each in weights_file.read(VAE).content["model"].items()}
+    network = {"model.diffusion_model.input_blocks.0.0.weight": np.ones(3, np.float32),
+               "model_ema.diffusion_modelinput_blocks00weight": np.ones(3, np.float32),
+               "model_ema.decay": np.float32(0.9), "model_ema.num_updates": np.int32(3)}
+    inside = network | {f"first_stage_model.{name}": array for name, array in live.items()}
+    average = {f"model_ema.{name.replace('.', '')}": array + 1 for name, array in live.items()}
+    expected = read_autoencoder(VAE).params
+    shifted = jax.tree.map(lambda x: x + 1, expected)
+    path = tmp_path / "x.safetensors"
+
+    def check(tensors, params, scale=None, **given):
+        save_file({name: np.asarray(array) for name, array in tensors.items()}, path)
+        found = read_autoencoder(path, **given)
+        jax.tree.map(np.testing.assert_array_equal, found.params, params)
+        assert found.scale == scale
+
+    check(inside, expected)
+    check(inside | {"scale_factor": np.float32(0.75)}, expected, 0.75)
+    check(inside | {"conditioner.embedders.0.x": np.ones(1, np.float32)}, expected, 0.13025)
+    check(live | average | {"model_ema.decay": np.float32(0.9), "loss.logvar": np.float32(0.0)}, shifted)
+    check(live | average, expected, weights="raw")
+    check(live, expected, weights="raw")
+    with pytest.raises(UserError, match="input_blocks.0.0.weight is not used"):
+        check(network | live, expected)

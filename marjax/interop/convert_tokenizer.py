@@ -1,8 +1,7 @@
-"""PyTorch checkpoints of autoencoders as marjax tokenizers: the reference's kl16.ckpt, and those of LDM."""
+"""Checkpoints of autoencoders as marjax tokenizers: the reference's kl16.ckpt, and those of LDM and diffusers."""
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 import jax
@@ -10,16 +9,17 @@ import numpy as np
 
 from marjax import numerics
 from marjax.errors import UserError
-from marjax.interop import weights_file, wrappers
+from marjax.interop import diffusers, weights_file, wrappers
+from marjax.interop.pytorch import Tensor
 from marjax.interop.reference import tokenizer_name
 from marjax.lock import locked_file
 from marjax.tokenizers import autoencoder_file
 from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
 
-# Names that every autoencoder of LDM has, and most of diffusers.
-ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight")
-_DIFFUSERS = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block)\.")
+# Names that every autoencoder of LDM and of diffusers has.
+ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+_SDXL_SCALE = 0.13025  # of Stable Diffusion XL, whose autoencoder has the shapes of LDM's KL-f8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,36 +71,54 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
 
 
 def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None) -> Autoencoder:
-    """The autoencoder of a checkpoint: of the reference, of LDM, inside a latent diffusion model, or our own file.
+    """The autoencoder of a checkpoint: of the reference, LDM, a latent diffusion model, diffusers, or our own file.
 
     Entries of losses and discriminators are left out by name. The weights may be wrapped or averaged, see `wrappers`.
 
     Args:
-      path: of a PyTorch or safetensors file, of the index of a sharded one, or of its folder.
+      path: of a PyTorch or safetensors file, of the index of a sharded one, or of its folder. A config.json of
+        diffusers beside weights with its names says the scale.
       weights: "ema" or "raw", of a checkpoint with both; EMA by default.
 
     Raises:
       UserError: it cannot be read, or has other tensors than such an autoencoder; names them.
     """
+    if os.path.isdir(os.path.join(path, "vae")):
+        path = os.path.join(path, "vae")  # of a pipeline of diffusers
     file = weights_file.read(path)
     if file.metadata is not None and autoencoder_file.KEY in file.metadata:
         stored = autoencoder_file.read(path)
         return Autoencoder(tokenizer_name(stored.spec), stored.spec, stored.params, stored.scale)
     chosen = wrappers.choose(file, ANCHORS, path, weights=weights)
     wrappers.check_size(chosen, file, path)
-    tensors = chosen.tensors
-    if any(_DIFFUSERS.match(name) for name in tensors):
-        raise UserError(f"{path} has the names of diffusers, which cannot be read yet: give the file of the same "
-                        f"autoencoder under LDM's names (encoder.down.0.block.0.conv1.weight), or a checkpoint of a "
-                        f"latent diffusion model that holds it (first_stage_model.)")
+    tensors, scale = chosen.tensors, None
+    if theirs := diffusers.is_theirs(tensors):
+        scale = diffusers.scale_of(path)
     try:
+        tensors = diffusers.to_ldm(tensors) if theirs else tensors
         spec, params = from_state_dict(tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError(f"{path} has weights that are infinite or not a number: it is of no use; get another")
     name = tokenizer_name(spec)
-    return Autoencoder(name, AUTOENCODERS[name].preset or spec, params, AUTOENCODERS[name].scale)
+    if not theirs:  # networks of one shape may have other scales, so that of a name is for LDM's names only
+        scale = _diffusion_scale(file.content) or AUTOENCODERS[name].scale
+    return Autoencoder(name, AUTOENCODERS[name].preset or spec, params, scale)
+
+
+def _diffusion_scale(content: Any) -> float | None:
+    """The scale that the checkpoint of a latent diffusion model says, or None: LDM keeps it where it was measured."""
+    for tensors in (content.get("state_dict"), content) if isinstance(content, dict) else ():
+        if isinstance(tensors, dict) and any(isinstance(name, str) and name.startswith("first_stage_model.")
+                                             for name in tensors):
+            measured = tensors.get("scale_factor")
+            if isinstance(measured, Tensor) and measured.shape in ((), (1,)):
+                value = float(np.asarray(measured).reshape(()))
+                return value if 0.0 < value < np.inf else None
+            if any(isinstance(name, str) and name.startswith("conditioner.") for name in tensors):
+                return _SDXL_SCALE
+    return None
 
 
 def write_tokenizer(path: str | os.PathLike[str], autoencoder: Autoencoder) -> None:
