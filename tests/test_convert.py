@@ -295,7 +295,7 @@ def test_what_files_of_others_hold(tmp_path):
                         (dict(model_ema=dict(x=x, y=3)), "z_proj.weight is missing"),
                         (dict(model_ema={7: x}), "z_proj.weight is missing"),
                         (dict(model_ema=dict()), "holds no weights"),
-                        (dict(model_ema=dict(x=Call(Global("my", "Tensor"), ()), y=x)), "weight x is an object of my"),
+                        (dict(model_ema={"x.weight": Call(Global("my", "T"), ()), "y": x}), "x.weight is an object"),
                         (dict(model_ema=dict(x=x)), "z_proj.weight is missing")):
         with pytest.raises(UserError, match=text):
             convert(write_zip(tmp_path / "x.pth", value, [bytes(8)]), tmp_path / "run")

@@ -47,7 +47,9 @@ ONE_SET = {
     "deepspeed": {"module": LIVE, "optimizer": {"state": [{"exp_avg": COUNT}]}},
     "another prefix": {"net": weights(10, "some.where.")},
     "counters": {"model": LIVE | {"n_averaged": COUNT, "blocks.total_ops": tensor([0.0])}},
-    "no tensors beside": LIVE | {"epoch": 3, "blocks._extra_state": Foreign("io.BytesIO", "x.pth"), "name": "x"}}
+    "no tensors beside": LIVE | {"epoch": 3, "blocks._extra_state": Foreign("io.BytesIO", "x.pth"), "name": "x",
+                                 "optimizer": Foreign("my.Optimizer", "x.pth"), "args": Foreign("my.Args", "x.pth")},
+    "settings of an average": {"model": LIVE, "ema_config": Foreign("my.Config", "x.pth")}}
 TWO_SETS = {
     "reference": {"model": LIVE, "model_ema": EMA}, "other order": {"model_ema": EMA, "model": LIVE},
     **{key: {"model": LIVE, key: EMA} for key in ("ema", "ema_state_dict", "state_dict_ema", "ema_params", "params_ema",
@@ -87,6 +89,9 @@ def test_files_of_others(caplog):
     says({"ema": EMA}, "has only EMA weights", "raw")
     says({"epoch": 3, "list": [1]}, "is not a checkpoint with 'model_ema' .* it holds no weights")
     says({"model": Foreign("mar.MAR", "x.pth")}, "an object of mar.MAR, which is refused: save its state_dict")
+    says({"model": {"a.weight": Foreign("my.Tensor", "x.pth")}}, "an object of my.Tensor, which is refused")
+    says({"model": LIVE, "ema": Foreign("my.EMA", "x.pth")}, "EMA weights .ema. are an object of my.EMA, .*weights raw")
+    assert which({"model": LIVE, "ema": Foreign("my.EMA", "x.pth")}, "raw") == (False, 10)
     says({"model": LIVE | {"b.weight": Foreign("my.Tensor", "x.pth")}}, "weight b.weight is an object of my.Tensor")
     says({"model": LIVE, "ema": list(EMA.values())[1:]}, "a list of 3 tensors .ema., which do not match the 4 of model")
     says({"ema": list(EMA.values())}, "holds no weights")
@@ -94,6 +99,9 @@ def test_files_of_others(caplog):
     huge = WeightsFile(LIVE | {"huge": Tensor((1 << 20, 1 << 10), np.dtype("f4"), lambda: None)}, None, 900)
     with pytest.raises(UserError, match="x.pth says that its weights have 429[0-9]+ bytes, but it has 900"):
         check_size(choose(huge, ANCHORS, "x.pth"), huge, "x.pth")
+    holes = WeightsFile(LIVE | {"huge": Tensor((1 << 40,), np.dtype("f2"), lambda: None)}, None, 1 << 42)
+    with pytest.raises(UserError, match="x.pth has weights of 4[0-9]+ bytes in float32, and this machine"):
+        check_size(choose(holes, ANCHORS, "x.pth"), holes, "x.pth")
     two = {"ema1": EMA, "ema2": weights(30), "model": LIVE}
     assert which(two) == (True, 20) and "several sets of these weights, ema1, ema2: took the first" in caplog.text
 

@@ -10,7 +10,6 @@ from marjax.json_file import read_json
 
 SUFFIX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pth?)$")  # its group says how many there are
-_MAX_BYTES = 1 << 26  # of an index; 100 or so a tensor
 _MAX_SHARDS = 200
 _ALONE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
           "diffusion_pytorch_model.bin")
@@ -44,7 +43,7 @@ def read(path: str, read_file: Callable[[str], dict[str, Tensor]]) -> dict[str, 
       UserError: the index is damaged, names a file elsewhere, or its shards are missing or hold other tensors.
     """
     advice = "get the index and all of its shards again"
-    places = read_json(path, {"weight_map": {str: str}}, advice=advice, max_bytes=_MAX_BYTES)["weight_map"]
+    places = read_json(path, {"weight_map": {str: str}}, advice=advice)["weight_map"]
     folder, shards = os.path.dirname(path), sorted(set(places.values()))
     for shard in shards:
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard or (

@@ -26,7 +26,7 @@ _BEGINNINGS = {
     b"\x89HDF": "is an HDF5 file: give a PyTorch checkpoint or a safetensors file",
     b"PK\x05\x06": "is an empty zip file: " + AGAIN,
 }
-_MAX_HEADER = 20_000_000  # bytes of a safetensors file's header; 100 or so a tensor
+_MAX_HEADER = 10_000_000  # bytes of a safetensors file's header; 100 or so a tensor
 _SAFETENSORS_TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
     "U64": np.uint64, "I32": np.int32, "U32": np.uint32, "I16": np.int16, "U16": np.uint16, "I8": np.int8,

@@ -28,6 +28,7 @@ IGNORED = frozenset(("n_averaged", "initted", "step", "num_updates", "decay", "n
                      "total_params", "_extra_state", "_metadata"))
 # Words in keys and prefixes ("model_ema", "ema_model.", "shadow_params") that tell an average from live weights.
 _AVERAGE = re.compile(r"ema\d*|emamodel|modelema|shadow|averaged|averages?|swa|polyak")
+_CONTAINERS = frozenset(("model", "module", "net", "network", "state", "dict", "params", "parameters", "weights"))
 _LIVE = frozenset(("online", "live", "student"))
 # Not weights, whatever their names.
 _OTHERS = re.compile(r"optim|sched|grad|moment|exp_avg|scaler|loss|discriminator")
@@ -93,20 +94,28 @@ def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[st
     if chosen.problem:
         raise UserError(f"{path}: {chosen.problem}")
     for name, each in chosen.refused.items():
-        raise UserError(f"{path}: the weight {shortened(name)} is an object of {shortened(each.name)}, which is "
-                        f"refused, and nothing of it was run: save its weights as a plain dict of tensors")
+        if "." in name:  # else it is beside the weights of a bare state dict, or is found to be missing
+            raise UserError(f"{path}: the weight {shortened(name)} is an object of {shortened(each.name)}, which is "
+                            f"refused, and nothing of it was run: save its weights as a plain dict of tensors")
     return chosen
 
 
 def check_size(weights: Weights, file: WeightsFile, path: str | os.PathLike[str]) -> None:
-    """Raises a UserError if the weights, which may be views that repeat a few values, are far larger than the file.
+    """For networks whose sizes follow from the file, before anything is read.
 
-    For networks whose sizes follow from the file.
+    Raises:
+      UserError: the weights, which may be views that repeat a few values, are far larger than the file, or in float32
+        larger than this machine's memory, as those of a file with holes may be.
     """
     needed = sum(math.prod(each.shape) * each.dtype.itemsize for each in weights.tensors.values())
     if file.size is not None and needed > 2 * file.size + _SLACK:
         raise UserError(f"{path} says that its weights have {needed} bytes, but it has {file.size}: it is damaged or "
                         f"hostile")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    widened = sum(math.prod(each.shape) * 4 for each in weights.tensors.values())
+    if widened > memory:
+        raise UserError(f"{path} has weights of {widened} bytes in float32, and this machine {memory} bytes of memory: "
+                        f"use a larger one, or get the file again if it should be smaller")
 
 
 def find(content: Any, anchors: Sequence[str]) -> list[Weights]:
@@ -125,7 +134,17 @@ def find(content: Any, anchors: Sequence[str]) -> list[Weights]:
     live = next((each for each in found if not each.is_ema), None)
     lists = (_of_list("/".join(keys), node, live) for keys, node in places
              if isinstance(node, list | tuple) and _is_ema(keys))
-    return found + [each for each in lists if each is not None]
+    return found + [each for each in lists if each is not None] + _refused_averages(content)
+
+
+def _refused_averages(content: Any) -> list[Weights]:
+    """Averages that are an object, such as a whole module."""
+    return [Weights(shortened(key), True, {}, {}, f"its EMA weights ({shortened(key)}) are an object of "
+                    f"{shortened(each.name)}, which is refused: give --weights raw, or save its state_dict() where it "
+                    f"can be loaded")
+            for key, each in (content.items() if isinstance(content, dict) else ())
+            if isinstance(each, Refused) and isinstance(key, str) and _is_ema([key])
+            and all(_AVERAGE.fullmatch(word) or word in _CONTAINERS for word in _words(key))]
 
 
 def _places_of(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -224,8 +243,12 @@ def _entries(entries: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, R
 
 
 def _is_ema(keys: Sequence[str]) -> bool:
-    words = [word for key in keys for word in re.split(r"[^a-z0-9]+", key.lower())]
+    words = [word for key in keys for word in _words(key)]
     return any(_AVERAGE.fullmatch(word) for word in words) and not _LIVE.intersection(words)
+
+
+def _words(key: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", key.lower())
 
 
 def _rank(order: Sequence[str], value: str) -> int:
@@ -238,8 +261,11 @@ def _places(sets: Sequence[Weights]) -> str:
 
 def _whole(content: Any) -> str:
     """What else a file holds that was meant as weights."""
-    for each in (content, *(content.values() if isinstance(content, dict) else ())):
-        if isinstance(each, Refused):
-            return (f"; it has an object of {shortened(each.name)}, which is refused: save its state_dict() where it "
-                    f"can be loaded")
+    level = [content]
+    for _ in range(3):
+        for each in level:
+            if isinstance(each, Refused):
+                return (f"; it has an object of {shortened(each.name)}, which is refused: save its state_dict() where "
+                        f"it can be loaded")
+        level = [value for each in level if isinstance(each, dict) for value in each.values()][:1000]
     return ""
