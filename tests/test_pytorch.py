@@ -255,6 +255,7 @@ def test_safetensors(tmp_path):
     says(write(header, array.tobytes()[:-2]), "begins as a safetensors file, but is damaged or cut short")
     says(write(header | {"y": header["x"]}, array.tobytes()), "damaged or cut short")
     says(write({"x": header["x"] | {"dtype": "F8_E4M3", "data_offsets": [0, 6]}}, bytes(6)), "'x' of type F8_E4M3")
+    says(write({"x": {"dtype": "F32", "shape": [0] * 1000, "data_offsets": [0, 0]}}, b""), "'x' of 1000 dimensions")
     whole = (FILES / "mar_tiny.safetensors").read_bytes()
     rng = random.Random(1)
     for length in [9, 100, *(rng.randrange(10, len(whole)) for _ in range(10))]:

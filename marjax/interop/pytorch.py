@@ -28,7 +28,7 @@ from marjax.interop import unpickle
 from marjax.interop.unpickle import Budget, Function, PickleError, Refused
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before 1.6
-_MAX_DIMS = 32
+MAX_DIMS = 32
 _MAX_EXPANDED = 1 << 20  # elements of a view that repeats its storage's
 _MAX_DIRECTORY = 1 << 24  # bytes of a zip file's list of members; 100 or so a storage
 _MAX_KEY = 1000  # characters of the name of a storage
@@ -335,7 +335,7 @@ class _StorageType:
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None = None) -> Tensor:
     """A view of a storage, checked against its bounds; `dtype` is given for untyped storages."""
     if (not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple
-            or len(shape) != len(strides) or len(shape) > _MAX_DIMS or not _are_sizes((offset, *shape, *strides))):
+            or len(shape) != len(strides) or len(shape) > MAX_DIMS or not _are_sizes((offset, *shape, *strides))):
         raise PickleError("is damaged (it describes a tensor in another way than torch.save)")
     itemsize, numel = storage.dtype.itemsize, storage.numel
     if dtype is not None and dtype != storage.dtype:

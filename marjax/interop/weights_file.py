@@ -116,6 +116,9 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 - it is no dict
             each = handle.get_slice(name)
+            if len(each.get_shape()) > pytorch.MAX_DIMS:
+                raise UserError(f"{path} has a tensor {shortened(name)!r} of {len(each.get_shape())} dimensions, of at "
+                                f"most {pytorch.MAX_DIMS}: it is damaged or hostile")
             if each.get_dtype() not in _SAFETENSORS_TYPES:
                 raise UserError(f"{path} has a tensor {shortened(name)!r} of type {each.get_dtype()}, which this "
                                 f"program cannot read: convert it to float32 or bfloat16 first")

@@ -24,6 +24,7 @@ from marjax.tokenizers.spec import Spec
 
 KEY = "marjax"
 _MAX_HEADER = 1 << 24  # bytes; 100 or so a tensor
+_MAX_DIMS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
             spec, scale = _network(metadata, path, again)
             try:
                 # Before the tensors are read, and before a network is made of them.
-                check({name: tuple(each["shape"]) for name, each in header.items()}, spec)
+                check({name: tuple(each["shape"][:_MAX_DIMS]) for name, each in header.items()}, spec)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
             file.seek(0)
