@@ -90,3 +90,5 @@ def test_other_files_are_refused(folder):
         choose(read(first), ["z_proj.weight"], first)
     (folder / "empty").mkdir()
     says("is a folder without an index", folder / "empty")
+    (folder / "empty" / "__0_0.distcp").touch()
+    says("is a checkpoint of torch.distributed", folder / "empty")

@@ -45,6 +45,7 @@ ONE_SET = {
     "lightning": {"state_dict": weights(10, "model."), "callbacks": {}},
     "lightning and compile": {"state_dict": weights(10, "model._orig_mod.")},
     "deepspeed": {"module": LIVE, "optimizer": {"state": [{"exp_avg": COUNT}]}},
+    "a key": {"optimized_gradio_model": LIVE, "loss": {"z_proj.weight": COUNT}},
     "another prefix": {"net": weights(10, "some.where.")},
     "counters": {"model": LIVE | {"n_averaged": COUNT, "blocks.total_ops": tensor([0.0])}},
     "no tensors beside": LIVE | {"epoch": 3, "blocks._extra_state": Foreign("io.BytesIO", "x.pth"), "name": "x",

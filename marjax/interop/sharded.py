@@ -25,6 +25,9 @@ def file_of(folder: str) -> str:
     # Both formats, or a whole file and its shards, are the same weights twice.
     found = ([name for name in indexes if ".safetensors" in name] or indexes
              or [name for name in _ALONE if name in names][:1])
+    if not found and any(name.endswith(".distcp") for name in names):
+        raise UserError(f"{folder} is a checkpoint of torch.distributed: make it one file with python -m "
+                        f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth")
     if len(found) != 1:
         what = f"has several indexes ({', '.join(map(shortened, found[:5]))})" if found else \
             f"is a folder without an index of weights (*{SUFFIX}) or a {_ALONE[0]}"

@@ -31,7 +31,8 @@ _AVERAGE = re.compile(r"ema\d*|emamodel|modelema|shadow|averaged|averages?|swa|p
 _CONTAINERS = frozenset(("model", "module", "net", "network", "state", "dict", "params", "parameters", "weights"))
 _LIVE = frozenset(("online", "live", "student"))
 # Not weights, whatever their names.
-_OTHERS = re.compile(r"optim|sched|grad|moment|exp_avg|scaler|loss|discriminator")
+_OTHERS = re.compile(r"optimizer|exp_avg|discriminator|"
+                     r"(^|_)(optim|opt|sched|scheduler|lr|grads?|moments?|momentum|scaler|loss|losses|metrics?)(_|$)")
 # The likelier place first; others come last, in the order of the file.
 _KEYS = ("", "model", "state_dict", "model_state_dict", "module", "model_ema", "ema", "ema_state_dict",
          "state_dict_ema", "ema_model", "ema_params", "params_ema", "shadow_params")
