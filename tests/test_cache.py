@@ -244,6 +244,21 @@ def test_sizes_that_the_files_do_not_have(cache, tmp_path):
         [latents.read(index, np.random.default_rng(0)) for index in range(len(latents))]
 
 
+def test_a_file_of_a_cache_that_is_none(cache, tmp_path):
+    for file, content in files(cache).items():
+        (tmp_path / file).write_bytes(content)
+    shard = tmp_path / "latents.array_record-00001-of-00004"
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match=f"{shard.name} is no regular file"):
+        Latents(tmp_path, read_manifest(tmp_path), flip=True)
+    shard.unlink()
+    shard.write_bytes(b"")
+    os.truncate(shard, 8 << 30)
+    with pytest.raises(UserError, match=f"{shard.name} (is damaged|has .* records)"):
+        Latents(tmp_path, read_manifest(tmp_path), flip=True)
+
+
 def test_a_cache_of_another_tokenizer_is_refused(autoencoders, cache, tmp_path):
     with pytest.raises(UserError, match=r"checksum .* instead of .*shape \(4, 4, 8\) instead of \(4, 4\).*dtype"):
         train(make(autoencoders, "vq", data__cache=str(cache)), tmp_path / "run")

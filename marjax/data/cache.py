@@ -105,16 +105,20 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
-    with distributed.first_holds(locked_folder(folder, "marjax cache-latents")):
-        distributed.on_first(lambda: _begin(folder, manifest, overwrite))
-        mine = range(index * manifest.num_shards // count, (index + 1) * manifest.num_shards // count)
-        waiting = [shard for shard in mine if not os.path.exists(os.path.join(folder, manifest.shard_file(shard)))]
-        worker = _Encoder(config, tokenizer, manifest, folder, batch_size, measure, progress)
-        worker.run(runs(waiting), sum(len(manifest.examples_of(shard)) for shard in mine))
-        _meet(count)
-        if index == 0:
-            _finish(folder, manifest)
-        _meet(count)
+    try:
+        with distributed.first_holds(locked_folder(folder, "marjax cache-latents")):
+            distributed.on_first(lambda: _begin(folder, manifest, overwrite))
+            mine = range(index * manifest.num_shards // count, (index + 1) * manifest.num_shards // count)
+            waiting = [shard for shard in mine if not os.path.exists(os.path.join(folder, manifest.shard_file(shard)))]
+            worker = _Encoder(config, tokenizer, manifest, folder, batch_size, measure, progress)
+            worker.run(runs(waiting), sum(len(manifest.examples_of(shard)) for shard in mine))
+            _meet(count)
+            if index == 0:
+                _finish(folder, manifest)
+            _meet(count)
+    except OSError as error:  # a folder that cannot be written, too few file descriptors
+        raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the same "
+                            f"again") from None
     num_bytes = manifest.num_examples * (1 + manifest.flips) * manifest.record_bytes
     return Cached(manifest, worker.encoded, num_bytes, *worker.speed(), worker.alone())
 

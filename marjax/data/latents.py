@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marjax.data.preprocess import CROP, draw_flip
+from marjax.data.tfds_files import num_records
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
 from marjax.storage import on_this_machine
@@ -27,6 +28,7 @@ from marjax.storage import on_this_machine
 MANIFEST = "manifest.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)}
 _LABEL_BYTES = 4
+_MAX_SHARDS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,9 @@ class Manifest:
         if not 1 <= len(made.shape) <= 8 or made.record_bytes >= 1 << 31:
             raise UserError(f"{where}: shape is {shortened(str(made.shape))}, expected that of an image's latents; "
                             f"{_AGAIN}")
+        if made.num_shards > _MAX_SHARDS:
+            raise UserError(f"{where}: num_examples {made.num_examples} and shard_examples {made.shard_examples} make "
+                            f"{made.num_shards} files, expected at most {_MAX_SHARDS}; {_AGAIN}")
         return made
 
     def differences(self, other: "Manifest") -> list[str]:
@@ -211,36 +216,34 @@ def _open(folder: str, manifest: Manifest) -> Any:
     again = "start its marjax cache-latents again, which makes what is missing"
     folder = os.path.expanduser(folder)
     there = set(os.listdir(folder))
-    names = map(manifest.shard_file, range(manifest.num_shards))  # there may be said to be any number of them
-    if (missing := next((name for name in names if name not in there), None)) is not None:
-        raise UserError(f"the latent cache {folder} lacks some of {manifest.num_shards} files, such as {missing}: "
-                        f"{again}")
+    if missing := [name for name in map(manifest.shard_file, range(manifest.num_shards)) if name not in there]:
+        raise UserError(f"the latent cache {folder} lacks {len(missing)} of {manifest.num_shards} files, such as "
+                        f"{missing[0]}: {again}")
     paths = [os.path.join(folder, manifest.shard_file(shard)) for shard in range(manifest.num_shards)]
+    each = 1 + manifest.flips
+    expected = [each * len(manifest.examples_of(shard)) for shard in range(manifest.num_shards)]
+    for path, count in zip(paths, expected, strict=True):  # before anything is opened, or allocated by these numbers
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is no regular file: remove it, then {again}")
+        if os.path.getsize(path) < count * manifest.record_bytes:
+            raise UserError(f"{path} {_differs(path, count)}: remove it, then {again}")
     try:
         records = ArrayRecordDataSource(paths)
-    except Exception as error:
-        bad = next((path for path in paths if _count(path) is None), folder)
-        raise UserError(f"{bad} is damaged ({(str(error).splitlines() or [''])[0]}): remove it, then {again}") from None
-    each = 1 + manifest.flips
-    if len(records) != manifest.num_examples * each:
-        counts = ((path, _count(path), each * len(manifest.examples_of(shard))) for shard, path in enumerate(paths))
-        path, count, expected = next(found for found in counts if found[1] != found[2])
-        raise UserError(f"{path} has {count} records instead of {expected}: remove it, then {again}")
+    except Exception:
+        records = None
+    if records is None or len(records) != sum(expected):
+        differing = ((path, _differs(path, count)) for path, count in zip(paths, expected, strict=True))
+        path, problem = next((pair for pair in differing if pair[1]), (folder, "cannot be read"))
+        raise UserError(f"{path} {problem}: remove it, then {again}")
     return records
 
 
-def _count(path: str) -> int | None:
-    """How many records a file has; None if it cannot be read."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    try:
-        reader = ArrayRecordReader(path)
-        try:
-            return int(reader.num_records())
-        finally:
-            reader.close()
-    except Exception:
-        return None
+def _differs(path: str, expected: int) -> str:
+    """What is wrong with a file that should have so many records; "" if nothing is."""
+    count = num_records(path)
+    if count is None:
+        return "is damaged"
+    return f"has {count} records instead of {expected}" if count != expected else ""
 
 
 def pack(moments: npt.NDArray[Any], label: int) -> bytes:

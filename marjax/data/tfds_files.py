@@ -139,13 +139,13 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
         shard = os.path.join(folder, name)
         if length:
             size = _check_plain(shard)
-            if length < 0 or (length * _FEW_BYTES > size and length != _num_records(shard)):
+            if length < 0 or (length * _FEW_BYTES > size and length != num_records(shard)):
                 raise UserError(f"{path}: {name} is said to hold {length} examples, but its {size} bytes do "
                                 f"not; {_AGAIN}")
 
 
-def _num_records(shard: str) -> int | None:
-    """How many records a file has; None if it cannot be read."""
+def num_records(shard: str) -> int | None:
+    """How many records an ArrayRecord file has; None if it cannot be read."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
