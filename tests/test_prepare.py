@@ -490,6 +490,9 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path, capsys, monk
             assert cli.main([*arguments, str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
         assert "Read-only file system" in error and "Traceback" not in error and error.count("error") == 1
+    assert cli.main([*arguments, str(tmp_path / "data")]) == 0
+    monkeypatch.setattr("marjax.data.prepare.os.remove", read_only)
+    assert cli.main([*arguments, str(tmp_path / "data")]) == 0  # all is there, and nothing to write
 
 
 def test_few_file_descriptors_are_told_in_one_line(tmp_path):

@@ -334,7 +334,7 @@ def _publish(folder: str, final: str) -> None:
 def _tidy(final: str) -> None:
     """Removes what only a resumed run needs; not before all is published, or a run killed here would start anew."""
     shutil.rmtree(os.path.join(final, _RECORDS), ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # most of the time there is none; and a data set may be for reading only
         os.remove(os.path.join(final, "plan.json"))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from marjax.errors import UserError, shortened
-from marjax.json_file import read_json
+from marjax.json_file import MAX_BYTES, read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 FORMAT = "array_record"  # the one that is read
@@ -21,10 +21,9 @@ CLASSES = frozenset(_OWN + name for name in (
     "features_dict.FeaturesDict", "sequence_feature.Sequence", "image_feature.Image", "class_label_feature.ClassLabel",
     "text_feature.Text", "scalar.Scalar", "tensor_feature.Tensor", "feature.Tensor", "bounding_boxes.BBoxFeature"))
 _NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
-_PART = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a file's name
+_PART = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # of a file's name
 _TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})+", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
-_MAX_METADATA = 64 << 20  # bytes of a file that is not a shard
 _AGAIN = "prepare the data set again"
 _FEW_BYTES = 64  # an example with an image and a label is hardly ever smaller
 
@@ -79,7 +78,7 @@ def check(folder: str) -> None:
 
     for entry in _entries(folder):
         if entry.name.endswith((".json", ".txt")) and not entry.is_dir():
-            _check_plain(entry.path, _MAX_METADATA)
+            _check_plain(entry.path, MAX_BYTES)
     path = os.path.join(folder, FEATURES)
     if os.path.lexists(path):
         _check_features(path, _proto(path, feature_pb2.Feature()))
@@ -181,7 +180,7 @@ def _proto(path: str, message: Any) -> Any:
     """The content of a file as a protocol buffer, filled in as TFDS does it."""
     from google.protobuf import json_format
 
-    content = read_json(path, dict, advice=_AGAIN, max_bytes=_MAX_METADATA)
+    content = read_json(path, dict, advice=_AGAIN)
     try:
         return json_format.ParseDict(content, message)
     except Exception as error:  # of several kinds, RecursionError among them
