@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 from test_sources import as_file, data_config, picture, write_tfds
 
+from marjax import cli
 from marjax.data import tfds_files
 from marjax.data.sources import open_source
 from marjax.errors import UserError
@@ -208,3 +210,17 @@ def test_numbers_of_classes_are_bounded(folder):
     (folder / "label.labels.txt").unlink(missing_ok=True)
     with pytest.raises(UserError, match="1000000000000 classes"):
         opened(folder)
+
+
+@pytest.mark.parametrize("command", [
+    "train --workdir {out}", "train-tokenizer --workdir {out}", "stats --out {out}.npz", "cache-latents --out {out}",
+    "train-classifier --out {out}.npz"])
+def test_every_command_that_opens_data_checks_it(folder, command, capsys):
+    edit(folder / "features.json", FEATURES["a class of its own"])
+    out = folder.parents[2] / "out"
+    name, *more = command.format(out=out).split()
+    assert cli.main([name, "--config", f"{ROOT / 'configs' / 'folder.py'}:name=plain,debug", *more,
+                     f"--config.data.data_dir={folder.parent.parent}"]) == 2
+    told = capsys.readouterr().err
+    assert "features.json" in told and told.count("\n") == 1
+    assert not (folder.parents[2] / "ran").exists() and not list(folder.parents[2].glob("out*"))
