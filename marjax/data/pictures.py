@@ -17,7 +17,7 @@ no orientation and wants one or three channels of eight bits. The rules, in the 
 | PNG with texts or a profile over 1 MiB, or damaged ones | the file without these |
 | CMYK, YCbCr, HSV | RGB PNG, as Pillow converts it |
 | 32-bit integers, floating point, L*a*b* | none: unreadable, since their range or meaning is not known |
-| over MAX_PIXELS or MAX_BYTES | none: unreadable, found before anything is decoded |
+| over MAX_PIXELS, MAX_PIXELS_OTHERS or MAX_BYTES | none: unreadable, found before anything is decoded |
 
 Colour profiles are ignored throughout, as the reference ignores them.
 """
@@ -25,6 +25,7 @@ Colour profiles are ignored throughout, as the reference ignores them.
 import io
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,9 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from marjax.data import deep, png
 from marjax.files import open_regular
 
-MAX_PIXELS = 1 << 27  # 11,585 x 11,585: some 400 MB of colours
+# Decoding takes up to 14 bytes a pixel of JPEG and PNG, 20 of others: less than 1.5 GiB.
+MAX_PIXELS = 112 << 20  # of a JPEG or PNG file of 8 bits a channel; phones make 108 million
+MAX_PIXELS_OTHERS = 1 << 26  # 8192 x 8192
 MAX_BYTES = 1 << 29  # of a picture's file
 
 # What Pillow may try. Left out are formats that run other programs (EPS), hold drawings, or have no signature (TGA).
@@ -117,9 +120,9 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{len(encoded)} bytes that are no image file known to Pillow") from None
     with opened as image:
         pixels: Image.Image = deep.eight_bits(image, data)[0] if deep.is_deep(image, data) else image
-        if pixels.mode in ("1", "L", "LA"):
-            return np.asarray(pixels.convert("L"))[..., None]
-        return np.asarray(pixels.convert("RGB"))
+        to = "L" if pixels.mode in ("1", "L", "LA") else "RGB"
+        array = np.asarray(pixels if pixels.mode == to else pixels.convert(to))
+        return array[..., None] if to == "L" else array
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
@@ -145,9 +148,11 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
     """An image of a known format and a bearable size, not decoded yet."""
     Image.init()
     image = Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
-    if image.width * image.height > MAX_PIXELS:
+    is_light = image.format in _PASSED and png.channel_bits(data) != 16
+    limit = MAX_PIXELS if is_light else MAX_PIXELS_OTHERS
+    if image.width * image.height > limit:
         image.close()
-        raise UnreadableError(f"too many pixels: {image.width} x {image.height}, over {MAX_PIXELS:,}")
+        raise UnreadableError(f"too many pixels: {image.width} x {image.height}, over {limit:,}")
     return image
 
 
@@ -212,9 +217,15 @@ def _plain(image: Image.Image, why: list[str]) -> Image.Image:
     if not is_empty:
         return shown
     why.append("fully transparent")
+    del shown
     colours, _ = _flattened(image, to, over_white=False)
-    varies = any(low != high for low, high in (band.getextrema() for band in colours.split()))
-    return colours if varies else shown
+    return colours if _varies(colours) else Image.new(to, image.size, "white")
+
+
+def _varies(image: Image.Image) -> bool:
+    """Whether an image of mode L or RGB has more than one colour."""
+    extrema: Any = image.getextrema()
+    return any(low != high for low, high in ([extrema] if image.mode == "L" else extrema))
 
 
 def _flattened(image: Image.Image, mode: str, over_white: bool) -> tuple[Image.Image, bool]:
