@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marjax import commands, storage
+from marjax import commands, failures, storage
 from marjax.errors import PreemptedError, TrainingError, UserError
 
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     failure: BaseException | None = None
+    failures.quiet_interpreter()
     try:
         overrides = parse_overrides(rest)
         if overrides and not given.takes_overrides:
@@ -42,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, failure = 1, error
     except Exception as error:
-        if (told := storage.explain(error)) is not None:
+        told = storage.explain(error) or failures.explain(error)
+        if told is not None:
             print(f"marjax {given.command}: error: {told}", file=sys.stderr)
-            code = told.code
-        else:
+        if told is None or failures.TRACEBACK in os.environ:
             traceback.print_exc()
-            code = 1
+        code = 1 if told is None else told.code
         failure = error
     if "marjax.distributed" in sys.modules:  # else the command has not touched a device
         from marjax import distributed

@@ -8,6 +8,7 @@ from typing import BinaryIO, cast
 
 from etils import epath
 
+from marjax import failures
 from marjax.errors import TrainingError, UserError
 from marjax.storage import explain, is_remote
 
@@ -33,8 +34,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
                 partial.unlink(missing_ok=True)
         elif (told := explain(error)) is not None:
             raise told from None
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
-                        f"one") from None
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}") from None
 
 
 def write_text(path: str, text: str) -> None:
@@ -49,8 +49,8 @@ def write_text(path: str, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        raise TrainingError(f"{path} cannot be written ({error.strerror or error}): make room, then start the same "
-                            f"again") from None
+        raise TrainingError(f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}, then "
+                            f"start the same again") from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

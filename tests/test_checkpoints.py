@@ -260,7 +260,8 @@ def test_the_one_before_a_damaged_one(run, states, caplog, damage):
 
 
 @pytest.mark.parametrize("error", [
-    ValueError("UNAVAILABLE: Error opening driver [gcs_key_value_store]: CURL error 7"), PermissionError(13, "denied")])
+    ValueError("UNAVAILABLE: Error opening driver [gcs_key_value_store]: CURL error 7"), PermissionError(13, "denied"),
+    OSError(24, "Too many open files"), ValueError("RESOURCE_EXHAUSTED: no [os_error_code='24']"), TimeoutError()])
 @pytest.mark.parametrize(("handler", "part"), [("StandardCheckpointHandler", "params"),
                                                ("JsonCheckpointHandler", "meta")])
 def test_one_that_is_out_of_reach_is_not_taken_for_damaged(run, states, monkeypatch, handler, part, error):
@@ -364,6 +365,35 @@ def test_a_newer_format(run, states):
         checkpoints.restore(abstract(states[3]))
 
 
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_later_format_is_no_damage(run, states, step):
+    """Whatever else it says: it is left where it is."""
+    (run / "3" / "meta" / "metadata").write_text('{"format": 2, "arrays": "elsewhere"}')
+    before = files(run)
+    with Checkpoints(run) as checkpoints:
+        for read in (lambda: checkpoints.restore(abstract(states[3]), step), lambda: checkpoints.trees(step)):
+            with pytest.raises(UserError, match="3 has format 2, expected 1"):
+                read()
+    assert files(run) == before and not os.path.exists(f"{run}-damaged")
+
+
+@pytest.mark.parametrize("change", [
+    {"arrays": []}, {"arrays": {"params/a": 3}}, {"arrays": {"params/a": {"shape": "x", "dtype": 1}}}, {"user": None},
+    {"format": "1"}, {"format": None}, "[]", "3", "[" * 100_000, "\0", '{"format": ' + "9" * 5000 + "}"])
+def test_metadata_of_another_shape_is_damage(run, states, caplog, change):
+    path = run / "3" / "meta" / "metadata"
+    body = json.loads(path.read_text())
+    del body["digest"]
+    if not isinstance(change, str):
+        body |= change
+        change = json.dumps(body | {"digest": manager._digest(body)})
+    path.write_text(change)
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.trees() == list(TREES)
+        assert checkpoints.restore(abstract(states[2])).step == 2
+    assert "3 is damaged" in caplog.text
+
+
 def test_read_only_changes_nothing(run, states, tmp_path, caplog):
     overwrite(largest(run / "3" / "params"))
     before = listing(tmp_path)
@@ -458,6 +488,36 @@ def in_subprocess(code, *arguments, devices=1):
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize(("limit", "says"), [("FSIZE", "File too large"), ("NOFILE", "Too many open files")])
+def test_a_failed_save_prints_nothing_but_its_error(tmp_path, limit, says):
+    """Orbax and asyncio print hundreds of lines about a full disk, or about too few descriptors."""
+    failed = in_subprocess(
+        """
+        import gc, os, resource, sys
+        import jax.numpy as jnp
+        import numpy as np
+        from marjax import failures
+        from marjax.checkpoints.manager import Checkpoints
+        failures.quiet_interpreter()
+        x = {f"w{i}": jnp.asarray(np.random.default_rng(0).standard_normal(50_000), jnp.float32) for i in range(4)}
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(1, params=x, ema=x, optimizer=x, meta={})
+        checkpoints.wait()
+        kind = getattr(resource, f"RLIMIT_{sys.argv[2]}")
+        least = 150_000 if sys.argv[2] == "FSIZE" else len(os.listdir("/proc/self/fd")) + 4
+        resource.setrlimit(kind, (least, resource.getrlimit(kind)[1]))
+        try:
+            checkpoints.save(2, params=x, ema=x, optimizer=x, meta={})
+            checkpoints.wait()
+        except ValueError as error:
+            print(error)
+        gc.collect()
+        """,
+        tmp_path / "run", limit)
+    assert says in failed.stdout and len(failed.stdout.splitlines()) == 1
+    assert failed.returncode == 0 and "Traceback" not in failed.stderr and "Event loop" not in failed.stderr
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path):

@@ -6,31 +6,34 @@ weights alone lacks some of the trees. Storage is Orbax's, which restores overwr
 checksums are how they are noticed.
 """
 
-import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marjax import distributed, storage
+from marjax import distributed, failures, storage
 from marjax.checkpoints import checksums
+from marjax.checkpoints.quiet import quiet_orbax
 from marjax.closing import Closing
 from marjax.errors import StorageError, UserError, causes
+from marjax.json_file import check_json
 
 PyTree = Any
 
 TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
+_MAX_META = 64 << 20  # bytes
+_META_SHAPE = {"user": dict, "digest": str,
+               "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
 _SHOWN = 3  # How many arrays or files an error names.
 _UNREACHABLE = "not damaged: "  # Begins the text of a problem that has another cause.
 
@@ -56,35 +59,6 @@ class Restored:
 
 class _DamageError(Exception):
     """A checkpoint that cannot be read back as it was written; its text says what is wrong."""
-
-
-class _DrainingLoop(asyncio.SelectorEventLoop):
-    """An event loop that lets its tasks end before it closes."""
-
-    def close(self) -> None:
-        pending = set() if self.is_closed() else asyncio.all_tasks(self)
-        if pending:
-            self.set_exception_handler(lambda loop, context: None)
-            done, _ = self.run_until_complete(asyncio.wait(pending, timeout=60))
-            for task in done:
-                if not task.cancelled():
-                    task.exception()  # Once retrieved, asyncio does not report it.
-        super().close()
-
-
-@contextlib.contextmanager
-def _finish_reads() -> Iterator[None]:
-    """Lets the reads of the other arrays end where one array cannot be read.
-
-    Orbax closes its event loop at the first error, and each read under way then prints a traceback to the terminal:
-    for a large model thousands of lines, in which the one that matters is lost.
-    """
-    usual = asyncio.new_event_loop
-    asyncio.new_event_loop = _DrainingLoop
-    try:
-        yield
-    finally:
-        asyncio.new_event_loop = usual
 
 
 class Checkpoints(Closing):
@@ -126,6 +100,7 @@ class Checkpoints(Closing):
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
+        quiet_orbax()
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -146,9 +121,11 @@ class Checkpoints(Closing):
         for each in reversed(self.steps()):
             if step in (None, each):
                 try:
-                    return _trees_of(_read_meta(self.directory / str(each) / META))
+                    meta = _read_meta(self.directory / str(each) / META)
                 except _DamageError:
-                    continue  # which `restore` tells
+                    continue  # which `restore` reports
+                _check_format(meta, self.directory / str(each))
+                return _trees_of(meta)
         return list(TREES)
 
     def save(self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None,
@@ -290,11 +267,7 @@ class Checkpoints(Closing):
         except _DamageError as damage:
             problem = str(damage)
         _agree(problem)
-        if meta["format"] != FORMAT:
-            raise UserError(
-                f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version of marjax "
-                "that wrote it."
-            )
+        _check_format(meta, path)
         there = _trees_of(meta)
         if not set(targets) <= set(there):
             missing = [name for name in TREES if name in targets and name not in there]
@@ -309,8 +282,7 @@ class Checkpoints(Closing):
         for name, target in targets.items():
             handler = ocp.StandardCheckpointHandler()
             try:
-                with _finish_reads():
-                    items[name] = handler.restore(path / name, args=ocp.args.StandardRestore(target))
+                items[name] = handler.restore(path / name, args=ocp.args.StandardRestore(target))
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # The device's memory, not the checkpoint.
             except Exception as error:
@@ -351,18 +323,25 @@ class Checkpoints(Closing):
         if any(isinstance(storage.explain(each), StorageError) for each in causes(error)):
             raise StorageError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. The same "
                                f"command goes on from the one before.") from error
-        raise UserError(
-            f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. "
-            "Check free space and permissions there."
-        ) from error
+        raise UserError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}") from error
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
+    """The metadata in a folder; of another format than ours, only "format" is known to be there.
+
+    Raises:
+      _DamageError: it cannot be read as it was written.
+    """
     handler = ocp.JsonCheckpointHandler()
     try:
+        if (path / "metadata").stat().length > _MAX_META:
+            raise ValueError(f"it has more than {_MAX_META} bytes")
         body = dict(handler.restore(path))
-        digest = body.pop("digest", None)
-        whole = digest == _digest(body)
+        check_json(body, {"format": int}, where=META, advice="")
+        if body["format"] != FORMAT:
+            return body
+        check_json(body, _META_SHAPE, where=META, advice="")
+        whole = body.pop("digest") == _digest(body)
     except Exception as error:
         raise _DamageError(_problem(META, error)) from error
     finally:
@@ -370,6 +349,12 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
     if not whole:
         raise _DamageError(f"wrong checksum of {META}")
     return body
+
+
+def _check_format(meta: dict[str, Any], path: epath.Path) -> None:
+    if meta["format"] != FORMAT:
+        raise UserError(f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version "
+                        f"of marjax that wrote it, or move it away")
 
 
 def _trees_of(meta: dict[str, Any]) -> list[str]:
@@ -415,8 +400,7 @@ def _free_name(folder: epath.Path, step: int) -> epath.Path:
 
 def _problem(name: str, error: Exception) -> str:
     """What is wrong with a part of a checkpoint that cannot be read, for `_agree`."""
-    unreachable = any(isinstance(each, PermissionError | TimeoutError) or storage.explain(each) is not None
-                      for each in causes(error))
+    unreachable = any(failures.is_passing(each) or storage.explain(each) is not None for each in causes(error))
     return f"{_UNREACHABLE if unreachable else ''}cannot read {name}: {_one_line(error)}"
 
 
@@ -441,10 +425,9 @@ def _some(names: list[str], separator: str = ", ") -> str:
 
 def _storage_error(error: BaseException) -> str | None:
     """What the storage said, if it is the storage that failed; tensorstore's errors are ValueErrors with a status."""
-    text = str(error)
-    if code := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", text):
+    if (explained := failures.explain(error)) is not None:
+        return str(explained)
+    if isinstance(error, OSError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)):
         return _one_line(error)
     return None
 

@@ -1,0 +1,78 @@
+"""Failures of the machine (memory, disk, limits) in one line."""
+
+import errno
+import os
+import re
+import sys
+import warnings
+from typing import Any
+
+from marjax.errors import TrainingError, shortened
+
+TRACEBACK = "MARJAX_TRACEBACK"  # set to anything, the command line prints tracebacks too
+
+_PATH = "check the path"
+_ADVICE = {
+    errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "allow more open files (sysctl fs.file-max)",
+    errno.ENOSPC: "make room there, or give another folder", errno.EDQUOT: "make room there, or raise the quota",
+    errno.EFBIG: "allow larger files (ulimit -f), or give another folder",
+    errno.EROFS: "give a folder that can be written", errno.EACCES: "give yourself access, or give another path",
+    errno.EPERM: "give yourself access, or give another path",
+    errno.ENOENT: "it is missing, or was removed meanwhile: check the path", errno.ENOTDIR: _PATH, errno.EISDIR: _PATH,
+    errno.ENAMETOOLONG: "give a shorter path", errno.ELOOP: _PATH, errno.ESTALE: "start the same command again",
+    errno.EIO: "check the disk", errno.ENOMEM: "free memory, or use a smaller batch",
+    errno.EAGAIN: "allow more processes (ulimit -u)"}
+# A damaged file fails otherwise: these say that it may well be whole.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ESTALE,
+            errno.ENOSPC, errno.EROFS)
+
+
+def explain(error: BaseException) -> TrainingError | None:
+    """What a failure of the machine comes to, in one line with what to do; None if the error is something else."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error)[:1000]:
+        device = "" if isinstance(error, MemoryError) else " on the device"
+        detail = shortened(" ".join(str(error).split()), 160)
+        return TrainingError(f"out of memory{device}{f' ({detail})' if detail else ''}; use a smaller batch, or more "
+                             f"devices or memory")
+    if isinstance(error, RecursionError):
+        return TrainingError(f"something is nested too deeply ({shortened(str(error))}); simplify the config or file, "
+                             f"or set {TRACEBACK}=1 to see where")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return TrainingError("no more threads can be started; allow more processes (ulimit -u)")
+    code = error_number(error)
+    if code is None:
+        return None
+    names = [os.fsdecode(each) for each in (getattr(error, "filename", None), getattr(error, "filename2", None))
+             if isinstance(each, str | bytes)]
+    where = f"{shortened(' -> '.join(names), 300)}: " if names else ""
+    return TrainingError(f"{where}{os.strerror(code)}; {_ADVICE.get(code, _PATH)}")
+
+
+def advice(error: OSError) -> str:
+    """What to do about the failure of a file or folder."""
+    return _ADVICE.get(error.errno or 0, _PATH)
+
+
+def error_number(error: BaseException) -> int | None:
+    """The errno of an OSError, or of TensorStore's ValueError that stands for one."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+    return int(found[1]) if found else None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether reading failed for want of memory, descriptors or access, which says nothing about what was read."""
+    return isinstance(error, MemoryError | TimeoutError) or error_number(error) in _PASSING
+
+
+def quiet_interpreter() -> None:
+    """Leaves out what Python prints of event loops that a failure has left unfinished, in a process of ours."""
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if getattr(unraisable.object, "__qualname__", "") != "BaseEventLoop.__del__":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
