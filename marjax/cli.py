@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from marjax import commands, failures, storage
-from marjax.errors import PreemptedError, TrainingError, UserError
+from marjax.errors import PreemptedError, TrainingError, UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.run(given, overrides)
         code = 0
     except PreemptedError as error:
-        print(f"marjax {given.command}: preempted: {error}", file=sys.stderr)
+        print(f"marjax {given.command}: preempted: {one_line(str(error))}", file=sys.stderr)
         code = error.code
     except (UserError, TrainingError) as error:
-        print(f"marjax {given.command}: error: {error}", file=sys.stderr)
+        print(f"marjax {given.command}: error: {one_line(str(error))}", file=sys.stderr)
         code, failure = error.code, error
     except KeyboardInterrupt as error:
         print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         told = storage.explain(error) or failures.explain(error)
         if told is not None:
-            print(f"marjax {given.command}: error: {told}", file=sys.stderr)
+            print(f"marjax {given.command}: error: {one_line(str(told))}", file=sys.stderr)
         if told is None or failures.TRACEBACK in os.environ:
             traceback.print_exc()
         code = 1 if told is None else told.code

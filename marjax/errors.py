@@ -49,7 +49,13 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def one_line(text: str) -> str:
+    """The text with its control characters, line breaks among them, written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def shortened(text: str, length: int = 60) -> str:
     """A foreign text for an error message: on one line, without control characters, and short."""
-    head = text[:length] + "..." * (len(text) > length)
-    return head if head.isprintable() else head.encode("unicode_escape").decode()
+    return one_line(text[:length] + "..." * (len(text) > length))

@@ -1,6 +1,7 @@
 """Failures of the machine (memory, disk, limits) in one line."""
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -66,6 +67,7 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, MemoryError | TimeoutError) or error_number(error) in _PASSING
 
 
+@functools.cache
 def quiet_interpreter() -> None:
     """Leaves out what Python prints of event loops that a failure has left unfinished, in a process of ours."""
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)

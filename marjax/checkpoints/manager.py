@@ -106,7 +106,8 @@ class Checkpoints(Closing):
         except OSError as error:
             if (told := storage.explain(error)) is not None:
                 raise told from error
-            raise UserError(f"Cannot use {self.directory} for checkpoints: {_one_line(error)}.") from error
+            raise UserError(f"Cannot use {self.directory} for checkpoints: "
+                            f"{failures.explain(error) or _one_line(error)}") from error
         self._saving: int | None = None
 
     def steps(self) -> list[int]:

@@ -1,0 +1,61 @@
+"""Failures of the machine at the command line: one line that says what to do, and the traceback only if asked for."""
+
+import errno
+import os
+
+import pytest
+
+from marjax import cli, commands, failures
+from marjax.errors import TrainingError, UserError
+
+FAILURES = {
+    "memory": (MemoryError("Unable to allocate 9 PiB"), "out of memory"),
+    "device memory": (RuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nBuffers:\n..."), "on the device"),
+    "recursion": (RecursionError("maximum recursion depth exceeded"), "nested"),
+    "descriptors": (OSError(errno.EMFILE, "Too many open files", "a.txt"), "a.txt: Too many open files; .*ulimit -n"),
+    "disk": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system", b"a"), "a: Read-only file system"),
+    "access": (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
+    "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory", "a\nb"), r"a\\nb: No such file or directory"),
+    "renaming": (OSError(errno.EIO, "I/O", "a", None, "b"), "a -> b: Input/output error"),
+    "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
+    "TensorStore": (ValueError("UNKNOWN: Error opening x [os_error_code='28']"), "No space left on device"),
+    "two lines": (UserError("one\ntwo\x1b[2J"), r"one\\ntwo\\x1b\[2J$"), "also two": (TrainingError("one\ntwo"), "one"),
+}
+
+
+def run(error, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(commands, "plot", fail)
+    code = cli.main(["plot", "--workdir", "x", "--out", "y"])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_line(monkeypatch, capsys, name):
+    error, says = FAILURES[name]
+    code, said = run(error, monkeypatch, capsys)
+    assert code == (2 if isinstance(error, UserError) else 1) and said.count("\n") == 1
+    assert said.startswith("marjax plot: error: ")
+    with pytest.raises(TrainingError, match=says):
+        raise TrainingError(said.strip())
+    monkeypatch.setenv(failures.TRACEBACK, "1")
+    assert ("Traceback" in run(error, monkeypatch, capsys)[1]) == (not isinstance(error, UserError | TrainingError))
+
+
+def test_other_errors_keep_their_traceback(monkeypatch, capsys):
+    for error in (KeyError("x"), OSError("no errno"), ValueError("RESOURCE_EXHAUSTED"), RuntimeError("other")):
+        assert failures.explain(error) is None
+        code, said = run(error, monkeypatch, capsys)
+        assert code == 1 and "Traceback" in said
+
+
+def test_what_passes_says_nothing_about_a_file():
+    for error in (MemoryError(), OSError(errno.EMFILE, ""), PermissionError(errno.EACCES, ""), TimeoutError()):
+        assert failures.is_passing(error)
+    for error in (FileNotFoundError(errno.ENOENT, ""), OSError(errno.EIO, ""), EOFError(), ValueError("damaged")):
+        assert not failures.is_passing(error)
+    assert failures.advice(OSError(errno.ENOSPC, "")) != failures.advice(OSError(errno.EMFILE, ""))
+    assert os.strerror(errno.ENOSPC) == "No space left on device"
