@@ -17,7 +17,10 @@ def main() -> int:
     if __name__ != "__main__":  # the script does not import from the current folder: nor do the processes it starts
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     _restart_with_huge_pages()
-    from marjax.cli import main as run
+    try:
+        from marjax.cli import main as run
+    except KeyboardInterrupt:
+        return 130
 
     return run()
 

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from marjax import commands, failures, storage
-from marjax.errors import PreemptedError, TrainingError, UserError, one_line
+from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
+from marjax.interrupts import never_lost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns the exit code.
 
-    0 on success, 2 after a user's slip, 1 for a run that cannot go on, 130 on Ctrl-C; after 42 (preempted, and saved),
+    0 on success, 2 after a user error, 1 for a run that cannot go on, 130 on Ctrl-C (training has saved, unless it was
+    pressed twice); after 42 (preempted, and saved),
     134 (another process of the run was lost) and 200 (gs:// does not answer) the same command goes on.
     """
     parser = _parser()
@@ -28,17 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
-        given.run(given, overrides)
+        with never_lost():
+            given.run(given, overrides)
         code = 0
     except PreemptedError as error:
-        print(f"marjax {given.command}: preempted: {one_line(str(error))}", file=sys.stderr)
+        print(f"marjax {given.command}: {error.cause}: {one_line(str(error))}", file=sys.stderr)
         code = error.code
     except (UserError, TrainingError) as error:
         print(f"marjax {given.command}: error: {one_line(str(error))}", file=sys.stderr)
         code, failure = error.code, error
     except KeyboardInterrupt as error:
         print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
-        code, failure = 130, error
+        code, failure = INTERRUPTED, error
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, failure = 1, error

@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marjax import numerics
-from marjax.errors import LOST_PEER, PREEMPTED, LostPeerError, UserError, causes
+from marjax.errors import LOST_PEER, InterruptedRunError, LostPeerError, PreemptedError, UserError, causes
+from marjax.interrupts import Listener
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
 _DEFAULT_HEARTBEAT = 60
@@ -40,10 +41,11 @@ _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK
 
 
 class _Notice:
-    """Whether a process without others was asked to stop, and what SIGTERM did before it was listened for."""
+    """Whether a process without others was asked to stop; what SIGTERM did before; who listens for Ctrl-C."""
 
     given = False
     before: Any = None
+    interrupts: Listener | None = None
 
 
 def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
@@ -52,7 +54,8 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
     A second call does nothing. A process that dies takes the others with it within MARJAX_HEARTBEAT_SECONDS (60).
 
     Args:
-      stops_at_steps: whether SIGTERM is a notice that `preempted` gives at a common step, instead of the end.
+      stops_at_steps: whether SIGTERM and Ctrl-C are a notice that `preempted` gives at a common step, instead of the
+        end.
       alone: whether this is a run of one process, whatever the environment says.
 
     Raises:
@@ -68,6 +71,13 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
         return
     given = _settings()
     jax.config.update("jax_enable_preemption_service", stops_at_steps)
+    _start(given, stops_at_steps)
+    if stops_at_steps and jax.distributed.is_initialized() and _is_main_thread():
+        # JAX's service knows SIGTERM alone.
+        _Notice.interrupts = Listener(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
     waiting = threading.Timer(_SAID_AFTER, _tell_waiting, [given])
     waiting.daemon = True
     waiting.start()
@@ -142,8 +152,16 @@ def _listen() -> None:
         _Notice.given = True
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
+    def interrupted() -> None:
+        _Notice.given = True
+
+    if _is_main_thread():
         _Notice.given, _Notice.before = False, signal.signal(signal.SIGTERM, notice)
+        _Notice.interrupts = Listener(interrupted)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def preempted(step: int) -> bool:
@@ -176,6 +194,13 @@ def preempted_before(step: int) -> bool:
             preempted(step)
         stops = any_process(stops)
     return stops
+
+
+def stopped(when: str) -> PreemptedError:
+    """The error of a run that `preempted` has stopped: after Ctrl-C to any process, of another kind. Waits for all."""
+    interrupted = any_process(_Notice.interrupts is not None and _Notice.interrupts.given)
+    kind = InterruptedRunError if interrupted else PreemptedError
+    return kind(f"{when}; the same command resumes")
 
 
 def agree(problem: str) -> str:
@@ -288,6 +313,9 @@ def stop() -> None:
     if _Notice.before is not None:
         signal.signal(signal.SIGTERM, _Notice.before)
         _Notice.given, _Notice.before = False, None
+    if _Notice.interrupts is not None:
+        _Notice.interrupts.close()
+        _Notice.interrupts = None
 
 
 def end(code: int, failure: BaseException | None) -> int:
@@ -303,7 +331,7 @@ def end(code: int, failure: BaseException | None) -> int:
     if alone:
         stop()
         return code
-    if code in (0, PREEMPTED):
+    if failure is None:  # finished, or stopped together
         try:
             stop()
             return code

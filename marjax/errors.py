@@ -1,10 +1,11 @@
 """The exceptions that the command line prints as one line, without a traceback, and the codes it ends with.
 
-Beside these are 0, 1 (a run that cannot go on), 2 (a slip) and 130 (Ctrl-C). A launcher starts the same command again
-after any of those below; GKE's xpk calls 42 and all from 127 to 255 retriable.
+Beside these are 0, 1 (a run that cannot go on) and 2 (a user error). A launcher starts the same command again after any
+of those below but 130; GKE's xpk calls 42 and all from 127 to 255 retriable.
 """
 
 PREEMPTED = 42  # asked to stop by SIGTERM, and saved
+INTERRUPTED = 130  # Ctrl-C; of a training run, once it has saved
 LOST_PEER = 134  # another process of the run has gone; an abort, as JAX's own watchdog ends a process
 LOST_STORAGE = 200  # gs:// does not answer, or a checkpoint may not be read
 
@@ -34,9 +35,17 @@ class StorageError(TrainingError):
 
 
 class PreemptedError(RuntimeError):
-    """A run that was asked to stop and has saved; the same command goes on."""
+    """A run that was asked to stop and has saved; the same command resumes it."""
 
     code = PREEMPTED
+    cause = "preempted"
+
+
+class InterruptedRunError(PreemptedError):
+    """The same, after Ctrl-C."""
+
+    code = INTERRUPTED
+    cause = "interrupted"
 
 
 def causes(error: BaseException) -> list[BaseException]:

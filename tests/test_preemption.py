@@ -13,7 +13,7 @@ import pytest
 from conftest import DIGITS, QUICK, dotted, flags
 from processes import Run, command, steps_of
 
-from marjax.errors import LOST_PEER, PREEMPTED
+from marjax.errors import INTERRUPTED, LOST_PEER, PREEMPTED
 from marjax.generation.sample import open_sampler
 
 ABORTED = (LOST_PEER, -signal.SIGABRT)  # by us, or by JAX's watchdog
@@ -111,6 +111,21 @@ def test_the_same_command_goes_on_after_sigterm_to_a_process_alone(tmp_path):
         run.wait_for(lambda: last_line(workdir)["step"] > first)
         assert f"resuming at step {first} of" in run.said()
     assert 0 < last_line(workdir)["perf/goodput"] < 1
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_saves_at_one_step(tmp_path, count):
+    """As it reaches a terminal's processes, all of them; the exit code is a shell's."""
+    given, workdir = arguments(tmp_path / "run", ENDLESS, ENDLESS), tmp_path / "run"
+    with Run(tmp_path, command, *given, count=count) as run:
+        run.wait_for(lambda: last_line(workdir)["step"] >= 3)
+        for process in run.processes:
+            os.kill(process.pid, signal.SIGINT)
+        assert run.wait() == [INTERRUPTED] * count, run.said()
+        saved = steps_of(workdir)[-1]
+        assert saved == last_line(workdir)["step"]
+        assert run.said().count(f"interrupted: saved at step {saved} of") == count
+        assert "Traceback" not in run.said() and not (workdir / "marjax.lock").exists()
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from absl import flags
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
-from marjax.data.workers import safe_path, serve_parent
+from marjax.data.workers import blocked_signals, safe_path, serve_parent
 from marjax.errors import UserError
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
@@ -114,8 +114,10 @@ class Batches(Iterator[Batch]):
         self._workers = workers
         steps = _Steps(examples, batch_size, seed, rows, train, first)
         self._starts = contextlib.ExitStack()  # Grain starts its workers when it likes
+        self._first: contextlib.AbstractContextManager[None] | None = None  # of the first batch
         if workers:
             self._starts.enter_context(safe_path())
+            self._first = blocked_signals()
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
     def __next__(self) -> Batch:
@@ -123,7 +125,9 @@ class Batches(Iterator[Batch]):
         if self._iterator is None:
             raise RuntimeError("These batches are closed: open new ones, with start_step to go on.")
         try:
-            return next(self._iterator)
+            with self._first or contextlib.nullcontext():
+                self._first = None
+                return next(self._iterator)
         except StopIteration:
             raise
         except BaseException:

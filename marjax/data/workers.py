@@ -75,7 +75,7 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
     with safe_path():
         count, stop, before = context.Value("q", 0), context.Event(), bar.n
     with ProcessPoolExecutor(workers, context, _start_worker, (count, stop)) as pool:
-        with safe_path():
+        with safe_path(), blocked_signals():
             running = {pool.submit(_write_in_worker, shard): shard for shard in shards}
         try:
             while running:
@@ -104,6 +104,16 @@ def safe_path() -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop("PYTHONSAFEPATH", None)
+
+
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Processes and threads that this thread starts in this block get no Ctrl-C, as `serve_parent` has it later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(count: Any, stop: Any) -> None:

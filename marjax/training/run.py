@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from marjax import distributed, numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
-from marjax.errors import PreemptedError, TrainingError
+from marjax.errors import TrainingError
 from marjax.metrics import MetricWriter
 from marjax.training.clock import Clock
 from marjax.training.profile import Profile
@@ -95,13 +95,13 @@ class Run(Generic[S]):
         """Runs `step_fn` on one batch after the other; `state` may be donated.
 
         Raises:
-          PreemptedError: the run was asked to stop, and has saved.
+          PreemptedError: the run was asked to stop, by SIGTERM or Ctrl-C, and has saved.
           TrainingError: it cannot go on.
         """
         every, clock = self.every, self.clock
         start = int(state.step)
         if start and distributed.preempted_before(start):
-            raise PreemptedError(f"before the first step after {start} of {every.total}; the same command goes on")
+            raise distributed.stopped(f"before the first step after {start} of {every.total}")
         if start and every.is_due(start, every.evaluate) and distributed.any_process(
                 self.writer.active and not self.writer.has(start, "eval/")):
             self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
@@ -130,7 +130,7 @@ class Run(Generic[S]):
                 self._save(step, state, waits=stops or step == every.total)
             if stops and step < every.total:
                 self.checkpoints.wait()
-                raise PreemptedError(f"saved at step {step} of {every.total}; the same command goes on")
+                raise distributed.stopped(f"saved at step {step} of {every.total}")
             if every.is_due(step, every.draw):
                 self._read()
                 with clock.pause("draw"):
