@@ -4,8 +4,9 @@
     python launch/local.py --processes 4 --devices 2 -- marjax train --config configs/digits.py:debug --workdir runs/try
 
 Each process is told where the others are, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and how
-many CPU devices to have. Their lines come out as "[2] ...". SIGINT and SIGTERM go on to all of them. Needs only
-Python: nothing of JAX or marjax is imported here.
+many CPU devices to have. Their lines come out as "[2] ...". SIGINT and SIGTERM go on to all of them, SIGHUP as SIGTERM.
+If this launcher is killed, they get SIGTERM too, and SIGKILL 15 seconds later. Needs only Python: nothing of JAX or
+marjax is imported here.
 """
 
 import argparse
@@ -23,6 +24,25 @@ from typing import Any
 PREEMPTED, LOST_PEER = 42, 134  # as in marjax/errors.py
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL to what is left
+# Reads process groups, one a line, until the launcher has gone; ends those that are left.
+_GUARD = """
+import os, signal, sys, time
+groups = [int(line) for line in sys.stdin]
+for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 0.0)):
+    until = time.monotonic() + seconds
+    for group in groups:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+    while time.monotonic() < until and groups:
+        time.sleep(0.05)
+        for group in list(groups):
+            try:
+                os.killpg(group, 0)
+            except OSError:
+                groups.remove(group)
+"""
 _QUICK_SECONDS, _MAX_QUICK = 600.0, 4  # starts in a row that a loss ended so soon: there will be no other end
 
 
@@ -58,7 +78,10 @@ def first_bad(codes: Sequence[int]) -> int:
 
 
 class _Signals:
-    """Collects SIGINT and SIGTERM while it is entered; outside the main thread, where Python takes none, it is idle."""
+    """Collects signals to stop while it is entered; outside the main thread, where Python takes none, it is idle.
+
+    SIGHUP, of a terminal that is closed, counts as SIGTERM; those that are ignored stay so (nohup).
+    """
 
     def __init__(self) -> None:
         self.waiting: list[int] = []
@@ -67,8 +90,9 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._take)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,7 +100,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def _take(self, number: int, _: Any) -> None:
-        self.waiting.append(number)
+        self.waiting.append(signal.SIGTERM if number == signal.SIGHUP else number)
         self.stopped = True
 
 
@@ -91,7 +115,7 @@ def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 
       processes, devices: how many processes, and CPU devices in each.
       grace: seconds; marjax's processes notice a lost one in 60.
       write: is given each line, "[i] text"; prints it by default.
-      signals: whose SIGINT and SIGTERM go on to the processes; by default those that arrive meanwhile.
+      signals: that go on to the processes; by default those that arrive meanwhile.
 
     Returns:
       0, or the first other exit code there was; 128 + N for a process that signal N ended.
@@ -106,14 +130,22 @@ def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 
     port = free_port()
     children: list[subprocess.Popen[bytes]] = []
     readers: list[threading.Thread] = []
+    # In a session of its own: it outlives whatever ends this launcher.
+    guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, bufsize=0,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    assert guard.stdin is not None
+    watched = guard.stdin.fileno()
     try:
         for index in range(processes):
             # Sessions of their own: Ctrl-C in a terminal reaches them once, through here, and whatever a process has
             # started can be ended with it.
             child = subprocess.Popen(command, env=environment(index, processes, devices, port, os.environ),
                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                     start_new_session=True)
+                                     start_new_session=True,
+                                     # Before it becomes the command: there is no moment when it is not watched.
+                                     preexec_fn=lambda: os.write(watched, b"%d\n" % os.getpid()) and None)
             children.append(child)
+        for index, child in enumerate(children):
             readers.append(threading.Thread(target=_forward_lines, args=(child, f"[{index}] ", say), daemon=True))
             readers[-1].start()
         return _wait(children, grace, say, signals)
@@ -121,6 +153,9 @@ def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 
         for child in children:
             _kill_session(child, signal.SIGKILL)  # what a process left behind, too
             child.wait()
+        guard.kill()
+        guard.wait()
+        guard.stdin.close()
         for reader in readers:
             reader.join(timeout=5.0)
 
@@ -170,7 +205,7 @@ _printing = threading.Lock()
 
 
 def _print(line: str) -> None:
-    with _printing:
+    with _printing, contextlib.suppress(OSError):  # whoever read it has gone; the processes must not wait
         print(line, flush=True)
 
 

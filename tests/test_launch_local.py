@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -57,10 +58,10 @@ def wait_for(*paths):
 def is_alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def start(*arguments, state):
@@ -193,3 +194,57 @@ def test_it_needs_only_python():
            "run_name='__main__')\nexcept SystemExit as end: assert not end.code\n" \
            "assert not [name for name in sys.modules if name.split('.')[0] in ('jax', 'marjax', 'numpy')]"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"some of {pids} are left"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_a_launcher_that_goes_leaves_no_process(tmp_path, number):
+    """They are asked to stop, and so could save: the first that is has put a file there."""
+    launcher, pids = start(state=tmp_path)
+    launcher.send_signal(number)
+    wait_until_gone(pids)
+    assert (tmp_path / "stop").exists()
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == (42 if number == signal.SIGHUP else -number)
+
+
+def test_what_does_not_listen_is_killed_and_so_are_its_own_processes(tmp_path):
+    code = ("import os, pathlib, signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "child = subprocess.Popen(['sleep', '600'], preexec_fn=lambda: signal.signal(signal.SIGTERM, "
+            "signal.SIG_IGN))\npathlib.Path(sys.argv[1], 'partial').write_text(f'{os.getpid()} {child.pid}')\n"
+            "os.rename(sys.argv[1] + '/partial', sys.argv[1] + '/pids')\ntime.sleep(600)\n")
+    script = LAUNCHER.read_text().replace("(signal.SIGTERM, 15.0)", "(signal.SIGTERM, 0.2)")
+    (tmp_path / "local.py").write_text(script)
+    launcher = subprocess.Popen([sys.executable, str(tmp_path / "local.py"), "--processes", "1", "--",
+                                 *python(code, tmp_path)])
+    wait_for(tmp_path / "pids")
+    launcher.kill()
+    launcher.wait()
+    wait_until_gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
+
+
+@pytest.mark.parametrize("after", [0.0, 0.03, 0.06, 0.09, 0.12])
+def test_a_launcher_that_is_killed_while_it_starts(tmp_path, after):
+    """There is no moment when a process is started and not yet watched."""
+    mark = f"sleep-{os.getpid()}-{after}"
+    launcher = subprocess.Popen([sys.executable, str(LAUNCHER), "--processes", "4", "--",
+                                 *python("import time; time.sleep(600)", mark)])
+    time.sleep(after)
+    launcher.kill()
+    launcher.wait()
+
+    wait_until_gone([int(path.parent.name) for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+                     if mark in contents(path)])
+
+
+def contents(path):
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
