@@ -241,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     point.add_argument("--root", required=True)
     point.add_argument("--name", required=True)
     point.add_argument("--alone", action="store_true")
+    point.add_argument("--parent", type=int)
 
     ahead = command("compile", commands.compile_for_slice, "Compile a config's programs for a TPU slice that need not "
                     "be there: do they fit, what do they send, how long would they take.")

@@ -330,8 +330,11 @@ def sweep(given: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def sweep_point(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
+    from marjax.sweep.points import PREPARE, end_with_parent, run_point
+
+    if given.parent is not None:
+        end_with_parent(given.parent)
     from marjax import distributed
-    from marjax.sweep.points import PREPARE, run_point
 
     # SIGTERM has to end `prepare` as usual. Several points on one machine would take each other for one run: --alone.
     distributed.start(stops_at_steps=given.name != PREPARE, alone=given.alone)

@@ -26,7 +26,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         if is_remote(path):  # an object appears as a whole, and renaming it would cost ten requests
             target.write_bytes(data)
             return
-        partial.write_bytes(data)
+        partial.unlink(missing_ok=True)  # what a killed process has left, or a link that somebody else has put there
+        with open(partial, "xb") as file:
+            file.write(data)
         partial.replace(target)
     except OSError as error:
         if not is_remote(path):
@@ -41,7 +43,9 @@ def write_text(path: str, text: str) -> None:
     """Writes a local file at once or not at all, and to the disk. Raises TrainingError: it cannot be written."""
     partial = f"{path}.partial{os.getpid()}"
     try:
-        with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+        with open(partial, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -173,7 +173,7 @@ def test_a_bucket_that_refuses():
 def test_commands_in_a_bucket(tmp_path, monkeypatch):
     """Training, resuming, sampling and a sweep; what a stand-in cannot show is in docs/storage.md."""
     pytest.importorskip("gcsfs")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the logs of points are while they run
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the logs of points are while they run
     overlay = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
                **dotted(QUICK)}
     file = tmp_path / "sweep.py"

@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -24,6 +26,7 @@ from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
 from marjax.workdir import FREE_FIELDS, read_workdir
 
 _RESULT = {"fingerprint": str, "rows": [{str: (float, bool, str, None)}], "seconds": float}
+ORPHAN_SECONDS = 15.0
 PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, none of which can start like this
 
 
@@ -174,6 +177,22 @@ def _train_and_measure(plan: Plan, name: str, start: float) -> None:
     rows = checked(measured, plan.varying()[name].keys())
     if is_first_process():
         plan.finish(name, rows, time.monotonic() - start)
+
+
+def end_with_parent(pid: int) -> None:
+    """Has this process stop as on SIGTERM once its parent, the sweep, is gone; after ORPHAN_SECONDS it is killed.
+
+    Args:
+      pid: of the parent, which may be gone already.
+    """
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os.killpg(os.getpgid(0), signal.SIGKILL)  # its worker processes, too
+
+    threading.Thread(target=watch, name="marjax-parent", daemon=True).start()
 
 
 def is_first_process() -> bool:

@@ -6,11 +6,11 @@ The process of the sweep never touches an accelerator: the points would find it 
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,20 +59,22 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
             _end([process for process, _ in running.values()])
             for name in running:
                 _keep_log(plan, name)
+            if is_remote(plan.root):
+                shutil.rmtree(_log_folder(plan), ignore_errors=True)
 
 
 def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]":
     """The process of a point, `marjax sweep-point`, which sets itself up like any command.
 
-    It leads a session of its own, so that Ctrl-C reaches this process alone and the workers of a point end with it;
-    and it holds the lock, should this process be killed.
+    It leads a session of its own, so that Ctrl-C reaches this process alone and the workers of a point end with it.
+    Should this process be killed, it stops, and holds the lock until then.
     """
     plan.failure(name).unlink(missing_ok=True)
     _fetch_log(plan, name)
     with open(_log(plan, name), "a") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {name}\n")
         log.flush()
-        command = [*plan.command(name, sys.executable), "--alone"]
+        command = [*plan.command(name, sys.executable), "--alone", "--parent", str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                    env=_environment(), start_new_session=True,
                                    pass_fds=() if lock is None else (lock,))
@@ -95,10 +97,14 @@ def _log(plan: Plan, name: str) -> str:
     """Where a process of this machine prints to: a file, since an address cannot be that."""
     if not is_remote(plan.root):
         return os.fspath(plan.log(name))
+    os.makedirs(_log_folder(plan), exist_ok=True)
+    return os.path.join(_log_folder(plan), f"{name}.log")
+
+
+def _log_folder(plan: Plan) -> str:
+    """Of an address's logs while points run. Not in /tmp, where another user could make it first."""
     digest = hashlib.sha256(os.fspath(plan.root).encode()).hexdigest()[:12]
-    folder = os.path.join(tempfile.gettempdir(), f"marjax-sweep-{digest}")
-    os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, f"{name}.log")
+    return os.path.join(os.path.expanduser("~/.cache/marjax/logs"), digest)
 
 
 def _fetch_log(plan: Plan, name: str) -> None:
