@@ -2,6 +2,12 @@
 
 import importlib.util
 import json
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from marjax import chips, cli, sharding
 from marjax import config as config_lib
-from marjax.compile import hlo, programs, report, roofline, run, search, topology
+from marjax.compile import hlo, process, programs, report, roofline, run, search, topology
 from marjax.errors import UserError
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: marjax[tpu]")
@@ -202,7 +208,7 @@ def test_the_search_says_when_nothing_fits():
 def one_device(monkeypatch):
     """A slice of one device, which is this machine's, and no compiler: what a program needs is given by its images."""
     there = topology.Slice("v5e:1x1", chips.of_kind("TPU v5e"), (1, 1), tuple(jax.devices()[:1]))
-    monkeypatch.setattr(run, "describe", lambda name: there)
+    monkeypatch.setattr(process, "describe", lambda name: there)
 
     def use(compile_images):
         monkeypatch.setattr(run, "compile_program", lambda lowered, *_, **__: compile_images(lowered))
@@ -242,6 +248,42 @@ def test_what_compiled_is_kept_when_the_compiler_gives_up_on_another(one_device,
     assert cli.main(["compile", "--topology", "v5e:1x1", "--config", f"{DIGITS}:debug", "--search"]) == 2
     told = capsys.readouterr()
     assert "dots   the compiler gave up" in told.out and "3 of 3 did not compile" in told.err
+
+
+@pytest.mark.parametrize("code, expected", [
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"train: .*SIGSEGV"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"train: .*SIGKILL.*memory"),
+    ("import sys; sys.stdin.buffer.read(1); print('#0 0x1\\n' * 10**5, file=sys.stderr); sys.exit('fatal: why')",
+     r"train: .* 1 \(fatal: why\)"),
+    ("import os, sys; os.close(0); sys.exit(3)", r"train: .* 3 \(no message\)")])
+def test_a_crash_of_the_compiler_is_one_line_that_names_the_program(code, expected, monkeypatch):
+    monkeypatch.setattr(process, "_CHILD", code)
+    lowered = programs.Lowered("train", 1, 1.0, None, 1)
+    with pytest.raises(programs.CompilerError) as caught:
+        process.compile_program(lowered, config_lib.resolve(make_digits()), "v5e:1x1")
+    assert re.match(expected, str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_the_compiler_s_process_has_a_large_stack_and_nothing_of_the_current_folder(monkeypatch, tmp_path):
+    (tmp_path / "difflib.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_STACK)
+    monkeypatch.setattr(process, "_CHILD", "import difflib, resource, os, sys\n"
+                        "sys.exit(f'{resource.getrlimit(resource.RLIMIT_STACK)[0]} '\n"
+                        "         + os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'])")
+    with pytest.raises(programs.CompilerError, match=rf"\({min(process.STACK, before[1] % 2**63)} 1\)"):
+        process.compile_program(programs.Lowered("train", 1, 1.0, None, 1), config_lib.base(), "v5e:1x1")
+    assert resource.getrlimit(resource.RLIMIT_STACK) == before
+
+
+def test_the_compiler_s_process_answers_with_user_errors_and_ends_with_its_parent():
+    with pytest.raises(UserError, match="no chip 'v9'"):
+        process.compile_program(programs.Lowered("train", 1, 1.0, None, 1), make_digits(), "v9:2x2")
+    child = subprocess.Popen([sys.executable, "-P", "-c", process._CHILD], stdin=subprocess.PIPE,
+                             env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    child.stdin.write(pickle.dumps((make_digits(), "v5e:2x2", "train", False, False)))
+    child.stdin.close()  # as the kernel does for a parent that is killed
+    assert child.wait(timeout=120) == 1
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])

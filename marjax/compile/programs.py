@@ -48,14 +48,14 @@ class Lowered:
       name: one of NAMES.
       images: that one run takes or makes, on all devices.
       model_flops: of one run on all devices, as `flops` counts them: no padding, no recomputation.
-      lower: traces and lowers it.
+      lower: traces and lowers it; None where it came from another process.
       state_bytes: of what a device holds from run to run: parameters, EMA, optimizer; or parameters alone.
     """
 
     name: str
     images: int
     model_flops: float
-    lower: Callable[[], jax.stages.Lowered]
+    lower: Callable[[], jax.stages.Lowered] | None
     state_bytes: int
 
 
@@ -130,6 +130,7 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
     """
     start = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+        assert lowered.lower is not None
         traced = lowered.lower()
         try:
             with _compiler_alone():

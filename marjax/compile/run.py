@@ -10,14 +10,14 @@ import ml_collections
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.compile import report, search
-from marjax.compile.programs import NAMES, CompilerError, Lowered, compile_program, lowered_programs
-from marjax.compile.topology import Slice, describe
+from marjax.compile.process import compile_program, prepare
+from marjax.compile.programs import NAMES, CompilerError, Lowered, lowered_programs
 from marjax.files import write_bytes
 
 
 def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequence[str] = NAMES, cached: bool = False,
                 hlo_dir: str = "", say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Compiles a config's programs for a slice that need not be there.
+    """Compiles a config's programs for a slice that need not be there, each in a process of its own.
 
     Args:
       config: as a config file returns it, or resolved.
@@ -28,18 +28,18 @@ def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequ
       say: takes the report for people, a program at a time.
 
     Returns:
-      What JSON has of it: the slice, the mesh and a record for every program; where the compiler gave up, that has
-      only the program's name and an "error".
+      What JSON has of it: the slice, the mesh and a record for every program; where the compiler gave up or crashed,
+      that has only the program's name and an "error".
 
     Raises:
       UserError: no libtpu, no such slice, or a config that cannot run on it.
     """
-    config, described, mesh = _prepare(config, topology)
+    config, described, mesh = prepare(config, topology)
     say(f"{described.name}: {mesh.size} devices {described.devices[0].device_kind!r}, mesh {dict(mesh.shape)}")
     records = []
     for lowered in lowered_programs(config, mesh, names, cached):
         try:
-            compiled = compile_program(lowered, mesh, described.chip.usable, keep_text=bool(hlo_dir))
+            compiled = compile_program(lowered, config, topology, cached=cached, keep_text=bool(hlo_dir))
         except CompilerError as error:  # the others may compile nevertheless
             records.append({"program": lowered.name, "error": str(error)})
             say(f"{report.TITLES[lowered.name]}\n  {error}")
@@ -64,24 +64,25 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
     Raises:
       UserError: no libtpu, no such slice, or a config that cannot run on it.
     """
-    resolved, described, mesh = _prepare(config, topology)
+    resolved, described, mesh = prepare(config, topology)
     say(f"{described.name}: {mesh.size} devices {described.devices[0].device_kind!r}, mesh {dict(mesh.shape)}")
     shards, found = sharding.batch_shards(mesh), []
     start = max(1, resolved.train.batch_size // shards)
 
-    def lower(batch: int, overrides: Mapping[str, Any]) -> Lowered:
-        """The train step of so many images a device."""
+    def lower(batch: int, overrides: Mapping[str, Any]) -> tuple[Lowered, ml_collections.ConfigDict]:
+        """The train step of so many images a device, and its config."""
         counted = {"train.steps": resolved.train.steps, "train.warmup_steps": resolved.train.warmup_steps}
         changed = config_lib.apply_overrides(config, {**counted, "train.batch_size": batch * shards,
                                                       "train.accumulate": 1, **overrides})
-        return lowered_programs(config_lib.resolve(changed), mesh, ("train",), cached)[0]
+        changed = config_lib.resolve(changed)
+        return lowered_programs(changed, mesh, ("train",), cached)[0], changed
 
-    fixed = lower(start, {}).state_bytes
+    fixed = lower(start, {})[0].state_bytes
     for policy in policies:
 
         def compile_at(batch: int, policy: str = policy) -> search.Trial:
             remat = {"model.remat": policy, "model.denoiser.remat": policy}
-            compiled = compile_program(lower(batch, remat), mesh, described.chip.usable)
+            compiled = compile_program(*lower(batch, remat), topology, cached=cached)
             needed, usable, fits = compiled.memory.peak, compiled.usable, compiled.program is not None
             say(f"  remat {policy}, {batch} images a device: {report.gib(needed)} of {report.gib(usable)}"
                 f"{'' if fits else ', does not fit'}")
@@ -93,10 +94,3 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
             found.append(search.Found(policy, 0, math.nan, described.chip.usable, math.nan, error=str(error)))
     say(search.table(found))
     return found
-
-
-def _prepare(config: ml_collections.ConfigDict, topology: str) -> tuple[ml_collections.ConfigDict, Slice, Any]:
-    config = config_lib.resolve(config)
-    described = describe(topology)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=described.devices)
-    return config, described, mesh
