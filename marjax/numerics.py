@@ -38,7 +38,7 @@ PINNED: dict[str, Any] = {
     "jax_default_matmul_precision": None,
     "jax_allow_f16_reductions": True,
     "jax_softmax_custom_jvp": False,
-    # How programs are compiled: other fusions round differently.
+    # How programs are traced and compiled: other ways round differently, or have gaps.
     "jax_disable_jit": False,
     "jax_disable_most_optimizations": False,
     "jax_optimization_level": "UNKNOWN",
@@ -46,11 +46,18 @@ PINNED: dict[str, Any] = {
     "jax_memory_fitting_effort": 0.0,
     "jax_memory_fitting_level": "O2",
     "jax_use_direct_linearize": True,
+    "eager_constant_folding": False,
+    "jax_scan3": False,
+    "jax_remat3": False,
+    "jax_custom_vjp3": False,
     # Checks that a healthy run does not pass: metrics of terms without tokens are NaN, biases are broadcast, small
     # arrays are transferred as they are needed. A run checks for itself that what it trains is finite.
     "jax_debug_nans": False,
     "jax_debug_infs": False,
     "jax_debug_key_reuse": False,
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_error_checking_behavior_divide": "ignore",
+    "jax_error_checking_behavior_oob": "ignore",
     "jax_check_tracer_leaks": False,
     "jax_check_static_indices": False,
     "jax_numpy_rank_promotion": "allow",

@@ -21,6 +21,7 @@ OTHERS = {"jax_default_prng_impl": "rbg", "jax_random_seed_offset": 1, "jax_lega
           "jax_exec_time_optimization_effort": -1.0, "jax_memory_fitting_effort": -1.0,
           "jax_memory_fitting_level": "O0", "jax_numpy_rank_promotion": "raise",
           "jax_array_garbage_collection_guard": "log",
+          **{name: "raise" for name in numerics.PINNED if name.startswith("jax_error_checking")},
           **{name: "disallow_explicit" for name in numerics.PINNED if name.startswith("jax_transfer_guard")}}
 HOSTILE = {name: OTHERS.get(name, not value) for name, value in numerics.PINNED.items()}
 SMALL = QUICK | {"train__steps": 2, "log__progress": False, "log__tensorboard": False}
