@@ -10,6 +10,11 @@ from typing import Any
 from marjax import commands, failures, storage
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
+from marjax.paths import normalised, optional
+
+# Arguments that are paths; those that may have an ARG after a colon (`--config`) are left to `config.load`.
+PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "npz", "out", "path",
+         "reference", "root", "tokenizer", "tokenizer_path", "workdir"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = parse_overrides(rest)
         if overrides and not given.takes_overrides:
             raise UserError(f"{given.command} takes no --config.key=value: the config is in the work directory")
+        for name in PATHS & vars(given).keys():
+            value = getattr(given, name)
+            setattr(given, name, [normalised(each, f"--{name}") for each in value] if isinstance(value, list)
+                    else optional(value, f"--{name}"))
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)

@@ -12,6 +12,7 @@ import sys
 
 from marjax import config as config_lib
 from marjax.errors import TrainingError, UserError
+from marjax.paths import normalised
 from marjax.ranges import MAX_INT, check_arguments, shown
 from marjax.storage import is_remote
 from marjax.workdir import read_workdir
@@ -146,7 +147,7 @@ def sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     labels = np.repeat(np.array(classes), given.num_per_label)
     join(given)
     is_new = not is_remote(given.out) and not os.path.exists(given.out)  # an empty folder would be left behind
-    out = epath.Path(given.out)
+    out = epath.Path(normalised(given.out, "out"))
     distributed.on_first(lambda: make_folder(out))  # before the work, which would be lost
     try:
         images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,

@@ -16,6 +16,7 @@ from marjax.config.migrations import migrate, stamp
 from marjax.errors import UserError, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
+from marjax.paths import takes_paths
 
 # What a second start in the same work directory may change: it does not alter what is trained.
 FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
@@ -42,6 +43,7 @@ _BYSTANDER = re.compile(
     r"|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job)", re.IGNORECASE)
 
 
+@takes_paths("workdir")
 def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False) -> None:
     """Makes the work directory and writes `config.json`, or checks the one that is there.
 
@@ -108,6 +110,7 @@ def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokeni
                         f"the config it was made with")
 
 
+@takes_paths("workdir")
 def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     """The resolved config of a work directory; a tokenizer that lies in it is found there, wherever that is now.
 

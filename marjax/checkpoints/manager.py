@@ -25,6 +25,7 @@ from marjax.checkpoints.quiet import quiet_orbax
 from marjax.closing import Closing
 from marjax.errors import StorageError, UserError, causes
 from marjax.json_file import check_json
+from marjax.paths import normalised
 
 PyTree = Any
 
@@ -81,8 +82,8 @@ class Checkpoints(Closing):
     ) -> None:
         if keep < 1 or keep_every < 0:
             raise UserError(f"Got keep={keep}, keep_every={keep_every}: expected keep >= 1 and keep_every >= 0.")
-        name = os.fspath(directory)
-        self.directory = epath.Path(name if "://" in name else os.path.abspath(os.path.expanduser(name)))
+        name = normalised(directory, "directory")
+        self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self.read_only = read_only
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every:

@@ -13,8 +13,10 @@ from marjax.compile import report, search
 from marjax.compile.process import compile_program, prepare
 from marjax.compile.programs import NAMES, CompilerError, Lowered, lowered_programs
 from marjax.files import write_bytes
+from marjax.paths import takes_paths
 
 
+@takes_paths("hlo_dir")
 def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequence[str] = NAMES, cached: bool = False,
                 hlo_dir: str = "", say: Callable[[str], None] = print) -> dict[str, Any]:
     """Compiles a config's programs for a slice that need not be there, each in a process of its own.

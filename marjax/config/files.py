@@ -4,6 +4,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import traceback
 import types
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from marjax.config.overrides import closest, conform, parse_value, sections, unknown_key
 from marjax.errors import TrainingError, UserError
+from marjax.paths import normalised
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
@@ -44,6 +46,9 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
+_FILE_AND_ARG = re.compile(r"(.*?\.py)(?::(.*))?", re.DOTALL)  # a folder may have a colon in its name
+
+
 def load(path: str) -> ConfigDict:
     """The config of "FILE.py" or "FILE.py:ARG", not yet resolved.
 
@@ -51,7 +56,9 @@ def load(path: str) -> ConfigDict:
       UserError: no such file, one without `get_config`, an error in it, or a config that has other fields than
         `base()`.
     """
-    file, _, arg = path.partition(":")
+    named = _FILE_AND_ARG.fullmatch(path)
+    file, arg = (named[1], named[2]) if named else (path, None)
+    file = normalised(file, "config file")
     function = load_function(file, "config", "get_config")
     with errors_of(file, "config"):
         config = function(arg or None)

@@ -5,8 +5,9 @@ import math
 from ml_collections import ConfigDict
 
 from marjax.config.overrides import conform, flatten
-from marjax.config.schema import CHOICES, MAX_LENGTH, RANGES
+from marjax.config.schema import CHOICES, MAX_LENGTH, PATHS, RANGES
 from marjax.errors import UserError
+from marjax.paths import optional
 from marjax.ranges import shown
 from marjax.tokenizers import TokenShape, token_shape
 from marjax.tokenizers import spec as autoencoder_spec
@@ -28,6 +29,8 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     config = conform(config)
     if config.train.schedule is None and config.model.head in HEADS:
         config.train.schedule = HEADS[config.model.head].schedule
+    given = flatten(config)
+    config.update_from_flattened_dict({key: optional(given[key], f"config.{key}") for key in PATHS})
     for section in (config.train, config.tokenizer.train):
         section.clip = section.clip or None
     _check_ranges(config)

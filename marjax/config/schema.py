@@ -140,6 +140,10 @@ RANGES = {
     "eval.cfg": _CFG,
 }
 
+# Fields that are paths.
+PATHS = ("data.data_dir", "data.cache", "tokenizer.path", "tokenizer.train.lpips.vgg", "tokenizer.train.lpips.linear",
+         "eval.extractor_path", "eval.reference")
+
 MAX_LENGTH = 16  # of lists of numbers
 
 # Fields whose default is a number, which None turns off.

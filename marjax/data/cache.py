@@ -31,6 +31,7 @@ from marjax.errors import TrainingError, UserError
 from marjax.files import sync, write_text
 from marjax.lock import NAME as LOCK
 from marjax.lock import locked_folder
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Cacheable, Tokenizer, open_tokenizer
 
@@ -63,6 +64,7 @@ class Cached:
 
 
 @numerics.pinned()
+@takes_paths("out")
 def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str], *, dtype: str = "bfloat16",
                   batch_size: int = 32, shard_examples: int | None = None, overwrite: bool = False,
                   measure: bool = False, progress: bool = True) -> Cached:
@@ -93,7 +95,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     folder = os.fspath(out)
     if "://" in folder:
         raise UserError(f"{folder} is not on this machine: write the cache to a local or mounted folder, then copy it")
-    folder = os.path.abspath(os.path.expanduser(folder))
+    folder = os.path.abspath(folder)
     tokenizer = open_tokenizer(config.tokenizer)
     if not isinstance(tokenizer, Cacheable):
         raise UserError(f"tokenizer {config.tokenizer.name!r} has no network: there is nothing to encode ahead")

@@ -6,8 +6,10 @@ from marjax.data.listing import list_pictures
 from marjax.data.pictures import UnreadableError, decode, read_bytes, storable
 from marjax.data.sources import Pixels
 from marjax.errors import UserError
+from marjax.paths import takes_paths
 
 
+@takes_paths("folder")
 def pictures(folder: str | os.PathLike[str]) -> list[str]:
     """Paths of all pictures in a folder and those below it, in the order of their names.
 
@@ -16,7 +18,7 @@ def pictures(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
       UserError: no such folder, or no picture in it.
     """
-    root = os.path.expanduser(os.fspath(folder))
+    root = os.fspath(folder)
     if not os.path.isdir(root):
         raise UserError(f"images {folder} is no folder: give one with pictures, on this machine")
     found = [item.path for item in list_pictures(root)]

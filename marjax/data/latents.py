@@ -23,6 +23,7 @@ from marjax.data.preprocess import CROP, draw_flip
 from marjax.data.tfds_files import num_records
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
+from marjax.paths import takes_paths
 from marjax.storage import on_this_machine
 
 MANIFEST = "manifest.json"
@@ -123,10 +124,11 @@ _SHAPE = {  # the format first: what a later one has is not known here
     "compute_dtype": _TEXT, "shard_examples": range(1, 1 << 48)}
 
 
+@takes_paths("folder")
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a finished cache. Raises UserError: there is none, or it cannot be read."""
     on_this_machine(folder, "config.data.cache")
-    path = os.path.join(os.path.expanduser(folder), MANIFEST)
+    path = os.path.join(folder, MANIFEST)
     found: Manifest | None = Manifest.read(path, missing=None)
     if found is not None:
         return found
@@ -214,7 +216,6 @@ def _open(folder: str, manifest: Manifest) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     again = "start its marjax cache-latents again, which makes what is missing"
-    folder = os.path.expanduser(folder)
     there = set(os.listdir(folder))
     if missing := [name for name in map(manifest.shard_file, range(manifest.num_shards)) if name not in there]:
         raise UserError(f"the latent cache {folder} lacks {len(missing)} of {manifest.num_shards} files, such as "

@@ -29,6 +29,7 @@ from marjax.errors import TrainingError, UserError, shortened
 from marjax.files import write_text
 from marjax.json_file import read_json
 from marjax.lock import locked_folder
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
@@ -89,6 +90,7 @@ class Prepared:
                                   f"--workdir runs/{self.name}"])
 
 
+@takes_paths("images", "imagenet", "out")
 def prepare(
     images: str | os.PathLike[str] | None = None,
     imagenet: Sequence[str | os.PathLike[str]] | None = None,
@@ -134,7 +136,7 @@ def prepare(
     for path in (*given, out):
         if "://" in path:
             raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
-    given, out = [os.path.expanduser(path) for path in given], os.path.abspath(os.path.expanduser(out))
+    out = os.path.abspath(out)
     check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers,
                     bits=bits)
     if imagenet is not None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
 from marjax.errors import UserError
+from marjax.paths import optional
 from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
@@ -234,7 +235,7 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(f"data.source={source!r} needs TFDS: pip install tensorflow-datasets pillow.") from error
-    builder = _tfds_builder(tfds, source, os.path.expanduser(data_dir))
+    builder = _tfds_builder(tfds, source, optional(data_dir, "config.data.data_dir") or "")
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
         raise UserError(

@@ -24,6 +24,7 @@ from marjax.evaluation.extractor import Extracted, checksum
 from marjax.generation.images import make_folder, write_npz
 from marjax.lock import locked_file
 from marjax.npz_file import NpzFile
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
 NUM_FEATURES = 64
@@ -169,6 +170,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
 
 
 @numerics.pinned()
+@takes_paths("out")
 def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], *, seed: int = 0, steps: int = 1000,
                   held_out: float = 0.2, overwrite: bool = False) -> dict[str, Any]:
     """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.

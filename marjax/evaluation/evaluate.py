@@ -30,6 +30,7 @@ from marjax.generation.images import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
 from marjax.lock import locked_folder
+from marjax.paths import optional, takes_paths
 from marjax.ranges import check_arguments
 from marjax.workdir import read_workdir
 
@@ -38,6 +39,7 @@ FOLDER = "evaluation"  # of samples, in the work directory or `out`
 # The fields of config.sample that alter an image.
 FIELDS = ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule", "temperature", "confidence_order",
           "choice_temperature")
+_PATHS = ("extractor_path", "reference", "tokenizer_path", "out")  # of a request
 SAVES = ("", "npz", "png")
 
 
@@ -77,6 +79,7 @@ class Request:
 
 
 @numerics.pinned()
+@takes_paths("workdir")
 def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> list[dict[str, Any]]:
     """Measures a work directory's weights; every process of a run calls this, with folders that all of them see.
 
@@ -86,6 +89,8 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
     Raises:
       UserError: anything that cannot be used; found before any sample is made.
     """
+    paths: dict[str, Any] = {name: optional(getattr(request, name), name) for name in _PATHS}
+    request = dataclasses.replace(request, **paths)
     hosts = all_processes()
     config = read_workdir(workdir)
     if request.tokenizer_path is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from marjax.errors import UserError
+from marjax.paths import takes_paths
 
 
 class Extracted(NamedTuple):
@@ -57,6 +58,7 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
     return made.hexdigest()
 
 
+@takes_paths("path")
 def open_extractor(name: str, path: str = "") -> FeatureExtractor:
     """The network of that name with its weights.
 

@@ -20,6 +20,7 @@ from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.evaluation.hosts import Hosts
 from marjax.npz_file import NpzFile
+from marjax.paths import takes_paths
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices int (B,), images uint8 (B, H, W, C)
 
@@ -48,6 +49,7 @@ class NpzImages:
       shape: (N, H, W, C).
     """
 
+    @takes_paths("path")
     def __init__(self, path: str | os.PathLike[str], key: str = "arr_0") -> None:
         """Reads the header. Raises UserError: no such file or array, or one of another kind."""
         self.source, self._key = os.fspath(path), key
@@ -86,6 +88,7 @@ class FolderImages:
       source: the folder.
     """
 
+    @takes_paths("folder")
     def __init__(self, folder: str | os.PathLike[str], image_size: int | None = None, channels: int = 3) -> None:
         """Lists them.
 

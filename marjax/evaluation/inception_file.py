@@ -23,6 +23,7 @@ from marjax.generation.images import make_folder
 from marjax.interop import weights_file, wrappers
 from marjax.json_file import parse_json
 from marjax.lock import locked_file
+from marjax.paths import takes_paths
 
 KEY = "marjax"
 KIND = "inception"
@@ -62,6 +63,7 @@ def open_inception(path: str | os.PathLike[str] | None = None, *, batch_size: in
     return Inception(to_params(tensors), checksum(tensors), batch_size=batch_size)
 
 
+@takes_paths("source", "out")
 def convert_inception(source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> tuple[str, bool]:
     """Writes the weights of a PyTorch file as a file of ours, whole or not at all.
 

@@ -25,6 +25,7 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.errors import UserError
 from marjax.generation.images import beside, grid, make_folder, to_uint8, write_png
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer
 from marjax.tokenizers import spec as autoencoder_spec
@@ -34,6 +35,7 @@ _SHOWN = 32  # images in the picture
 
 
 @numerics.pinned()
+@takes_paths("images", "path", "out")
 def check(images: str | os.PathLike[str] | None = None, config: ml_collections.ConfigDict | None = None, *,
           name: str = "", path: str = "", image_size: int | None = None, num_images: int = 256, batch_size: int = 16,
           seed: int = 0, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:

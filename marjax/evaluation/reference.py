@@ -24,6 +24,7 @@ from marjax.files import open_regular
 from marjax.generation.images import write_npz
 from marjax.json_file import parse_json
 from marjax.npz_file import NpzFile
+from marjax.paths import takes_paths
 
 FORMAT = 1
 _ADVICE = "give another npz file of statistics or images, or make it with marjax stats"
@@ -61,6 +62,7 @@ class Reference:
         return os.path.basename(self.path)
 
 
+@takes_paths("path")
 def read_reference(path: str | os.PathLike[str]) -> Reference:
     """Reads an npz file of statistics.
 

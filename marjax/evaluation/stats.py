@@ -15,10 +15,12 @@ from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, N
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.generation.images import make_folder
 from marjax.lock import locked_file
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
 
 @numerics.pinned()
+@takes_paths("out", "images", "npz", "extractor_path")
 def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.ConfigDict | None = None,
                     images: str | os.PathLike[str] | None = None, npz: str | os.PathLike[str] | None = None,
                     extractor: str | None = None, extractor_path: str | None = None, image_size: int | None = None,

@@ -15,6 +15,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
@@ -22,6 +23,7 @@ from marjax.workdir import read_workdir
 
 
 @numerics.pinned()
+@takes_paths("workdir", "tokenizer_path")
 def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0,
            weights: str | None = None, step: int | None = None, first_index: int = 0,
            tokenizer_path: str | None = None, **settings: Any) -> np.ndarray:
@@ -75,6 +77,7 @@ class Opened(NamedTuple):
 
 
 @numerics.pinned()
+@takes_paths("workdir", "tokenizer_path")
 def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
                  tokenizer_path: str | None = None, local: bool = False, **settings: Any) -> Opened:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.

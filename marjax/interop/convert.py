@@ -27,6 +27,7 @@ from marjax.interop.pytorch import Tensor
 from marjax.json_file import parse_json
 from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
+from marjax.paths import takes_paths
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import init_unboxed
 from marjax.workdir import claim_workdir, read_workdir
@@ -67,6 +68,7 @@ class _Source:
 
 
 @numerics.pinned()
+@takes_paths("checkpoint", "workdir", "tokenizer")
 def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str], *, weights: str | None = None,
             tokenizer: str | os.PathLike[str] | None = None,
             overrides: Mapping[str, Any] | None = None) -> Converted:
@@ -117,7 +119,7 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
 def _check_target(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if "://" in os.fspath(workdir):
         raise UserError(f"work directory {workdir} is not local: convert into a local folder, then copy that")
-    target = pathlib.Path(os.path.abspath(os.path.expanduser(workdir)))
+    target = pathlib.Path(os.path.abspath(workdir))
     if target.exists() and not target.is_dir():
         raise UserError(f"work directory {workdir} is a file: give a new folder")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():

@@ -13,6 +13,7 @@ from marjax.interop import diffusers, weights_file, wrappers
 from marjax.interop.pytorch import Tensor
 from marjax.interop.reference import tokenizer_name
 from marjax.lock import locked_file
+from marjax.paths import takes_paths
 from marjax.tokenizers import autoencoder_file
 from marjax.tokenizers.autoencoder_names import from_state_dict, to_state_dict
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
@@ -45,6 +46,7 @@ class Autoencoder:
 
 
 @numerics.pinned()
+@takes_paths("source", "out")
 def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str], *,
                       weights: str | None = None) -> tuple[Autoencoder, bool]:
     """Writes the tokenizer's file of an autoencoder's checkpoint; False if that very file is there already.
@@ -70,6 +72,7 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
     return autoencoder, True
 
 
+@takes_paths("path")
 def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None) -> Autoencoder:
     """The autoencoder of a checkpoint: of the reference, LDM, a latent diffusion model, diffusers, or our own file.
 

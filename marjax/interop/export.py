@@ -19,12 +19,14 @@ from marjax.files import open_regular
 from marjax.interop import names, reference
 from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.training.state import init_unboxed
 from marjax.workdir import read_workdir
 
 
 @numerics.pinned()
+@takes_paths("workdir", "out")
 def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None,
            step: int | None = None) -> dict[str, str]:
     """Writes the weights of a work directory with PyTorch's names and layouts, float32, to the bit.
@@ -45,7 +47,7 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
         be written.
     """
     check_arguments(step=step)
-    target = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
+    target = pathlib.Path(os.path.abspath(out))
     if "://" in os.fspath(out) or target.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a local file whose name ends in .safetensors")
     if not target.parent.is_dir():

@@ -17,6 +17,7 @@ from marjax.files import open_regular
 from marjax.interop import pytorch, sharded
 from marjax.interop.pytorch import AGAIN, Tensor
 from marjax.interop.unpickle import Budget
+from marjax.paths import takes_paths
 
 _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file that it points to: run git lfs pull in its "
@@ -48,6 +49,7 @@ class WeightsFile:
     size: int | None = None
 
 
+@takes_paths("path")
 def read(path: str | os.PathLike[str]) -> WeightsFile:
     """Reads what is in a local file but its tensors, which `np.asarray` reads.
 

@@ -13,6 +13,7 @@ from etils import epath
 from marjax.errors import UserError
 from marjax.files import write_bytes
 from marjax.generation.images import make_folder
+from marjax.paths import takes_paths
 from marjax.plots import style, tradeoffs, training
 from marjax.plots.runs import Run, read_runs
 
@@ -30,6 +31,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], "Figure | None"]] = {
     **{f"tradeoff_{setting}": functools.partial(tradeoffs.over, along=setting) for setting in tradeoffs.AXES}}
 
 
+@takes_paths("workdirs", "out")
 def plot(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
          formats: Sequence[str] = FORMATS) -> list[epath.Path]:
     """Draws what the work directories have: the keys of FIGURES, each in one file a format.

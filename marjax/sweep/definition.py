@@ -15,6 +15,7 @@ from etils import epath
 
 from marjax.config import errors_of, load_function
 from marjax.errors import UserError
+from marjax.paths import takes_paths
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
 LOCK = "sweep.lock"  # of the root folder
@@ -136,6 +137,7 @@ def select(only: str | Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in wanted]
 
 
+@takes_paths("path")
 def load(path: str | os.PathLike[str]) -> Sweep:
     """The sweep of a file: what its `get_sweep` returns, or the points that it yields.
 

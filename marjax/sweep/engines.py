@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from marjax.errors import TrainingError, UserError
 from marjax.generation.images import make_folder
 from marjax.lock import locked_folder
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.sweep import jobs as jobs_lib
 from marjax.sweep import runner, slurm, xpk
@@ -21,6 +22,7 @@ ENGINES = ("local", "slurm", "xpk")
 _ASK = {"local": jobs_lib.local_states, "slurm": slurm.states, "xpk": xpk.states}
 
 
+@takes_paths("path", "root")
 def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: int | None = None,
           only: str | Sequence[str] | None = None, engine: str = "local", engine_args: str = "") -> list[Row]:
     """Runs what is not finished of the sweep in file `path`, or submits it; returns the rows of the table.
@@ -74,6 +76,7 @@ def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: i
     return rows
 
 
+@takes_paths("path", "root")
 def table(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Row]:
     """The rows of the table as `sweep` returns them, from what is in `root`; writes it anew, and runs nothing.
 
@@ -83,6 +86,7 @@ def table(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Ro
     return write(_existing(path, root))
 
 
+@takes_paths("path", "root")
 def status(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
     """A line a point: done, running, queued, failed or unfinished; runs and writes nothing.
 

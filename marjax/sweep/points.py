@@ -21,6 +21,7 @@ from marjax import config as config_lib
 from marjax import storage
 from marjax.errors import PreemptedError, StorageError, TrainingError, UserError
 from marjax.json_file import read_json
+from marjax.paths import takes_paths
 from marjax.sweep.definition import Sweep, load
 from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
 from marjax.workdir import FREE_FIELDS, read_workdir
@@ -66,6 +67,7 @@ class Plan:
     configs: dict[str, ConfigDict]
 
     @classmethod
+    @takes_paths("path", "root")
     def of(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Plan":
         """Loads the file, and loads, overlays and resolves every point of it. Raises UserError, naming the point."""
         storage.check(root)
@@ -138,6 +140,7 @@ class Plan:
                 f"name, or delete its result.json to train on and measure again, if training may go on")
 
 
+@takes_paths("path", "root")
 def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: str) -> None:
     """What the process of a point does: trains, measures, writes `result.json`. For PREPARE, what `prepare` does.
 

@@ -28,6 +28,7 @@ from marjax.generation.sampler import Sampler, Settings
 from marjax.lock import locked_folder
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
+from marjax.paths import takes_paths
 from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training import state as state_lib
 from marjax.training.clock import Clock
@@ -40,6 +41,7 @@ from marjax.workdir import claim_workdir, first_start, settings_of_all
 
 
 @numerics.pinned()
+@takes_paths("workdir")
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
           profile: tuple[int, int] | None = None) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.

@@ -20,6 +20,7 @@ from marjax.evaluation.reconstruction import from_config, measure
 from marjax.generation.images import beside, grid, make_folder, to_uint8
 from marjax.lock import locked_file, locked_folder
 from marjax.metrics import MetricWriter
+from marjax.paths import takes_paths
 from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
@@ -34,6 +35,7 @@ _MEASURED_AT_ONCE = 32
 
 
 @numerics.pinned()
+@takes_paths("path", "workdir")
 def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *,
                       workdir: str | os.PathLike[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Trains the network of `config.tokenizer` on `config.data`, and writes its EMA weights and scale to one file.

@@ -21,6 +21,7 @@ from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.generation.images import make_folder, write_npz
 from marjax.lock import locked_file
+from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import TokenShape
 from marjax.tokenizers.codebook import Codebook, Fit, arrays_of, read
@@ -32,6 +33,7 @@ _LOOKED_UP = 16_384
 
 
 @numerics.pinned()
+@takes_paths("path")
 def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *, seed: int | None = None,
                    overwrite: bool = False) -> dict[str, Any]:
     """Finds the K codes that the patches of `config.data` are nearest to, and writes them to one file.
