@@ -63,6 +63,7 @@ TWO_SETS = {
     "diffusers": {"model": LIVE, "ema": {"shadow_params": list(EMA.values()), "decay": 0.9999}},
     "list": {"model": weights(10, "module."), "ema_params": list(EMA.values()), "optimizer": {}},
     "tuple and buffers": {"model": {"table": COUNT} | LIVE, "model_ema": tuple(EMA.values())},
+    "list without buffers": {"model": {"table": tensor([1.0] * 9)} | LIVE, "ema": list(EMA.values())},
     "LitEma": {"state_dict": LIVE | weights(20, "model_ema.", lambda name: name.replace(".", ""))
                | {"model_ema.decay": tensor(0.9), "model_ema.num_updates": COUNT}},
     "LitEma of a part": {"state_dict": weights(10, "model.") | weights(20, "model_ema.",
@@ -94,7 +95,7 @@ def test_files_of_others(caplog):
     says({"model": LIVE, "ema": Foreign("my.EMA", "x.pth")}, "EMA weights .ema. are an object of my.EMA, .*weights raw")
     assert which({"model": LIVE, "ema": Foreign("my.EMA", "x.pth")}, "raw") == (False, 10)
     says({"model": LIVE | {"b.weight": Foreign("my.Tensor", "x.pth")}}, "weight b.weight is an object of my.Tensor")
-    says({"model": LIVE, "ema": list(EMA.values())[1:]}, "a list of 3 tensors .ema., which do not match the 4 of model")
+    says({"model": LIVE, "ema": list(EMA.values())[::-1]}, "list of 4 tensors .ema., which do not match the 4 of mod")
     says({"ema": list(EMA.values())}, "holds no weights")
     says(weights(10, "module.") | {"a.weight": COUNT}, "module.a.weight and a.weight are one name")
     huge = WeightsFile(LIVE | {"huge": Tensor((1 << 20, 1 << 10), np.dtype("f4"), lambda: None)}, None, 900)

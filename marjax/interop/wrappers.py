@@ -208,18 +208,20 @@ def _flat_average(names: Mapping[str, Any], prefix: str, live: Mapping[str, Any]
 
 def _of_list(where: str, values: Sequence[Tensor], live: Weights | None) -> Weights | None:
     """An average that is a list, in the order of the live weights' parameters; None for a list of something else."""
-    names = [] if live is None else [name for name, each in live.tensors.items() if each.dtype.kind not in "iub"]
     if live is None:
-        problem = f"its EMA weights are a list ({where}), without names: give a file with the live weights beside them"
-    elif len(values) == len(names) and all(
-            value.shape == live.tensors[name].shape for name, value in zip(names, values, strict=True)):
-        return Weights(where, True, dict(zip(names, values, strict=True)))
-    elif 2 * len(values) < len(names):
+        return Weights(where, True, {}, {}, f"its EMA weights are a list ({where}), without names: give a file with "
+                                            f"the live weights beside them")
+    found: dict[str, Tensor] = {}
+    names = [name for name, each in live.tensors.items() if each.dtype.kind not in "iub"]
+    for name in names:  # some are buffers, which the list leaves out; a weight that then has none is found missing
+        if len(found) < len(values) and values[len(found)].shape == live.tensors[name].shape:
+            found[name] = values[len(found)]
+    if len(found) == len(values):
+        return Weights(where, True, found)
+    if 2 * len(values) < len(names):
         return None
-    else:
-        problem = (f"its EMA weights are a list of {len(values)} tensors ({where}), which do not match the "
-                   f"{len(names)} of {live.where or 'the others'}: give --weights raw")
-    return Weights(where, True, {}, {}, problem)
+    return Weights(where, True, {}, {}, f"its EMA weights are a list of {len(values)} tensors ({where}), which do not "
+                                        f"match the {len(names)} of {live.where or 'the others'}: give --weights raw")
 
 
 def _plain(node: Mapping[Any, Any]) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
