@@ -18,6 +18,7 @@ from marjax.cli import main
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import SampleRandomness, generate
+from marjax.heads.diffusion import cosine_schedule
 from marjax.interop import reference, weights_file
 from marjax.interop.convert import convert
 from marjax.interop.convert_tokenizer import convert_tokenizer, read_autoencoder
@@ -150,6 +151,9 @@ def test_wrapped_weights_and_buffers_to_the_bit(ema, tmp_path):
     arrays = {name.replace("blocks.", "blocks._orig_mod.").replace("attn.", "attn._fsdp_wrapped_module."):
               np.asarray(each) for name, each in content.items()}
     arrays |= {"encoder_blocks.0.attn.index": np.arange(4), "n_averaged": np.array(7)}
+    schedule = cosine_schedule(1000)  # of another one, the tables are refused
+    arrays |= {f"diffloss.train_diffusion.{key}": getattr(schedule, key)
+               for key in ("betas", "alphas_cumprod", "posterior_log_variance_clipped", "posterior_mean_coef1")}
     save_file({f"module.{name}": array for name, array in arrays.items()}, tmp_path / "x.safetensors")
     argv = ["convert", "--checkpoint", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "run"), "--weights",
             "ema", "--config.model.num_heads=4", "--config.model.dtype=float32"]
@@ -223,6 +227,7 @@ def change(tmp_path, name, function):
     ("mask_token", lambda x: None, "mask_token is missing"),
     ("decoder_blocks.1.mlp.fc2.bias", lambda x: None, "decoder_blocks.1.mlp.fc2.bias is missing"),
     ("diffloss.train_diffusion.betas", lambda x: np.zeros(3, np.float32), "betas is not used"),
+    ("diffloss.train_diffusion.betas", lambda x: np.linspace(1e-4, 0.02, 1000), "betas is not used"),
     ("decoder_norm.weight", lambda x: x[:5], r"decoder_norm.weight has shape \(5,\)"),
     ("z_proj.weight", lambda x: None, "no MAR model of the reference: z_proj.weight is missing .there are 91 tensors"),
     ("z_proj.weight", lambda x: x[:, :15], "15 values, which are no square of patches"),
@@ -550,6 +555,7 @@ def test_the_autoencoder_of_a_latent_diffusion_model(tmp_path):
     check(inside | {"conditioner.embedders.0.x": np.ones(1, np.float32)}, expected, 0.13025)
     check(live | average | {"model_ema.decay": np.float32(0.9), "loss.logvar": np.float32(0.0)}, shifted)
     check(live | average, expected, weights="raw")
+    check(live | {"quantize.used": np.arange(3), "colorize": np.ones((3, 9, 1, 1), np.float32)}, expected)
     check(live, expected, weights="raw")
     with pytest.raises(UserError, match="input_blocks.0.0.weight is not used"):
         check(network | live, expected)

@@ -146,10 +146,8 @@ def _select(file: weights_file.WeightsFile, path: str | os.PathLike[str], weight
             "%s does not say whether its weights are EMA weights. The known public MAR safetensors files hold the raw "
             "ones, which score far worse: the reference's own .pth files have both. Converted as raw; say --weights "
             "ema or raw if you know.", path)
-    # Integers under unknown names are counters and tables that forward passes look things up in.
-    tensors = {name: each for name, each in chosen.tensors.items()
-               if each.dtype.kind not in "iub" or names.is_known(name)}
-    return _Source(tensors, said or weights or ("ema" if chosen.is_ema else "raw"), arguments, step)
+    return _Source(reference.without_tables(chosen.tensors),
+                   said or weights or ("ema" if chosen.is_ema else "raw"), arguments, step)
 
 
 def _arguments(content: Any) -> dict[str, Any]:

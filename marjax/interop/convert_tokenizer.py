@@ -94,7 +94,8 @@ def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None
         return Autoencoder(tokenizer_name(stored.spec), stored.spec, stored.params, stored.scale)
     chosen = wrappers.choose(file, ANCHORS, path, weights=weights)
     wrappers.check_size(chosen, file, path)
-    tensors, scale = chosen.tensors, None
+    scale = None
+    tensors = {name: each for name, each in chosen.tensors.items() if each.dtype.kind not in "iub"}  # counters
     if theirs := diffusers.is_theirs(tensors):
         scale = diffusers.scale_of(path)
     try:

@@ -5,14 +5,19 @@ arguments of its training, if they are there; the released sizes fill in for the
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax.config.schema import NONE_IS_OFF
 from marjax.errors import UserError, shortened
+from marjax.heads.diffusion import cosine_schedule
+from marjax.interop import names
+from marjax.interop.pytorch import Tensor
 from marjax.tokenizers.autoencoder_names import count_layers
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
 from marjax.variants import VARIANTS
@@ -38,6 +43,8 @@ _ARGUMENTS: dict[str, tuple[str, type]] = {
     "temperature": ("sample.temperature", float),
 }
 _EPOCHS = {"epochs": "train.epochs", "warmup_epochs": "train.warmup_epochs"}
+_TABLE = re.compile(r"betas|alphas_cumprod(_prev|_next)?|(sqrt|log)_(one_minus|recip|recipm1)?_?alphas_cumprod|"
+                    r"posterior_(variance|log_variance_clipped|mean_coef[12])")
 _IMAGENET = dict(source="tfds:imagenet2012", split="train", num_examples=1_281_167, flip=True, workers=8)
 _NAMES = {(16, 16): "kl16", (8, 4): "kl8", (1, 1): "pixels", (1, 3): "pixels"}
 
@@ -112,6 +119,21 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], arguments: Mapping[str, Any
         if (released["denoiser_depth"], released["denoiser_width"]) == (model.denoiser.depth, model.denoiser.width):
             given |= {"sample.num_iter": 256, "sample.cfg": released["cfg"], "sample.temperature": 1.0}
     return config_lib.resolve(config_lib.apply_overrides(config, given | dict(overrides)), open_data=False)
+
+
+def without_tables(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what forward passes look up in: buffers, which are no weights.
+
+    Those are integers under names that the reference does not have, and the tables of the noise schedule if they are
+    those of the reference's; of another schedule they are kept, for such weights would not be sampled as trained.
+    """
+    kept = {name: each for name, each in tensors.items() if each.dtype.kind not in "iub" or names.is_known(name)}
+    for name in [name for name in kept if name.rpartition(".")[2] == "betas"][:1]:
+        prefix, betas = name.removesuffix("betas"), cosine_schedule(1000).betas
+        if kept[name].shape == betas.shape and np.allclose(np.asarray(kept[name], np.float64), betas, rtol=1e-3):
+            kept = {other: each for other, each in kept.items()
+                    if not (other.startswith(prefix) and _TABLE.fullmatch(other.removeprefix(prefix)))}
+    return kept
 
 
 def arguments_of(config: ConfigDict) -> dict[str, Any]:

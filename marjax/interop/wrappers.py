@@ -23,9 +23,11 @@ from marjax.interop.weights_file import WeightsFile
 # of PyTorch and of fairscale, Lightning's DeepSpeed. They add a part to names, anywhere.
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module",
                       "_forward_module"))
-# Last parts of names that are no weights: counters of averages and of BatchNorm, what profilers and layers keep.
+# Last parts of names that are no weights: counters of averages and of BatchNorm, what profilers and layers keep, and
+# how the codes of a VQ network were averaged.
 IGNORED = frozenset(("n_averaged", "initted", "step", "num_updates", "decay", "num_batches_tracked", "total_ops",
-                     "total_params", "_extra_state", "_metadata"))
+                     "total_params", "_extra_state", "_metadata", "position_ids", "cluster_size", "embed_avg",
+                     "embed_prob", "colorize", "scale_factor"))
 # Words in keys and prefixes ("model_ema", "ema_model.", "shadow_params") that tell an average from live weights.
 _AVERAGE = re.compile(r"ema\d*|emamodel|modelema|shadow|averaged|averages?|swa|polyak")
 _CONTAINERS = frozenset(("model", "module", "net", "network", "state", "dict", "params", "parameters", "weights"))
