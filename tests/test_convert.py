@@ -402,13 +402,9 @@ def test_a_run_of_ours_there_and_back(trained, tmp_path, capsys):
     before = (tmp_path / "x.safetensors").read_bytes()
     assert main(["export", "--workdir", str(trained), "--out", out, "--step", "2", "--weights", "raw"]) == 0
     assert "is there already: raw weights of step 2" in capsys.readouterr().out
-    for other in (["--step", "4", "--weights", "raw"], ["--step", "2"]):
-        assert main(["export", "--workdir", str(trained), "--out", out, *other]) == 2
-        assert f"{out} is there already, with other contents" in capsys.readouterr().err
-    export(trained, tmp_path / "y.safetensors", step=2, weights="raw")
-    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes() == before
-    (tmp_path / "y.safetensors").unlink()
-    capsys.readouterr()
+    assert main(["export", "--workdir", str(trained), "--out", out, "--step", "4", "--weights", "raw"]) == 2
+    assert f"{out} is there already, with other contents" in capsys.readouterr().err
+    assert (tmp_path / "x.safetensors").read_bytes() == before
     argv = ["convert", "--checkpoint", out, "--out", run, "--config.model.dtype=float32", "--config.data.source=digits",
             "--config.log.tensorboard=false"]
     assert main(argv) == 0
