@@ -192,6 +192,16 @@ def test_png_files_with_any_text_or_profile_are_read(texts, where):
     np.testing.assert_array_equal(decoded(storable(given + b"after the end")[0]), RGB)
 
 
+def test_damaged_pixels_with_a_right_checksum():
+    """What zlib finds, and not the checksum of the chunk."""
+    header = struct.pack(">IIBBBBB", 17, 12, 8, 2, 0, 0, 0)
+    rows = bytearray(zlib.compress(b"".join(b"\0" + row.tobytes() for row in RGB)))
+    rows[40] ^= 255
+    for upright in (True, False):
+        with pytest.raises(UnreadableError, match="OSError"):
+            storable(png_of((b"IHDR", header), (b"IDAT", bytes(rows)), (b"IEND", b"")), upright)
+
+
 def test_harmless_texts_are_kept():
     small = [(b"tEXt", b"Software\0x"), (b"zTXt", b"Comment\0\0" + zlib.compress(b"y")),
              (b"iCCP", b"name\0\0" + zlib.compress(b"z" * 3000))]

@@ -164,6 +164,9 @@ def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str
             # Decoding does not look at the checksums of the pixels. Other readers do, and refuse the file.
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
                 checked.verify()
+        is_deep = deep.is_deep(image, data)
+        if kind == "PNG":
+            image.load()  # else the search for its orientation would, and a second attempt does not fail again
         why = [] if kind in _PASSED else [kind]
         # The second picture of an MPO is not an animation's: a depth map, or the other eye's. Frames are not counted,
         # since that reads all of them.
@@ -171,7 +174,6 @@ def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str
             why.append("first frame")
         if upright and _orientation(image) not in (0, 1):
             why.append("rotated")
-        is_deep = deep.is_deep(image, data)
         if is_deep:
             why.append("16-bit")
         elif mode in ("1", "P", "PA"):
