@@ -23,6 +23,7 @@ CLASSES = frozenset(_OWN + name for name in (
 _NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _PART = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # of a file's name
 _TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})+", re.ASCII)
+_DTYPE = re.compile(r"bool|string|u?int(8|16|32|64)|float(16|32|64)")
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _AGAIN = "prepare the data set again"
 _FEW_BYTES = 64  # an example with an image and a label is hardly ever smaller
@@ -101,8 +102,11 @@ def _check_features(path: str, feature: Any) -> None:
     for inner in _features(feature):
         _check_class(path, inner.python_class_name)
         name = inner.python_class_name.rsplit(".")[-1]
-        if inner.WhichOneof("content") in (None, "json_feature"):
+        content = inner.WhichOneof("content")
+        if content in (None, "json_feature"):
             raise UserError(f"{path}: a {name} is described in a way that TFDS's own features are not; {_AGAIN}")
+        if content in ("tensor", "image") and not _DTYPE.fullmatch(dtype := getattr(inner, content).dtype):
+            raise UserError(f"{path}: a {name} has the dtype {dtype[:80]!r}, which NumPy does not know; {_AGAIN}")
         if inner.tensor.encoding == "zlib":  # a few bytes may become any number
             raise UserError(f"{path}: a {name} is compressed, expected tensors as they are; {_AGAIN}")
 
@@ -125,7 +129,7 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
     if not _PART.fullmatch(split.name):
         raise UserError(f"{path}: the split name {split.name[:80]!r} cannot be part of a file's name; {_AGAIN}")
     template = split.filepath_template or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    if not _TEMPLATE.fullmatch(template) or template.startswith("."):
+    if not _TEMPLATE.fullmatch(template) or template.startswith(".") or len(template) > 200:
         raise UserError(f"{path}: filepathTemplate {template[:80]!r} of split {split.name} does not name files of this "
                         f"folder; {_AGAIN}")
     if FORMAT not in (info.file_format, *info.alternative_file_formats):
