@@ -1,11 +1,13 @@
 """From files to a data set that marjax and plain TFDS read, whatever interrupts the way."""
 
 import collections
+import contextlib
 import errno
 import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -495,14 +497,41 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path, capsys, monk
     assert cli.main([*arguments, str(tmp_path / "data")]) == 0  # all is there, and nothing to write
 
 
-def test_few_file_descriptors_are_told_in_one_line(tmp_path):
+@contextlib.contextmanager
+def few_files(free):
+    """This process may open so many files more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(number) for number in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    opened = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(free):
+            os.close(opened.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for number in opened:
+            os.close(number)
+
+
+def test_few_file_descriptors_are_told_in_one_line(tmp_path, capsys):
     few(tmp_path / "own")
-    script = ("import resource, sys\nfrom marjax import cli\n"
-              "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 4096))\nsys.exit(cli.main(sys.argv[2:]))")
-    ended = subprocess.run([sys.executable, "-c", script, "14", "prepare", "--images", tmp_path / "own", "--out",
-                            tmp_path / "data", "--num_shards", "4", "--workers", "2"], capture_output=True, text=True)
-    assert ended.returncode in (1, 2) and "Too many open files" in ended.stderr
-    assert "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1
+    arguments = ["prepare", "--images", str(tmp_path / "own"), "--num_shards", "4", "--workers", "1", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "first")]) == 0  # now all is imported
+    capsys.readouterr()
+    for free in range(4):
+        with few_files(free):
+            code = cli.main([*arguments, str(tmp_path / str(free))])
+        error = capsys.readouterr().err
+        assert code in (0, 1, 2) and "Traceback" not in error and error.count("\n") <= 1
+        assert code == 0 or "oo many open files" in error
+    assert code == 0, "a few are enough"
+    source = open_source(_data("own", tmp_path / "first"))
+    with few_files(0), pytest.raises(UserError, match="Too many open files.*ulimit -n"):
+        source[0]
 
 
 SYNSETS = {"n01440764": 0, "n02123045": 281, "n15075141": 999}

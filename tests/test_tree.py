@@ -81,11 +81,11 @@ def nest(where, name, count):
 
 
 def test_folders_in_folders_at_any_depth(deep):
-    where = nest(os.open(deep, os.O_RDONLY), "a", 1500)
+    where = nest(os.open(deep, os.O_RDONLY), "a", 1100)
     os.close(os.open("1.png", os.O_CREAT | os.O_WRONLY, dir_fd=where))
     listing = list_folder(str(deep))
-    assert listing.classes == ["a"] and listing.splits["train"][0].name == "a/" * 1500 + "1.png"
-    os.close(nest(where, "abcdef", 200))  # longer than any path may be
+    assert listing.classes == ["a"] and listing.splits["train"][0].name == "a/" * 1100 + "1.png"
+    os.close(nest(where, "abcdef", 300))  # longer than any path may be
     with pytest.raises(UserError, match="cannot be read") as caught:
         read_tree(deep)
     assert len(str(caught.value)) < 400

@@ -4,6 +4,7 @@ import os
 
 from marjax.data.listing import list_pictures
 from marjax.data.pictures import UnreadableError, decode, read_bytes, storable
+from marjax.data.records import remedy
 from marjax.data.sources import Pixels
 from marjax.errors import UserError
 from marjax.paths import takes_paths
@@ -35,6 +36,6 @@ def read_picture(path: str | os.PathLike[str]) -> Pixels:
     """
     try:
         return decode(storable(read_bytes(path))[0])
-    except UnreadableError as error:
-        raise UserError(f"picture {os.fspath(path)} cannot be read ({error}): repair it, or take it out of the "
-                        f"folder") from None
+    except (OSError, UnreadableError) as error:
+        advice = remedy(error, "repair it, or take it out of the folder")
+        raise UserError(f"picture {os.fspath(path)} cannot be read ({error}): {advice}") from None

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marjax.data.preprocess import CROP, draw_flip
+from marjax.data.records import num_records, reached_limit, remedy
 from marjax.data.tfds_files import num_records
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
@@ -207,9 +208,9 @@ class Latents:
             record = self._records[index * (1 + self._manifest.flips) + mirrored]
             return unpack(record, self._manifest)
         except Exception as error:  # whatever went wrong has to cross a process boundary
+            again = remedy(error, "make it again with marjax cache-latents --overwrite")
             raise UserError(f"the latent cache {self._folder}: example {index} cannot be read ({type(error).__name__}: "
-                            f"{(str(error).splitlines() or [''])[0]}): make it again with marjax cache-latents "
-                            f"--overwrite") from error
+                            f"{(str(error).splitlines() or [''])[0]}): {again}") from error
 
 
 def _open(folder: str, manifest: Manifest) -> Any:
@@ -230,11 +231,14 @@ def _open(folder: str, manifest: Manifest) -> Any:
             raise UserError(f"{path} {_differs(path, count)}: remove it, then {again}")
     try:
         records = ArrayRecordDataSource(paths)
-    except Exception:
-        records = None
+        problem = "cannot be read"
+    except Exception as error:
+        records, problem = None, (str(error).splitlines() or [""])[0]
+        if reached_limit(error):
+            raise UserError(f"the latent cache {folder} cannot be read ({problem}): {remedy(error, again)}") from None
     if records is None or len(records) != sum(expected):
         differing = ((path, _differs(path, count)) for path, count in zip(paths, expected, strict=True))
-        path, problem = next((pair for pair in differing if pair[1]), (folder, "cannot be read"))
+        path, problem = next((pair for pair in differing if pair[1]), (folder, problem))
         raise UserError(f"{path} {problem}: remove it, then {again}")
     return records
 

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from marjax.data import deep, png
+from marjax.data.records import reached_limit
 from marjax.files import open_regular
 
 # Decoding takes up to 14 bytes a pixel of JPEG and PNG, 20 of others: less than 1.5 GiB.
@@ -126,7 +127,12 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
-    """A picture's file, or the part of a file in which it lies. Raises UnreadableError."""
+    """A picture's file, or the part of a file in which it lies.
+
+    Raises:
+      UnreadableError: it cannot be read.
+      OSError: too many files are open, which says nothing about this one.
+    """
     try:
         with open_regular(path) as file:
             if size is None:
@@ -136,6 +142,8 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
+        if reached_limit(error):
+            raise
         raise UnreadableError(f"the file cannot be read: {error.strerror or error}") from None
     except MemoryError:
         raise UnreadableError("it needs more memory than there is") from None

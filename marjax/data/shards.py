@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from marjax.data.pictures import UnreadableError, doubts, read_bytes, storable
+from marjax.data.records import remedy
 from marjax.data.tree import Item
 from marjax.errors import TrainingError, UserError
 from marjax.files import sync, write_text
@@ -118,7 +119,8 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
         write_text(shard.record, json.dumps(record._asdict()))
         return record
     except (OSError, RuntimeError) as error:
-        raise TrainingError(f"{shard.path} cannot be written ({error}): make room, then start the same again") from None
+        advice = remedy(error, "make room, then start the same again")
+        raise TrainingError(f"{shard.path} cannot be written ({error}): {advice}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)

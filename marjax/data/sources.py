@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
+from marjax.data.records import remedy
 from marjax.errors import UserError
 from marjax.paths import optional
 from marjax.storage import on_this_machine
@@ -132,11 +133,7 @@ class TfdsSource:
             if isinstance(image, bytes):
                 image = decode(image)
         except Exception as error:
-            # Whatever went wrong has to cross a process boundary, and so is put into a plain message.
-            raise UserError(
-                f"{self._name}: example {index} cannot be read ({type(error).__name__}: {_first_line(error)}): check "
-                "the files, or prepare the data set again."
-            ) from error
+            raise self._unreadable(index, error) from error
         self._check_image(image, index)
         return {"image": image, "label": self._checked_label(record["label"], index)}
 
@@ -145,12 +142,15 @@ class TfdsSource:
         try:
             record = self._reader[index]
         except Exception as error:
-            raise UserError(
-                f"{self._name}: example {index} cannot be read ({type(error).__name__}: {_first_line(error)}): check "
-                "the files, or prepare the data set again."
-            ) from error
+            raise self._unreadable(index, error) from error
         image = record["image"]
         return (image if isinstance(image, bytes) else np.asarray(image).tobytes()) + str(record["label"]).encode()
+
+    def _unreadable(self, index: int, error: Exception) -> UserError:
+        """Whatever went wrong has to cross a process boundary, and so is put into a plain message."""
+        advice = remedy(error, "check the files, or prepare the data set again")
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        return UserError(f"{self._name}: example {index} cannot be read ({reason}): {advice}")
 
     def _check_image(self, image: Any, index: int) -> None:
         is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3

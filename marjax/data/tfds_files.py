@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from marjax.data.records import num_records, remedy
 from marjax.errors import UserError, shortened
 from marjax.json_file import MAX_BYTES, read_json
 
@@ -142,23 +143,13 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
         shard = os.path.join(folder, name)
         if length:
             size = _check_plain(shard)
-            if length < 0 or (length * _FEW_BYTES > size and length != num_records(shard)):
+            try:
+                differs = length < 0 or (length * _FEW_BYTES > size and length != num_records(shard))
+            except OSError as error:
+                raise UserError(f"{error}; {remedy(error, _AGAIN)}") from None
+            if differs:
                 raise UserError(f"{path}: {name} is said to hold {length} examples, but its {size} bytes do "
                                 f"not; {_AGAIN}")
-
-
-def num_records(shard: str) -> int | None:
-    """How many records an ArrayRecord file has; None if it cannot be read."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    try:
-        reader = ArrayRecordReader(shard)
-        try:
-            return int(reader.num_records())
-        finally:
-            reader.close()
-    except Exception:
-        return None
 
 
 def _check_plain(path: str, most: int | None = None) -> int:
