@@ -18,6 +18,8 @@ from marjax.ranges import shown
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_MAX_PATH, _MAX_NAME = 4095, 255  # bytes of a path and of a name in it, on Linux and macOS
+
 _SCHEMES = ("abfs", "az", "file", "gcs", "gs", "hdfs", "hf", "http", "https", "s3", "s3a")
 _ADDRESS = re.compile(rf"([a-z][a-z0-9+.-]*)://|({'|'.join(_SCHEMES)}):", re.IGNORECASE)
 _LOST_SLASH = re.compile(rf"(?:^|/)((?:{'|'.join(_SCHEMES)}):)/+", re.IGNORECASE)  # as pathlib.Path writes an address
@@ -58,6 +60,9 @@ def normalised(path: Any, name: str = "path") -> str:
                         f"pathlib.Path loses a slash")
     if text.startswith("~"):
         text = _at_home(text, name)
+    encoded = os.fsencode(text)
+    if len(encoded) > _MAX_PATH or any(len(part) > _MAX_NAME for part in encoded.split(b"/")):
+        raise UserError(f"{name} {shown(text)} is longer than a path can be: give another")
     return text.rstrip("/") or "/"
 
 

@@ -121,10 +121,14 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     """
     storage.check(workdir)
     path = epath.Path(workdir)
-    if not path.is_dir():
-        raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
-    if not (path / "config.json").exists():
-        raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
+    try:
+        if not path.is_dir():
+            raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
+        if not (path / "config.json").exists():
+            raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
+    except OSError as error:
+        raise UserError(f"work directory {workdir} cannot be read ({error.strerror or error}): give one that "
+                        f"can") from None
     where = f"{workdir}/config.json"
     content = read_json(path / "config.json", {str: object}, advice="restore it, or give another --workdir")
     try:

@@ -60,7 +60,8 @@ def test_what_a_path_means(monkeypatch, given, expected):
     ("s3://", "s3://: give a local path or a gs:// address"), ("s3://b/x", "s3://"), ("s3:/b/x", "s3://"),
     ("https://example.com/x.pth", "https://"), ("weird+x://b", r"weird\+x://"),
     ("file://other/a", "file:///PATH"), ("file:a", "file:///PATH"), ("file://", "file:///PATH"),
-    ("~nobody_of_this_name/a", "no user 'nobody_of_this_name'"), ("", "empty"), ("a\0b", "null"), ("\ud800", "no text"),
+    ("~nobody_of_this_name/a", "no user 'nobody_of_this_name'"), ("", "empty"), ("a\0b", "null"),
+    ("x" * 256, "longer"), ("ä" * 128, "longer"), ("a/" * 2048 + "b", "longer"), ("\ud800", "no text"),
     (b"a", "expected a path"), (3, "expected a path"), (None, "expected a path"), (["a"], "expected a path"),
 ])
 def test_what_is_no_path(given, says):
