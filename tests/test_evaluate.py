@@ -139,7 +139,8 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
     ({"reference": None}, "no reference to measure against"), ({"reference": "gone.npz"}, "gone.npz does not exist"),
     ({"extractor_path": "gone.npz"}, "gone.npz"), ({"extractor_path": ""}, "no weights of the class"),
     ({"settings": {"cfg": ["much"]}}, "cfg"), ({"settings": {"steps": [1]}}, "steps is no setting"),
-    ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"save": "gif"}, "save is 'gif'"),
+    ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"settings": {"cfg": 2.0}}, "cfg is 2.0: give a list"),
+    ({"save": "gif"}, "save is 'gif'"),
     ({"weights": ["ema", "best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),
     ({"num_images": 1}, "at least 2"), ({"batch_size": 0}, "batch_size is 0"),
 ])

@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
 from marjax.lock import locked_folder
 from marjax.paths import optional, takes_paths
-from marjax.ranges import check_arguments
+from marjax.ranges import check_arguments, shown
 from marjax.workdir import read_workdir
 
 LOCK = "evaluation.lock"  # another than a training's: its checkpoints may be evaluated meanwhile
@@ -149,6 +149,9 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
     if request.num_images < 2:
         raise UserError(f"num_images is {request.num_images}: give at least 2")
     names = list(request.settings)
+    for name in names:
+        if isinstance(request.settings[name], str) or not isinstance(request.settings[name], Iterable):
+            raise UserError(f"settings: {name} is {shown(request.settings[name])}: give a list of values to try")
     found = []
     for values in itertools.product(*request.settings.values()):
         given = {f"sample.{name}": str(value) for name, value in zip(names, values, strict=True)}

@@ -16,7 +16,7 @@ from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
-from marjax.ranges import check_arguments
+from marjax.ranges import check_arguments, shown
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
 from marjax.workdir import read_workdir
@@ -45,17 +45,29 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
     """
     config = _config(workdir, tokenizer_path, settings)
     check_arguments(seed=seed, step=step, first_index=first_index)
-    labels = np.asarray(labels, np.int64)
-    if labels.ndim != 1 or not len(labels):
-        raise UserError("no labels: give at least one class, or -1 for none")
+    labels = _checked_labels(labels)
     wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
     if wrong:
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
+    labels = labels.astype(np.int64)
 
     opened = _open(config, workdir, weights, step)
     return opened.sampler(opened.params, labels, seed, first_index,
                           batch_size=min(config.sample.batch_size, len(labels)))
+
+
+def _checked_labels(given: Any) -> np.ndarray:
+    """Integers (N,), N at least 1. Raises UserError."""
+    try:
+        labels = np.asarray(given)
+    except ValueError:  # lists of several lengths
+        labels = np.asarray(given, object)
+    if not labels.size:
+        raise UserError("no labels: give at least one class, or -1 for none")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(f"labels is {shown(given)}: give a list of integers")
+    return labels
 
 
 class Opened(NamedTuple):
