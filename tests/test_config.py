@@ -302,6 +302,9 @@ def test_configs_of_older_formats_are_migrated(workdir):
     (lambda content: content["tokenizer"].update(path="a\0b"), "config.tokenizer.path"),
     (lambda content: content["tokenizer"].update(path="\ud800"), "surrogate"),
     (lambda content: content["tokenizer"].update(path={"a": 1}), "config.tokenizer.path"),
+    (lambda content: content["tokenizer"].update(path="a" * 10**5), "config.tokenizer.path has 100000 characters"),
+    (lambda content: content["tokenizer"].update(name="a" * 4000), "tokenizer.name is"),
+    (lambda content: content["train"].update({"stpes" * 10**5: 1}), "unknown config key 'train.stpes"),
 ])
 @pytest.mark.parametrize("stamped", [True, False])
 def test_configs_that_no_work_directory_has(workdir, change, says, stamped):
@@ -312,7 +315,7 @@ def test_configs_that_no_work_directory_has(workdir, change, says, stamped):
     for call in (read_workdir, lambda run: claim_workdir(run, config_lib.resolve(load("digits.py:debug")))):
         with pytest.raises(UserError, match=says) as raised:
             call(run)
-        assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+        assert "config.json" in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 600
     assert (run / "config.json").read_bytes() == before
 
 

@@ -13,6 +13,7 @@ from marjax.config.schema import NONE_IS_OFF, base
 from marjax.errors import UserError
 from marjax.ranges import shown
 
+_MAX_TEXT = 4095  # characters, as in a path
 _EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tuple of int"}
 
 
@@ -73,7 +74,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
             if key in sections():
                 raise UserError(f"config.{key} is a section: set one of its fields, such as "
                                 f"{next(name for name in fields if name.startswith(f'{key}.'))}")
-            raise UserError(f"unknown config key {key!r}{closest(str(key), fields)}")
+            raise UserError(f"unknown config key {shown(key)}{closest(str(key), fields)}")
         kind, optional = fields[key]
         if isinstance(value, str) and kind is not str:
             value = None if optional and value.lower() == "none" else parse_value(key, value, kind)
@@ -98,12 +99,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def unknown_key(key: str) -> UserError:
     """The error about a field or section that the config does not have."""
-    return UserError(f"unknown config key {key!r}{closest(key, [*sections(), *known_fields()])}")
+    return UserError(f"unknown config key {shown(key)}{closest(key, [*sections(), *known_fields()])}")
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """"; the closest is 'x'" for an error about an unknown name; "" if none is close."""
-    names = list(names)
+    names, name = list(names), name[:100]
     by_depth = sorted(names, key=lambda known: -known.count("."))
     leaves = {known.rsplit(".", 1)[-1]: known for known in by_depth}  # of equal ones, the one that lies highest
     match = difflib.get_close_matches(name, names, 1, 0.5)
@@ -158,6 +159,8 @@ def _typed(key: str, value: Any, field: Field) -> Any:
     if kind is str and isinstance(value, str | os.PathLike):
         text = os.fspath(value)
         if isinstance(text, str) and _is_text(text):
+            if len(text) > _MAX_TEXT:
+                raise UserError(f"config.{key} has {len(text)} characters: give at most {_MAX_TEXT}")
             return text
     if kind is tuple and isinstance(value, tuple | list) and all(  # a list, as JSON has them
             isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in value):

@@ -101,6 +101,7 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None,
 
 def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
           step: int | None, local: bool = False) -> Opened:
+    check_arguments(step=step)
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.near_mesh(config.mesh, jax.local_devices() if local else None)

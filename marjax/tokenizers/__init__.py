@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from marjax.errors import UserError
+from marjax.errors import UserError, shortened
 from marjax.tokenizers.codebook import Codebook, open_codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape
@@ -43,7 +43,8 @@ def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, n
             raise UserError(f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it "
                             f"to 1")
     else:
-        raise UserError(f"tokenizer.name is {name!r}: give one of {', '.join(sorted([*_PATCHES, *AUTOENCODERS]))}")
+        raise UserError(f"tokenizer.name is {shortened(name)!r}: give one of "
+                        f"{', '.join(sorted([*_PATCHES, *AUTOENCODERS]))}")
     if discrete and num_codes < 1:
         raise UserError(f"tokenizer.num_codes is {num_codes}: give at least 1")
     try:

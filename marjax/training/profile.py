@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from marjax.errors import UserError
+from marjax.ranges import check_arguments
 
 
 class Profile:
@@ -16,6 +17,8 @@ class Profile:
 
     def __init__(self, first: int, last: int, workdir: str | epath.Path, total_steps: int) -> None:
         """Raises UserError: the run does not go through all of these steps."""
+        for step in (first, last):
+            check_arguments(step=step)
         if not 0 < first <= last <= total_steps:
             raise UserError(f"steps {first}:{last} cannot be traced: the run goes from step 1 to {total_steps}")
         if jax.default_backend() == "cpu" and "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu"):
