@@ -384,6 +384,7 @@ def benchmark(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     if given.what == "features":
         from marjax.evaluation.rates import feature_rate
 
+        config = config_lib.check_fields(config)
         print(json.dumps(feature_rate(config.data.image_size, max(1, given.repeats))))
         return
     if given.what == "host":

@@ -147,6 +147,7 @@ def test_a_work_directory_at_home(home, capsys, monkeypatch):
     ["train", "--config", f"{DIGITS}:debug", "--workdir", "run", "--config.data.cache=ADDRESS"],
     ["train-tokenizer", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
     ["tokenizer", "check", "--images", "ADDRESS", "--name", "pixels", "--out", "out"],
+    ["tokenizer", "check", "--config", f"{DIGITS}:debug", "--out", "out", "--config.tokenizer.path=ADDRESS"],
     ["sample", "--workdir", "ADDRESS", "--out", "out"], ["sample", "--workdir", "run", "--out", "ADDRESS"],
     ["convert", "--checkpoint", "ADDRESS", "--out", "out"], ["convert", "--tokenizer", "a", "--out", "ADDRESS"],
     ["convert", "--inception", "ADDRESS"], ["export", "--workdir", "ADDRESS", "--out", "a.safetensors"],

@@ -26,18 +26,9 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
       UserError: a field that is unknown, missing, out of range or at odds with another; a source that has to be
         counted and cannot be opened.
     """
-    config = conform(config)
-    if config.train.schedule is None and config.model.head in HEADS:
+    config = check_fields(config)
+    if config.train.schedule is None:
         config.train.schedule = HEADS[config.model.head].schedule
-    given = flatten(config)
-    config.update_from_flattened_dict({key: optional(given[key], f"config.{key}") for key in PATHS})
-    for section in (config.train, config.tokenizer.train):
-        section.clip = section.clip or None
-    _check_ranges(config)
-    fields = flatten(config)
-    for key, allowed in CHOICES.items():
-        if fields[key] not in allowed:
-            raise UserError(f"config.{key} is {shown(fields[key])}: give one of {', '.join(allowed)}")
     train, data, model = config.train, config.data, config.model
     counts_epochs = None in (train.steps, train.warmup_steps) and train.epochs is not None
     if open_data and (data.num_classes is None or (data.num_examples is None and counts_epochs)):
@@ -45,8 +36,6 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     if data.num_classes is None:
         raise UserError("config.data.num_classes is missing: set it")
     _check_mask_ratio(model.mask_ratio)
-    if data.channels not in (1, 3):
-        raise UserError(f"config.data.channels is {data.channels}: give 1 or 3")
     if model.width % model.num_heads:
         raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
     if int(model.width * model.mlp_ratio) < 1:
@@ -81,6 +70,28 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
         raise UserError(f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps "
                         f"{train.steps}")
     check_sample(config)
+    return config
+
+
+def check_fields(config: ConfigDict) -> ConfigDict:
+    """A locked copy whose fields are right one by one: known, of their types, in their ranges; paths are normalised.
+
+    `resolve` begins with this. It alone is for those who use a part of a config that cannot be resolved.
+
+    Raises:
+      UserError: one is not.
+    """
+    config = conform(config)
+    for section in (config.train, config.tokenizer.train):
+        section.clip = section.clip or None
+    fields = flatten(config)
+    config.update_from_flattened_dict({key: optional(fields[key], f"config.{key}") for key in PATHS})
+    _check_ranges(config)
+    for key, allowed in CHOICES.items():
+        if fields[key] not in allowed and fields[key] is not None:
+            raise UserError(f"config.{key} is {shown(fields[key])}: give one of {', '.join(allowed)}")
+    if config.data.channels not in (1, 3):
+        raise UserError(f"config.data.channels is {config.data.channels}: give 1 or 3")
     return config
 
 

@@ -164,7 +164,7 @@ def _open(config: ml_collections.ConfigDict | None, name: str, path: str,
     base = config_lib.base() if config is None else config
     if config is None:
         base.data.update(image_size=256, channels=3)
-    base = config_lib.apply_overrides(base, given)
+    base = config_lib.check_fields(config_lib.apply_overrides(base, given))
     kind = autoencoder_spec.AUTOENCODERS.get(base.tokenizer.name)
     if kind is not None and not kind.discrete:
         base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found

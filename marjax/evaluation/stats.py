@@ -48,6 +48,8 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
     if image_size is not None and images is None:
         raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
     check_arguments(image_size=image_size, keep_features=keep_features, batch_size=batch_size)
+    if config is not None:
+        config = config_lib.check_fields(config)
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     with distributed.first_holds(locked_file(out, "marjax stats")):
         there = read_reference(out) if epath.Path(out).exists() and not overwrite else None
