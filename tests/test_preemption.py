@@ -192,7 +192,10 @@ def slowly(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("count, kills, model", [(1, 17, QUICK), (2, 3, DIFFUSION)])
 def test_killed_twenty_times(tmp_path, count, kills, model):
-    """At random moments of start, training and saving; what is left at the end is an undisturbed run's, to the bit."""
+    """Or asked to stop, shortly before; at random moments of start, training and saving.
+
+    What is left at the end is an undisturbed run's, to the bit.
+    """
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
     given, workdir, reached = arguments(tmp_path / "run", ENDLESS, 2, model), tmp_path / "run", []
     for kill in range(kills):
@@ -205,10 +208,11 @@ def test_killed_twenty_times(tmp_path, count, kills, model):
                 time.sleep(rng.uniform(0.0, 2.0))
             victim = rng.choice(run.processes)
             assert victim.is_alive(), run.said()
-            victim.kill()
+            os.kill(victim.pid, rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
             time.sleep(rng.uniform(0.0, 0.1))  # then the other, which would notice in some seconds
         reached.append(last_line(workdir)["step"])
     assert len(set(reached)) > 2, reached
     with Run(tmp_path, command, *given, count=count) as run:
         step = stop(run, workdir, max(reached) + 1)
+    assert not [path for path in workdir.rglob("*") if path.name.endswith((".lock", ".partial"))]
     assert_undisturbed(tmp_path, step, count, model)
