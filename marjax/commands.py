@@ -153,7 +153,7 @@ def sample(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
                         tokenizer_path=given.tokenizer_path,
                         **{name: getattr(given, name) for name in SAMPLE_FIELDS})
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if is_new and jax.process_index() == 0:
             out.rmdir()
         raise

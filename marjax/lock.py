@@ -129,9 +129,12 @@ class _Holder:
         try:
             content = json.loads(data)
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-            numbers = ("pid", "since", "time")
-            if any(not isinstance(value, int | float if name in numbers else str) for name, value in fields.items()):
-                return None
+            for name, value in fields.items():  # they are printed
+                if name in ("pid", "since", "time"):
+                    if not isinstance(value, int | float):
+                        return None
+                elif not isinstance(value, str) or not value.isprintable() or len(value) > 300:
+                    return None
             return cls(**fields)
         except (ValueError, KeyError, TypeError, RecursionError):
             return None

@@ -4,6 +4,7 @@ Training is in test_preemption.py. A campaign, MARJAX_KILLS=20, sends so many si
 that take longer too; MARJAX_KILL_SEED=N chooses other moments.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -97,8 +98,9 @@ def left_over(out, temporary, mark):
     return files + [path.name for path in temporary.iterdir()] + processes
 
 
-def marked(mark, temporary, *given):
+def marked(mark, temporary, began, *given):
     os.environ |= {"MARJAX_MARK": mark, "TMPDIR": str(temporary)}
+    began.touch()
     return command(*given)
 
 
@@ -117,17 +119,21 @@ def test_killed_at_random_moments(made, tmp_path, name):
                                    "\ndef measure(workdir, root):\n    return [{'score': 0.5}]\n")
     mark = f"mark-{uuid.uuid4().hex}"
 
+    @contextlib.contextmanager
     def start(out):
-        return Run(logs, marked, mark, temporary, *arguments(name, made, out))
+        began = tmp_path / f"began-{uuid.uuid4().hex}"
+        with Run(logs, marked, mark, temporary, began, *arguments(name, made, out)) as run:
+            run.wait_for(began.exists)
+            yield run
 
-    begun = time.monotonic()
     with start(calm) as run:
+        begun = time.monotonic()
         assert run.wait() == [0], run.said()
     seconds, hits = time.monotonic() - begun, []
     while len(hits) < KILLS:
         with start(killed) as run:
             process, number = run.processes[0], rng.choice(SIGNALS)
-            process.join(rng.uniform(0.0, seconds))
+            process.join(rng.uniform(0.0, 0.9 * seconds))
             if process.is_alive():
                 os.kill(process.pid, number)
                 hits.append(number)
