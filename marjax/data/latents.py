@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from marjax.data.preprocess import CROP, draw_flip
 from marjax.data.records import num_records, reached_limit, remedy
-from marjax.data.tfds_files import num_records
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
 from marjax.paths import takes_paths
