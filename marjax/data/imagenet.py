@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from marjax.data.listing import Listing
-from marjax.data.tree import Item
+from marjax.data.items import Item, Listing
 from marjax.errors import UserError, shortened
 
 IMAGENET = "imagenet2012"

@@ -4,14 +4,15 @@ Which folders are splits and which are classes is decided here, by the names tha
 """
 
 import collections
-import dataclasses
 import hashlib
 import os
 import re
 import unicodedata
 from collections.abc import Iterator
 
-from marjax.data.tree import Folder, Item, Tree, read_tree
+from marjax.data.imagenet import list_imagenet as list_imagenet
+from marjax.data.items import Item, Listing
+from marjax.data.tree import Folder, Tree, read_tree
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 
@@ -24,37 +25,6 @@ _SPLIT = re.compile(
 # Names of a folder that holds the class folders beside files about them, as in CUB-200.
 _CONTAINERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "dataset"})
 _Group = tuple[str, str, list[Item]]  # split; class, or "" for pictures in no class folder; pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """What a data set is made from.
-
-    Attributes:
-      kind: "images" or "imagenet".
-      title: a sentence for the data set's description.
-      classes: their names; a label is an index of this.
-      splits: the pictures of each split.
-      ignored: how many files that are no pictures were left out, by suffix.
-      warnings: what looks odd but does not stop the preparation.
-    """
-
-    kind: str
-    title: str
-    classes: list[str]
-    splits: dict[str, list[Item]]
-    ignored: collections.Counter[str]
-    warnings: list[str]
-
-    def digest(self) -> str:
-        """A checksum of everything that the data set depends on, but for the contents of the pictures."""
-        made = hashlib.sha256()
-        for name in self.classes:
-            made.update(os.fsencode(name) + b"\n")
-        for split, items in self.splits.items():
-            for item in items:
-                made.update(os.fsencode(f"{split}\0{item.name}\0{item.label}\0{item.size}\n"))
-        return made.hexdigest()
 
 
 def list_folder(images: str, val_share: float = 0.0) -> Listing:

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from hashlib import md5
 from typing import Any
 
-from marjax.data.imagenet import IMAGENET, list_imagenet
-from marjax.data.listing import Listing, list_folder
+from marjax.data.imagenet import IMAGENET
+from marjax.data.items import Item, Listing
+from marjax.data.listing import list_folder, list_imagenet
 from marjax.data.pictures import DOUBTS
 from marjax.data.shards import Record, Shard, features_of
-from marjax.data.tree import Item
 from marjax.data.workers import available_cores, write_shards
 from marjax.errors import TrainingError, UserError, shortened
 from marjax.files import write_text

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from marjax.data.items import Item
 from marjax.data.pictures import UnreadableError, doubts, read_bytes, storable
 from marjax.data.records import remedy
-from marjax.data.tree import Item
 from marjax.errors import TrainingError, UserError
 from marjax.files import sync, write_text
 from marjax.json_file import read_json

@@ -8,8 +8,8 @@ import dataclasses
 import errno
 import os
 import stat
-from typing import NamedTuple
 
+from marjax.data.items import Item
 from marjax.data.pictures import SUFFIXES
 from marjax.errors import UserError, shortened
 
@@ -19,16 +19,6 @@ _SYSTEM = frozenset({
     "temporary items", "lost+found", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@quarantine", "#recycle", "#snapshot",
     "__pycache__", "ipynb_checkpoints"})
-
-
-class Item(NamedTuple):
-    """A picture: `name` is unique and what the user knows it by; `size` bytes of the file `path`, from `offset` on."""
-
-    name: str
-    label: int
-    path: str
-    offset: int
-    size: int
 
 
 @dataclasses.dataclass
