@@ -246,6 +246,24 @@ def test_ten_and_twelve_bits_in_sixteen(channels, bits):
     np.testing.assert_array_equal(decoded(as_sixteen).reshape(expected.shape), values[..., :expected.shape[2]] >> 8)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_over_the_bits_that_are_given_are_white(channels):
+    values = SMALL[..., :channels].copy()
+    values[2, 3] = 65535
+    stored, kind = storable(deep_png(values), bits=12)
+    assert kind == "12 of 16 bits"
+    expected = np.minimum(values >> 4, 255)
+    np.testing.assert_array_equal(decoded(stored).reshape(expected.shape), expected)
+
+
+def test_grey_with_alpha_stays_grey():
+    values = RNG.integers(0, 1 << 16, (12, 17, 2), dtype=np.uint16)
+    values[..., 1] = 65535
+    stored, kind = storable(deep_png(values))
+    assert kind == "16-bit, transparency"
+    np.testing.assert_array_equal(decoded(stored), values[..., 0] >> 8)
+
+
 def test_what_a_file_says_of_its_bits_goes_before_a_guess():
     dark = SMALL[..., :1] >> 3  # 9 bits
     for said, kind in ((12, "12 of 16 bits"), (14, "14 of 16 bits"), (8, "10" + BY_VALUES), (16, "10" + BY_VALUES)):

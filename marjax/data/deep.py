@@ -48,12 +48,13 @@ def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None)
     image.load()
     high, low = np.asarray(image), None
     if image.mode in ("RGB", "RGBA"):
-        some_bits = bits or max(said or 0, *_GUESSES)
-        if "transparency" not in image.info and int(high[..., :3].max(initial=0)) >> (some_bits - 8):
-            return image.convert(image.mode), 16, False  # what is larger uses all bits: the low bytes do not matter
+        mode = "LA" if raw_mode == "LA;16B" else image.mode
+        is_full = bits is None and int(high[..., :3].max(initial=0)) >> (max(said or 0, *_GUESSES) - 8) > 0
+        if "transparency" not in image.info and (bits == 16 or is_full):
+            return image.convert(mode), 16, False  # the low bytes do not matter
         low = _low_bytes(data, raw_mode)
         if low is None or low.shape != high.shape:
-            return image.convert(image.mode), bits or 16, False
+            return image.convert(mode), 16, False
         if raw_mode == "LA;16B":  # grey and alpha, each as its high and its low byte
             high, low = low[..., 0::2], low[..., 1::2]
     else:

@@ -61,6 +61,9 @@ class Folder:
         return sorted(found)
 
 
+_Found = tuple[Folder | None, Folder]  # the folder around it, and the folder
+
+
 @dataclasses.dataclass(frozen=True)
 class Tree:
     """What is below a folder.
@@ -91,40 +94,30 @@ def read_tree(root: str, prefix: str = "") -> Tree:
     """
     root = os.path.realpath(root)
     tree = Tree(Folder("", prefix, root), collections.Counter(), [])
-    order, seen = list[Folder](), set[tuple[int, int]]()
-    folders, links = collections.deque([(tree.top, False)]), collections.deque[tuple[Folder, Folder]]()
-    parents: dict[int, Folder] = {}
+    done, seen = list[_Found](), set[tuple[int, int]]()
+    folders, links = collections.deque[_Found]([(None, tree.top)]), collections.deque[_Found]()
     while folders or links:
-        if folders:
-            folder, linked = folders.popleft()
-        else:
-            parent, folder = links.popleft()
+        parent, folder = (folders or links).popleft()
+        name = folder.prefix[:-1]
+        if parent is not None and os.path.islink(folder.path):
             target = os.path.realpath(folder.path)
             if _holds(target, os.path.realpath(parent.path)) or _holds(target, root):
-                tree.warnings.append(f"{folder.prefix[:-1]} is a link to a folder around it: left out")
+                tree.warnings.append(f"{name} is a link to a folder around it: left out")
                 continue
-            linked = True
         identity = _identity(folder.path)
         if identity in seen:
-            tree.warnings.append(f"{folder.prefix[:-1]} leads to a folder that was read already: left out")
+            tree.warnings.append(f"{name} leads to a folder that was read already: left out")
             continue
         seen.add(identity)
-        if linked:
-            parent.folders.append(folder)
-            parents[id(folder)] = parent
-        order.append(folder)
+        done.append((parent, folder))
         for child, is_link in _read(folder, tree.ignored):
-            if is_link:
-                links.append((folder, child))
-            else:
-                folder.folders.append(child)
-                parents[id(child)] = folder
-                folders.append((child, False))
-    for folder in reversed(order):  # a folder comes after the one around it
+            (links if is_link else folders).append((folder, child))
+    for parent, folder in reversed(done):  # a folder comes after the one around it
         folder.folders.sort(key=lambda child: child.name)
         folder.num_pictures += len(folder.items)
-        if id(folder) in parents:
-            parents[id(folder)].num_pictures += folder.num_pictures
+        if parent is not None:
+            parent.folders.append(folder)
+            parent.num_pictures += folder.num_pictures
     return tree
 
 
