@@ -225,7 +225,7 @@ def _read(file: BinaryIO, header: Header, where: str, advice: str) -> np.ndarray
     if header.dtype.kind == "U" and flat.view(np.uint32).max() > 0x10FFFF:
         raise UserError(f"{where} is damaged: it holds text of characters that there are not; {advice}")
     if header.fortran:
-        return np.ascontiguousarray(flat.reshape(header.shape[::-1]).T)
+        return flat.reshape(header.shape, order="F").copy(order="C")
     return flat.reshape(header.shape)
 
 

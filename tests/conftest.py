@@ -52,7 +52,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 LONGEST = ("test_preemption", "test_distributed", "test_launch_slurm", "test_sharding", "test_train", "test_quickstart",
            "test_launch_colab", "test_train_autoencoder", "test_causal", "test_sample", "test_evaluate", "test_samples",
            "test_sweep", "test_compile", "test_weak_scaling", "test_launch_gke", "test_storage", "test_two_modes",
-           "test_cache", "test_inception")
+           "test_cache", "test_inception", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items):

@@ -55,6 +55,12 @@ def test_arrays_come_as_numpy_reads_them(tmp_path, array):
     np.testing.assert_array_equal(read_npy(tmp_path / "x.npy", advice=ADVICE), array)
 
 
+def test_a_number_in_fortran_order_is_a_number(tmp_path):
+    header = "{'descr': '<i8', 'fortran_order': True, 'shape': ()}"
+    write(tmp_path / "x.npz", [("a.npy", headed(header, bytes([7, 0, 0, 0, 0, 0, 0, 0])))])
+    assert int(read_npz(tmp_path / "x.npz", {"a": ("i", 0)}, advice=ADVICE)["a"]) == 7
+
+
 def test_an_array_can_be_read_in_parts(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", a=np.arange(10, dtype=np.uint8), other=np.zeros(3))
     with NpzFile(tmp_path / "x.npz", advice=ADVICE) as file:

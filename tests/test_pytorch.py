@@ -302,24 +302,6 @@ def test_cut_short_anywhere(tmp_path, name):
             read(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize("name", ["mar_tiny.pth", "mar_tiny_legacy.pth"])
-def test_garbled_anywhere_is_an_error_or_nothing(tmp_path, name):
-    """Bytes of the structure, not of the weights, overwritten: a UserError or another content, never a crash."""
-    whole = bytearray((FILES / name).read_bytes())
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(60):
-        data = whole.copy()
-        at = rng.choice([rng.randrange(12000), len(data) - rng.randrange(12000)])
-        data[at:at + 3] = rng.randbytes(3)
-        (tmp_path / "x.pth").write_bytes(data)
-        try:
-            read(tmp_path / "x.pth")
-        except UserError:
-            refused += 1
-    assert refused > 20
-
-
 def test_overwritten_weights_are_noticed(tmp_path):
     data = bytearray((FILES / "mar_tiny.pth").read_bytes())
     token = np.asarray(read(FILES / "mar_tiny.pth").content["model_ema"]["mask_token"]).tobytes()

@@ -208,6 +208,7 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
         return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
 
 
+@functools.lru_cache(maxsize=8)
 def _abstract_params(image_size: int, channels: int, num_classes: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters by name."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
