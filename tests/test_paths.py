@@ -120,7 +120,10 @@ def test_config_files(home, tmp_path):
     shutil.copy(DIGITS, folder / "own.py")
     for form in ("~/a:b/own.py:debug", f"file://{folder}/own.py:debug".replace(" ", "%20")):
         assert config_lib.load(form).train.steps == 20
-    assert config_lib.load("~/a:b/own.py").train.steps == 450
+    assert config_lib.load(pathlib.Path("~/a:b/own.py")).train.steps == 450
+    for path in (3, "", None, pathlib.Path("gs://b/own.py:debug")):
+        with pytest.raises(UserError, match="config file "):
+            config_lib.load(path)
 
 
 def test_a_work_directory_at_home(home, capsys, monkeypatch):

@@ -17,6 +17,8 @@ from marjax.config.overrides import closest, conform, parse_value, sections, unk
 from marjax.errors import TrainingError, UserError
 from marjax.paths import normalised
 
+_FILE_AND_ARG = re.compile(r"(.*?\.py)(?::(.*))?", re.DOTALL)  # a folder may have a colon in its name
+
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     """A config file's argument, "name=value,flag", typed by its defaults.
@@ -46,19 +48,16 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-_FILE_AND_ARG = re.compile(r"(.*?\.py)(?::(.*))?", re.DOTALL)  # a folder may have a colon in its name
-
-
-def load(path: str) -> ConfigDict:
+def load(path: str | os.PathLike[str]) -> ConfigDict:
     """The config of "FILE.py" or "FILE.py:ARG", not yet resolved.
 
     Raises:
       UserError: no such file, one without `get_config`, an error in it, or a config that has other fields than
         `base()`.
     """
-    named = _FILE_AND_ARG.fullmatch(path)
-    file, arg = (named[1], named[2]) if named else (path, None)
-    file = normalised(file, "config file")
+    given = os.fspath(path) if isinstance(path, os.PathLike) else path
+    named = _FILE_AND_ARG.fullmatch(given) if isinstance(given, str) else None
+    file, arg = normalised(named[1] if named else given, "config file"), named and named[2]
     function = load_function(file, "config", "get_config")
     with errors_of(file, "config"):
         config = function(arg or None)
