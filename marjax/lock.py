@@ -29,6 +29,7 @@ from marjax.storage import explain, is_remote
 NAME = "marjax.lock"  # in a folder
 
 _PATIENCE = 3.0  # seconds; a process that was killed may need a moment to be gone
+_ORPHAN_PATIENCE = 30.0  # seconds; what a killed sweep has started ends by itself (see sweep.points.end_with_parent)
 _REFRESH, _STALE = 20.0, 120.0  # seconds
 _SURELY_STALE = 600.0  # seconds by the holder's clock, which may differ from ours
 _POLL = 1.0
@@ -182,7 +183,7 @@ def _refuse(target: str | os.PathLike[str], holder: _Holder | None) -> UserError
 
 def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | None:
     """The descriptor of the file, which it has locked; None where the file system has no locks. Raises UserError."""
-    until = time.monotonic() + _PATIENCE
+    begun = time.monotonic()
     while True:
         descriptor = _open(path)
         try:
@@ -214,7 +215,8 @@ def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | N
         except BaseException:
             os.close(descriptor)
             raise
-        if time.monotonic() > until:
+        is_orphaned = holder is not None and holder.is_dead()
+        if time.monotonic() - begun > (_ORPHAN_PATIENCE if is_orphaned else _PATIENCE):
             raise _refuse(target, holder)
         time.sleep(0.05)
 

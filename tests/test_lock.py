@@ -269,3 +269,28 @@ def test_commands_that_write_are_refused_while_another_does(tmp_path, hasty, cap
     for part in ("marjax test", socket.gethostname(), f"process {os.getpid()}", "since"):
         assert part in line
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+ORPHANS = """
+import subprocess, sys, time
+from marjax import lock
+WAITS = "import os, sys, time\\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
+with lock.locked_folder(sys.argv[1], "marjax sweep") as held:
+    subprocess.Popen([sys.executable, "-c", WAITS, sys.argv[1] + "/go"], pass_fds=(held,), stdout=subprocess.DEVNULL)
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_has_started_is_waited_for(tmp_path, hasty, monkeypatch):
+    with holder(tmp_path, ORPHANS) as process:
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(lock, "_ORPHAN_PATIENCE", 0.0)
+        with (pytest.raises(UserError, match="a process that it started still runs"),
+              lock.locked_folder(tmp_path, "marjax sweep")):
+            pass
+        (tmp_path / "go").touch()
+        monkeypatch.setattr(lock, "_ORPHAN_PATIENCE", 60.0)
+        with lock.locked_folder(tmp_path, "marjax sweep"):
+            pass
