@@ -4,7 +4,7 @@
 #   python3 -m venv .venv-xpk && .venv-xpk/bin/pip install xpk && export PATH=$PWD/.venv-xpk/bin:$PATH
 #   export PROJECT=my-project ZONE=us-east5-b CLUSTER=tpus NAME=mar TYPE=v5litepod-256
 #   export IMAGE=us-east5-docker.pkg.dev/my-project/images/marjax:1
-#   launch/gke.sh build                     # launch/Dockerfile to IMAGE, and push it
+#   launch/gke.sh build                     # launch/Dockerfile to IMAGE, for RUN_AS (root), and push it
 #   launch/gke.sh create marjax train --config configs/imagenet256.py:model=mar_huge --workdir gs://bucket/mar_huge
 #   launch/gke.sh render FILE.yaml marjax train ...   # the same, but only writes the manifest: needs no cluster
 #   launch/gke.sh list
@@ -60,7 +60,9 @@ case $action in
 build)
     need IMAGE
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
-    docker build --platform=linux/amd64 --file=launch/Dockerfile --tag="$IMAGE" "$@" .
+    # The TPU's device files and mounted buckets belong to root there.
+    docker build --platform=linux/amd64 --file=launch/Dockerfile --tag="$IMAGE" --build-arg=RUN_AS="${RUN_AS:-root}" \
+        "$@" .
     docker push "$IMAGE"
     ;;
 create) workload "$@" ;;

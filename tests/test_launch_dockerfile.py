@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -66,6 +67,30 @@ def test_dockerignore_keeps_what_is_copied_and_no_more():
     for path in (".git", ".git/config", ".venv-test/bin/python", "runs/a/config.json", "tests/conftest.py",
                  ".cache/jax/x"):
         assert not is_in_context(path), path
+
+
+def test_the_image_runs_as_a_user_who_may_write_where_marjax_writes(tmp_path):
+    found = instructions()
+    arguments = dict(rest.split("=") for name, rest in found if name == "ARG")
+    [user] = [re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], rest) for name, rest in found if name == "USER"]
+    names = [name for name, _ in found]
+    assert user not in ("root", "0") and names.index("USER") < names.index("ENTRYPOINT")
+    # The instruction that makes the user, with stand-ins for what only root can do, in a folder in place of /.
+    [script] = [rest for name, rest in found if name == "RUN" and "useradd" in rest]
+    assert re.search(rf"useradd\b[^&]*\b{user}\b", script)
+    for name in ("home/marjax", "app"):
+        (tmp_path / name).mkdir(parents=True, mode=0o755)
+    for name in ("useradd", "chown"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    script = re.sub(r"(?<=\s)/(?=\w)", f"{tmp_path}/", script)
+    subprocess.run(["sh", "-euc", script], check=True, cwd=tmp_path / "app",
+                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    settings = dict(part.split("=") for name, rest in found if name == "ENV" for part in rest.split())
+    folders = [settings["HOME"], settings["JAX_COMPILATION_CACHE_DIR"], "/app", "/app/runs"]
+    assert ("WORKDIR", "/app") in found
+    for folder in folders:  # by anybody: a pod may name another user
+        assert (tmp_path / folder[1:]).stat().st_mode & 0o007 == 0o007, folder
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_build_makes_and_pushes_the_image(recorder):
     launch(recorder, "build", "--build-arg=EXTRAS=cuda13,gcs")
     build, push = calls(recorder)
     assert build == ["docker", "build", "--platform=linux/amd64", "--file=launch/Dockerfile",
-                     f"--tag={SETTINGS['IMAGE']}", "--build-arg=EXTRAS=cuda13,gcs", "."]
+                     f"--tag={SETTINGS['IMAGE']}", "--build-arg=RUN_AS=root", "--build-arg=EXTRAS=cuda13,gcs", "."]
     assert push == ["docker", "push", SETTINGS["IMAGE"]]
 
 
