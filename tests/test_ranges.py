@@ -41,10 +41,10 @@ def test_what_no_number_of_the_config_may_be(digits, key):
         value = (value,) if kind is tuple else value
         with pytest.raises(UserError, match=f"config.{key} "):
             config_lib.resolve(config_lib.apply_overrides(digits, {key: value}))
-        given = config_lib.apply_overrides(digits, {})
-        given.update_from_flattened_dict({key: value})
-        with pytest.raises(UserError, match=f"config.{key} "):
-            config_lib.resolve(given)
+    given = config_lib.apply_overrides(digits, {})
+    given.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"config.{key} "):
+        config_lib.resolve(given)
     text = "nan" if kind is float else "1" * 30
     with pytest.raises(UserError, match=key):
         config_lib.resolve(config_lib.apply_overrides(digits, {key: text}))
