@@ -7,11 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+from marjax import numerics
+
 # Tracing makes many objects and little garbage: looking for it took a seventh of the time.
 gc.set_threshold(200_000, 50, 50)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Before JAX is imported, and for child processes too.
+# Before JAX is imported, and for child processes too. Tests call JAX directly too: under the settings of marjax.
+numerics.clean_environment(os.environ)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
