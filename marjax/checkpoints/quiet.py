@@ -5,6 +5,7 @@ each read or write still under way then prints a traceback of its own.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -43,10 +44,11 @@ class _Asyncio:
 @functools.cache
 def quiet_orbax() -> None:
     """Stops Orbax from printing exceptions that it raises; its warnings and other errors are logged as before."""
-    from orbax.checkpoint._src import asyncio_utils
+    with contextlib.suppress(ImportError, AttributeError):  # where it lies is Orbax's own business
+        from orbax.checkpoint._src import asyncio_utils
 
-    if hasattr(asyncio_utils, "asyncio"):
-        asyncio_utils.asyncio = _Asyncio()
+        if asyncio_utils.asyncio is asyncio:
+            asyncio_utils.asyncio = _Asyncio()
     logging.getLogger("absl").addFilter(_is_no_failure_of_orbax)
 
 
