@@ -78,7 +78,7 @@ def mutant(target: Target, root: pathlib.Path, seed: int, index: int, folder: pa
     """Makes a mutant's folder; returns the name of the file that differs."""
     rng = random.Random(f"{seed}/{target.name}/{index}")
     shutil.copytree(root / target.name, folder, dirs_exist_ok=True)
-    found = sorted({path for pattern in target.files for path in folder.glob(pattern)})
+    found = sorted({path for pattern in target.files for path in folder.glob(pattern) if path.is_file()})
     path = rng.choice(found)
     for other in found if target.alone else ():
         if other != path:

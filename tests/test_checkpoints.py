@@ -1,6 +1,7 @@
 """Checkpoints come back to the bit or not at all: retention, damage, foreign models, failed saves, other meshes."""
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -392,6 +393,19 @@ def test_metadata_of_another_shape_is_damage(run, states, caplog, change):
         assert checkpoints.trees() == list(TREES)
         assert checkpoints.restore(abstract(states[2])).step == 2
     assert "3 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"commit_timestamp_nsecs": "x"}', '{"init_timestamp_nsecs": {}}',
+                                  "[" * 9000])
+def test_times_that_cannot_be_read_are_one_line(run, states, text):
+    """Orbax sorts by them, and raises what it finds."""
+    path = run / "3" / "_CHECKPOINT_METADATA"
+    path.write_text(text)
+    with contextlib.suppress(UserError), Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.restore(abstract(states[3])).step == 3
+    path.unlink()
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.restore(abstract(states[3])).step == 3
 
 
 def test_read_only_changes_nothing(run, states, tmp_path, caplog):

@@ -16,6 +16,7 @@ import sys
 import tarfile
 
 import fuzz
+import jax
 import mutators
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from conftest import DIGITS, make_digits
 from fuzz import Target
 
 from marjax import config as config_lib
+from marjax.checkpoints.manager import Checkpoints
 from marjax.data.imagenet import list_imagenet
 from marjax.data.latents import Latents, Manifest, pack, read_manifest
 from marjax.data.pictures import UnreadableError, storable
@@ -140,12 +142,20 @@ def read_pictures(folder):
         storable(path.read_bytes())
 
 
+def read_checkpoint(folder):
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        checkpoints.trees()
+        checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((100,), np.float32)}})
+
+
 npz, pth = mutators.mutate_zip(mutators.mutate_npy), mutators.mutate_zip(mutators.mutate_pickle)
 TARGETS = [
     Target("metrics", ("metrics.jsonl",), mutators.mutate_lines, read_metrics, 1.5),
     Target("evaluation", ("evaluation.json",), mutators.mutate_json, read_evaluation),
     Target("workdir", ("*.json",), mutators.mutate_json, read_run),
     Target("sweep", ("*/*.json",), mutators.mutate_json, read_sweep),
+    Target("checkpoint", ("1/**/*",), lambda data, rng: (
+        mutators.mutate_json if data[:1] == b"{" else mutators.mutate_bytes)(data, rng), read_checkpoint, 0.4),
     Target("statistics", ("*.npz",), npz, read_statistics, 1.5, alone=True),
     Target("samples", ("*/*.npy",), mutators.mutate_npy, read_samples),
     Target("sample_plans", ("*/*.json",), mutators.mutate_json, read_samples, 0.5),
@@ -197,6 +207,9 @@ def make_sound_files(root, autoencoders):
     plan.finish("a", [{"weights": "ema", "fid": 3.5, "n": 2}], 3.0)
     plan.fail("b", "ValueError: no", 2.0)
     jobs.write(plan, "a", jobs.Job("slurm", "5_0", ("--clusters=c",)))
+
+    with Checkpoints(root / "checkpoint") as checkpoints:
+        checkpoints.save(1, params={"w": jax.numpy.arange(100.0)}, meta={"images": 3})
 
     gaussian = {"mu": np.zeros(4), "sigma": np.eye(4)}
     images = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)

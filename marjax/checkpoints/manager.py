@@ -32,6 +32,7 @@ PyTree = Any
 TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
+_TIMES = "_CHECKPOINT_METADATA"
 _MAX_META = 64 << 20  # bytes
 _META_SHAPE = {"user": dict, "digest": str,
                "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
@@ -104,19 +105,19 @@ class Checkpoints(Closing):
         quiet_orbax()
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
-            if (told := storage.explain(error)) is not None:
-                raise told from error
-            raise UserError(f"Cannot use {self.directory} for checkpoints: "
-                            f"{failures.explain(error) or _one_line(error)}") from error
+        except Exception as error:
+            self._raise_unlisted(error)
         self._saving: int | None = None
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, whole or not, in ascending order; waits for a save under way."""
         self.wait()
         # Orbax keeps a list of its own, which goes wrong where a save fails or someone else writes.
-        self._manager.reload()
-        return sorted(int(step) for step in self._manager.all_steps())
+        try:
+            self._manager.reload()
+            return sorted(int(step) for step in self._manager.all_steps())
+        except Exception as error:
+            self._raise_unlisted(error)
 
     def trees(self, step: int | None = None) -> list[str]:
         """The trees that a checkpoint has, those of the newest with readable metadata if step is None, else all."""
@@ -242,6 +243,16 @@ class Checkpoints(Closing):
             self.wait()
         finally:
             self._manager.close()
+
+    def _raise_unlisted(self, error: Exception) -> NoReturn:
+        """Raises what to say of checkpoints that cannot be listed."""
+        if (told := storage.explain(error)) is not None:
+            raise told from error
+        reason = None if isinstance(error, RecursionError) else failures.explain(error)
+        if reason is not None or isinstance(error, OSError):
+            raise UserError(f"Cannot use {self.directory} for checkpoints: {reason or _one_line(error)}") from error
+        raise UserError(f"Cannot list the checkpoints in {self.directory} ({_one_line(error)}): delete the files "
+                        f"{_TIMES} in their folders, which only tell times") from error
 
     def _restore_step(self, targets: dict[str, PyTree], step: int) -> Restored:
         steps = self.steps()
