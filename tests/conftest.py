@@ -4,10 +4,15 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 from marjax import numerics
+
+# Children inherit what is ignored here, as in the background of a shell (SIGINT) and under nohup (SIGHUP).
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tracing makes many objects and little garbage: looking for it took a seventh of the time.
 gc.set_threshold(200_000, 50, 50)

@@ -159,7 +159,7 @@ def test_killed_at_any_point(run, measure, tmp_path, monkeypatch):
     def killed(*arguments, **fields):
         raise KeyboardInterrupt
 
-    for target in ("marjax.evaluation.samples.write_png", "marjax.evaluation.evaluate._Record.put"):
+    for target in ("marjax.evaluation.samples.write_png", "marjax.evaluation.record.Record.put"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, killed)
             evaluate(run, request)
@@ -184,20 +184,24 @@ def test_a_batch_too_large_is_not_remembered(run, measure, tmp_path, monkeypatch
     assert entry["batch_size"] == 15
 
 
-def test_two_commands_write_one_record(run, measure, tmp_path, monkeypatch):
+def test_one_command_at_a_time_writes_a_record(run, measure, tmp_path, monkeypatch):
     import marjax.evaluation.evaluate as module
 
-    own = module._one
+    own, refused = module._one, []
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(module, "_one", own)
-        evaluate(run, ask(measure, tmp_path, seed=1))
+        with pytest.raises(UserError, match="is being written by marjax evaluate") as caught:
+            evaluate(run, ask(measure, tmp_path, seed=1))
+        refused.append(caught.value)
         return own(*arguments)
 
-    monkeypatch.setattr(module, "_one", meanwhile)
-    evaluate(run, ask(measure, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_one", meanwhile)
+        evaluate(run, ask(measure, tmp_path))
+    assert len(refused) == 1
+    evaluate(run, ask(measure, tmp_path, seed=1))
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    assert [each["settings"]["seed"] for each in results] == [1, 0]
+    assert [each["settings"]["seed"] for each in results] == [0, 1]
 
 
 def test_statistics_a_second_time(measure, tmp_path, capsys):

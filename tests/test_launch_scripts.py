@@ -6,7 +6,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob(".ci/*")])
+SCRIPTS = sorted(path for pattern in ("launch/*.sh", "launch/*.sbatch", ".ci/*") for path in ROOT.glob(pattern)
+                 if path.suffix != ".py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

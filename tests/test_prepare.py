@@ -481,7 +481,7 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path, capsys, monk
     arguments = ["prepare", "--images", str(tmp_path / "own"), "--workers", "1", "--out"]
     (tmp_path / "file").write_text("")
     assert cli.main([*arguments, str(tmp_path / "file" / "data")]) == 2
-    assert "cannot be made (Not a directory)" in capsys.readouterr().err
+    assert "cannot be created (Not a directory)" in capsys.readouterr().err
 
     def read_only(path, *arguments, **more):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -502,7 +502,7 @@ def few_files(free):
     """This process may open so many files more."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(number) for number in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 5, before[1]))
     opened = []
     try:
         with contextlib.suppress(OSError):

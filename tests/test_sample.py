@@ -108,7 +108,7 @@ def test_command(run, tmp_path, capsys):
     (["train", "--config", "configs/none.py", "--workdir", "W"], "does not exist"),
     (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "the closest is 'train.lr'"),
     (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "unknown argument"),
-    (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be written"),
+    (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be created"),
     (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "at least 0"),
 ])
 def test_slips_are_one_line_and_leave_nothing(run, tmp_path, capsys, monkeypatch, arguments, says):

@@ -259,8 +259,8 @@ def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
     (arguments, _), = srun()
     assert all(call[1] == "--jobs=7_1" for call, _ in squeue())
-    assert arguments == ["--kill-on-bad-exit=0", "--wait=180", sys.executable, "-m", "marjax", "sweep-point", plan.path,
-                         "--root", str(tmp_path / "the root"), "--name", NAMES[1]]
+    assert arguments == ["--kill-on-bad-exit=0", "--wait=180", sys.executable, "-P", "-m", "marjax", "sweep-point",
+                         plan.path, "--root", str(tmp_path / "the root"), "--name", NAMES[1]]
     assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
     assert not killed.exists()
     assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
