@@ -36,11 +36,11 @@ _TOKENIZER_FREE = ("data.workers", "data.data_dir", "data.cache", "tokenizer.pat
 _OWN = re.compile(r"config\.json\.partial.*|.*\.(lock|lease)")
 
 # What may lie in a new work directory: hidden files, those of operating systems and file servers, logs of shells and
-# schedulers, and the scripts that start a run.
+# schedulers, and the scripts and config files of a run.
 _BYSTANDER = re.compile(
     _OWN.pattern + r"|\..*|thumbs\.db|desktop\.ini|lost\+found|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information"
-    r"|.*\.(log|out|err|pid)(\.\d+)?|.*\.[eo]\d+|.*(log|stdout|stderr|output|console).*\.txt|logs?|stdout|stderr|output"
-    r"|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job)", re.IGNORECASE)
+    r"|.*\.(log|out|err|pid)(\.\d+)?|.*\.[eo]\d+|(.*(log|stdout|stderr|output|console).*|out|err|train|run)\.txt"
+    r"|logs?|stdout|stderr|output|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job|py)|__pycache__", re.IGNORECASE)
 
 
 @takes_paths("workdir")

@@ -185,6 +185,7 @@ def get_config(arg=None):
     ("config.train.lr = 10**400", "config.train.lr"),
     ("return 3", "returned int"),
     ("1 / 0", "line 6: ZeroDivisionError"),
+    ("raise SystemExit", "line 6: SystemExit"),
     ("import nothing_of_this_name", "line 6: ModuleNotFoundError"),
     (")", "line 6: SyntaxError"),
 ])
@@ -352,7 +353,7 @@ def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
 
 BYSTANDERS = [".gitkeep", ".DS_Store", "._run", ".nfs0000001", "Thumbs.db", "desktop.ini", "nohup.out",
               "slurm-123_4.out", "slurm-123.err", "train.log", "train.log.1",
-              "log.txt", "stdout", "job.o4711", "run.sbatch", "run.pid"]
+              "log.txt", "out.txt", "stdout", "job.o4711", "run.sbatch", "run.pid", "config.py"]
 
 
 @pytest.mark.parametrize("name", BYSTANDERS)
