@@ -112,7 +112,7 @@ def errors_of(file: str, kind: str) -> Iterator[None]:
         yield
     except (UserError, TrainingError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = list(traceback.walk_tb(error.__traceback__))
         lines = [line for frame, line in frames if frame.f_code.co_filename == file]
         if isinstance(error, SyntaxError) and error.filename == file:
@@ -121,7 +121,7 @@ def errors_of(file: str, kind: str) -> Iterator[None]:
         raise UserError(f"{where}: {_of_config(error, frames) or _first_line(error)}") from error
 
 
-def _of_config(error: Exception, frames: Sequence[tuple[types.FrameType, int]]) -> str | None:
+def _of_config(error: Exception | SystemExit, frames: Sequence[tuple[types.FrameType, int]]) -> str | None:
     """What to report if a config refused a field or a value; None if it did not."""
     for frame, _ in reversed(frames):
         section = frame.f_locals.get("self")
@@ -135,6 +135,6 @@ def _of_config(error: Exception, frames: Sequence[tuple[types.FrameType, int]]) 
     return None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | SystemExit) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
