@@ -10,7 +10,7 @@ from typing import Any
 from marjax import commands, failures, storage
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
-from marjax.paths import normalised, optional
+from marjax.paths import normalised
 
 # Arguments that are paths; those that may have an ARG after a colon (`--config`) are left to `config.load`.
 PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "npz", "out", "path",
@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{given.command} takes no --config.key=value: the config is in the work directory")
         for name in PATHS & vars(given).keys():
             value = getattr(given, name)
-            setattr(given, name, [normalised(each, f"--{name}") for each in value] if isinstance(value, list)
-                    else optional(value, f"--{name}"))
+            if value is not None:
+                setattr(given, name, [normalised(each, f"--{name}") for each in value] if isinstance(value, list)
+                        else normalised(value, f"--{name}"))
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenizer = command("train-tokenizer", commands.train_tokenizer, "Train the tokenizer of a config, or resume.")
     tokenizer.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
-    tokenizer.add_argument("--out", default="", metavar="FILE", help="config.tokenizer.path by default")
+    tokenizer.add_argument("--out", metavar="FILE", help="config.tokenizer.path by default")
     tokenizer.add_argument("--workdir", help="of a network's checkpoints, metrics and pictures; by default the file's "
                            "name without its suffix")
     tokenizer.add_argument("--overwrite", action="store_true", help="replace a file with other contents")
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--config", metavar="FILE.py[:ARG]", help="whose tokenizer and data to take")
     checks.add_argument("--name", default="", help="of the tokenizer, such as kl16; of --config or by the file's "
                         "contents by default")
-    checks.add_argument("--path", default="", metavar="FILE", help="of its weights; config.tokenizer.path by default")
+    checks.add_argument("--path", metavar="FILE", help="of its weights; config.tokenizer.path by default")
     checks.add_argument("--image_size", type=int, help="pixels; of --config, or 256, by default")
     checks.add_argument("--num_images", type=int, default=256, help="at most")
     checks.add_argument("--seed", type=int, default=0)
@@ -186,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     classifier = command("train-classifier", commands.train_classifier, "Train the small network that measures samples "
                          "of data which the Inception network does not know.")
     classifier.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="whose data to learn")
-    classifier.add_argument("--out", default="", metavar="FILE.npz", help="config.eval.extractor_path by default")
+    classifier.add_argument("--out", metavar="FILE.npz", help="config.eval.extractor_path by default")
     classifier.add_argument("--steps", type=int, default=1000)
     classifier.add_argument("--held_out", type=float, default=0.2, help="share of the images that it is tested on")
     classifier.add_argument("--seed", type=int, default=0)
@@ -196,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--dataset", "--config", metavar="FILE.py[:ARG]", help="the data of a config")
     stats.add_argument("--images", metavar="DIR", help="instead, a folder of pictures")
     stats.add_argument("--npz", metavar="FILE", help="instead, images in a file, as arr_0")
-    stats.add_argument("--out", default="", metavar="FILE.npz", help="config.eval.reference by default")
+    stats.add_argument("--out", metavar="FILE.npz", help="config.eval.reference by default")
     stats.add_argument("--extractor", choices=("inception", "classifier"), help="of the config, or inception")
     stats.add_argument("--extractor_path", metavar="FILE", help="of its weights")
     stats.add_argument("--image_size", type=int, help="that pictures of a folder are cropped to")
@@ -261,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument("--search", action="store_true", help="instead, find the largest batch a device that fits, by "
                        "remat policy, without accumulation")
     ahead.add_argument("--json", action="store_true", help="print JSON instead of text")
-    ahead.add_argument("--hlo", default="", metavar="DIR", help="keep the compiled programs' HLO texts")
+    ahead.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' HLO texts")
 
     bench = command("benchmark", commands.benchmark, "Measure training, sampling, the host's own work in a training "
                     "step, Inception's features of images of a config's size, or the metrics of 10,000 features; "

@@ -111,14 +111,14 @@ def train_tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> Non
 
 
 def tokenizer(given: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = config_lib.load(given.config) if given.config else None
+    config = config_lib.load(given.config) if given.config is not None else None
     if overrides:
         if config is None:
             raise UserError("--config.key=value sets a field of a config: give --config FILE.py too")
         config = config_lib.apply_overrides(config, overrides)
     from marjax.evaluation.reconstruction import check
 
-    report = check(given.images, config, name=given.name, path=given.path, image_size=given.image_size,
+    report = check(given.images, config, name=given.name, path=given.path or "", image_size=given.image_size,
                    num_images=given.num_images, seed=given.seed, out=given.out)
     size = report["image_size"]
     print(f"{report['num_images']} images of {size} x {size}: mse {report['mse']:.5f}, PSNR {report['psnr']:.2f} dB")
@@ -361,7 +361,7 @@ def compile_for_slice(given: argparse.Namespace, overrides: dict[str, str]) -> N
     if given.search:
         made = records = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, say=say)]
     else:
-        made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo, say=say)
+        made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo or "", say=say)
         records = made["programs"]
     if given.json:
         print(json.dumps(made))

@@ -91,6 +91,22 @@ def test_every_path_of_the_command_line_is_known():
     assert {action.dest for action in actions if str(action.metavar).startswith("FILE.py[")} == {"config", "dataset"}
 
 
+@pytest.mark.parametrize("command", [
+    "train --config {digits} --workdir", "prepare --out o --images", "prepare --out o --imagenet",
+    "convert --out o --checkpoint", "convert --out o --tokenizer", "stats --npz n.npz --out", "stats --out o.npz --npz",
+    "train-classifier --config {digits} --out", "train-tokenizer --config {digits} --out", "evaluate --workdir w --out",
+    "evaluate --workdir w --reference", "sample --workdir w --out o --tokenizer_path", "plot --out o --workdir",
+    "tokenizer check --out o --images", "tokenizer check --out o --config"])
+def test_an_empty_path_is_not_one_left_out(tmp_path, monkeypatch, capsys, command):
+    """As of a shell's variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    *given, last = command.format(digits=DIGITS).split()
+    assert cli.main([*given, last, ""]) == 2
+    said = capsys.readouterr().err
+    assert f"{last.removeprefix('--').replace('config', 'config file')} is empty: " in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A home folder with spaces and umlauts; the current folder is another."""

@@ -129,7 +129,7 @@ def prepare(
         data set of this name in `out`; another process at work on it.
       TrainingError: a file cannot be written, or a worker died.
     """
-    if (images is None) == (imagenet is None):
+    if bool(images) == bool(imagenet):
         raise UserError("nothing to prepare: give either a folder of pictures or the ImageNet tars")
     given = [os.fspath(path) for path in ([images] if images is not None else imagenet or [])]
     out = os.fspath(out)
