@@ -68,6 +68,7 @@ TWO_SETS = {
                | {"model_ema.decay": tensor(0.9), "model_ema.num_updates": COUNT}},
     "LitEma of a part": {"state_dict": weights(10, "model.") | weights(20, "model_ema.",
                                                                        lambda name: name.replace(".", ""))},
+    "several": {"model": LIVE, "emas": [EMA, weights(30)]},
     "losses": {"model": LIVE, "ema": EMA, "ema_losses": [COUNT], "optimizer": {"z_proj.weight": COUNT}}}
 
 

@@ -29,7 +29,7 @@ IGNORED = frozenset(("n_averaged", "initted", "step", "num_updates", "decay", "n
                      "total_params", "_extra_state", "_metadata", "position_ids", "cluster_size", "embed_avg",
                      "embed_prob", "colorize", "scale_factor"))
 # Words in keys and prefixes ("model_ema", "ema_model.", "shadow_params") that tell an average from live weights.
-_AVERAGE = re.compile(r"ema\d*|emamodel|modelema|shadow|averaged|averages?|swa|polyak")
+_AVERAGE = re.compile(r"emas?\d*|emamodel|modelema|shadow|averaged|averages?|swa|polyak")
 _CONTAINERS = frozenset(("model", "module", "net", "network", "state", "dict", "params", "parameters", "weights"))
 _LIVE = frozenset(("online", "live", "student"))
 # Not weights, whatever their names.
