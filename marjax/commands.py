@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import sys
 
 from marjax import config as config_lib
@@ -200,7 +201,7 @@ def convert(given: argparse.Namespace, overrides: dict[str, str]) -> None:
           f"{model.decoder_depth} blocks, {model.num_heads} heads; num_iter {sample.num_iter}, cfg {sample.cfg}, "
           f"temperature {sample.temperature}")
     needs = done.config.tokenizer.name != "pixels" and not given.tokenizer
-    print(f"sample it with: marjax sample --workdir {given.out} --out DIR"
+    print(f"sample it with: marjax sample --workdir {shlex.quote(given.out)} --out DIR"
           + (" --tokenizer_path FILE.safetensors (which marjax convert --tokenizer makes)" if needs else ""))
 
 
@@ -241,7 +242,7 @@ def cache_latents(given: argparse.Namespace, overrides: dict[str, str]) -> None:
               f"config.data.workers lower it)")
     if given.measure and made.seconds:
         print(f"the network alone: {made.alone:,.4g} images/s; the ratio is {made.images_per_second / made.alone:.2f}")
-    print(f"train on it with: --config.data.cache={given.out}")
+    print(f"train on it with: --config.data.cache={shlex.quote(given.out)}")
 
 
 def train_classifier(given: argparse.Namespace, overrides: dict[str, str]) -> None:

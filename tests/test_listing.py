@@ -1,5 +1,7 @@
 """Which folders are splits and which are classes: as data sets are published, and as people unpack them."""
 
+import shlex
+
 import pytest
 
 from marjax.data.listing import list_folder
@@ -57,10 +59,17 @@ def test_pictures_of_no_class_are_left_out_with_a_warning(tmp_path, names, left_
     assert listing.ignored == {"without a class": 2} and left_out in listing.warnings[0]
 
 
+def test_commands_in_warnings_can_be_pasted(tmp_path):
+    folder = put(tmp_path / "my pictures", ["dogs/terrier/1.png", "dogs/poodle/2.png"])
+    (warning,) = list_folder(folder).warnings
+    assert shlex.split(warning.partition("--images ")[2]) == [str(tmp_path / "my pictures" / "dogs")]
+
+
 @pytest.mark.parametrize("names, classes, doubt", [
     ("dogs/terrier/1.png dogs/poodle/2.png", ["dogs"], "dogs/ is the only class, with dogs/poodle/"),
     ("images/1.png annotations/1.png", ["annotations", "images"], "images/ is taken for a class"),
     ("test/1.png cats/1.png", ["cats", "test"], "test/ is taken for a class"),
+    ("trainA/1.png B/1.png", ["B", "trainA"], "trainA/ is taken for a class"),
     ("images/a/1.png images/b/1.png", ["a", "b"], "classes are the folders in images/"),
 ])
 def test_what_is_doubtful_is_warned_about(tmp_path, names, classes, doubt):

@@ -7,6 +7,7 @@ import collections
 import hashlib
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<validation>val|valid|validate|validation|dev|devel|development|eval|evaluation)"
     r"|(?P<test>test|testing)|(?P<unlabelled>pred|predict|prediction|unlabell?ed))"
     r"_?(?:sets?|splits?|data|images?|imgs?|pictures?|photos?|dir|folder)?_?\d{0,4}")
+# Splits of two domains, as CycleGAN's data sets have them (trainA, testB): taken for classes, with a warning.
+_DOMAIN = re.compile(r"(train|val|test)[\W_]?[ab]")
 # Names of a folder that holds the class folders beside files about them, as in CUB-200.
 _CONTAINERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "dataset"})
 _Group = tuple[str, str, list[Item]]  # split; class, or "" for pictures in no class folder; pictures
@@ -110,7 +113,7 @@ def _splits_of(images: str, filled: list[Folder]) -> dict[str, Folder]:
     splits = {folder.name: split for folder in filled if (split := _split_of(folder))}
     if len(splits) == len(filled) and "train" not in splits.values():
         raise UserError(f"{images} holds {', '.join(f'{name}/' for name in splits)} but no train/; add one, or start "
-                        f"with --images {filled[0].path} to train on that")
+                        f"with --images {shlex.quote(filled[0].path)} to train on that")
     train = [folder for folder in filled if splits.get(folder.name) == "train"]
     others = [folder.name for folder in filled if folder.name not in splits]
     if not train or (others and not any(folder.filled for folder in train)):
@@ -163,10 +166,13 @@ def _warn_of_classes(folders: list[Folder], warnings: list[str]) -> None:
     for folder in folders:
         if len(folders) == 1 and not folder.items and len(folder.filled) > 1:
             warnings.append(f"{folder.prefix} is the only class, with {folder.filled[0].prefix} and others inside: if "
-                            f"these are classes, start with --images {folder.path}")
+                            f"these are classes, start with --images {shlex.quote(folder.path)}")
         elif len(folders) > 1 and (_split_of(folder) or folder.name.lower() in _CONTAINERS):
             warnings.append(f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
-                            f"it holds the classes, start with --images {folder.path}")
+                            f"it holds the classes, start with --images {shlex.quote(folder.path)}")
+        elif len(folders) > 1 and _DOMAIN.fullmatch(folder.name.lower()):
+            warnings.append(f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
+                            f"it is a split, start with --images {shlex.quote(folder.path)} to train on that")
 
 
 def _check_classes(names: list[str], warnings: list[str]) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -86,8 +87,8 @@ class Prepared:
         if self.unreadable:
             lines.append(f"unreadable, left out: {len(self.unreadable)}, see {self.directory}/unreadable.txt")
         config = "configs/imagenet256.py" if self.name == IMAGENET else f"configs/folder.py:name={self.name}"
-        return "\n".join([*lines, f"train: marjax train --config {config} --config.data.data_dir={self.data_dir} "
-                                  f"--workdir runs/{self.name}"])
+        return "\n".join([*lines, f"train: marjax train --config {config} "
+                                  f"--config.data.data_dir={shlex.quote(self.data_dir)} --workdir runs/{self.name}"])
 
 
 @takes_paths("images", "imagenet", "out")
