@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -40,6 +41,11 @@ def explain(error: BaseException) -> TrainingError | None:
                              f"or set {TRACEBACK}=1 to see where")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return TrainingError("no more threads can be started; allow more processes (ulimit -u)")
+    if isinstance(error, RuntimeError | AssertionError) and _is_of_backend(error):
+        detail = shortened(" ".join(str(error).split()), 160)
+        return TrainingError(f"JAX finds no devices of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+                             f"{f' ({detail})' if detail else ''}; set it to what this machine has, such as cpu, or "
+                             f"install JAX for it")
     code = error_number(error)
     if code is None:
         return None
@@ -47,6 +53,13 @@ def explain(error: BaseException) -> TrainingError | None:
              if isinstance(each, str | bytes)]
     where = f"{shortened(' -> '.join(names), 300)}: " if names else ""
     return TrainingError(f"{where}{os.strerror(code)}; {_ADVICE.get(code, _PATH)}")
+
+
+def _is_of_backend(error: BaseException) -> bool:
+    """Whether JAX could not start its devices. Without JAX's plugin for CUDA this is an assertion without a word."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(error).startswith("Unable to initialize backend") or (
+        isinstance(error, AssertionError) and bool(frames) and frames[-1].endswith("jax/_src/xla_bridge.py"))
 
 
 def advice(error: OSError) -> str:

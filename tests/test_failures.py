@@ -19,6 +19,7 @@ FAILURES = {
     "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory", "a\nb"), r"a\\nb: No such file or directory"),
     "renaming": (OSError(errno.EIO, "I/O", "a", None, "b"), "a -> b: Input/output error"),
     "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
+    "devices": (RuntimeError("Unable to initialize backend 'x': it is not\nknown"), "JAX_PLATFORMS.*not known"),
     "TensorStore": (ValueError("UNKNOWN: Error opening x [os_error_code='28']"), "No space left on device"),
     "two lines": (UserError("one\ntwo\x1b[2J"), r"one\\ntwo\\x1b\[2J$"), "also two": (TrainingError("one\ntwo"), "one"),
 }
@@ -43,6 +44,13 @@ def test_one_line(monkeypatch, capsys, name):
         raise TrainingError(said.strip())
     monkeypatch.setenv(failures.TRACEBACK, "1")
     assert ("Traceback" in run(error, monkeypatch, capsys)[1]) == (not isinstance(error, UserError | TrainingError))
+
+
+def test_devices_that_jax_does_not_know(monkeypatch):
+    with pytest.raises(AssertionError) as raised:  # as of JAX_PLATFORMS=cuda where JAX's plugin is missing
+        exec(compile("assert False", "site-packages/jax/_src/xla_bridge.py", "exec"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "JAX_PLATFORMS=cuda;" in str(failures.explain(raised.value))
 
 
 def test_other_errors_keep_their_traceback(monkeypatch, capsys):
