@@ -1,11 +1,13 @@
 """Figures: what is drawn, what is grouped, and files that are the same twice; inputs that cannot be read."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib import rcParams
 from matplotlib.image import AxesImage
 from PIL import Image
@@ -330,3 +332,9 @@ def test_broken_inputs(tmp_path, workdir):
     with pytest.raises(UserError, match="16 pixels wide"):
         plots.plot([workdir], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_current_folder_are_not_read(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff")
+    code = "from marjax.plots import style\nwith style.applied():\n    pass\n"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -30,7 +30,8 @@ _STYLE = {
 @contextlib.contextmanager
 def applied() -> Iterator[None]:
     """Our look, whatever the user's own settings; these are back afterwards."""
-    import matplotlib.style
+    with contextlib.chdir("/"):  # when it is imported, it reads the current folder's matplotlibrc
+        import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
         yield
