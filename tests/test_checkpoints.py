@@ -408,6 +408,18 @@ def test_times_that_cannot_be_read_are_one_line(run, states, text):
         assert checkpoints.restore(abstract(states[3])).step == 3
 
 
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: os.symlink("/dev/zero", path),
+                                     lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40)])
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "meta/metadata", "ema/_METADATA", "ema/manifest.ocdbt"])
+def test_pipes_devices_and_endless_files_are_not_read(run, states, name, replace):
+    """Orbax would wait for ever, or take all memory."""
+    path = run / "3" / name
+    path.unlink()
+    replace(path)
+    with pytest.raises(UserError, match=path.name), Checkpoints(run, read_only=True) as checkpoints:
+        checkpoints.restore(abstract(states[3], "ema"), step=3)
+
+
 def test_read_only_changes_nothing(run, states, tmp_path, caplog):
     overwrite(largest(run / "3" / "params"))
     before = listing(tmp_path)

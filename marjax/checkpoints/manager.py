@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from marjax import distributed, failures, storage
-from marjax.checkpoints import checksums
+from marjax.checkpoints import checksums, entries
 from marjax.checkpoints.quiet import quiet_orbax
 from marjax.closing import Closing
 from marjax.errors import StorageError, UserError, causes
@@ -32,8 +32,6 @@ PyTree = Any
 TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
-_TIMES = "_CHECKPOINT_METADATA"
-_MAX_META = 64 << 20  # bytes
 _META_SHAPE = {"user": dict, "digest": str,
                "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
 _SHOWN = 3  # How many arrays or files an error names.
@@ -104,6 +102,7 @@ class Checkpoints(Closing):
         )
         quiet_orbax()
         try:
+            entries.check_times(self.directory)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except Exception as error:
             self._raise_unlisted(error)
@@ -252,7 +251,7 @@ class Checkpoints(Closing):
         if reason is not None or isinstance(error, OSError):
             raise UserError(f"Cannot use {self.directory} for checkpoints: {reason or _one_line(error)}") from error
         raise UserError(f"Cannot list the checkpoints in {self.directory} ({_one_line(error)}): delete the files "
-                        f"{_TIMES} in their folders, which only tell times") from error
+                        f"{entries.TIMES} in their folders, which only tell times") from error
 
     def _restore_step(self, targets: dict[str, PyTree], step: int) -> Restored:
         steps = self.steps()
@@ -295,6 +294,7 @@ class Checkpoints(Closing):
         for name, target in targets.items():
             handler = ocp.StandardCheckpointHandler()
             try:
+                entries.check_part(path / name)
                 items[name] = handler.restore(path / name, args=ocp.args.StandardRestore(target))
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # The device's memory, not the checkpoint.
@@ -347,8 +347,7 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
     """
     handler = ocp.JsonCheckpointHandler()
     try:
-        if (path / "metadata").stat().length > _MAX_META:
-            raise ValueError(f"it has more than {_MAX_META} bytes")
+        entries.check_part(path)
         body = dict(handler.restore(path))
         check_json(body, {"format": int}, where=META, advice="")
         if body["format"] != FORMAT:
