@@ -327,6 +327,17 @@ def test_pictures_of_too_many_pixels(kind):
             read(data)
 
 
+def test_jpeg_files_that_are_drawn_again_and_again():
+    """Each of a million scans costs as much as a picture."""
+    data = as_file(RGB, "JPEG", progressive=True, quality=95)
+    scan = data[data.rindex(b"\xff\xda"):-2]
+    for read in (storable, decode):
+        read(data[:-2] + 80 * scan + data[-2:])
+        read(data + 200 * scan)  # further pictures or films, after the end of the picture
+        with pytest.raises(UnreadableError, match="scans"):
+            read(data[:-2] + 200 * scan + data[-2:])
+
+
 def test_files_that_are_no_pictures_are_not_read(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(b"")

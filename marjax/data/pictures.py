@@ -17,7 +17,7 @@ no orientation and wants one or three channels of eight bits. The rules, in the 
 | PNG with texts or a profile over 1 MiB, or damaged ones | the file without these |
 | CMYK, YCbCr, HSV | RGB PNG, as Pillow converts it |
 | 32-bit integers, floating point, L*a*b* | none: unreadable, since their range or meaning is not known |
-| over MAX_PIXELS, MAX_PIXELS_OTHERS or MAX_BYTES | none: unreadable, found before anything is decoded |
+| over MAX_PIXELS, MAX_PIXELS_OTHERS, MAX_BYTES or MAX_SCANS | none: unreadable, found before anything is decoded |
 
 Colour profiles are ignored throughout, as the reference ignores them.
 """
@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from marjax.data import deep, png
+from marjax.data import deep, jpeg, png
 from marjax.data.records import reached_limit
 from marjax.files import open_regular
 
@@ -161,6 +161,9 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
     if image.width * image.height > limit:
         image.close()
         raise UnreadableError(f"too many pixels: {image.width} x {image.height}, over {limit:,}")
+    if image.format in ("JPEG", "MPO") and jpeg.has_too_many_scans(data):
+        image.close()
+        raise UnreadableError(f"a progressive JPEG of more than {jpeg.MAX_SCANS} scans")
     return image
 
 
