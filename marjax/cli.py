@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"marjax {given.command}: error: {one_line(str(error))}", file=sys.stderr)
         code, failure = error.code, error
     except KeyboardInterrupt as error:
-        print(f"marjax {given.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print(f"marjax {given.command}: interrupted; run the same command again", file=sys.stderr)
         code, failure = INTERRUPTED, error
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

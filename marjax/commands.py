@@ -74,7 +74,7 @@ def parse_range(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     few = len(text) <= 30  # digits: Python does not read numbers of thousands
     if not (few and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= MAX_INT):
-        raise UserError(f"steps {shown(text)}: give the first and the last, such as 10:15")
+        raise UserError(f"--profile {shown(text)}: give the first and the last step, such as 10:15")
     return int(first), int(last)
 
 

@@ -82,7 +82,7 @@ def explain(error: BaseException) -> UserError | TrainingError | None:
     if reason is None:
         return None
     kind = TrainingError if "the credentials" in reason else StorageError
-    return kind(f"gs:// failed: {reason}. The same command goes on from what is saved")
+    return kind(f"gs:// failed: {reason}. Run the same command again: it resumes from what is saved")
 
 
 @functools.cache

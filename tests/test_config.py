@@ -11,8 +11,8 @@ from conftest import ROOT, dotted
 from ml_collections import ConfigDict
 
 import marjax
+from marjax import cli, sharding
 from marjax import config as config_lib
-from marjax import sharding
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import Pixels, token_shape
@@ -195,6 +195,19 @@ def test_a_config_file_cannot_hold_what_no_config_has(tmp_path, line, says):
     with pytest.raises(UserError, match=says) as raised:
         config_lib.resolve(config_lib.load(str(file)))
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("overrides", [None, ["train.lr=1"], "train.lr=1", 3])
+def test_fields_to_set_are_a_dict(overrides):
+    with pytest.raises(UserError, match="train.lr"):
+        config_lib.apply_overrides(load("digits.py"), overrides)
+
+
+@pytest.mark.parametrize("profile", ["x", "1", "2:1", "0:1", "1:1e30", "1:2:3", "nan:2"])
+def test_steps_to_profile(tmp_path, capsys, profile):
+    assert cli.main(["train", "--config", f"{ROOT}/configs/digits.py:debug", "--workdir", str(tmp_path / "run"),
+                     f"--profile={profile}"]) == 2
+    assert f"--profile '{profile}'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_hand_made_config_with_all_fields_is_as_good():

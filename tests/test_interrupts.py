@@ -44,7 +44,7 @@ def test_ctrl_c_in_a_callback_ends_a_command(monkeypatch, capsys, how):
 
     monkeypatch.setattr(cli.commands, "plot", run)
     assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == INTERRUPTED
-    assert capsys.readouterr().err == "marjax plot: interrupted; the same command goes on from what is saved\n"
+    assert capsys.readouterr().err == "marjax plot: interrupted; run the same command again\n"
 
 
 def test_what_else_python_drops_goes_to_the_hook_before(monkeypatch):

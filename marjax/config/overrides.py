@@ -69,6 +69,8 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
     """
     config = conform(config)
     fields = known_fields()
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"the fields to set are {shown(overrides)}: give a dict such as {{'train.lr': 1e-3}}")
     for key, value in overrides.items():
         if key not in fields:
             if key in sections():
