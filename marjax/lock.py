@@ -33,6 +33,7 @@ _ORPHAN_PATIENCE = 30.0  # seconds; what a killed sweep has started ends by itse
 _REFRESH, _STALE = 20.0, 120.0  # seconds
 _SURELY_STALE = 600.0  # seconds by the holder's clock, which may differ from ours
 _POLL = 1.0
+_MARK = b'{"marjax_lock": '  # how the file begins, also if a full disk cut it off or another version wrote it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -191,7 +192,7 @@ def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | N
             # The one before may have removed the file since it was opened: whoever creates it anew would hold another.
             if _is(path, descriptor):
                 before = os.pread(descriptor, 1 << 16, 0)
-                if before.strip(b"\0\n") and _Holder.parse(before) is None:
+                if before.strip(b"\0\n") and not before.startswith(_MARK) and _Holder.parse(before) is None:
                     raise UserError(f"{path} is not a lock of marjax: move it away")
                 with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
                     os.ftruncate(descriptor, 0)

@@ -110,6 +110,15 @@ def test_what_has_the_name_of_a_lock_and_is_none_is_left_alone(tmp_path, make):
     assert other.read_text() == "text"
 
 
+@pytest.mark.parametrize("content", [b'{"marjax_lock": 1, "comm', b'{"marjax_lock": 2, "at": 3}\n', bytes(2), b""])
+def test_what_a_lock_of_a_dead_process_may_hold(tmp_path, content):
+    """What a full disk cut off, another version wrote, or a machine lost when its power failed."""
+    (tmp_path / lock.NAME).write_bytes(content)
+    with lock.locked_folder(tmp_path, "marjax train"):
+        assert lock._Holder.parse((tmp_path / lock.NAME).read_bytes()).pid == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dangling_symlink_creates_nothing(tmp_path):
     (tmp_path / lock.NAME).symlink_to(tmp_path / "target")
     with pytest.raises(UserError, match=lock.NAME), lock.locked_folder(tmp_path, "marjax train"):
