@@ -338,3 +338,17 @@ def test_settings_of_the_current_folder_are_not_read(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff")
     code = "from marjax.plots import style\nwith style.applied():\n    pass\n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("make", [
+    os.mkfifo, lambda path: path.symlink_to("x"),
+    lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40),
+    lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 9\n"),
+    lambda path: Image.new("1", (13_000, 13_000)).save(path)])
+def test_foreign_pictures_of_samples(tmp_path, make, recwarn):
+    """A pipe, an endless file, a link to nothing, what Ghostscript would run, and what fills the memory."""
+    path = tmp_path / "raw_and_ema_00000020.png"
+    make(path)
+    with pytest.raises(UserError, match=path.name) as caught:
+        training.ema_half(path)
+    assert "\n" not in str(caught.value) and "Ghostscript" not in str(caught.value) and not len(recwarn)

@@ -1,13 +1,16 @@
 """Figures of training: the loss, evaluations by the way, and samples."""
 
+import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from marjax.errors import UserError
+from marjax.errors import StorageError, UserError
+from marjax.files import read_whole
 from marjax.plots import style
 from marjax.plots.runs import Run
 
@@ -20,6 +23,7 @@ _TITLES = {"mse": "squared error", "vb": "variational bound, bits",
 _EVALUATIONS = {"eval/fid": "FID", "eval/inception_score": "Inception Score"}
 _GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), "_guided": ("--", "with guidance")}
 _STEPS_SHOWN = 6  # of samples
+_MAX_BYTES, _MAX_PIXELS = 1 << 28, 1 << 26
 _GAP = 16  # pixels between the halves of a picture, as `generation.images.beside` leaves
 
 
@@ -118,14 +122,18 @@ def samples(runs: Sequence[Run]) -> "Figure | None":
 
 def ema_half(path: epath.Path) -> np.ndarray:
     """The right half of a picture of samples, uint8 (H, W, 3). Raises UserError."""
+    advice = "repair or remove it"
     try:
-        with path.open("rb") as file:
-            picture = np.asarray(Image.open(file).convert("RGB"))
-        if picture.shape[1] <= _GAP + 1:
-            raise ValueError(f"{picture.shape[1]} pixels wide")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow has it
-        raise UserError(f"picture {path} cannot be read ({type(error).__name__}: {error}): repair or remove "
-                        f"it") from None
+        data = read_whole(path, _MAX_BYTES, advice=advice)
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width <= _GAP + 1 or image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.height} pixels high and {image.width} pixels wide")
+            picture = np.asarray(image.convert("RGB"))
+    except (UserError, StorageError):
+        raise
+    except Exception as error:  # broken files make Pillow raise almost anything
+        reason = "no PNG" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"picture {path} cannot be read ({reason}): {advice}") from None
     return picture[:, -((picture.shape[1] - _GAP) // 2):]
 
 
