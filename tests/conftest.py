@@ -72,6 +72,11 @@ MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"
           ("ar", "regression")]
 
 
+def own_folder_first():
+    """The environment for a script of the tests, which imports what is beside it, whatever the tests' own says."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+
+
 def dotted(fields):
     """{"train__steps": 2} as {"train.steps": 2}, which overrides and overlays are given as."""
     return {key.replace("__", "."): value for key, value in fields.items()}

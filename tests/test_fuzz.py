@@ -20,7 +20,7 @@ import jax
 import mutators
 import numpy as np
 import pytest
-from conftest import DIGITS, make_digits
+from conftest import DIGITS, make_digits, own_folder_first
 from fuzz import Target
 
 from marjax import config as config_lib
@@ -287,7 +287,7 @@ def test_readers_of_foreign_files(autoencoders, tmp_path):
         assert fuzz.outcome_of(target, tmp_path / "copy" / target.name) == "works"
     # A process that has touched no device, so that it can fork.
     done = subprocess.run([sys.executable, __file__, str(root), str(tmp_path / "report.json")],
-                          capture_output=True, text=True, env=os.environ | {
+                          capture_output=True, text=True, env=own_folder_first() | {
                               "PYTHONDONTWRITEBYTECODE": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"})
     assert done.returncode == 0, done.stderr[-5000:]
     report = json.loads((tmp_path / "report.json").read_text())
@@ -326,6 +326,7 @@ def test_the_runner_notices_what_is_not_allowed(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x").write_bytes(b"\0")
     done = subprocess.run([sys.executable, "-c", MISBEHAVING, str(tmp_path)], cwd=pathlib.Path(__file__).parent,
+                          env=own_folder_first(),
                           capture_output=True, text=True)
     made = json.loads(done.stdout)["bad"]
     words = ("os.system", "KeyError", "MemoryError", "SIGABRT", "writes", "no line")

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import multiprocessing
 import os
@@ -211,6 +212,15 @@ def test_closing_ends_the_batches() -> None:
     batches.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(batches)
+
+
+def test_batches_that_nobody_closes_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    batches = Batches(data_config(workers=1), 8, 0)
+    assert os.environ["PYTHONSAFEPATH"] == "1"
+    del batches
+    gc.collect()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_importing_the_room_imports_neither_tensorflow_nor_tfds() -> None:

@@ -120,7 +120,7 @@ def test_what_no_argument_may_be(name):
     (["train-classifier", "--config", "DIGITS", "--out", "OUT", "--seed", "-1"], "seed is -1"),
     (["stats", "--dataset", "DIGITS", "--out", "OUT", "--keep_features", "-1"], "keep_features is -1"),
     (["export", "--workdir", "RUN", "--out", "OUT", "--step", "-1"], "step is -1"),
-    (["train", "--config", "DIGITS", "--workdir", "OUT", "--profile", "1:" + "9" * 5000], "steps"),
+    (["train", "--config", "DIGITS", "--workdir", "OUT", "--profile", "1:" + "9" * 5000], "--profile"),
     (["train", "--config", "DIGITS", "--workdir", "OUT", "--config.train.lr=nan"], "config.train.lr is nan"),
     (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "repeats is -1"),
     (["benchmark", "features", "--config", "DIGITS", "--config.data.image_size=0"], "config.data.image_size is 0"),

@@ -9,7 +9,7 @@ from http import server
 
 import jax
 import pytest
-from conftest import DIGITS, QUICK, ROOT, dotted
+from conftest import DIGITS, QUICK, ROOT, dotted, own_folder_first
 from fake_gcs import FakeGcs
 
 from marjax import cli, metrics, storage
@@ -188,6 +188,6 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
 
 def run(address, *arguments):
     """A Python process to which that server is Google's."""
-    environment = os.environ | ALONE | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+    environment = own_folder_first() | ALONE | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300,
                           cwd=pathlib.Path(ROOT))

@@ -16,6 +16,7 @@ import gc
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -117,6 +118,7 @@ class Batches(Iterator[Batch]):
         self._first: contextlib.AbstractContextManager[None] | None = None  # of the first batch
         if workers:
             self._starts.enter_context(safe_path())
+            weakref.finalize(self, self._starts.close)  # also where nobody calls `close`, or what follows fails
             self._first = blocked_signals()
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
@@ -139,8 +141,10 @@ class Batches(Iterator[Batch]):
         """Ends threads and worker processes. May be called more than once."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
-            iterator.close()
-            self._starts.close()
+            try:
+                iterator.close()
+            finally:
+                self._starts.close()
             del iterator
             if self._workers:  # Grain's last batches lie in shared memory and in reference cycles
                 gc.collect()
