@@ -51,6 +51,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from marjax import config as config_lib  # noqa: E402
+from marjax.errors import UserError  # noqa: E402
 
 PARITY = ROOT / "tests" / "parity"
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -70,6 +71,18 @@ def pytest_collection_modifyitems(items):
 # Every variant and every head at least once: what all of them must do is tested with these.
 MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"), ("mar", "categorical"),
           ("ar", "regression")]
+
+
+ADVICE = "make it again"
+
+
+def failure(call, *args, **kwargs):
+    """The one line of the UserError that a reader of foreign files raises, which ends with the advice it was given."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **{"advice": ADVICE} | kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(ADVICE) and len(text) < 400
+    return text
 
 
 def own_folder_first():

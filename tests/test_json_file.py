@@ -5,22 +5,13 @@ import os
 import re
 
 import pytest
+from conftest import ADVICE, failure
 
-from marjax.errors import UserError
 from marjax.json_file import check_json, parse_json, read_json
 
-ADVICE = "make it again"
 SHAPE = {"num_classes": range(1, 10), "kind": {"ema", "raw"}, "mean": float, "weights?": (str, None),
          "rows": [{"step": int}], "sums": {str: re.compile("[a-z]+")}}
 GOOD = {"num_classes": 2, "kind": "ema", "mean": 1, "rows": [{"step": 0, "other": 1}], "sums": {"a": "b"}, "more": []}
-
-
-def failure(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **{"advice": ADVICE} | kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(ADVICE) and len(text) < 400
-    return text
 
 
 @pytest.mark.parametrize("change, named", [

@@ -7,19 +7,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import ADVICE, failure
 
 from marjax.errors import UserError
 from marjax.npz_file import NUMBERS, PLAIN, NpzFile, read_npy, read_npz
-
-ADVICE = "make it again"
-
-
-def failure(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **{"advice": ADVICE} | kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(ADVICE) and len(text) < 400
-    return text
 
 
 def npy(array, **kwargs):
