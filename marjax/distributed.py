@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marjax import numerics
-from marjax.errors import LOST_PEER, InterruptedRunError, LostPeerError, PreemptedError, UserError, causes
+from marjax.errors import LOST_PEER, InterruptedRunError, LostPeerError, PreemptedError, UserError, causes, first_line
 from marjax.interrupts import Listener
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
@@ -86,7 +86,7 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
                                    shutdown_timeout_seconds=_PATIENCE)
     except ValueError as error:
         if given or "should be defined" not in str(error):
-            raise UserError(f"the processes of this run cannot be started: {_first_line(error)}. Give "
+            raise UserError(f"the processes of this run cannot be started: {first_line(error)[:300]}. Give "
                             f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
         if stops_at_steps:
             _listen()
@@ -95,8 +95,8 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
             if stops_at_steps:
                 _listen()
             return
-        raise LostPeerError(f"the processes of this run do not find each other ({_first_line(error)}): start all of "
-                            f"them, within five minutes") from None
+        raise LostPeerError(f"the processes of this run do not find each other ({first_line(error)[:300]}): start all "
+                            f"of them, within five minutes") from None
     finally:
         waiting.cancel()
 
@@ -138,10 +138,6 @@ def _heartbeat() -> int:
     if not text.isdecimal() or int(text) < 5:
         raise UserError(f"{HEARTBEAT} is {text!r}: give a number of seconds, at least 5")
     return int(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _listen() -> None:
@@ -337,7 +333,7 @@ def end(code: int, failure: BaseException | None) -> int:
             return code
         except Exception as error:
             failure = error
-            print(f"marjax: the other processes did not end in order: {_first_line(error)}", file=sys.stderr)
+            print(f"marjax: the other processes did not end in order: {first_line(error)[:300]}", file=sys.stderr)
     code = LOST_PEER if failure is not None and is_lost_peer(failure) else code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -65,6 +65,12 @@ def one_line(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def first_line(error: BaseException, empty: str | None = None) -> str:
+    """The first line of an error's text; where it has none, `empty`, by default the name of its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__ if empty is None else empty
+
+
 def shortened(text: str, length: int = 60) -> str:
     """A foreign text for an error message: on one line, without control characters, and short."""
     return one_line(text[:length] + "..." * (len(text) > length))

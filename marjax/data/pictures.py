@@ -33,6 +33,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from marjax.data import deep, jpeg, png
 from marjax.data.records import reached_limit
+from marjax.errors import first_line
 from marjax.files import open_regular
 
 # Decoding takes up to 14 bytes a pixel of JPEG and PNG, 20 of others: less than 1.5 GiB.
@@ -102,7 +103,7 @@ def storable(data: bytes, upright: bool = True, bits: int | None = None) -> tupl
     except MemoryError:
         raise UnreadableError("it needs more memory than there is") from None
     except Exception as error:  # broken files make Pillow raise almost anything
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error, "")
         raise UnreadableError(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from None
 
 

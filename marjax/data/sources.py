@@ -20,7 +20,7 @@ import numpy.typing as npt
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
 from marjax.data.records import remedy
-from marjax.errors import UserError
+from marjax.errors import UserError, first_line
 from marjax.paths import optional
 from marjax.storage import on_this_machine
 
@@ -149,7 +149,7 @@ class TfdsSource:
     def _unreadable(self, index: int, error: Exception) -> UserError:
         """Whatever went wrong has to cross a process boundary, and so is put into a plain message."""
         advice = remedy(error, "check the files, or prepare the data set again")
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error, '')}"
         return UserError(f"{self._name}: example {index} cannot be read ({reason}): {advice}")
 
     def _check_image(self, image: Any, index: int) -> None:
@@ -278,7 +278,7 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
     except ImportError as error:
         problem, cause = f"it is not prepared there, and to prepare it TFDS needs {error.name or 'TensorFlow'}", error
     except Exception as error:
-        problem, cause = _first_line(error).split('}": ')[-1].rstrip(".: "), error
+        problem, cause = first_line(error, '').split('}": ')[-1].rstrip(".: "), error
     raise UserError(
         f"data.source={source!r} cannot be opened in data.data_dir={data_dir!r}: {problem}; check name, config, "
         "version and directory."
@@ -330,10 +330,10 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
             return _empty(source, split)
     except Exception:
         return (
-            f"data.split={split!r} of {source!r} cannot be read ({_first_line(error)}): expected one of "
+            f"data.split={split!r} of {source!r} cannot be read ({first_line(error, '')}): expected one of "
             f"{sorted(splits)}, or a slice such as 'train[:1000]' within its size."
         )
-    return f"data.source={source!r} in {directory} cannot be read ({_first_line(error)}): prepare it again."
+    return f"data.source={source!r} in {directory} cannot be read ({first_line(error, '')}): prepare it again."
 
 
 def _checked_num_classes(source: str, declared: int | None, num_classes: int | None) -> int:
@@ -353,7 +353,3 @@ def _checked_num_classes(source: str, declared: int | None, num_classes: int | N
 
 def _empty(source: str, split: str) -> str:
     return f"data.split={split!r} of {source!r} is empty: choose a split or a slice with at least one example."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from marjax.data.records import num_records, remedy
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, first_line, shortened
 from marjax.json_file import MAX_BYTES, read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -179,5 +179,4 @@ def _proto(path: str, message: Any) -> Any:
     try:
         return json_format.ParseDict(content, message)
     except Exception as error:  # of several kinds, RecursionError among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not what TFDS writes ({shortened(reason, 200)}); {_AGAIN}") from None
+        raise UserError(f"{path} is not what TFDS writes ({shortened(first_line(error), 200)}); {_AGAIN}") from None

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, first_line, shortened
 from marjax.files import open_regular
 from marjax.interop import pytorch, sharded
 from marjax.interop.pytorch import AGAIN, Tensor
@@ -133,6 +133,5 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # what its Rust code raises is not documented
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} begins as a safetensors file, but is damaged or cut short ({reason[:120]}; it has "
-                        f"{size} bytes): {AGAIN}") from None
+        raise UserError(f"{path} begins as a safetensors file, but is damaged or cut short ({first_line(error)[:120]}; "
+                        f"it has {size} bytes): {AGAIN}") from None

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax import storage
-from marjax.errors import PreemptedError, StorageError, TrainingError, UserError
+from marjax.errors import PreemptedError, StorageError, TrainingError, UserError, first_line
 from marjax.json_file import read_json
 from marjax.paths import takes_paths
 from marjax.sweep.definition import Sweep, load
@@ -164,7 +164,7 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
     except Exception as error:
         if _goes_on(error):
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = first_line(error, "")
         told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
         if is_first_process():
             plan.fail(name, told, time.monotonic() - start)
