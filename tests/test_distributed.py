@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from processes import Run
 
 from marjax import cli, distributed, sharding
+from marjax.commands import sample
 from marjax.data.latents import Latents, read_manifest
 from marjax.errors import LOST_PEER, LostPeerError, UserError
 
@@ -94,7 +95,7 @@ def test_others_that_do_not_come_are_waited_for_anew(environment, monkeypatch, c
         distributed.start()
     assert "waiting for the other processes of this run (coordinator_address a:1)" in capsys.readouterr().err
     assert distributed.is_lost_peer(LostPeerError("gone"))
-    monkeypatch.setattr(cli.commands, "sample", lambda *_: distributed.start())
+    monkeypatch.setattr(sample, "run", lambda *_: distributed.start())
     assert cli.main(["sample", "--workdir", "x", "--out", "y"]) == LOST_PEER
 
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from marjax import cli, commands, failures
+from marjax import cli, failures
+from marjax.commands import plot
 from marjax.errors import TrainingError, UserError
 
 FAILURES = {
@@ -29,7 +30,7 @@ def run(error, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(commands, "plot", fail)
+    monkeypatch.setattr(plot, "run", fail)
     code = cli.main(["plot", "--workdir", "x", "--out", "y"])
     return code, capsys.readouterr().err
 

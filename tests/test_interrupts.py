@@ -10,6 +10,7 @@ import time
 import pytest
 
 from marjax import cli
+from marjax.commands import plot
 from marjax.errors import INTERRUPTED
 from marjax.interrupts import Listener, never_lost
 
@@ -42,7 +43,7 @@ def test_ctrl_c_in_a_callback_ends_a_command(monkeypatch, capsys, how):
             time.sleep(0.005)
         raise AssertionError("it was lost")
 
-    monkeypatch.setattr(cli.commands, "plot", run)
+    monkeypatch.setattr(plot, "run", run)
     assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == INTERRUPTED
     assert capsys.readouterr().err == "marjax plot: interrupted; run the same command again\n"
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import DIGITS, make_digits
 
 import marjax
-from marjax import cli, commands
+from marjax import cli
 from marjax import config as config_lib
+from marjax.commands.arguments import SAMPLE_FIELDS
 from marjax.config.overrides import known_fields
 from marjax.config.schema import NONE_IS_OFF, RANGES
 from marjax.errors import UserError
@@ -89,7 +90,7 @@ def test_every_argument_that_is_a_number_has_a_range():
     found = numeric_arguments()
     assert len(found) > 25
     for command, name, kind in found:
-        assert (command == "sample" and name in commands.SAMPLE_FIELDS) or ARGUMENTS[name].whole == (kind is int)
+        assert (command == "sample" and name in SAMPLE_FIELDS) or ARGUMENTS[name].whole == (kind is int)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

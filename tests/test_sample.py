@@ -10,7 +10,7 @@ from conftest import DIGITS, ROOT, make_digits, make_model
 from marjax import config as config_lib
 from marjax import peak, sample, train
 from marjax.cli import main
-from marjax.commands import parse_labels
+from marjax.commands.arguments import parse_labels
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
 from marjax.workdir import read_workdir

@@ -15,6 +15,7 @@ from fake_gcs import FakeGcs
 from marjax import cli, metrics, storage
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
+from marjax.commands import plot
 from marjax.errors import LOST_STORAGE, StorageError, TrainingError, UserError
 
 # So that nothing looks for a Google machine, whose credentials would be asked for over the network.
@@ -97,7 +98,7 @@ def test_failures_that_come_later_are_told(monkeypatch, capsys):
     def fail(given, overrides):
         raise ClientConnectorError("Cannot connect to host x")
 
-    monkeypatch.setattr(cli.commands, "plot", fail)
+    monkeypatch.setattr(plot, "run", fail)
     assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == LOST_STORAGE
     assert capsys.readouterr().err.startswith("marjax plot: error: gs:// failed: it cannot be reached (Cannot connect")
 

@@ -1,0 +1,39 @@
+"""`marjax cache-latents`."""
+
+import argparse
+import shlex
+
+from marjax.commands.arguments import join, load_config
+
+HELP = "Encode the images of a config once, for training to read."
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    parser.add_argument("--out", required=True, metavar="DIR", help="what config.data.cache names in training")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the moments")
+    parser.add_argument("--batch_size", type=int, default=32, help="images a device encodes at a time")
+    parser.add_argument("--shard_examples", type=int, help="images a file; by default, for at most 64 MiB and at least "
+                        "64 files")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh, and replace what is there")
+    parser.add_argument("--measure", action="store_true", help="time the network alone too")
+
+
+def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(given.config, overrides)
+    join(given)
+    from marjax.data.cache import cache_latents
+
+    made = cache_latents(config, given.out, dtype=given.dtype, batch_size=given.batch_size,
+                         shard_examples=given.shard_examples, overwrite=given.overwrite, measure=given.measure)
+    manifest = made.manifest
+    print(f"{given.out}: {manifest.num_examples:,} images{' and their mirror images' if manifest.flips else ''}, "
+          f"moments {manifest.dtype} {manifest.shape}, {made.num_bytes / 2**20:,.1f} MiB in {manifest.num_shards} files"
+          + ("" if made.encoded else "; all were there, nothing done"))
+    if made.seconds:
+        print(f"{made.images_per_second:,.4g} images/s; at most {made.wait:.1%} of the time waiting for images (more "
+              f"config.data.workers lower it)")
+    if given.measure and made.seconds:
+        print(f"the network alone: {made.alone:,.4g} images/s; the ratio is {made.images_per_second / made.alone:.2f}")
+    print(f"train on it with: --config.data.cache={shlex.quote(given.out)}")

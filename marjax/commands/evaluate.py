@@ -1,0 +1,45 @@
+"""`marjax evaluate`."""
+
+import argparse
+import os
+
+from marjax.commands.arguments import EVALUATE_FIELDS, join
+
+HELP = "Sample from a work directory and measure: FID and more."
+TAKES_OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--out", metavar="DIR", help="where evaluation.json goes; the work directory by default")
+    parser.add_argument("--num_images", type=int, default=50_000, help="equally many of each class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", metavar="ema,raw", help="one or both; the first there is by default")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
+    parser.add_argument("--batch_size", type=int, help="images at a time on a host; config.sample.batch_size by "
+                        "default")
+    parser.add_argument("--extractor", choices=("inception", "classifier"), help="of the config by default")
+    parser.add_argument("--extractor_path", metavar="FILE", help="of its weights")
+    parser.add_argument("--reference", metavar="FILE.npz", help="statistics of real images; of the config by default")
+    parser.add_argument("--tokenizer_path", help="where the tokenizer's weights are now, if they have moved")
+    parser.add_argument("--save", choices=("npz", "png"), default="", help="keep the samples")
+    parser.add_argument("--overwrite", action="store_true", help="measure again what has been measured")
+    for name in EVALUATE_FIELDS:
+        parser.add_argument(f"--{name}", metavar="A,B", help="one or several, all combinations of which are measured")
+
+
+def run(given: argparse.Namespace) -> None:
+    from marjax.evaluation.evaluate import Request, evaluate, table
+    from marjax.evaluation.record import RECORD
+
+    join(given)
+    settings = {name: getattr(given, name).split(",") for name in EVALUATE_FIELDS if getattr(given, name) is not None}
+    entries = evaluate(given.workdir, Request(
+        num_images=given.num_images, seed=given.seed, weights=given.weights.split(",") if given.weights else (None,),
+        step=given.step, settings=settings, batch_size=given.batch_size, extractor=given.extractor,
+        extractor_path=given.extractor_path, reference=given.reference, tokenizer_path=given.tokenizer_path,
+        save=given.save, out=given.out, overwrite=given.overwrite))
+    print(table(entries))
+    reference, extractor = entries[0]["reference"], entries[0]["extractor"]
+    print(f"against {reference['name']} (sha256 {reference['checksum'][:12]}) by {extractor['name']}; all there is to "
+          f"know is in {os.path.join(given.out or given.workdir, RECORD)}")

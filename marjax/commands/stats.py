@@ -1,0 +1,43 @@
+"""`marjax stats`."""
+
+import argparse
+
+from marjax.commands.arguments import join, load_config
+from marjax.errors import UserError
+
+HELP = "Make the statistics of real images that samples are measured against."
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", "--config", metavar="FILE.py[:ARG]", help="the data of a config")
+    parser.add_argument("--images", metavar="DIR", help="instead, a folder of pictures")
+    parser.add_argument("--npz", metavar="FILE", help="instead, images in a file, as arr_0")
+    parser.add_argument("--out", metavar="FILE.npz", help="config.eval.reference by default")
+    parser.add_argument("--extractor", choices=("inception", "classifier"), help="of the config, or inception")
+    parser.add_argument("--extractor_path", metavar="FILE", help="of its weights")
+    parser.add_argument("--image_size", type=int, help="that pictures of a folder are cropped to")
+    parser.add_argument("--keep_features", type=int, default=10_000, help="of how many images, at most")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+
+
+def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if overrides and given.dataset is None:
+        raise UserError("--config.key=value sets a field of a config: give --dataset FILE.py too")
+    config = None
+    if given.dataset is not None:
+        config = load_config(given.dataset, overrides)
+    out = given.out or (config.eval.reference if config is not None else "")
+    if not out:
+        raise UserError("no file to write the statistics to: give --out FILE.npz, or --config.eval.reference=FILE")
+    join(given)
+    from marjax.evaluation.stats import make_statistics
+
+    made = make_statistics(out, config=config, images=given.images, npz=given.npz, extractor=given.extractor,
+                           extractor_path=given.extractor_path, image_size=given.image_size,
+                           keep_features=given.keep_features, batch_size=given.batch_size, overwrite=given.overwrite)
+    assert made.gaussian is not None and made.extractor is not None
+    kept = 0 if made.features is None else len(made.features)
+    print(f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
+          f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}")
