@@ -36,7 +36,7 @@ def drop(how):
 
 @pytest.mark.parametrize("how", ["gc", "del"])
 def test_ctrl_c_in_a_callback_ends_a_command(monkeypatch, capsys, how):
-    def run(given, overrides):
+    def run(given):
         drop(how)
         limit = time.monotonic() + 60
         while time.monotonic() < limit:

@@ -95,7 +95,7 @@ def test_failures_that_come_later_are_told(monkeypatch, capsys):
     for error in (ValueError("gcsfs"), OSError("No space left"), ImportError("No module named x"), KeyError("gs://")):
         assert storage.explain(error) is None
 
-    def fail(given, overrides):
+    def fail(given):
         raise ClientConnectorError("Cannot connect to host x")
 
     monkeypatch.setattr(plot, "run", fail)
