@@ -33,7 +33,7 @@ need() {
 
 workload() {
     need PROJECT ZONE CLUSTER NAME TYPE IMAGE
-    [[ $# -gt 0 ]] || slip "no command, such as: marjax train --config FILE.py --workdir gs://..."
+    [[ $# -gt 0 ]] || slip "no command, such as: marjax train --config NAME --workdir gs://..."
     [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
         slip "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
     local command

@@ -26,7 +26,7 @@ SCALES = (1.5, 3.0, 5.0)
 TUNED_ON, MEASURED_ON = 100, 500  # images
 TUNING_SEED, SEED = 1, 0
 ONE_BY_ONE = 49  # generation steps of the rows /1: as many as there are tokens
-CODEBOOK = "configs/mnist.py:head=categorical"
+CODEBOOK = "mnist:head=categorical"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ ROWS: dict[str, tuple[tuple[str, str, str, str], Paper | None]] = {
 
 
 def get_sweep() -> Sweep:
-    points = [Point(f"{variant}{suffix}", f"configs/mnist.py:variant={variant},head={head}")
+    points = [Point(f"{variant}{suffix}", f"mnist:variant={variant},head={head}")
               for variant in ("mar", "random_ar", "ar") for head, suffix in (("diffusion", ""), ("categorical", "_ce"))]
-    points += [Point("mar_l2", "configs/mnist.py:head=regression"),
-               Point("mar_quantised", "configs/mnist.py:head=diffusion", {"tokenizer.name": "codebook"}),
+    points += [Point("mar_l2", "mnist:head=regression"),
+               Point("mar_quantised", "mnist:head=diffusion", {"tokenizer.name": "codebook"}),
                # In search of what holds the diffusion head back at this scale.
-               Point("mar_cosine", "configs/mnist.py:head=diffusion", {"train.schedule": "cosine"}),
-               Point("mar_wide", "configs/mnist.py:head=diffusion", {"model.denoiser.width": 128})]
+               Point("mar_cosine", "mnist:head=diffusion", {"train.schedule": "cosine"}),
+               Point("mar_wide", "mnist:head=diffusion", {"model.denoiser.width": 128})]
     return Sweep(points, measure=measure, prepare=prepare, report=report)
 
 

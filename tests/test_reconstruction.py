@@ -120,7 +120,7 @@ def test_command(autoencoders, pictures, tmp_path, capsys):
     (["--images", "PICTURES", "--path", "KL", "--num_images", "0"], "num_images is 0"),
     (["--images", "PICTURES", "--path", "KL", "--name", "kl16"], "width 32 instead of 128"),
     (["--images", "PICTURES", "--path", "KL", "--name", "kl17"], "give one of codebook, kl, kl16"),
-    (["--images", "PICTURES", "--path", "KL", "--config.seed=1"], "give --config FILE.py too"),
+    (["--images", "PICTURES", "--path", "KL", "--config.seed=1"], "give --config NAME too"),
     (["--images", "PICTURES", "--name", "kl16"], "marjax convert makes it from the reference's kl16.ckpt"),
     (["--config", "IMAGENET"], "path is empty, but tokenizer 'kl16' is a file"),
 ])

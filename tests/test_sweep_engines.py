@@ -87,7 +87,7 @@ def test_get_sweep_may_yield(tmp_path):
     assert loaded.report is not None and loaded.prepare is None
     more = "from marjax.sweep import Point\n" + FILE + '    yield Point("own", "x.py")\n'
     assert load(write(tmp_path, more)).points[-1] == Point("own", "x.py")
-    for text, says in ((FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'FILE.py:ARG'"),
+    for text, says in ((FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'NAME:ARG'"),
                        (FILE + "    yield 3\n", "yielded 3: yield a Point"),
                        ("def get_sweep():\n    return 3\n", "returned int"),
                        (FILE + '    yield {"seed": 1, "train.lr": 1e-3}\n    yield {"train.lr": 0.001, "seed": 1}\n',

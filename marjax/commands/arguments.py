@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
+from marjax.config import shipped
 from marjax.errors import UserError
 from marjax.ranges import MAX_INT, shown
 
@@ -18,6 +19,13 @@ SAMPLE_FIELDS = {"num_iter": int, "num_sampling_steps": str, "cfg": float, "cfg_
 
 # Those that `marjax evaluate` takes lists of: all that alter an image.
 EVALUATE_FIELDS = tuple(name for name in SAMPLE_FIELDS if name != "batch_size")
+
+
+def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = True, what: str = "the config") -> None:
+    """Adds `--config`, or those flags; `what` says in the help what is taken from the config."""
+    parser.add_argument(*(flags or ("--config",)), required=required, metavar=shipped.METAVAR,
+                        help=f"{what}: one that comes with marjax ({', '.join(shipped.names())}) or a Python file; ARG "
+                        f"is the config's own arguments, such as mnist:variant=ar")
 
 
 def parse_labels(text: str) -> list[int]:

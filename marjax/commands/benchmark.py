@@ -4,6 +4,7 @@ import argparse
 import json
 
 from marjax import config as config_lib
+from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 
@@ -14,7 +15,7 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("train", "sample", "host", "features", "metrics"))
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="for all but metrics")
+    add_config(parser, required=False, what="for all but metrics, the config")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
     parser.add_argument("--recompute", type=int, default=0, help="sampling by a causal backbone: time so many steps "
                         "without the KV cache too")
@@ -30,7 +31,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         print(json.dumps(metric_seconds()))
         return
     if given.config is None:
-        raise UserError(f"benchmark {given.what} needs --config FILE.py")
+        raise UserError(f"benchmark {given.what} needs --config NAME")
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     if given.what == "features":
         from marjax.evaluation.rates import feature_rate

@@ -3,14 +3,14 @@
 import argparse
 import shlex
 
-from marjax.commands.arguments import join, load_config
+from marjax.commands.arguments import add_config, join, load_config
 
 HELP = "Encode the images of a config once, for training to read."
 TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    add_config(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="what config.data.cache names in training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the moments")
     parser.add_argument("--batch_size", type=int, default=32, help="images a device encodes at a time")

@@ -5,6 +5,7 @@ import functools
 import json
 
 from marjax import config as config_lib
+from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 
 HELP = ("Compile a config's programs for a TPU slice that need not be there: do they fit, what do they send, how long "
@@ -14,7 +15,7 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8, v4:2x2x4, v5e-64 or v4-32")
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    add_config(parser)
     parser.add_argument("--programs", default="", metavar="A,B", help="of train, sample, encode, decode; all by "
                         "default")
     parser.add_argument("--cached", action="store_true", help="train on a latent cache, as with config.data.cache")

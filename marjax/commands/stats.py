@@ -2,7 +2,7 @@
 
 import argparse
 
-from marjax.commands.arguments import join, load_config
+from marjax.commands.arguments import add_config, join, load_config
 from marjax.errors import UserError
 
 HELP = "Make the statistics of real images that samples are measured against."
@@ -10,7 +10,7 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", "--config", metavar="FILE.py[:ARG]", help="the data of a config")
+    add_config(parser, "--dataset", "--config", required=False, what="the config whose data to take")
     parser.add_argument("--images", metavar="DIR", help="instead, a folder of pictures")
     parser.add_argument("--npz", metavar="FILE", help="instead, images in a file, as arr_0")
     parser.add_argument("--out", metavar="FILE.npz", help="config.eval.reference by default")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     if overrides and given.dataset is None:
-        raise UserError("--config.key=value sets a field of a config: give --dataset FILE.py too")
+        raise UserError("--config.key=value sets a field of a config: give --dataset NAME too")
     config = None
     if given.dataset is not None:
         config = load_config(given.dataset, overrides)

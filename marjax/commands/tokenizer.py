@@ -3,6 +3,7 @@
 import argparse
 
 from marjax import config as config_lib
+from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 
 HELP = "Check a tokenizer: images through it and back."
@@ -12,7 +13,7 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("check",))
     parser.add_argument("--images", metavar="DIR", help="a folder of pictures; the data of --config by default")
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="whose tokenizer and data to take")
+    add_config(parser, required=False, what="the config whose tokenizer and data to take")
     parser.add_argument("--name", default="", help="of the tokenizer, such as kl16; of --config or by the file's "
                         "contents by default")
     parser.add_argument("--path", metavar="FILE", help="of its weights; config.tokenizer.path by default")
@@ -26,7 +27,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = config_lib.load(given.config) if given.config is not None else None
     if overrides:
         if config is None:
-            raise UserError("--config.key=value sets a field of a config: give --config FILE.py too")
+            raise UserError("--config.key=value sets a field of a config: give --config NAME too")
         config = config_lib.apply_overrides(config, overrides)
     from marjax.evaluation.reconstruction import check
 

@@ -2,14 +2,14 @@
 
 import argparse
 
-from marjax.commands.arguments import join, load_config, parse_range
+from marjax.commands.arguments import add_config, join, load_config, parse_range
 
 HELP = "Train, or resume, in a work directory."
 TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    add_config(parser)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace those steps, for TensorBoard or xprof, into "
                         "the work directory's profile/")

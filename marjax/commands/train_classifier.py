@@ -2,7 +2,7 @@
 
 import argparse
 
-from marjax.commands.arguments import load_config
+from marjax.commands.arguments import add_config, load_config
 from marjax.errors import UserError
 
 HELP = "Train the small network that measures samples of data which the Inception network does not know."
@@ -10,7 +10,7 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="whose data to learn")
+    add_config(parser, what="the config whose data to learn")
     parser.add_argument("--out", metavar="FILE.npz", help="config.eval.extractor_path by default")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--held_out", type=float, default=0.2, help="share of the images that it is tested on")

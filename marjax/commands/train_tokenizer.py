@@ -2,7 +2,7 @@
 
 import argparse
 
-from marjax.commands.arguments import join, load_config
+from marjax.commands.arguments import add_config, join, load_config
 from marjax.errors import UserError
 
 HELP = "Train the tokenizer of a config, or resume."
@@ -10,7 +10,7 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    add_config(parser)
     parser.add_argument("--out", metavar="FILE", help="config.tokenizer.path by default")
     parser.add_argument("--workdir", help="of a network's checkpoints, metrics and pictures; by default the file's "
                         "name without its suffix")

@@ -4,7 +4,6 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import os
-import re
 import sys
 import traceback
 import types
@@ -13,18 +12,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from marjax.config import shipped
 from marjax.config.overrides import closest, conform, parse_value, sections, unknown_key
 from marjax.errors import TrainingError, UserError
-from marjax.paths import normalised
-
-_FILE_AND_ARG = re.compile(r"(.*?\.py)(?::(.*))?", re.DOTALL)  # a folder may have a colon in its name
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     """A config file's argument, "name=value,flag", typed by its defaults.
 
     Args:
-      arg: what follows the colon in `configs/x.py:arg`; None or "" for all defaults.
+      arg: what follows the colon in `NAME:ARG`; None or "" for all defaults.
       **spec: name=default of type bool, int, float or str; or a tuple of the allowed strings, the default first.
 
     Raises:
@@ -49,15 +46,13 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
 
 
 def load(path: str | os.PathLike[str]) -> ConfigDict:
-    """The config of "FILE.py" or "FILE.py:ARG", not yet resolved.
+    """The config of "NAME", "NAME:ARG", "FILE.py" or "FILE.py:ARG", not yet resolved; NAME is one of `shipped.names()`.
 
     Raises:
-      UserError: no such file, one without `get_config`, an error in it, or a config that has other fields than
-        `base()`.
+      UserError: no such name or file, a file without `get_config`, an error in it, or a config that has other fields
+        than `base()`.
     """
-    given = os.fspath(path) if isinstance(path, os.PathLike) else path
-    named = _FILE_AND_ARG.fullmatch(given) if isinstance(given, str) else None
-    file, arg = normalised(named[1] if named else given, "config file"), named and named[2]
+    file, arg = shipped.locate(path)
     function = load_function(file, "config", "get_config")
     with errors_of(file, "config"):
         config = function(arg or None)

@@ -65,7 +65,7 @@ def check(images: str | os.PathLike[str] | None = None, config: ml_collections.C
     """
     check_arguments(num_images=num_images, batch_size=batch_size, seed=seed, image_size=image_size)
     if images is None and config is None:
-        raise UserError("no images: give --images DIR, or --config FILE.py for those of a config")
+        raise UserError("no images: give --images DIR, or --config NAME for those of a config")
     tokenizer, data = _open(config, name, path, image_size)
     batch_size = min(batch_size, num_images)
     batches = from_config(data, batch_size) if images is None else _from_folder(images, data, batch_size)
@@ -153,7 +153,7 @@ def _open(config: ml_collections.ConfigDict | None, name: str, path: str,
         from marjax.tokenizers import autoencoder_file
 
         if not path:
-            raise UserError("no tokenizer: give --path FILE.safetensors, --name, or --config FILE.py")
+            raise UserError("no tokenizer: give --path FILE.safetensors, --name, or --config NAME")
         try:
             stored = autoencoder_file.read(path)
         except FileNotFoundError:

@@ -44,7 +44,7 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
       UserError: not exactly one source, or anything that cannot be used.
     """
     if (images is None) + (npz is None) + (config is None) != 2:
-        raise UserError("statistics are made of one source: give --dataset FILE.py, --images DIR or --npz FILE")
+        raise UserError("statistics are made of one source: give --dataset NAME, --images DIR or --npz FILE")
     if image_size is not None and images is None:
         raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
     check_arguments(image_size=image_size, keep_features=keep_features, batch_size=batch_size)

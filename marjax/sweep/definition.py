@@ -169,6 +169,6 @@ def _point(given: Any, config: Any, path: Any) -> Point:
         raise UserError(f"get_sweep of {path!r} yielded {given!r:.100}: yield a Point, an overlay (a dict of config "
                         f"fields), or a name and an overlay")
     if not isinstance(config, str):
-        raise UserError(f"{path!r} yields overlays, but does not say of which config: set CONFIG = 'FILE.py:ARG' in "
+        raise UserError(f"{path!r} yields overlays, but does not say of which config: set CONFIG = 'NAME:ARG' in "
                         f"it")
     return Point(name or name_of(overlay), config, overlay)

@@ -120,7 +120,7 @@ def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
     Raises:
       UserError: no path, no such file, a damaged one, or another codebook than the config asks for.
     """
-    how = "make one with marjax train-tokenizer --config FILE.py"
+    how = "make one with marjax train-tokenizer --config NAME"
     if not tokenizer.path:
         raise UserError(f"config.tokenizer.path is empty, but tokenizer 'codebook' is a file: {how} --out FILE.npz, "
                         f"and give its path")
