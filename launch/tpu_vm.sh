@@ -15,7 +15,8 @@
 #   launch/tpu_vm.sh stop                   # saves and ends the run; the same `run` goes on
 #   launch/tpu_vm.sh delete
 #
-# The code is what git knows, and what it does not know yet in marjax/, configs/ and launch/. CREATE_FLAGS and SSH_FLAGS
+# The code is what git knows, and what it does not know yet in marjax/, configs/ and launch/; of an unpacked sdist, these
+# folders. CREATE_FLAGS and SSH_FLAGS
 # go to gcloud, such as CREATE_FLAGS=--internal-ips SSH_FLAGS=--internal-ip. What the workers do, restarts included, and
 # its settings are in launch/tpu_vm_worker.sh. Queued resources give one slice; for many, see gke.sh.
 set -euo pipefail
@@ -135,10 +136,15 @@ create() {
 setup() {
     local root size
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    # No virtual environments, no runs; and of what git does not know, no data.
+    local code=(marjax configs launch setup.cfg setup.py pyproject.toml README.md LICENSE)
+    # No virtual environments, no runs; and of what git does not know, no data. An unpacked sdist has no git.
     (cd "$root" && {
-        git ls-files -z --cached
-        git ls-files -z --others --exclude-standard -- marjax configs launch setup.cfg pyproject.toml README.md LICENSE
+        if [[ -e .git ]]; then
+            git ls-files -z --cached
+            git ls-files -z --others --exclude-standard -- "${code[@]}"
+        else
+            find "${code[@]}" -type f ! -path '*/__pycache__/*' -print0
+        fi
     } | while IFS= read -r -d '' file; do
         [[ ! -e $file ]] || printf '%s\0' "$file" # deleted, but not yet for git
     done | tar --null --files-from=- --create --gzip --file="$scratch/marjax.tar.gz")
@@ -209,7 +215,7 @@ case $action in
 create) create ;;
 setup) setup ;;
 run | keep | again)
-    [[ $# -gt 0 ]] || usage "$action needs a command, such as: $action marjax train --config FILE.py --workdir gs://..."
+    [[ $# -gt 0 ]] || usage "$action needs a command, such as: $action marjax train --config NAME --workdir gs://..."
     if [[ $action == keep ]]; then keep "$@"; else on_workers all "$action" "$@"; fi
     ;;
 logs) on_workers "${1:-0}" logs ;;

@@ -30,7 +30,7 @@ def declared():
     found = {}
     for section, text in sections.items():
         lines = [line.split(";")[0].strip() for line in text.splitlines()]
-        parts = [re.fullmatch(r"([\w.-]+)(\[\w+\])?(.*)", line) for line in lines if line and not line.startswith("#")]
+        parts = [re.fullmatch(r"([\w.-]+)(\[.+?\])?(.*)", line) for line in lines if line and not line.startswith("#")]
         found[section] = [(normal(part[1]), part[2] or "", part[3]) for part in parts]
     return found
 
@@ -62,6 +62,12 @@ def test_every_requirement_has_bounds():
         for name, extra, specifiers in found:
             if name not in UNBOUNDED and not extra and not specifiers.startswith("=="):
                 assert re.fullmatch(r">=[\w.]+,<[\w.]+", specifiers), f"{name}{specifiers}"
+
+
+def test_all_is_every_extra_that_runs_on_any_machine():
+    extras = declared().keys() - {"", "all", "lowest", "test", "tpu", "cuda12", "cuda13"}
+    [(name, given, _)] = declared()["all"]
+    assert name == "marjax" and set(given.strip("[]").split(",")) == extras
 
 
 def test_the_lowest_versions_are_those_of_the_bounds():

@@ -115,6 +115,7 @@ def test_what_is_copied_makes_the_package(tmp_path):
         [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         extras = re.findall(r"Provides-Extra: (\S+)", archive.read(metadata).decode())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "marjax").rglob("*.py")}
+    modules |= {f"marjax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert packed == modules
     wanted = next(rest for name, rest in instructions() if name == "ARG" and rest.startswith("EXTRAS=")).split("=")[1]
     assert set(wanted.split(",")) <= set(extras)

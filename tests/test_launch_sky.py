@@ -56,8 +56,8 @@ def left(folder):
             if path.is_file() and not any(str(each) in ignored for each in (path, *path.parents))}
 
 
-RUNS = {"marjax/cli.py", "marjax/data/cache.py", "configs/mine.py", "launch/sky.yaml", "setup.cfg", "pyproject.toml",
-        "README.md", "LICENSE"}
+RUNS = {"marjax/cli.py", "marjax/data/cache.py", "configs/mine.py", "launch/sky.yaml", "setup.cfg", "setup.py",
+        "pyproject.toml", "README.md", "LICENSE"}
 DATA = {"data/shard", "ILSVRC2012_img_train.tar", "kl16.ckpt", "kl16.safetensors", "imagenet_kl16/manifest.json",
         "runs/a", "pictures/1.png", "samples/1.png", "latents/a", "mine/a", "cache/a", "mar_base/a", "converted/a",
         "RESULTS", "stats.npz", "weights.pth", ".venv/bin/python", ".git/config", "tests/conftest.py",

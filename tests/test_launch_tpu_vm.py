@@ -211,6 +211,19 @@ def test_setup_leaves_data_where_it_is(cloud, tmp_path):
         "setup.cfg", "marjax/a.py", "marjax/new.py", "configs/mine.py", "mine/known.py"}
 
 
+def test_setup_needs_no_git(cloud, tmp_path):
+    """In an unpacked sdist."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "launch", tree / "launch")
+    code = {"setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "marjax/a.py", "configs/mine.py"}
+    for name in code | {"marjax/__pycache__/a.pyc", "data/shard"}:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text(name)
+    launch(cloud, "setup", launcher=str(tree / "launch" / "tpu_vm.sh"))
+    packed = subprocess.run(["tar", "-tzf", cloud / "worker0" / "marjax.tar.gz"], capture_output=True, text=True)
+    assert {name for name in packed.stdout.split() if not name.startswith("launch/")} == code
+
+
 def test_arguments_arrive_as_they_are_and_the_run_goes_on_after_preemption_and_loss(cloud):
     odd = ["--config", "configs/x.py:model=mar_base,variant=ar", "--config.data.data_dir=a folder/b,c=d",
            "--x=$HOME `id`", "it's \"quoted\" \\ *", "two\nlines", "", "ä;|&<>(){}!#~", "a  b"]
