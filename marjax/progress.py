@@ -1,0 +1,316 @@
+"""Progress on standard error: bars for counted work, elapsed time for other work, and notes between them.
+
+On a terminal or in a notebook one line is redrawn in place. Elsewhere, such as in the log of a job, lines are printed:
+one at the start of each task, then one whenever nothing was printed for some ten seconds, or 1% of the elapsed time if
+that is longer. A daemon thread keeps the time while tasks are open, so that a long compilation is not silent; nothing
+here waits for devices. Only the first process of a run prints. Results belong on standard output, which this leaves
+alone.
+
+    with progress.activity("loading the checkpoint"):
+        ...
+    with progress.bar("sampling", total=10, unit="batches") as bar:
+        for batch in batches:
+            ...
+            bar.update()
+    progress.note("a line that does not break the bar")
+"""
+
+import contextlib
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
+
+from marjax.closing import Closing
+
+_SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
+_TICK = 0.5  # seconds between looks of the thread
+_REDRAW = 0.1  # seconds between redraws of a live line, at least
+_MEMORY = 300.0  # seconds over which a bar's rate is averaged
+
+KEPT = "compiled programs are kept: the next start skips this"
+
+
+class Task(Closing):
+    """Work without a count: its name and its elapsed time. A context manager, or to be closed."""
+
+    def __init__(self, console: "Console", what: str, *, show: bool = True, advice: str = "") -> None:
+        self.what, self.show, self.advice = what, show, advice
+        self._console = console
+        self.begun = console.now()
+        console.open(self)
+
+    def close(self) -> None:
+        """Ends the task; again, does nothing."""
+        self._console.close(self)
+
+    def seconds(self) -> float:
+        """Seconds since the task began."""
+        return self._console.now() - self.begun
+
+    def line(self) -> str:
+        """The task as a line of a log."""
+        seconds = self.seconds()
+        elapsed = f": {tqdm.format_interval(seconds)}" if seconds >= 1 else ""
+        return f"{self.what}{elapsed}{f' ({self.advice})' if self.advice and elapsed else ''}"
+
+    def live(self, width: int) -> str:
+        """The task as a live line of at most `width` columns."""
+        del width
+        return self.line()
+
+    def last(self) -> str:
+        """The line that is left when the task is closed, or ""."""
+        return ""
+
+
+class Bar(Task):
+    """Counted work. Rate and ETA leave out the first update, which compiles, and pauses."""
+
+    def __init__(self, console: "Console", what: str, total: int | None, unit: str, start: int, *,
+                 show: bool = True) -> None:
+        self.n, self.start, self.total, self.unit = start, start, total, unit
+        self.detail = ""  # after the numbers
+        self._updated: float | None = None  # when the last update was, later by the pauses since
+        self._count = self._seconds = 0.0  # of past updates, recent ones weighing most
+        super().__init__(console, what, show=show)
+
+    def update(self, count: int = 1) -> None:
+        """Counts finished units."""
+        now = self._console.now()
+        if self._updated is not None:
+            seconds = max(now - self._updated, 0.0)
+            kept = math.exp(-seconds / _MEMORY)
+            self._count, self._seconds = self._count * kept + count, self._seconds * kept + seconds
+        self._updated, self.n = now, self.n + count
+        self._console.redraw(self)
+
+    @contextlib.contextmanager
+    def pause(self, what: str, advice: str = "") -> Iterator[None]:
+        """An activity whose time does not count for the rate."""
+        begun = self._console.now()
+        try:
+            with Task(self._console, what, advice=advice):
+                yield
+        finally:
+            if self._updated is not None:
+                self._updated += self._console.now() - begun
+
+    def rate(self) -> float:
+        """Units a second; 0 if not yet known."""
+        return self._count / self._seconds if self._seconds > 0 else 0.0
+
+    def eta(self) -> str:
+        """The time that is left, such as "02:05", or "?"."""
+        if self.total is None or not self.rate():
+            return "?"
+        return str(tqdm.format_interval((self.total - self.n) / self.rate()))
+
+    def line(self) -> str:
+        done = f"{self.n}" if self.total is None else f"{self.n} of {self.total}"
+        if self.n == self.start:
+            later = f", {tqdm.format_interval(self.seconds())}" if self.seconds() >= 1 else ""
+        else:
+            later = f", {tqdm.format_interval(self.seconds())}"
+            if self.total is not None and self.n < self.total:
+                later += f", ETA {self.eta()}"
+        return f"{self.what}: {done} {self.unit}{later}{self.detail and f', {self.detail}'}"
+
+    def live(self, width: int) -> str:
+        meter = tqdm.format_meter(self.n, self.total, self.seconds(), ncols=width, prefix=self.what,
+                                  ascii=not _has_blocks(self._console.stream), unit=f" {self.unit}", rate=self.rate(),
+                                  postfix=self.detail, initial=self.start)
+        return str(meter)
+
+    def last(self) -> str:
+        return self.line() if self.n > self.start else ""
+
+
+class Console:
+    """What prints: the tasks that are open, the innermost of which is shown, and notes."""
+
+    def __init__(self, stream: TextIO | None = None, *, live: bool | None = None,
+                 now: Callable[[], float] = time.monotonic, threads: bool = True) -> None:
+        """Args:
+          stream: to write to; standard error, as it is at each moment, by default.
+          live: whether to redraw a line; on terminals and in notebooks by default.
+          now: the clock, in seconds.
+          threads: whether a thread keeps the time; else `tick` has to be called.
+        """
+        self._stream, self._live, self.now, self._threads = stream, live, now, threads
+        self._lock = threading.RLock()
+        self._tasks: list[Task] = []
+        self._line = ""  # that is on the terminal now
+        self._drawn = self._printed = -math.inf
+        self._stop: threading.Event | None = None
+
+    @property
+    def stream(self) -> Any:
+        """What is written to, or None if standard error is closed."""
+        return sys.stderr if self._stream is None else self._stream
+
+    @property
+    def live(self) -> bool:
+        """Whether a line is redrawn in place."""
+        if self._live is not None:
+            return self._live
+        stream = self.stream
+        return stream is not None and (stream.isatty() or type(stream).__module__.startswith("ipykernel."))
+
+    def open(self, task: Task) -> None:
+        """Shows a task."""
+        with self._lock:
+            task.show = task.show and _is_first() and all(each.show for each in self._tasks)
+            self._tasks.append(task)
+            if task.show and self.live:
+                self._draw()
+            elif task.show:
+                self._print(task.line())
+            if self._stop is None and self._threads and task.show:
+                self._stop = threading.Event()
+                threading.Thread(target=self._keep_time, args=(self._stop,), name="marjax-progress",
+                                 daemon=True).start()
+
+    def close(self, task: Task) -> None:
+        """Ends a task."""
+        with self._lock:
+            if task not in self._tasks:
+                return
+            outer = self._tasks[0] is task
+            self._tasks.remove(task)
+            if task.show and self.live:
+                self._erase()
+                if outer and task.last():
+                    self._write(disp_trim(task.live(self._width()), self._width()) + "\n")
+                self._draw()
+            elif task.show and task.last():
+                self._print(task.last())
+            if not self._tasks and self._stop is not None:
+                self._stop.set()
+                self._stop = None
+
+    def redraw(self, task: Task) -> None:
+        """Shows a task's new state, unless one was shown a moment ago."""
+        if task.show and self.now() - self._drawn >= _REDRAW:
+            with self._lock:
+                if self.live and self._tasks and self._tasks[-1] is task:
+                    self._draw()
+        if not self._threads:
+            self.tick()
+
+    def note(self, text: str, file: TextIO | None = None) -> None:
+        """Prints a line."""
+        with self._lock:
+            self._erase()
+            if file is None:
+                self._print(text)
+            else:
+                print(text, file=file, flush=True)
+                self._printed = self.now()
+            self._draw()
+
+    def tick(self) -> None:
+        """Shows that the innermost task still runs, if it is time to."""
+        with self._lock:
+            if not self._tasks or not self._tasks[-1].show:
+                return
+            if self.live:
+                if self.now() - self._drawn >= _TICK:
+                    self._draw()
+            elif self.now() - self._printed >= max(_SILENCE, _SHARE * self._tasks[0].seconds()):
+                self._print(self._tasks[-1].line())
+
+    def _keep_time(self, stop: threading.Event) -> None:
+        with contextlib.suppress(OSError, ValueError):  # standard error is gone
+            while not stop.wait(_TICK):
+                with self._lock:
+                    if not stop.is_set():
+                        self.tick()
+
+    def _draw(self) -> None:
+        if self._tasks and self._tasks[-1].show and self.live:
+            line = disp_trim(self._tasks[-1].live(self._width()), self._width())
+            self._write("\r" + line + " " * max(0, disp_len(self._line) - disp_len(line)))
+            self._line, self._drawn = line, self.now()
+
+    def _erase(self) -> None:
+        if self._line:
+            self._write("\r" + " " * disp_len(self._line) + "\r")
+            self._line = ""
+
+    def _print(self, text: str) -> None:
+        self._write(text + "\n")
+        self._printed = self.now()
+
+    def _write(self, text: str) -> None:
+        if (stream := self.stream) is not None:
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
+
+    @staticmethod
+    def _width() -> int:
+        return max(shutil.get_terminal_size().columns - 1, 20)
+
+
+_console = Console()
+
+
+def bar(what: str, total: int | None, unit: str, *, start: int = 0, show: bool = True) -> Bar:
+    """Shows counted work until it is closed; a context manager.
+
+    Args:
+      what: of the work, such as "sampling".
+      total: number of units, or None if it is not known.
+      unit: their name, such as "batches".
+      start: number of those that were done before.
+      show: whether to show anything, also of tasks inside.
+    """
+    return Bar(_console, what, total, unit, start, show=show)
+
+
+def activity(what: str, *, advice: str = "", show: bool = True) -> Task:
+    """Shows work without a count until it is closed; a context manager.
+
+    Args:
+      what: of the work, such as "loading the checkpoint".
+      advice: printed if it takes more than a moment.
+      show: whether to show anything, also of tasks inside.
+    """
+    return Task(_console, what, advice=advice, show=show)
+
+
+def compiling(what: str) -> Task:
+    """The activity of compiling, such as of "the train step"."""
+    return activity(f"compiling {what}", advice=KEPT)
+
+
+def note(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, on standard error by default, without breaking what is shown."""
+    _console.note(text, file)
+
+
+def is_live() -> bool:
+    """Whether a line is redrawn in place, on a terminal or in a notebook."""
+    return _console.live
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of its run. Starts no backend in a run of one process."""
+    jax = sys.modules.get("jax")
+    initialized = getattr(getattr(jax, "distributed", None), "is_initialized", None)
+    return initialized is None or not initialized() or jax.process_index() == 0  # type: ignore[union-attr]
+
+
+def _has_blocks(stream: Any) -> bool:
+    try:
+        "█▏".encode(getattr(stream, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
