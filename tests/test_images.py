@@ -32,3 +32,27 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written"):
         images.make_folder(tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_grid_has_room_for_row_labels_and_a_caption():
+    tiles = np.full((4, 8, 8, 1), 7, np.uint8)
+    plain = images.grid(tiles, 2)
+    labelled = images.grid(tiles, 2, rows=["cat", "Ж"])
+    assert labelled.shape[0] == plain.shape[0]
+    left = labelled.shape[1] - plain.shape[1]
+    np.testing.assert_array_equal(labelled[:, left:], plain)
+    labels = [labelled[row * 34:(row + 1) * 34, :left] for row in range(2)]
+    assert all((label < 128).any() and (label[0] == 255).all() for label in labels)
+    assert (labels[0] != labels[1]).any()
+    captioned = images.grid(tiles, 2, rows=["cat", "Ж"], caption="cfg 2")
+    np.testing.assert_array_equal(captioned[:68, :labelled.shape[1]], labelled)
+    assert (captioned[68:] < 128).any()
+    longer = images.grid(tiles, 2, caption="cfg 2 " * 40)
+    assert longer.shape[0] > captioned.shape[0]
+    assert (longer[:, -1] == 255).all()  # no text is cut off
+
+
+def test_long_row_labels_are_shortened():
+    tiles = np.full((1, 8, 8, 3), 7, np.uint8)
+    assert images.grid(tiles, 1, rows=["x" * 500]).shape[1] < 400
+    assert images.grid(tiles, 1, caption="x" * 500).shape[1] < 400

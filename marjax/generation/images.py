@@ -1,5 +1,6 @@
 """Sampled images as files: grids, PNG and npz, written whole or not at all."""
 
+import functools
 import io
 import os
 import uuid
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from marjax.errors import UserError
 from marjax.files import write_bytes
@@ -18,20 +19,82 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.clip(np.rint((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:
-    """One picture, uint8 (rows * S, columns * S, 3), of images uint8 (N, H, W, 1 or 3) in reading order.
+_LONGEST = 24  # characters of a row label
+_CAPTION_WIDTH = 320  # pixels that a caption has at least
+_MARGIN = 4  # pixels around text
 
-    Small images are enlarged by a whole factor to at least `min_side`; empty places are white.
+
+def grid(images: np.ndarray, columns: int, min_side: int = 32, *, rows: Sequence[str] = (),
+         caption: str = "") -> np.ndarray:
+    """One picture of images in reading order.
+
+    Small images are enlarged by a whole factor to at least `min_side`; empty places are white. Without text, the
+    picture has the shape (rows * S, columns * S, 3), where S is the enlarged side and a margin of 2 pixels.
+
+    Args:
+      images: uint8 (N, H, W, 1 or 3).
+      columns: images in a row.
+      min_side: pixels.
+      rows: the label of each row, drawn at its left; long ones are shortened.
+      caption: text below, wrapped to the width of the picture.
+
+    Returns:
+      uint8 (height, width, 3).
     """
     factor = max(1, -(-min_side // images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     images = np.broadcast_to(images, (*images.shape[:3], 3))
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    rows = -(-len(images) // columns)
-    images = np.pad(images, ((0, rows * columns - len(images)), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    num_rows = -(-len(images) // columns)
+    images = np.pad(images, ((0, num_rows * columns - len(images)), (0, 0), (0, 0), (0, 0)), constant_values=255)
     _, height, width, _ = images.shape
-    cells = images.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return cells.reshape(rows * height, columns * width, 3)
+    cells = images.reshape(num_rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    picture = cells.reshape(num_rows * height, columns * width, 3)
+    if not rows and not caption:
+        return picture
+    return _with_text(picture, height, rows, caption)
+
+
+def _with_text(picture: np.ndarray, height: int, rows: Sequence[str], caption: str) -> np.ndarray:
+    """The picture with a label at the left of each row of `height` pixels, and a caption below."""
+    font, small = _font(min(24, max(12, height // 6))), _font(min(14, max(12, height // 6)))
+    labels = [row if len(row) <= _LONGEST else f"{row[:_LONGEST - 1]}…" for row in rows]
+    left = max((int(font.getlength(label)) + 2 * _MARGIN for label in labels), default=0)
+    full_width = max(left + picture.shape[1], _CAPTION_WIDTH if caption else 0)
+    lines = _wrapped(caption, small, full_width - 2 * _MARGIN)
+    line_height = sum(small.getmetrics())
+    below = len(lines) * line_height + 2 * _MARGIN if lines else 0
+    canvas = Image.new("RGB", (full_width, picture.shape[0] + below), "white")
+    canvas.paste(Image.fromarray(picture), (left, 0))
+    draw = ImageDraw.Draw(canvas)
+    for index, label in enumerate(labels):
+        draw.text((left - _MARGIN, (index + 0.5) * height), label, "black", font, anchor="rm")
+    for index, line in enumerate(lines):
+        draw.text((_MARGIN, picture.shape[0] + _MARGIN + index * line_height), line, "black", small)
+    return np.array(canvas)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The lines of a text; a word that is wider than `width` pixels is split."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which has Latin, Greek, Cyrillic, Arabic and more; Matplotlib contains it."""
+    import matplotlib
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def beside(pictures: Sequence[np.ndarray], gap: int = 16) -> np.ndarray:
