@@ -131,6 +131,17 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
     ("train", "1", "is a section"),
     ("train.steps", "many", "expected int"),
     ("train.steps", "1.5", "expected int"),
+    ("train.steps", "1,000", "expected int"),
+    ("train.steps", "1e-3", "expected int"),
+    ("train.steps", "15e-1", "expected int"),
+    ("train.steps", "1e999", "expected int"),
+    ("train.steps", "", "expected int"),
+    ("train.lr", "1/256", "expected float"),
+    ("train.lr", "inf", "train.lr"),
+    ("train.lr", "nan", "train.lr"),
+    ("seed", "none", "expected int"),
+    ("tokenizer.autoencoder.channel_mults", "(1, 2", "channel_mults"),
+    ("tokenizer.autoencoder.channel_mults", "1,,2", "channel_mults"),
     ("data.flip", "2", "expected bool"),
     ("model.width", 1.5, "expected int"),
     ("model.width", "130", "not divisible by num_heads"),
@@ -147,6 +158,32 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
 def test_bad_overrides(key, value, says):
     with pytest.raises(UserError, match=says):
         config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {key: value}))
+
+
+@pytest.mark.parametrize("key, text, value", [
+    ("train.steps", "1e3", 1000), ("train.steps", " 1_000 ", 1000), ("train.steps", "1.5E+3", 1500),
+    ("train.steps", "none", None), ("train.epochs", "NULL", None), ("train.clip", " None", None),
+    ("train.lr", ".5", 0.5), ("train.lr", "1e-3 ", 1e-3), ("train.lr", "1", 1.0),
+    *(("data.flip", text, True) for text in ("yes", "On", "TRUE", "1", " true ")),
+    *(("data.flip", text, False) for text in ("no", "off", "False", "0")),
+    *(("tokenizer.autoencoder.channel_mults", text, (1, 2, 4))
+      for text in ("1,2,4", "(1, 2, 4)", "[1,2,4]", " 1, 2, 4 ", "(1,2,4,)")),
+    ("tokenizer.autoencoder.channel_mults", "(3,)", (3,)), ("tokenizer.autoencoder.channel_mults", "()", ()),
+    ("model.variant", "'ar'", "ar"), ("model.variant", ' "ar" ', "ar"),
+    ("sample.num_sampling_steps", " ddim5", "ddim5"),
+    ("tokenizer.checksum", "none", None), ("tokenizer.path", " a 'b' ", " a 'b' "),
+])
+def test_values_as_people_write_them(key, text, value):
+    found = config_lib.flatten(config_lib.apply_overrides(config_lib.base(), {key: text}))[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_arguments_of_config_files_as_people_write_them():
+    spec = dict(model=("small", "large"), size=64, rate=0.5, debug=False, name="")
+    found = config_lib.parse_arg(" model = large, size=1e2 ,rate=.25, debug=Yes, name='x',", **spec)
+    assert found.to_dict() == dict(model="large", size=100, rate=0.25, debug=True, name="x")
+    with pytest.raises(UserError, match="model.*closest is 'large'"):
+        config_lib.parse_arg("model=lrage", **spec)
 
 
 CONFIG_FILE = """from ml_collections import ConfigDict

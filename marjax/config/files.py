@@ -18,7 +18,7 @@ from marjax.errors import TrainingError, UserError
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
-    """A config file's argument, "name=value,flag", typed by its defaults.
+    """A config file's argument, "name=value,flag", typed by its defaults; values are written as `parse_value` says.
 
     Args:
       arg: what follows the colon in `NAME:ARG`; None or "" for all defaults.
@@ -28,8 +28,9 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
       UserError: an unknown name or a value of the wrong type or not among the allowed.
     """
     values = {name: default[0] if isinstance(default, tuple) else default for name, default in spec.items()}
-    for part in filter(None, (arg or "").split(",")):
+    for part in filter(None, (each.strip() for each in (arg or "").split(","))):
         name, has_value, text = part.partition("=")
+        name = name.rstrip()
         if name not in spec:
             raise UserError(f"unknown config argument {name!r}{closest(name, spec)}; there are: {', '.join(spec)}")
         if not has_value:
@@ -37,8 +38,10 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
                 raise UserError(f"config argument {name!r} needs a value: {name}=...")
             text = "true"
         if isinstance(spec[name], tuple):
+            text = parse_value(name, text, str)
             if text not in spec[name]:
-                raise UserError(f"config argument {name}={text!r}: give one of {', '.join(spec[name])}")
+                raise UserError(f"config argument {name}={text!r}{closest(text, spec[name])}; give one of "
+                                f"{', '.join(spec[name])}")
             values[name] = text
         else:
             values[name] = parse_value(name, text, type(spec[name]))

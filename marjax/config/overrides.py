@@ -1,19 +1,23 @@
 """Fields of a config by name and type: which there are, setting single ones, and making any config conform."""
 
+import decimal
 import difflib
 import functools
 import numbers
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from marjax.config.schema import NONE_IS_OFF, base
+from marjax.config.schema import NONE_IS_OFF, PATHS, base
 from marjax.errors import UserError
 from marjax.ranges import shown
 
 _MAX_TEXT = 4095  # characters, as in a path
+_BOOLS = {word: truth for truth, words in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0")))
+          for word in words}
 _EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tuple of int"}
 
 
@@ -62,7 +66,8 @@ def conform(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy with single fields set; strings are parsed to the field's type, "none" to None where that is allowed.
+    """A copy with single fields set; strings are parsed to the field's type (see `parse_value`), "none" and "null" to
+    None where that is allowed.
 
     Raises:
       UserError: an unknown field (naming the closest), a section, or a value of the wrong type; in `config` too.
@@ -78,10 +83,12 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
                                 f"{next(name for name in fields if name.startswith(f'{key}.'))}")
             raise UserError(f"unknown config key {shown(key)}{closest(str(key), fields)}")
         kind, optional = fields[key]
-        if isinstance(value, str) and kind is not str:
-            value = None if optional and value.lower() == "none" else parse_value(key, value, kind)
-        elif optional and value in ("none", "None"):
+        if optional and is_none(value):
             value = None
+        elif isinstance(value, str) and kind is not str:
+            value = parse_value(key, value, kind)
+        elif isinstance(value, str) and key not in PATHS:
+            value = unquoted(value.strip())
         *parents, leaf = key.split(".")
         section = functools.reduce(lambda section, name: section[name], parents, config)
         section[leaf] = _typed(key, value, fields[key])
@@ -115,17 +122,49 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 
 def parse_value(key: str, text: str, kind: type) -> Any:
-    """The value of a type that a text stands for. Raises UserError."""
+    """The value of a type that a text stands for; blanks around it do not count.
+
+    An int may be written as 1e3 or 1_000; a bool as true, yes, on or 1, and their opposites, in any case; a tuple of
+    int as 1,2,4, in brackets or not; a str in quotes or not.
+
+    Raises:
+      UserError: none of that type.
+    """
+    text = text.strip()
     try:
         if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:  # of whole numbers: "1,2,4"
-            return tuple(int(part) for part in text.split(",")) if text else ()
-        return kind(text)
-    except (ValueError, KeyError):
+            return _BOOLS[text.lower()]
         if kind is tuple:
-            raise UserError(f"{key}={shown(text)}: expected whole numbers with commas, such as 1,2,4") from None
-        raise UserError(f"{key}={shown(text)}: expected {kind.__name__}") from None
+            inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+            parts = inner.strip().removesuffix(",")
+            return tuple(_integer(part) for part in parts.split(",")) if parts else ()
+        if kind is str:
+            return unquoted(text)
+        return _integer(text) if kind is int else kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "bool (true or false)", int: "int, such as 1000 or 1e3", float: "float, such as 0.5 or 1e-3",
+                    tuple: "whole numbers with commas, such as 1,2,4"}[kind]
+        raise UserError(f"{key}={shown(text)}: expected {expected}") from None
+
+
+def is_none(text: Any) -> bool:
+    """Whether a text stands for None."""
+    return isinstance(text, str) and text.strip().lower() in ("none", "null")
+
+
+def unquoted(text: str) -> str:
+    """The text without a pair of quotes around it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _integer(text: str) -> int:
+    """Raises ValueError: the text is no integer."""
+    text = text.strip()
+    if "e" not in text.lower():
+        return int(text)
+    if re.fullmatch(r"[+-]?\d[\d_]*(\.\d+)?[eE]\+?\d\d?", text) and (value := decimal.Decimal(text)) == int(value):
+        return int(value)
+    raise ValueError
 
 
 def _fill(section: ConfigDict, given: Any, prefix: str) -> None:
