@@ -17,6 +17,7 @@
 # storage attach` knows and is not mounted by itself, SPOT=1 asks for spot capacity in a cluster that provisions its
 # nodes itself (else the node pool decides). How a cluster is made, and its pods see data: docs/launchers.md.
 set -euo pipefail
+[[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
 slip() {
     echo "usage: launch/gke.sh build | create COMMAND... | render FILE.yaml COMMAND... | list | delete" >&2

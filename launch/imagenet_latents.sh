@@ -8,6 +8,7 @@
 # start goes on with what is on it, so a spot machine will do: docs/pods.md has the commands. FOLDER is where it is
 # mounted, CONFIG the config whose images are encoded, WORKERS the number of processes that read them.
 set -euo pipefail
+[[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
 if [[ ${1-} != gs://* ]]; then
     echo "usage: launch/imagenet_latents.sh gs://BUCKET [DEVICE]" >&2

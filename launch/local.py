@@ -239,8 +239,9 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses and runs; the exit code, 2 after a slip."""
-    parser = argparse.ArgumentParser(prog="local.py", description="Starts the JAX processes of a run on this machine.",
-                                     usage="local.py [options] -- COMMAND [ARGUMENT ...]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="local.py", usage="local.py [options] -- COMMAND [ARGUMENT ...]",
+                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--processes", type=_count, default=2, help="default %(default)s")
     parser.add_argument("--devices", type=_count, default=2, help="CPU devices in each; default %(default)s")
     parser.add_argument("--restarts", type=int, default=0, metavar="N",

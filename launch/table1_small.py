@@ -253,3 +253,7 @@ def draw_samples(root: pathlib.Path, done: dict[str, dict[str, Any]], path: path
             axis.axis("off")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(__doc__)  # `marjax sweep` runs this file

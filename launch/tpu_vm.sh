@@ -20,6 +20,7 @@
 # go to gcloud, such as CREATE_FLAGS=--internal-ips SSH_FLAGS=--internal-ip. What the workers do, restarts included, and
 # its settings are in launch/tpu_vm_worker.sh. Queued resources give one slice; for many, see gke.sh.
 set -euo pipefail
+[[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
     echo "launch/tpu_vm.sh: error: this is bash $BASH_VERSION, and 4.4 or newer is needed: on a Mac, brew install bash" >&2

@@ -7,6 +7,7 @@
 # meet: after MAX_QUICK (4) starts in a row that a code from 128 up has ended in less than QUICK_SECONDS (600) they give
 # up. Any other end is final, and so is stop.
 set -euo pipefail
+[[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The process of the loop below, if it runs; a process id may have been given to another program since.

@@ -1,6 +1,11 @@
 # shellcheck shell=bash
-# To be sourced: `venv.sh FOLDER WHAT` makes the virtual environment FOLDER with WHAT installed in editable form, unless
-# it is there and complete, and activates it. PYTHON names the interpreter (3.11 or newer).
+# To be sourced by bash: `source launch/venv.sh FOLDER WHAT` makes the virtual environment FOLDER with WHAT installed in
+# editable form, unless it is there and complete, and activates it. PYTHON names the interpreter (3.11 or newer).
+if [[ ${1-} == -h || ${1-} == --help ]]; then # sourced, too
+    sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}"
+    [[ ${BASH_SOURCE[0]} == "$0" ]] || return 0
+    exit
+fi
 folder=$1 what=$2
 export PYTHONSAFEPATH=1 # Python imports nothing from the current folder
 if ! cmp -s setup.cfg "$folder/installed-for"; then

@@ -1,7 +1,11 @@
-"""All shell scripts: they parse, and shellcheck has nothing to say."""
+"""All scripts: they parse, shellcheck has nothing to say, and `-h` prints their header."""
 
+import ast
+import itertools
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -13,6 +17,28 @@ SCRIPTS = sorted(path for pattern in ("launch/*.sh", "launch/*.sbatch", ".ci/*")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_bash_can_read_it(script):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def header(script):
+    """The comment, or the docstring, that a script begins with."""
+    text = script.read_text()
+    if script.suffix == ".py":
+        return ast.get_docstring(ast.parse(text), clean=False)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+    return "\n".join(line[2:] for line in lines if line.startswith("# ") or line == "#")
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"),
+                                           *ROOT.glob("launch/*.py")]), ids=lambda path: path.name)
+def test_help_prints_the_header_and_does_nothing_else(script, tmp_path):
+    program = sys.executable if script.suffix == ".py" else "bash"
+    texts = []
+    for flag in ("-h", "--help")[:1 if script.name == "table1_small.py" else 2]:  # which imports JAX
+        done = subprocess.run([program, script, flag], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+        assert not done.returncode and not done.stderr and not os.listdir(tmp_path)
+        texts.append(done.stdout)
+    assert texts[0] == texts[-1] and header(script).strip() in texts[0] and len(header(script)) > 50
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed: .ci/packages.sh does it")
