@@ -11,6 +11,7 @@ marjax is imported here.
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -239,6 +240,9 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses and runs; the exit code, 2 after a slip."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # the processes may print what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="local.py", usage="local.py [options] -- COMMAND [ARGUMENT ...]",
                                      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)

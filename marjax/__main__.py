@@ -1,5 +1,6 @@
 """The `marjax` command, also `python -m marjax`: prepares the process, then parses."""
 
+import io
 import os
 import sys
 
@@ -16,7 +17,10 @@ def main() -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if __name__ != "__main__":  # the script does not import from the current folder: nor do the processes it starts
         os.environ.setdefault("PYTHONSAFEPATH", "1")
-    _restart_with_huge_pages()
+    _restart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding prints what it cannot show as escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         from marjax.cli import main as run
     except KeyboardInterrupt:
@@ -25,15 +29,23 @@ def main() -> int:
     return run()
 
 
-def _restart_with_huge_pages() -> None:
-    """Replaces this process by one whose malloc asks for huge pages; glibc reads the setting only at its start.
+def _restart() -> None:
+    """Replaces this process by one with settings that are read only at its start, unless it has them.
 
-    A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB pages costs a third of it.
-    A GLIBC_TUNABLES of the user's own is left as it is. The new process has the command line of this one, interpreter
-    options included, so that it imports from the same folders.
+    glibc: malloc asks for huge pages. A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB
+    pages costs a third of it. A GLIBC_TUNABLES of the user's own is left as it is.
+    Python: paths are UTF-8 in an ASCII locale too; Orbax and others cannot handle those that are not ASCII otherwise.
+
+    The new process has the command line of this one, interpreter options included, so that it imports from the same
+    folders.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and sys.executable:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    settings = {}
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        settings["PYTHONUTF8"] = "1"
+    if settings and sys.executable:
+        os.environ.update(settings)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -1,0 +1,51 @@
+"""Commands end as they should on terminals and in locales that have only ASCII."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+TERMINALS = [
+    {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "1"},
+]
+
+
+@pytest.fixture(params=TERMINALS, ids=["locale", "terminal"])
+def run(request, tmp_path):
+    """Runs Python with those arguments in a new folder; its code and what it printed."""
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ("GLIBC_TUNABLES", "PYTHONUTF8") and not name.startswith("LC_")}
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True,
+                              env={**kept, "PYTHONPATH": str(ROOT), **request.param})
+        return done.returncode, done.stdout.decode("ascii"), done.stderr.decode("ascii")
+
+    return run
+
+
+def test_a_command_prints_and_writes_names_that_are_not_ascii(run, tmp_path):
+    for name in ("pictures-é/plum-é", "pictures-é/花"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name / "ä.png")
+    code, out, err = run("-m", "marjax", "prepare", "--images", "pictures-é", "--out", "data-ü", "--workers", "1")
+    assert code == 0, err
+    assert "data-\\xfc" in out + err
+    [labels] = (tmp_path / "data-ü").rglob("label.labels.txt")
+    assert labels.read_text("utf-8").split() == ["plum-é", "花"]
+
+
+def test_errors_too(run):
+    code, _, err = run("-m", "marjax", "train", "--config", "zahlen-ß.py", "--workdir", "run")
+    assert code == 2 and "zahlen-\\xdf.py" in err and err.count("\n") == 1
+
+
+def test_the_local_launcher_prints_what_its_processes_print(run):
+    code, out, err = run(ROOT / "launch" / "local.py", "--processes", "1", "--devices", "1", "--", sys.executable, "-c",
+                         "import sys; sys.stdout.buffer.write(bytes([0xc3, 0xa4, 10]))")
+    assert (code, out, err) == (0, "[0] \\xe4\n", "")
