@@ -13,8 +13,8 @@ from marjax.interrupts import never_lost
 from marjax.paths import normalised
 
 # Arguments that are paths; those that may have an ARG after a colon (`--config`) are left to `config.load`.
-PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "npz", "out", "path",
-         "reference", "root", "tokenizer", "tokenizer_path", "workdir"}
+PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "init_from", "npz", "out",
+         "path", "reference", "root", "tokenizer", "tokenizer_path", "workdir"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

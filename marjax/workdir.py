@@ -21,7 +21,7 @@ from marjax.paths import takes_paths
 # What a second start in the same work directory may change: it does not alter what is trained.
 FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
                "model.remat", "model.denoiser.remat",
-               "tokenizer.path", "tokenizer.train.")  # of the tokenizer the checksum counts
+               "tokenizer.path", "tokenizer.train.", "init.path")  # of a tokenizer and of weights the checksum counts
 
 _CLOCK_SKEW = 86400.0  # seconds that the clocks of two machines may differ by
 
@@ -67,6 +67,19 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
                         f"give a folder that can") from None
+
+
+def refuse_weights_alone(workdir: str | os.PathLike[str], command: str) -> None:
+    """Raises a UserError with the command that is to be run instead, if no checkpoint has an optimizer's state."""
+    folder = epath.Path(workdir) / "checkpoints"
+    try:
+        steps = [path for path in storage.children(folder) if path.name.isdecimal()] if folder.is_dir() else []
+        if not steps or any((path / "optimizer").exists() for path in steps):
+            return
+    except OSError:
+        return  # which `claim_workdir` reports
+    raise UserError(f"work directory {workdir} has converted weights and no optimizer state to resume from: start a "
+                    f"new run from them: {command}")
 
 
 def _look_at_bystanders(folder: epath.Path) -> None:

@@ -628,7 +628,7 @@ def test_a_checkpoint_of_weights_alone(tmp_path, states, run):
         assert checkpoints.trees() == checkpoints.trees(0) == ["ema"]
         restored = checkpoints.restore(abstract(states[1], "ema"))
         assert restored.step == 0 and same(restored.items["ema"], states[1]["ema"])
-        with pytest.raises(UserError, match="has only ema, not params and optimizer: .* training cannot go on"):
+        with pytest.raises(UserError, match="has only ema, not params and optimizer: .*--init_from"):
             checkpoints.restore(abstract(states[1]))
     with Checkpoints(run, read_only=True) as checkpoints:
         assert checkpoints.trees() == checkpoints.trees(1) == list(TREES)

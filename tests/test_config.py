@@ -324,6 +324,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
 
     assert read_workdir(workdir(first, stamped=False)) == trained_on_digits(
         model__mask_ratio_per="batch", eval__extractor_path="", eval__reference="", eval__extractor="inception")
+    assert read_workdir(workdir(lambda content: [content.update(format=1), content.pop("init")])) == trained_on_digits()
     for older in (lambda content: None, lambda content: content.pop("eval")):
         run = workdir(older, stamped=False)
         claim_workdir(run, trained_on_digits())  # resumed
@@ -332,7 +333,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda content: content.update(format=2), "format 2.*newer"),
+    (lambda content: content.update(format=3), "format 3.*newer"),
     (lambda content: content.update(format=10**15), "format 1000000000000000.*newer"),
     (lambda content: content.update(format=-1), "format is -1"),
     (lambda content: content.update(format="1"), "format is '1'"),

@@ -177,7 +177,7 @@ def test_training_cannot_go_on_and_says_so(raw, ema):
         abstract = abstract_params(generator, sharding.make_mesh(1))
         trees = {"params": abstract, "ema": abstract, "optimizer": {"step": abstract["null_embedding"]}}
         with (Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints,
-              pytest.raises(UserError, match=f"has only {item}, not .*training cannot go on from it")):
+              pytest.raises(UserError, match=f"has only {item}, not .*--init_from")):
             checkpoints.restore(trees)
 
 
@@ -423,7 +423,7 @@ def test_a_run_of_ours_there_and_back(trained, tmp_path, capsys):
     assert "has only params, not ema" in capsys.readouterr().err
     export(run, tmp_path / "y.safetensors")
     assert equal(tensors(out), tensors(tmp_path / "y.safetensors"))
-    with pytest.raises(UserError, match="has only params, not ema and optimizer.*training cannot go on"):
+    with pytest.raises(UserError, match="no optimizer state.*init_from="):
         train(read_workdir(run), run)
 
 

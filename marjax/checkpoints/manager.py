@@ -120,15 +120,23 @@ class Checkpoints(Closing):
 
     def trees(self, step: int | None = None) -> list[str]:
         """The trees that a checkpoint has, those of the newest with readable metadata if step is None, else all."""
+        found = self.describe(step)
+        return list(TREES) if found is None else list(found[1])
+
+    def describe(self, step: int | None = None) -> tuple[int, dict[str, str]] | None:
+        """The step of a checkpoint and the digests of its trees (see `Restored`); no array is read.
+
+        If step is None, that of the newest with readable metadata; None where there is none, which `restore` reports.
+        """
         for each in reversed(self.steps()):
             if step in (None, each):
                 try:
                     meta = _read_meta(self.directory / str(each) / META)
                 except _DamageError:
-                    continue  # which `restore` reports
+                    continue
                 _check_format(meta, self.directory / str(each))
-                return _trees_of(meta)
-        return list(TREES)
+                return each, _digests(meta)
+        return None
 
     def save(self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None,
              meta: Mapping[str, Any]) -> None:
@@ -280,13 +288,13 @@ class Checkpoints(Closing):
             problem = str(damage)
         _agree(problem)
         _check_format(meta, path)
-        there = _trees_of(meta)
+        there = list(_digests(meta))
         if not set(targets) <= set(there):
             missing = [name for name in TREES if name in targets and name not in there]
             raise UserError(
                 f"Checkpoint {path} has only {' and '.join(there)}, not {' and '.join(missing)}: it was made of "
-                "weights alone. Sample with --weights ema or raw, whichever it has (raw are params); training cannot "
-                "go on from it."
+                "weights alone. Sample with --weights ema or raw, whichever it has (raw are params); start a new run "
+                "from them with --init_from."
             )
         _check_fit(meta["arrays"], targets, path)
 
@@ -308,9 +316,8 @@ class Checkpoints(Closing):
         changed = [p for p, value in found.items() if value != meta["arrays"][p]["checksum"]]
         if changed:
             raise _DamageError(f"wrong checksum of {_some(changed)}")
-        digests = {name: _digest({path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name})
-                   for name in items}
-        return Restored(step, items, meta["user"], digests)
+        digests = _digests(meta)
+        return Restored(step, items, meta["user"], {name: digests[name] for name in items})
 
     def _move_aside(self, steps: list[int]) -> None:
         problem = ""
@@ -369,8 +376,11 @@ def _check_format(meta: dict[str, Any], path: epath.Path) -> None:
                         f"of marjax that wrote it, or move it away")
 
 
-def _trees_of(meta: dict[str, Any]) -> list[str]:
-    return [name for name in TREES if any(path.split("/")[0] == name for path in meta["arrays"])]
+def _digests(meta: dict[str, Any]) -> dict[str, str]:
+    """A hash of each tree that a checkpoint has, by name."""
+    trees = {name: {path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name}
+             for name in TREES}
+    return {name: _digest(arrays) for name, arrays in trees.items() if arrays}
 
 
 def _digest(body: dict[str, Any]) -> str:

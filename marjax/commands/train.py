@@ -1,6 +1,7 @@
 """`marjax train`."""
 
 import argparse
+import shlex
 
 from marjax.commands.arguments import add_config, join, load_config, parse_range
 
@@ -11,14 +12,21 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--workdir", required=True)
+    parser.add_argument("--init_from", metavar="WORKDIR", help="start from the weights of this work directory, of "
+                        "marjax convert or of another run, with a new optimizer (docs/finetuning.md)")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace those steps, for TensorBoard or xprof, into "
                         "the work directory's profile/")
 
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from marjax.workdir import refuse_weights_alone
+
+    refuse_weights_alone(given.workdir, shlex.join(
+        ["marjax", "train", "--config", given.config, *(f"--config.{key}={value}" for key, value in overrides.items()),
+         "--init_from", given.workdir, "--workdir", f"{given.workdir}_finetuned"]))
     config = load_config(given.config, overrides)
     profile = None if given.profile is None else parse_range(given.profile)
     join(given, stops_at_steps=True)
     from marjax.training.loop import train
 
-    train(config, given.workdir, profile=profile)
+    train(config, given.workdir, profile=profile, init_from=given.init_from)

@@ -6,7 +6,7 @@ function to `_MIGRATIONS`. A field that is merely added gets its default where a
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from marjax.config.overrides import flatten
@@ -14,7 +14,7 @@ from marjax.config.schema import base
 from marjax.errors import UserError
 from marjax.ranges import shown
 
-FORMAT = 1  # format 0 does not say that it is: the key is missing
+FORMAT = 2  # format 0 does not say that it is: the key is missing
 KEY = "format"  # beside the sections
 
 # Fields, or sections with all their fields, that came after the first config of the format.
@@ -22,6 +22,7 @@ _ADDED = {
     0: ("data.cache", "eval", "mesh.replicate_below", "model.mask_ratio_per", "sample.choice_temperature",
         "sample.confidence_order", "tokenizer.autoencoder", "tokenizer.checksum", "tokenizer.num_codes",
         "tokenizer.path", "tokenizer.posterior", "tokenizer.train"),
+    1: ("init",),
 }
 
 
@@ -65,7 +66,7 @@ def _from_0(content: dict[str, Any]) -> None:
         tokenizer.setdefault("checksum", "")
 
 
-_MIGRATIONS = {0: _from_0}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {0: _from_0, 1: lambda content: None}
 
 
 def _add(content: dict[str, Any], key: str, value: Any) -> None:

@@ -41,6 +41,7 @@ CHOICES = {
     "tokenizer.posterior": autoencoder_spec.POSTERIORS,
     "model.mask_ratio_per": ("image", "batch"),
     "train.schedule": ("constant", "cosine"),
+    "init.weights": ("ema", "raw"),
     "sample.cfg_schedule": ("linear", "constant"),
     "eval.extractor": ("inception", "classifier"),
 }
@@ -120,6 +121,7 @@ RANGES = {
     "train.weight_decay": Range(0.0, 1e4),
     "train.clip": Range(1e-6, MAX_FLOAT),
     "train.ema_decay": SHARE_BELOW_ONE,
+    "init.step": COUNT_OR_NONE,
     "mesh.data": whole(-1, 2**20),
     "mesh.fsdp": whole(-1, 2**20),
     "mesh.tensor": whole(-1, 2**20),
@@ -142,7 +144,7 @@ RANGES = {
 
 # Fields that are paths.
 PATHS = ("data.data_dir", "data.cache", "tokenizer.path", "tokenizer.train.lpips.vgg", "tokenizer.train.lpips.linear",
-         "eval.extractor_path", "eval.reference")
+         "eval.extractor_path", "eval.reference", "init.path")
 
 MAX_LENGTH = 16  # of lists of numbers
 
@@ -252,6 +254,12 @@ def base() -> ConfigDict:
             clip=config_dict.FieldReference(3.0),  # of the gradient's global norm; None or 0: no clipping
             ema_decay=0.9999,
             ema_warmup=False,  # min(ema_decay, (1 + n) / (10 + n)) at step n
+        ),
+        init=dict(  # a new run starts from these weights; see marjax/training/init_from.py
+            path="",  # of a work directory of converted weights or of another run; "": random weights
+            weights=derived_str(),  # "ema" or "raw"; "ema" where it has them
+            step=derived_int(),  # of the checkpoint; the newest
+            checksum=derived_str(),  # of the weights, filled in when training starts
         ),
         mesh=dict(  # devices along each axis; -1 takes what is left
             data=-1,  # the batch is cut, the state is whole on each

@@ -7,6 +7,7 @@ the data starts where the restored state stands.
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
 from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
+from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib
 from marjax.training.clock import Clock
 from marjax.training.optimizer import make_optimizer
@@ -37,13 +39,13 @@ from marjax.training.profile import Profile
 from marjax.training.run import Intervals, Run, headline
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
-from marjax.workdir import claim_workdir, first_start, settings_of_all
+from marjax.workdir import claim_workdir, first_start, refuse_weights_alone, settings_of_all
 
 
 @numerics.pinned()
-@takes_paths("workdir")
+@takes_paths("workdir", "init_from")
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
-          profile: tuple[int, int] | None = None) -> TrainState:
+          profile: tuple[int, int] | None = None, init_from: str | os.PathLike[str] | None = None) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
 
     With several processes (see `marjax/distributed.py`) all of them call this, with the same config.
@@ -52,6 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
       config: as a config file returns it, or resolved.
       workdir: local path or gs:// address; made if need be. Of several processes, one that all of them see.
       profile: the first and the last step of a trace, written below the work directory.
+      init_from: work directory of converted weights or of another run, whose weights a new run starts from; sets
+        `config.init.path`. To resume, give the same or none.
 
     Returns:
       The final state, on the devices.
@@ -62,7 +66,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
       PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
+    if init_from:
+        config = config_lib.apply_overrides(config, {"init.path": init_from})
     config = config_lib.resolve(config)
+    refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
     # What may be wrong with the machine, the tokenizer or the data, before anything is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -79,14 +86,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
+    config, weights = init_from_lib.prepare(config, workdir, mesh)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
         distributed.on_first(lambda: claim_workdir(workdir, config))
-        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about)
+        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about, weights)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
            tokenizer: Tokenizer, examples: Examples | None, probe: Probe | None, tracer: Profile | None,
-           about: str) -> TrainState:
+           about: str, weights: Mapping[str, jax.Array]) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
@@ -99,7 +107,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
                      keep_every=config.checkpoint.keep_every) as checkpoints:
         restored = checkpoints.restore(checkpoint_items(abstract))
         if restored is None:
-            state = state_lib.create(generator, optimizer, abstract, config.seed)
+            state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
         else:
             items = restored.items
             state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],
@@ -126,9 +134,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
                       draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
                       advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
                       evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
-            weights = sampler.tokenizer_params
             with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                return run.steps(state, lambda state, batch: train_step(state, batch, weights), batches)
+                return run.steps(state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params),
+                                 batches)
 
 
 def open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int,

@@ -1,5 +1,6 @@
 """What training carries from step to step, its shapes and its shardings."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from marjax import numerics, sharding
@@ -58,19 +60,25 @@ def abstract_state(generator: Generator, optimizer: optax.GradientTransformation
     return TrainState(step=step, params=params, ema=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 
-def create(generator: Generator, optimizer: optax.GradientTransformation, abstract: TrainState,
-           seed: int) -> TrainState:
-    """The state at step 0, created on the devices where it stays; the EMA starts at the parameters."""
+def create(generator: Generator, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int,
+           given: Mapping[str, jax.Array] | None = None) -> TrainState:
+    """The state at step 0, created on the devices where it stays; the EMA starts at the parameters.
 
-    def init(key: jax.Array) -> TrainState:
-        params = init_unboxed(generator, key)
+    `given` are parameters by path ("backbone/mask_token"), sharded as in `abstract`, that take the place of random
+    ones; they are donated.
+    """
+
+    def init(key: jax.Array, given: dict[str, jax.Array]) -> TrainState:
+        flat = traverse_util.flatten_dict(init_unboxed(generator, key), sep="/")
+        params = traverse_util.unflatten_dict(flat | given, sep="/")
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
                           opt_state=optimizer.init(params))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(numerics.key(seed))
+    return jax.jit(init, out_shardings=shardings, compiler_options=options, donate_argnums=1)(
+        numerics.key(seed), dict(given or {}))
 
 
 def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
