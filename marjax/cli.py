@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from marjax import commands, failures, storage
+from marjax.command_line import FIELD, Parser, check_command, read, take_field
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
 from marjax.paths import normalised
@@ -24,15 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     pressed twice); after 42 (preempted, and saved),
     134 (another process of the run was lost) and 200 (gs:// does not answer) the same command goes on.
     """
-    parser = _parser()
-    given, rest = parser.parse_known_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments in (["-h"], ["--help"], ["help"]):
+        _parser().print_help()
+        return 0
+    if arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
+    known = bool(arguments) and arguments[0] in (*commands.NAMES, *commands.HIDDEN)
+    program = f"marjax {arguments[0]}" if known else "marjax"
     failure: BaseException | None = None
     failures.quiet_interpreter()
     try:
-        overrides = parse_overrides(rest)
+        given, overrides = _parse(arguments)
         command = commands.load(given.command)
-        if overrides and not command.TAKES_OVERRIDES:
-            raise UserError(f"{given.command} takes no --config.key=value: the config is in the work directory")
         for name in PATHS & vars(given).keys():
             value = getattr(given, name)
             if value is not None:
@@ -48,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command.run(given)
         code = 0
     except PreemptedError as error:
-        print(f"marjax {given.command}: {error.cause}: {one_line(str(error))}", file=sys.stderr)
+        print(f"{program}: {error.cause}: {one_line(str(error))}", file=sys.stderr)
         code = error.code
     except (UserError, TrainingError) as error:
-        print(f"marjax {given.command}: error: {one_line(str(error))}", file=sys.stderr)
+        print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
         code, failure = error.code, error
     except KeyboardInterrupt as error:
-        print(f"marjax {given.command}: interrupted; run the same command again", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again", file=sys.stderr)
         code, failure = INTERRUPTED, error
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         told = storage.explain(error) or failures.explain(error)
         if told is not None:
-            print(f"marjax {given.command}: error: {one_line(str(told))}", file=sys.stderr)
+            print(f"{program}: error: {one_line(str(told))}", file=sys.stderr)
         if told is None or failures.TRACEBACK in os.environ:
             traceback.print_exc()
         code = 1 if told is None else told.code
@@ -84,26 +90,45 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
-        if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; single config fields are set by --config.key=value")
-        key, has_value, value = argument.removeprefix("--config.").partition("=")
-        if not has_value:
-            if not remaining or remaining[0].startswith("--"):
-                raise UserError(f"{argument} needs a value: {argument}=...")
-            value = remaining.pop(0)
+        if not argument.startswith(FIELD):
+            raise UserError(f"unknown argument {argument!r}; single config fields are set by {FIELD}key=value")
+        key, value = take_field(argument, remaining)
         overrides[key] = value
     return overrides
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="marjax", description="Autoregressive image generation with continuous "
-                                     "tokens. See README.md.", allow_abbrev=False)
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The parsed arguments, `command` among them, and the fields of the config. Raises UserError."""
+    name, *rest = arguments
+    if name not in (*commands.NAMES, *commands.HIDDEN):
+        whole = _parser()
+        options = [option for action in whole._actions for option in action.option_strings]
+        if name in options:
+            whole.parse_args(arguments)  # which prints something, and exits
+        check_command(arguments, commands.NAMES, options)
+    parser, command = Parser(prog=f"marjax {name}"), commands.load(name)  # the other commands are not even imported
+    _describe(parser, command)
+    kept, overrides = read(rest, name, parser, takes_fields=command.TAKES_OVERRIDES)
+    return parser.parse_args(kept, argparse.Namespace(command=name)), overrides
+
+
+def _parser() -> Parser:
+    """The parser of all commands, for help and completion."""
+    parser = Parser(prog="marjax", description="Autoregressive image generation with continuous tokens. See README.md.",
+                    epilog="marjax COMMAND --help lists the arguments of a command, with an example.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)
         text: dict[str, Any] = {} if name in commands.HIDDEN else {"help": command.HELP}
-        sub = subparsers.add_parser(
-            name, **text, description=command.HELP, allow_abbrev=False,
-            epilog="--config.key=value sets a field of the config." if command.TAKES_OVERRIDES else None)
-        command.add_arguments(sub)
+        _describe(subparsers.add_parser(name, **text), command)
     return parser
+
+
+def _describe(parser: Parser, command: commands.Command) -> None:
+    """Adds a command's arguments and help."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.example = textwrap.fill(command.HELP, 100), command.EXAMPLE
+    parser.epilog = f"example: {command.EXAMPLE}"
+    if command.TAKES_OVERRIDES:
+        parser.epilog += "\n--config.key=value sets a field of the config."
+    command.add_arguments(parser)

@@ -19,11 +19,13 @@ class Command(Protocol):
 
     Attributes:
       HELP: what it does, one sentence.
+      EXAMPLE: a command line with what the command needs.
       TAKES_OVERRIDES: whether it takes --config.key=value; `run` then gets those as its second argument.
       run: does the work, and prints what came of it.
     """
 
     HELP: str
+    EXAMPLE: str
     TAKES_OVERRIDES: bool
     run: Callable[..., None]
 

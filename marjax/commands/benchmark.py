@@ -10,6 +10,7 @@ from marjax.ranges import check_arguments
 
 HELP = ("Measure training, sampling, the host's own work in a training step, Inception's features of images of a "
         "config's size, or the metrics of 10,000 features; prints one JSON line.")
+EXAMPLE = "marjax benchmark train --config digits"
 TAKES_OVERRIDES = True
 
 

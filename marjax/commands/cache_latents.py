@@ -6,6 +6,7 @@ import shlex
 from marjax.commands.arguments import add_config, join, load_config
 
 HELP = "Encode the images of a config once, for training to read."
+EXAMPLE = "marjax cache-latents --config imagenet256 --config.tokenizer.path=kl16.safetensors --out data/imagenet_kl16"
 TAKES_OVERRIDES = True
 
 

@@ -10,6 +10,7 @@ from marjax.errors import UserError
 
 HELP = ("Compile a config's programs for a TPU slice that need not be there: do they fit, what do they send, how long "
         "would they take.")
+EXAMPLE = "marjax compile --topology v5e-64 --config imagenet256:model=mar_huge"
 TAKES_OVERRIDES = True
 
 

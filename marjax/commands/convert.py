@@ -7,6 +7,7 @@ from marjax.errors import UserError
 
 HELP = ("Make a work directory of a PyTorch or safetensors checkpoint of the reference, or a tokenizer's file of an "
         "autoencoder's.")
+EXAMPLE = "marjax convert --checkpoint checkpoint-last.pth --tokenizer kl16.ckpt --out runs/mar_base"
 TAKES_OVERRIDES = True
 
 

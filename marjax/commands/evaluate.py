@@ -6,6 +6,7 @@ import os
 from marjax.commands.arguments import EVALUATE_FIELDS, join
 
 HELP = "Sample from a work directory and measure: FID and more."
+EXAMPLE = "marjax evaluate --workdir runs/digits --num_images 1000"
 TAKES_OVERRIDES = False
 
 

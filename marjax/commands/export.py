@@ -4,6 +4,7 @@ import argparse
 import os
 
 HELP = "Write the weights of a work directory under the reference's PyTorch names."
+EXAMPLE = "marjax export --workdir runs/mar_base --out mar.safetensors"
 TAKES_OVERRIDES = False
 
 

@@ -3,6 +3,7 @@
 import argparse
 
 HELP = "Draw loss, evaluations and samples of work directories."
+EXAMPLE = "marjax plot --workdir runs/digits --out plots"
 TAKES_OVERRIDES = False
 
 

@@ -5,6 +5,7 @@ import argparse
 from marjax.errors import UserError
 
 HELP = "Turn a folder of pictures, or the ImageNet tars, into a data set."
+EXAMPLE = "marjax prepare --images pictures --out data"
 TAKES_OVERRIDES = False
 
 

@@ -11,6 +11,7 @@ from marjax.storage import is_remote
 from marjax.workdir import read_workdir
 
 HELP = "Sample from a trained work directory."
+EXAMPLE = "marjax sample --workdir runs/digits --out samples"
 TAKES_OVERRIDES = False
 
 

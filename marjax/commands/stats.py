@@ -6,6 +6,7 @@ from marjax.commands.arguments import add_config, join, load_config
 from marjax.errors import UserError
 
 HELP = "Make the statistics of real images that samples are measured against."
+EXAMPLE = "marjax stats --dataset mnist"
 TAKES_OVERRIDES = True
 
 

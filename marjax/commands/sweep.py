@@ -6,6 +6,7 @@ import os
 from marjax.errors import TrainingError, UserError
 
 HELP = "Train and measure the points of a sweep file, and tabulate them."
+EXAMPLE = "marjax sweep sweep.py --root runs/sweep"
 TAKES_OVERRIDES = False
 
 

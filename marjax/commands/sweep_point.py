@@ -3,6 +3,7 @@
 import argparse
 
 HELP = ""
+EXAMPLE = "marjax sweep-point sweep.py --root runs/sweep --name NAME"
 TAKES_OVERRIDES = False
 
 

@@ -7,6 +7,7 @@ from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 
 HELP = "Check a tokenizer: images through it and back."
+EXAMPLE = "marjax tokenizer check --images pictures --path kl16.safetensors --out check"
 TAKES_OVERRIDES = True
 
 

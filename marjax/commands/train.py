@@ -6,6 +6,7 @@ import shlex
 from marjax.commands.arguments import add_config, join, load_config, parse_range
 
 HELP = "Train, or resume, in a work directory."
+EXAMPLE = "marjax train --config digits --workdir runs/digits"
 TAKES_OVERRIDES = True
 
 

@@ -6,6 +6,7 @@ from marjax.commands.arguments import add_config, load_config
 from marjax.errors import UserError
 
 HELP = "Train the small network that measures samples of data which the Inception network does not know."
+EXAMPLE = "marjax train-classifier --config mnist"
 TAKES_OVERRIDES = True
 
 

@@ -6,6 +6,7 @@ from marjax.commands.arguments import add_config, join, load_config
 from marjax.errors import UserError
 
 HELP = "Train the tokenizer of a config, or resume."
+EXAMPLE = "marjax train-tokenizer --config mnist:tokenizer=kl"
 TAKES_OVERRIDES = True
 
 

@@ -1,0 +1,272 @@
+"""Command lines as people type them: how they are read, and the one line that a mistake in one gets.
+
+argparse does the parsing. Before it, `read` accepts dashes for underscores in flags and blanks around "=", separates
+the fields of the config, and refuses what argparse would not explain.
+"""
+
+import argparse
+import difflib
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from marjax.errors import UserError, shortened
+
+FIELD = "--config."  # how a flag starts that sets a field of the config
+_DASHES = "-‐‑‒–—―−﹣-"  # those that web pages and word processors make of a hyphen
+_NUMBER = re.compile(r"-\.?\d.*")  # a value, no flag
+_ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
+# Sections whose field is meant by a name that several have.
+_SECTIONS = {"train-tokenizer": ("tokenizer.train.", "tokenizer."), "stats": ("eval.", "data."),
+             "train-classifier": ("data.", "eval."), "cache-latents": ("data.", "tokenizer.")}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are UserErrors, and whose numbers are written as in the config.
+
+    Attributes:
+      example: a command line that works.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | kwargs)
+        self.example = ""
+        for kind in (int, float):
+            self.register("type", kind, _number(kind))
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError: argparse's error, in one line that says what to type."""
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if missing:
+            raise UserError(f"{missing[1].replace(', ', ' and ')} missing; for example: {self.example}")
+        if found := re.fullmatch(r"argument (\S+): expected (one|at least one) argument", message):
+            raise UserError(f"{found[1]} needs a value; for example: {self.example}")
+        if found := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
+            choices = found[3].replace("'", "").split(", ")
+            given = found[2].strip("'\"")
+            raise UserError(f"{found[1]} is {shortened(found[2])}{_closest(given, choices)}; give one of "
+                            f"{', '.join(choices)}")
+        raise UserError(re.sub(r"^argument (\S+): =", r"\1=", message))
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        from marjax.config.overrides import parse_value
+
+        try:
+            return parse_value("", text, kind)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parse
+
+
+def check_command(arguments: Sequence[str], names: Sequence[str], options: Sequence[str]) -> None:
+    """Raises UserError: the first argument is neither a command nor one of the options of `marjax`, naming the closest.
+    """
+    given = arguments[0]
+    if given in names:
+        return
+    if given[:1] and given[0] in _DASHES:
+        if found := [each for each in arguments if each in names]:
+            raise UserError(f"the command comes before its arguments: marjax {found[0]} {given} ...")
+        close = _closest("--" + _plain(given), options)
+        raise UserError(f"unknown argument {shortened(repr(given))}{close}; marjax --help lists the commands")
+    name = given.lower().replace("_", "-")
+    match = [each for each in names if len(name) > 1 and each.startswith(name)]
+    raise UserError(f"unknown command {shortened(repr(given))}{_closest(name, match or names)}; marjax --help lists "
+                    f"all")
+
+
+def read(arguments: Sequence[str], command: str, parser: Parser, *, takes_fields: bool) -> tuple[
+        list[str], dict[str, str]]:
+    """The arguments of a command as argparse takes them, and the fields of the config that they set.
+
+    Args:
+      arguments: after the command's name.
+      command: its name.
+      parser: of the command.
+      takes_fields: whether it takes --config.key=value.
+
+    Raises:
+      UserError: an unknown flag, a word that belongs to none, or a value that the shell has split.
+    """
+    reader = _Reader(command, parser, takes_fields)
+    if {"-h", "--help"} & set(arguments):
+        return ["--help"], {}
+    _check_split(arguments, reader)
+    kept, fields, words = list[str](), dict[str, str](), 0
+    most_words = sum(not action.option_strings for action in parser._actions)
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument.startswith(FIELD):
+            if not takes_fields:
+                raise reader.unwanted_field(argument)
+            key, value = take_field(argument, remaining)
+            fields[key] = value
+        elif not is_flag(argument):
+            words += 1
+            if words > most_words:
+                raise reader.unexpected(argument, kept)
+            kept.append(argument)
+        else:
+            flag, has_value, value = argument.partition("=")
+            action = reader.find(flag)
+            if action is None:
+                raise reader.unknown(argument, remaining)
+            if action.nargs == 0:
+                kept.append(action.option_strings[-1] + has_value + value)
+                continue
+            if not has_value and remaining and remaining[0].startswith("="):  # "--flag = value", "--flag =value"
+                value = remaining.pop(0)[1:]
+                has_value = "="
+            if has_value and not value and not most_words and remaining and not is_flag(remaining[0]):
+                value = remaining.pop(0)
+            if has_value:
+                reader.check_value(action, value)
+                kept.append(f"{action.option_strings[-1]}={value}")
+                continue
+            if remaining:
+                reader.check_value(action, remaining[0])
+            kept.append(action.option_strings[-1])
+            while remaining and not is_flag(remaining[0]):
+                kept.append(remaining.pop(0))
+                if action.nargs != "+":
+                    break
+    return kept, fields
+
+
+def take_field(argument: str, remaining: list[str]) -> tuple[str, str]:
+    """The key and value of an argument that starts with FIELD; the value may be the next of the remaining ones.
+
+    Raises:
+      UserError: it has no value.
+    """
+    key, has_value, value = argument.removeprefix(FIELD).partition("=")
+    if not has_value and remaining and remaining[0].startswith("="):
+        has_value, value = "=", remaining.pop(0)[1:]
+    if not value and remaining and not is_flag(remaining[0]):
+        has_value, value = "=", remaining.pop(0)
+    if not has_value:
+        raise UserError(f"{argument} needs a value: {argument}=...")
+    return key, value
+
+
+def is_flag(argument: str) -> bool:
+    """Whether an argument starts as a flag does, also with a dash of a word processor."""
+    return len(argument) > 1 and argument[0] in _DASHES and not _NUMBER.fullmatch(argument)
+
+
+def _check_split(arguments: Sequence[str], reader: "_Reader") -> None:
+    """Raises UserError: a blank beside a comma, at which the shell splits."""
+    for index, (first, second) in enumerate(itertools.pairwise(arguments)):
+        if is_flag(second) or (is_flag(first) and "=" not in first):
+            continue
+        if first.endswith(",") or second.startswith(","):
+            start = index if is_flag(first) or not index else index - 1
+            end = index + 1
+            while end + 1 < len(arguments) and not is_flag(arguments[end + 1]) and (
+                    arguments[end].endswith(",") or arguments[end + 1].startswith(",")):
+                end += 1
+            flag, values = arguments[start].partition("=")[0], "".join(arguments[index:end + 1])
+            action = reader.find(flag)
+            if action is not None and action.nargs == "+":
+                values, advice = values.replace(",", " "), "separate the values by blanks alone"
+            else:
+                advice = "leave out the blank beside the comma, or quote the value"
+            meant = values if start == index else f"{flag} {values}"
+            raise UserError(f"{shortened(repr(first))} and {shortened(repr(second))} are two arguments: {advice}: "
+                            f"{shortened(meant, 200)}")
+
+
+class _Reader:
+    """What is known of a command's arguments."""
+
+    def __init__(self, command: str, parser: Parser, takes_fields: bool) -> None:
+        self._command, self._takes_fields = command, takes_fields
+        self._actions: Mapping[str, argparse.Action] = {
+            option: action for action in parser._actions for option in action.option_strings}
+        self._required = [action for action in parser._actions if action.required and action.option_strings]
+
+    def find(self, flag: str) -> argparse.Action | None:
+        """The action of a flag, also if it is written with other dashes inside; None if there is none."""
+        for spelling in (flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")):
+            if flag.startswith("-") and spelling in self._actions:
+                return self._actions[spelling]
+        return None
+
+    def check_value(self, action: argparse.Action, value: str) -> None:
+        """Raises UserError: --config is given a field of the config in place of a file."""
+        found = _ASSIGNMENT.fullmatch(value) if self._takes_fields and "--config" in action.option_strings else None
+        if found and (field := self._field(found[2], exact=True)):
+            raise UserError(f"--config takes a file, not a field: add {field}={found[4]} to it")
+
+    def unwanted_field(self, argument: str) -> UserError:
+        """The error about a field of the config for a command that takes none."""
+        field, _, value = argument.removeprefix(FIELD).partition("=")
+        option = "--" + field.rpartition(".")[2]
+        has = f"; give {option}={value}" if option in self._actions else ""
+        where = ": the config is in the work directory" if "--workdir" in self._actions else ""
+        return UserError(f"{self._command} takes no {FIELD}key=value{where}{has}")
+
+    def unexpected(self, word: str, kept: Sequence[str]) -> UserError:
+        """The error about a word that belongs to no flag."""
+        if (found := _ASSIGNMENT.fullmatch(word)) and (self._takes_fields or f"--{found[2]}" in self._actions):
+            return self.unknown(f"--{found[2]}={found[4]}", [], shown=word)
+        given = {each.partition("=")[0] for each in kept}
+        missing = [action.option_strings[-1] for action in self._required if not given & {*action.option_strings}]
+        advice = f"write {missing[0]} {shlex.quote(word)}" if missing else self._help()
+        return UserError(f"unexpected argument {shortened(repr(word))}: {advice}")
+
+    def unknown(self, argument: str, remaining: Sequence[str], shown: str = "") -> UserError:
+        """The error about a flag that the command does not have."""
+        flag, has_value, value = argument.partition("=")
+        if not has_value and remaining and not is_flag(remaining[0]):
+            has_value, value = "=", remaining[0]
+        what = f"unknown argument {shortened(repr(shown or flag))}"
+        name = flag.lstrip(_DASHES).lower()
+        name = "".join("_" if character in _DASHES else character for character in name)
+        if name == "config" and "--config" not in self._actions and "--workdir" in self._actions:
+            return UserError(f"{what}: the config is in the work directory; {self._help()}")
+        options = {_plain(option): option for option in self._actions if option.startswith("--")}
+        meant = options.get(_plain(name)) or self._field(name, exact=True)
+        if meant is None:
+            close = difflib.get_close_matches(_plain(name), options, 1, 0.6)
+            meant = options[close[0]] if close else self._field(name, exact=False)
+        if meant is None:
+            single = f"; {FIELD}key=value sets a field of the config" if self._takes_fields else ""
+            return UserError(f"{what}{single}; {self._help()}")
+        if meant.startswith(FIELD):
+            return UserError(f"{what}: write {meant}={value if has_value else '...'}")
+        return UserError(f"{what}; the closest is {meant}; {self._help()}")
+
+    def _field(self, name: str, exact: bool) -> str | None:
+        """The flag that sets the field of that name, with or without its sections."""
+        if not self._takes_fields:
+            return None
+        from marjax.config.overrides import known_fields
+
+        first = _SECTIONS.get(self._command, ("train.", "model.", "data.", "sample."))
+        fields = sorted(known_fields(), key=lambda key: (
+            next((rank for rank, section in enumerate(first) if key.startswith(section)), len(first)), key.count(".")))
+        key = name.removeprefix("config.")
+        names = {_plain(each): each for each in reversed(fields)} | {
+            _plain(each.rpartition(".")[2]): each for each in reversed(fields)}
+        match = [_plain(key)] if exact and _plain(key) in names else []
+        if not exact:
+            match = difflib.get_close_matches(_plain(key), names, 1, 0.7)
+        return FIELD + names[match[0]] if match else None
+
+    def _help(self) -> str:
+        return f"marjax {self._command} --help lists all"
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character not in f"{_DASHES}_")
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name[:100], list(names), 1, 0.5)
+    return f"; the closest is {match[0]!r}" if match else ""

@@ -1,0 +1,142 @@
+"""Mistakes in a command line: one line each, which names what was meant."""
+
+import argparse
+import shlex
+
+import pytest
+from conftest import DIGITS, ROOT
+
+from marjax import cli, commands
+from marjax.command_line import Parser
+
+IMAGENET = str(ROOT / "configs" / "imagenet256.py")
+
+
+def failure(capsys, line):
+    """The one line on stderr of a command line that is a user error."""
+    arguments = shlex.split(line.format(digits=DIGITS, imagenet=IMAGENET))
+    assert cli.main(arguments) == 2
+    out, error = capsys.readouterr()
+    program = f"marjax {arguments[0]}" if arguments[0] in commands.NAMES else "marjax"
+    assert error.startswith(f"{program}: error: ") and error.count("\n") == 1 and not out
+    return error
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_marjax_alone_prints_its_help(capsys, arguments):
+    assert cli.main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert not error and all(f"\n    {name}" in out for name in commands.NAMES)
+
+
+@pytest.mark.parametrize("line, meant", [
+    ("trian", "'train'"), ("Train --config x", "'train'"), ("train_tokenizer", "'train-tokenizer'"),
+    ("cache", "'cache-latents'"), ("evalute", "'evaluate'"), ("smaple --workdir x", "'sample'"),
+    ("--workdir x train", "marjax train --workdir"), ("—help", "'--help'"), ("qqq", "marjax --help"),
+])
+def test_unknown_commands(capsys, line, meant):
+    assert meant in failure(capsys, line)
+
+
+@pytest.mark.parametrize("flag, meant", [
+    ("-workdir x", "--workdir;"), ("--work_dir x", "--workdir;"), ("—workdir x", "--workdir;"),
+    ("––Workdir=x", "--workdir;"), ("--num-itr 3", "--num_iter;"), ("--temprature 1", "--temperature;"),
+    ("--label 3", "--labels;"), ("--config digits", "the config is in the work directory"),
+    ("--config.sample.cfg=3", "--cfg=3"), ("cfg=3", "--cfg;"), ("--qqqqq", "marjax sample --help"),
+])
+def test_unknown_flags_of_sample(capsys, flag, meant):
+    assert meant in failure(capsys, f"sample --workdir w --out o {flag}")
+
+
+@pytest.mark.parametrize("flag, meant", [
+    ("--steps 100", "--config.train.steps=100\n"), ("--steps=1e3", "--config.train.steps=1e3\n"),
+    ("--batch-size 8", "--config.train.batch_size=8\n"), ("--lr 1e-3", "--config.train.lr=1e-3\n"),
+    ("--train.lr=1", "--config.train.lr=1\n"), ("--num_iter 3", "--config.sample.num_iter=3\n"),
+    ("train.lr=1e-3", "--config.train.lr=1e-3\n"), ("lr=1e-3", "--config.train.lr=1e-3\n"),
+    ("config.train.lr=1e-3", "--config.train.lr=1e-3\n"), ("–config.train.lr 1e-3", "--config.train.lr=1e-3\n"),
+    ("-config.train.lr=1", "--config.train.lr=1\n"), ("--image_sise 4", "--config.data.image_size=4\n"),
+    ("--config train.steps=5", "--config.train.steps=5 "), ("--config.train.stpes=5", "'train.steps'"),
+    ("--config.train.steps", "--config.train.steps=..."), ("--wrokdir w", "--workdir;"),
+    ("--qqqqq", "--config.key=value"),
+])
+def test_unknown_flags_of_train(capsys, flag, meant):
+    assert meant in failure(capsys, f"train --config {{digits}}:debug --workdir w {flag}")
+
+
+def test_fields_of_the_section_that_a_command_is_about(capsys):
+    assert "--config.tokenizer.train.steps=3\n" in failure(capsys, "train-tokenizer --config {digits} --steps 3")
+
+
+@pytest.mark.parametrize("line, meant", [
+    ("train", "--config and --workdir"), ("train --config x", "--workdir missing"), ("sweep --root r", "FILE.py"),
+    ("benchmark", "marjax benchmark train"), ("sample --workdir", "--workdir needs a value"),
+    ("sample --workdir --out x", "--workdir needs a value"),
+    ("train {digits} --workdir w", "write --config /"), ("sample runs/x --out o", "write --workdir runs/x"),
+    ("sweep a.py b.py --root r", "'b.py'"), ("sample --workdir w --out o --weights emaa", "'ema'"),
+    ("benchmark tran --config x", "'train'"), ("sample --workdir w --out o --num_iter 1.5", "--num_iter='1.5'"),
+    ("prepare --images x --out o --val_share ten", "--val_share='ten'"),
+])
+def test_missing_unexpected_and_wrong_values(capsys, line, meant):
+    assert meant in failure(capsys, line)
+
+
+@pytest.mark.parametrize("line, meant", [
+    ("train --config {imagenet}:model=mar_base, variant=ar --workdir w", "imagenet256.py:model=mar_base,variant=ar\n"),
+    ("sample --workdir w --out o --labels 1, 2, 3", "--labels 1,2,3\n"),
+    ("sample --workdir w --out o --labels=1, 2", "--labels=1,2\n"),
+    ("sample --workdir w --labels 1 ,2", "--labels 1,2\n"),
+    ("evaluate --workdir w --cfg 1, 2.9 --seed 1", "--cfg 1,2.9\n"), ("plot --workdir a, b --out c", "--workdir a b\n"),
+    ("train --config {digits} --config.tokenizer.autoencoder.channel_mults=[1, 2]", "channel_mults=[1,2]\n"),
+])
+def test_a_blank_beside_a_comma(capsys, line, meant):
+    assert meant in failure(capsys, line)
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """What a command is run with."""
+    def parse(line):
+        given = []
+        name = shlex.split(line)[0]
+        monkeypatch.setattr(commands.load(name), "run", lambda *arguments: given.extend(arguments))
+        assert cli.main(shlex.split(line)) == 0
+        return given
+    return parse
+
+
+def test_both_spellings_and_blanks_around_an_equals_sign(parsed):
+    for line in ("--num_iter 1e1", "--num-iter=10", "--num-iter = 1_0", "--num_iter= 10", "--num_iter =10"):
+        [given] = parsed(f"sample --workdir w --out o --cfg .5 {line}")
+        assert (given.num_iter, given.cfg, given.workdir) == (10, 0.5, "w")
+    assert parsed("convert --checkpoint x --out o --weights raw")[0].weights == "raw"
+    assert parsed("cache-latents --config x --out o --batch-size 3")[0].batch_size == 3
+    assert parsed("plot --workdir a b --out o --format png svg")[0].workdir == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["--config.train.steps 100", "--config.train.steps = 100", "--config.train.steps= 100",
+                                  "--config.train.steps =100", "--config.train.steps=100"])
+def test_fields_and_blanks_around_an_equals_sign(parsed, text):
+    assert parsed(f"train --config x --workdir w {text} --config.log.every 3")[1] == {
+        "train.steps": "100", "log.every": "3"}
+    assert parsed(f"benchmark {text} train --config x")[1] == {"train.steps": "100"}
+
+
+def test_a_field_may_be_empty_or_negative(parsed):
+    assert parsed("train --workdir w --config.mesh.data -1 --config.data.cache= --config x")[1] == {
+        "mesh.data": "-1", "data.cache": ""}
+
+
+def test_the_examples_are_right():
+    for name in commands.NAMES:
+        program, command, *arguments = shlex.split(commands.load(name).EXAMPLE)
+        assert (program, command) == ("marjax", name)
+        given, overrides = cli._parse([command, *arguments])
+        assert isinstance(given, argparse.Namespace) and isinstance(overrides, dict)
+
+
+def test_no_two_flags_of_a_command_are_spelled_alike():
+    subparsers = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for parser in subparsers.choices.values():
+        assert isinstance(parser, Parser)
+        options = [option for action in parser._actions for option in action.option_strings]
+        assert len({option.replace("_", "").replace("-", "") for option in options}) == len(options)
