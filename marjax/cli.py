@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marjax import commands, failures, storage
+from marjax import commands, failures, progress, storage
 from marjax.command_line import FIELD, Parser, check_command, read, take_field
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
-        with never_lost():
+        with never_lost(), progress.command(f"marjax {given.command}"):
             if command.TAKES_OVERRIDES:
                 command.run(given, overrides)
             else:

@@ -1,22 +1,22 @@
-"""Where metrics go: JSON lines and TensorBoard in the work directory, a progress bar on a terminal.
+"""Where metrics go: JSON lines and TensorBoard in the work directory, a bar or lines on standard error.
 
 Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes, in a thread of its own, so that slow storage
 does not hold up the steps.
 """
 
+import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
-import tqdm
 from etils import epath
 
+from marjax import progress as progress_lib
 from marjax.closing import Closing
 from marjax.errors import StorageError, UserError
 from marjax.events import Events
@@ -37,7 +37,7 @@ class MetricWriter(Closing):
       start_step: lines of later steps are dropped, since a resumed run writes them again.
       total_steps: the length of the progress bar.
       tensorboard: whether to write events.
-      progress: whether to show a bar if standard error is a terminal.
+      progress: whether to show a bar.
       active: false on every process but the first; then nothing is written.
     """
 
@@ -46,7 +46,6 @@ class MetricWriter(Closing):
         self.active = active
         self._root = epath.Path(workdir)
         self._events: Events | None = None
-        self._bar: Any = None
         self._path = self._root / METRICS
         self._pool = ThreadPoolExecutor(1, "marjax-metrics")
         self._writes: list[Future[None]] = []
@@ -56,6 +55,8 @@ class MetricWriter(Closing):
         self._last_write = -math.inf
         self._outage: StorageError | None = None
         self._lines: list[dict[str, Any]] = []
+        self._total, self._progress = total_steps, progress
+        self._bar: progress_lib.Bar | None = None  # from the first call of `progress` on
         if not active:
             return
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
@@ -63,8 +64,6 @@ class MetricWriter(Closing):
         self._write_lines()
         if tensorboard:
             self._events = Events(self._root / "tensorboard", start_step)
-        self._bar = tqdm.tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
-                              disable=not (progress and sys.stderr.isatty()))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics; values that are not finite (a term without any token) are left out."""
@@ -80,10 +79,11 @@ class MetricWriter(Closing):
         shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
                  **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
-        if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
-        else:
-            print(f"step {step}: {text}", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.detail = text
+        if self._bar is None or not (self._bar.show and progress_lib.is_live()):
+            eta = "" if self._bar is None else self._bar.eta()
+            progress_lib.note(f"step {step}: {text}{eta and f', ETA {eta}'}")
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture, uint8 (H, W, 3), as `samples/<name>_<step>.png` and in TensorBoard."""
@@ -96,14 +96,20 @@ class MetricWriter(Closing):
         return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in self._lines)
 
     def progress(self, step: int) -> None:
-        """Moves the bar."""
+        """Shows how many steps are done: first those of earlier starts, then at every step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+        elif self.active:
+            self._bar = progress_lib.bar("train", self._total, "steps", start=step, show=self._progress)
+
+    def pause(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Shows other work than steps, such as "drawing pictures", whose time does not count for the bar's ETA."""
+        return contextlib.nullcontext() if self._bar is None else self._bar.pause(what)
 
     def note(self, text: str) -> None:
         """A line for the person who watches; does not break the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        if self.active:
+            progress_lib.note(text)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Waits until all is written, or for so long; whether it is. Raises UserError: something cannot be."""
@@ -115,13 +121,13 @@ class MetricWriter(Closing):
 
     def close(self) -> None:
         """Writes what is left. Raises UserError: something could not be written; StorageError: no answer."""
+        if self._bar is not None:
+            self._bar.close()
         if self._unwritten:
             self._queue_lines()
         self._pool.shutdown()
         if self._events is not None:
             self._events.close()
-        if self._bar is not None:
-            self._bar.close()
         self._raise_failures()
         if self._outage is not None:
             raise self._outage
@@ -168,7 +174,7 @@ class MetricWriter(Closing):
             kept = self._path.with_name(FOREIGN)
             before = kept.read_bytes() if kept.exists() else b""
             write_bytes(kept, before + b"".join(line + b"\n" for line in found.foreign))
-            print(f"{kept} has the ignored lines of {self._path}", file=sys.stderr)
+            progress_lib.note(f"{kept} has the ignored lines of {self._path}")
         return [line for line in found.lines if line["step"] <= start_step]
 
     def _write_lines(self) -> None:

@@ -1,10 +1,10 @@
 """Progress on standard error: bars for counted work, elapsed time for other work, and notes between them.
 
 On a terminal or in a notebook one line is redrawn in place. Elsewhere, such as in the log of a job, lines are printed:
-one at the start of each task, then one whenever nothing was printed for some ten seconds, or 1% of the elapsed time if
-that is longer. A daemon thread keeps the time while tasks are open, so that a long compilation is not silent; nothing
-here waits for devices. Only the first process of a run prints. Results belong on standard output, which this leaves
-alone.
+one at the start of each task (of one inside another, once it has lasted a second), then one whenever nothing was
+printed for some ten seconds, or 1% of the elapsed time if that is longer. A daemon thread keeps the time while tasks
+are open, so that a long compilation is not silent; nothing here waits for devices. Only the first process of a run
+prints. Results belong on standard output, which this leaves alone.
 
     with progress.activity("loading the checkpoint"):
         ...
@@ -31,6 +31,7 @@ from marjax.closing import Closing
 
 _SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
 _TICK = 0.5  # seconds between looks of the thread
+_MOMENT = 1.0  # seconds; what is inside of something else and takes no longer gets no line
 _REDRAW = 0.1  # seconds between redraws of a live line, at least
 _MEMORY = 300.0  # seconds over which a bar's rate is averaged
 
@@ -40,8 +41,10 @@ KEPT = "compiled programs are kept: the next start skips this"
 class Task(Closing):
     """Work without a count: its name and its elapsed time. A context manager, or to be closed."""
 
-    def __init__(self, console: "Console", what: str, *, show: bool = True, advice: str = "") -> None:
-        self.what, self.show, self.advice = what, show, advice
+    def __init__(self, console: "Console", what: str, *, show: bool = True, advice: str = "",
+                 is_command: bool = False) -> None:
+        self.what, self.show, self.advice, self.is_command = what, show, advice, is_command
+        self.printed = self.advised = False  # whether in a line
         self._console = console
         self.begun = console.now()
         console.open(self)
@@ -57,8 +60,10 @@ class Task(Closing):
     def line(self) -> str:
         """The task as a line of a log."""
         seconds = self.seconds()
-        elapsed = f": {tqdm.format_interval(seconds)}" if seconds >= 1 else ""
-        return f"{self.what}{elapsed}{f' ({self.advice})' if self.advice and elapsed else ''}"
+        if seconds < 1:
+            return self.what
+        advice = f" ({self.advice})" if self.advice and not self.advised else ""
+        return f"{self.what}: {tqdm.format_interval(seconds)}{advice}"
 
     def live(self, width: int) -> str:
         """The task as a live line of at most `width` columns."""
@@ -107,9 +112,9 @@ class Bar(Task):
         return self._count / self._seconds if self._seconds > 0 else 0.0
 
     def eta(self) -> str:
-        """The time that is left, such as "02:05", or "?"."""
-        if self.total is None or not self.rate():
-            return "?"
+        """The time that is left, such as "02:05"; "" if it is not known, or none is left."""
+        if self.total is None or self.n >= self.total or not self.rate():
+            return ""
         return str(tqdm.format_interval((self.total - self.n) / self.rate()))
 
     def line(self) -> str:
@@ -119,7 +124,7 @@ class Bar(Task):
         else:
             later = f", {tqdm.format_interval(self.seconds())}"
             if self.total is not None and self.n < self.total:
-                later += f", ETA {self.eta()}"
+                later += f", ETA {self.eta() or '?'}"
         return f"{self.what}: {done} {self.unit}{later}{self.detail and f', {self.detail}'}"
 
     def live(self, width: int) -> str:
@@ -149,6 +154,7 @@ class Console:
         self._line = ""  # that is on the terminal now
         self._drawn = self._printed = -math.inf
         self._stop: threading.Event | None = None
+        self._first = True  # whether this is the first process of its run
 
     @property
     def stream(self) -> Any:
@@ -165,13 +171,16 @@ class Console:
 
     def open(self, task: Task) -> None:
         """Shows a task."""
+        first = _is_first()
         with self._lock:
-            task.show = task.show and _is_first() and all(each.show for each in self._tasks)
+            self._first = first
+            task.show = task.show and first and all(each.show for each in self._tasks)
+            inside = any(not each.is_command for each in self._tasks)
             self._tasks.append(task)
-            if task.show and self.live:
+            if self.live:
                 self._draw()
-            elif task.show:
-                self._print(task.line())
+            elif task.show and not inside and not task.is_command:
+                self._print_task(task)
             if self._stop is None and self._threads and task.show:
                 self._stop = threading.Event()
                 threading.Thread(target=self._keep_time, args=(self._stop,), name="marjax-progress",
@@ -182,14 +191,14 @@ class Console:
         with self._lock:
             if task not in self._tasks:
                 return
-            outer = self._tasks[0] is task
             self._tasks.remove(task)
+            inside = any(not each.is_command for each in self._tasks)
             if task.show and self.live:
                 self._erase()
-                if outer and task.last():
+                if task.last() and not inside:
                     self._write(disp_trim(task.live(self._width()), self._width()) + "\n")
                 self._draw()
-            elif task.show and task.last():
+            elif task.printed and task.last():
                 self._print(task.last())
             if not self._tasks and self._stop is not None:
                 self._stop.set()
@@ -218,13 +227,15 @@ class Console:
     def tick(self) -> None:
         """Shows that the innermost task still runs, if it is time to."""
         with self._lock:
-            if not self._tasks or not self._tasks[-1].show:
+            if not self._tasks or not (task := self._tasks[-1]).show or not self._first:
                 return
-            if self.live:
+            quiet = self.now() - max(self._printed, self._drawn, self._tasks[0].begun)
+            if self.live and not task.is_command:
                 if self.now() - self._drawn >= _TICK:
                     self._draw()
-            elif self.now() - self._printed >= max(_SILENCE, _SHARE * self._tasks[0].seconds()):
-                self._print(self._tasks[-1].line())
+            elif (quiet >= max(_SILENCE, _SHARE * self._tasks[0].seconds())
+                  or not (task.printed or task.is_command or task.seconds() < _MOMENT)):
+                self._print_task(task)
 
     def _keep_time(self, stop: threading.Event) -> None:
         with contextlib.suppress(OSError, ValueError):  # standard error is gone
@@ -234,7 +245,7 @@ class Console:
                         self.tick()
 
     def _draw(self) -> None:
-        if self._tasks and self._tasks[-1].show and self.live:
+        if self._tasks and self._tasks[-1].show and not self._tasks[-1].is_command and self.live:
             line = disp_trim(self._tasks[-1].live(self._width()), self._width())
             self._write("\r" + line + " " * max(0, disp_len(self._line) - disp_len(line)))
             self._line, self._drawn = line, self.now()
@@ -243,6 +254,10 @@ class Console:
         if self._line:
             self._write("\r" + " " * disp_len(self._line) + "\r")
             self._line = ""
+
+    def _print_task(self, task: Task) -> None:
+        self._print(task.line())
+        task.printed, task.advised = True, task.seconds() >= 1
 
     def _print(self, text: str) -> None:
         self._write(text + "\n")
@@ -291,6 +306,11 @@ def compiling(what: str) -> Task:
     return activity(f"compiling {what}", advice=KEPT)
 
 
+def command(what: str) -> Task:
+    """A whole command, to be closed: it is named only where nothing inside of it has anything to show."""
+    return Task(_console, what, is_command=True)
+
+
 def note(text: str, file: TextIO | None = None) -> None:
     """Prints a line, on standard error by default, without breaking what is shown."""
     _console.note(text, file)
@@ -305,7 +325,11 @@ def _is_first() -> bool:
     """Whether this is the first process of its run. Starts no backend in a run of one process."""
     jax = sys.modules.get("jax")
     initialized = getattr(getattr(jax, "distributed", None), "is_initialized", None)
-    return initialized is None or not initialized() or jax.process_index() == 0  # type: ignore[union-attr]
+    if initialized is None or not initialized():
+        return True
+    with contextlib.suppress(RuntimeError):  # the devices cannot be used
+        return bool(jax.process_index() == 0)  # type: ignore[union-attr]
+    return True
 
 
 def _has_blocks(stream: Any) -> bool:

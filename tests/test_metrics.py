@@ -1,6 +1,7 @@
 """Metric files: names, resumption, lines cut short."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -91,3 +92,17 @@ def test_an_object_store_is_not_written_at_every_line(tmp_path, monkeypatch):
     writer.scalars(11, {"train/loss": 1.0})
     writer.close()
     assert len(lines(tmp_path)) == 11 and len(writes) <= 4
+
+
+def test_lines_of_metrics_have_an_eta_where_there_is_no_terminal(tmp_path, capsys):
+    with MetricWriter(tmp_path, start_step=3, total_steps=9, tensorboard=False) as writer:
+        writer.note("0.28 M parameters")
+        for step in range(3, 7):
+            writer.progress(step)
+        writer.scalars(6, {"train/loss": 0.5})
+        with writer.pause("drawing pictures"):
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["0.28 M parameters", "train: 3 of 9 steps"]
+    assert re.fullmatch(r"step 6: loss 0.5, ETA \d\d:\d\d", lines[2])
+    assert re.fullmatch(r"train: 6 of 9 steps, .*ETA \d\d:\d\d, loss 0.5", lines[3])

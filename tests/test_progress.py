@@ -62,7 +62,8 @@ def test_no_ten_seconds_pass_without_a_line_where_there_is_no_terminal(clock):
     changes = [0, *(i for i in range(1, len(seen)) if seen[i] != seen[i - 1])]
     assert max(b - a for a, b in itertools.pairwise(changes)) < 20  # halves of a second
     assert seen[-1] == 7
-    assert _text(console).splitlines()[-1] == "compiling the train step: 00:54 (compiled programs are kept)"
+    assert _text(console).splitlines()[1] == "compiling the train step: 00:09 (compiled programs are kept)"
+    assert _text(console).splitlines()[-1] == "compiling the train step: 00:54"
 
 
 def test_lines_become_rare_in_a_long_run(clock):
@@ -79,7 +80,7 @@ def test_the_rate_leaves_out_the_first_unit_and_pauses(clock):
     with Bar(console, "train", 100, "steps", 40) as bar:
         clock.wait(console, 300)  # compiles
         bar.update()
-        assert (bar.rate(), bar.eta()) == (0.0, "?")
+        assert (bar.rate(), bar.eta()) == (0.0, "")
         for step in range(19):
             clock.wait(console, 2)
             if step % 5 == 0:
@@ -89,7 +90,7 @@ def test_the_rate_leaves_out_the_first_unit_and_pauses(clock):
         assert bar.rate() == pytest.approx(0.5)
         assert bar.eta() == "01:20"
         assert "train: 60 of 100 steps, 08:58, ETA 01:20" in bar.line()
-    assert "drawing pictures\n" in _text(console)
+    assert "drawing pictures: 00:01\n" in _text(console)
 
 
 def test_the_rate_follows_a_change_of_speed(clock):
@@ -133,6 +134,29 @@ def test_nothing_is_shown_inside_of_what_is_hidden(clock):
         bar.update()
         console.note("a note")
     assert _text(console) == "a note\n"
+
+
+def test_short_work_inside_of_other_work_gets_no_line(clock):
+    console = _console(clock)
+    with Bar(console, "train", 9, "steps", 0):
+        for seconds in (0.5, 3.0):
+            with Bar(console, "sampling", 8, "images", 0) as bar:
+                clock.wait(console, seconds)
+                bar.update(8)
+    assert _text(console).splitlines()[1:] == ["sampling: 0 of 8 images, 00:01", "sampling: 8 of 8 images, 00:03"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_command_is_named_only_where_nothing_else_is_shown(clock, live):
+    console = _console(clock, live)
+    with Task(console, "marjax sample", is_command=True):
+        clock.wait(console, 20)
+        with Task(console, "loading the checkpoint"):
+            clock.wait(console, 1)
+            assert _screen(console)[2 if live else -2].startswith("loading the checkpoint")
+        clock.wait(console, 8)
+    assert [line for line in _screen(console) if line.startswith("marjax")] == [
+        "marjax sample: 00:09", "marjax sample: 00:18", *([] if live else ["marjax sample: 00:29"])]
 
 
 def test_the_thread_ends_with_the_last_task_whatever_ends_it():

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marjax import distributed, failures, storage
+from marjax import distributed, failures, progress, storage
 from marjax.checkpoints import checksums, entries
 from marjax.checkpoints.quiet import quiet_orbax
 from marjax.closing import Closing
@@ -247,7 +247,11 @@ class Checkpoints(Closing):
     def close(self) -> None:
         """Waits as `wait` does, and releases threads. The object is of no use afterwards."""
         try:
-            self.wait()
+            if self._manager.is_saving_in_progress():
+                with progress.activity("writing the checkpoint"):
+                    self.wait()
+            else:
+                self.wait()
         finally:
             self._manager.close()
 
@@ -298,7 +302,12 @@ class Checkpoints(Closing):
             )
         _check_fit(meta["arrays"], targets, path)
 
+        with progress.activity(f"loading the checkpoint of step {step}"):
+            return self._read_items(path, targets, step, meta)
+
+    def _read_items(self, path: epath.Path, targets: dict[str, PyTree], step: int, meta: dict[str, Any]) -> Restored:
         items: dict[str, PyTree] = {}
+        problem = ""
         for name, target in targets.items():
             handler = ocp.StandardCheckpointHandler()
             try:

@@ -3,6 +3,7 @@
 Shapes: B batch, L tokens, D token dimension, n autoregressive steps.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import numerics, orders, sharding
+from marjax import numerics, orders, progress, sharding
 from marjax.generation.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -137,6 +138,7 @@ class Sampler:
         return other
 
     def _make_program(self) -> Any:
+        self._compiled: set[int] = set()  # batch sizes
         generator, settings, mesh, tokenizer = self.generator, self.settings, self.mesh, self.tokenizer
 
         def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
@@ -175,7 +177,9 @@ class Sampler:
     @numerics.pinned()
     def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
         """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
-        with jax.set_mesh(self.mesh):
+        compiles = len(labels_B) not in self._compiled
+        self._compiled.add(len(labels_B))
+        with jax.set_mesh(self.mesh), progress.compiling("the sampler") if compiles else contextlib.nullcontext():
             return self.program(*self.arguments(params, labels_B, seed, index_B))
 
     def fitting(self, batch_size: int) -> int:
@@ -191,11 +195,13 @@ class Sampler:
         """
         batch_size = self.fitting(batch_size)
         done = []
-        for at in range(0, len(labels), batch_size):
-            rows = np.asarray(labels[at:at + batch_size])
-            padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
-            image = self.dispatch(params, padded, seed, first_index + at + np.arange(batch_size))
-            if jax.process_count() > 1:
-                image = multihost_utils.process_allgather(image, tiled=True)
-            done.append(to_uint8(np.asarray(image))[:len(rows)])
+        with progress.bar("sampling", len(labels), "images") as bar:
+            for at in range(0, len(labels), batch_size):
+                rows = np.asarray(labels[at:at + batch_size])
+                padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
+                image = self.dispatch(params, padded, seed, first_index + at + np.arange(batch_size))
+                if jax.process_count() > 1:
+                    image = multihost_utils.process_allgather(image, tiled=True)
+                done.append(to_uint8(np.asarray(image))[:len(rows)])
+                bar.update(len(rows))
         return np.concatenate(done)

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, flops, numerics, peak, sharding
+from marjax import distributed, flops, numerics, peak, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples
@@ -107,7 +107,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
                      keep_every=config.checkpoint.keep_every) as checkpoints:
         restored = checkpoints.restore(checkpoint_items(abstract))
         if restored is None:
-            state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
+            with progress.activity("creating the parameters", show=config.log.progress):
+                state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
         else:
             items = restored.items
             state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],

@@ -1,5 +1,6 @@
 """The loop of a training run and what it does every so many steps, whatever is trained."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from marjax import distributed, numerics, sharding
+from marjax import distributed, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
 from marjax.errors import TrainingError
@@ -100,24 +101,27 @@ class Run(Generic[S]):
         """
         every, clock = self.every, self.clock
         start = int(state.step)
+        self.writer.progress(start)
         if start and distributed.preempted_before(start):
             raise distributed.stopped(f"before the first step after {start} of {every.total}")
         if start and every.is_due(start, every.evaluate) and distributed.any_process(
                 self.writer.active and not self.writer.has(start, "eval/")):
             self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
         for step in range(start + 1, every.total + 1):
-            begun = time.perf_counter()
-            rows = next(batches)
+            begun, first = time.perf_counter(), step == start + 1
+            with progress.activity("waiting for the first batch") if first else contextlib.nullcontext():
+                rows = next(batches)
             waited, idle = time.perf_counter() - begun, self._is_idle()
             batch = sharding.put_batch(rows, self.mesh)
             if self.profile is not None:
                 self.profile.before(step, [metrics for _, metrics in self.unread])
-            state, metrics = step_fn(state, batch)
+            with progress.compiling("the train step") if first else contextlib.nullcontext():
+                state, metrics = step_fn(state, batch)
             if self.profile is not None:
                 self.profile.after(step, metrics)
             begun = time.perf_counter()
             # While this one runs, the host gets the next ready, and no more: batches would pile up. The first compiles.
-            if self.unread or step == start + 1:
+            if self.unread or first:
                 jax.block_until_ready((self.unread[-1][1] if self.unread else metrics)["finite"])
             clock.step(waited, idle, time.perf_counter() - begun)
             if self.unread and self.unread[-1][0] % every.log == 0:
@@ -133,7 +137,7 @@ class Run(Generic[S]):
                 raise distributed.stopped(f"saved at step {step} of {every.total}")
             if every.is_due(step, every.draw):
                 self._read()
-                with clock.pause("draw"):
+                with clock.pause("draw"), self.writer.pause("drawing pictures"):
                     self.writer.image(step, *self.draw(state))
             if evaluates:
                 self._evaluate(step, state)
@@ -142,7 +146,7 @@ class Run(Generic[S]):
     def _save(self, step: int, state: S, waits: bool) -> None:
         """Saves a checkpoint, unless the storage is still busy with the one before and this one can wait."""
         self._read()  # also makes sure that what is saved is finite
-        with self.clock.pause("checkpoint"):
+        with self.clock.pause("checkpoint"), self.writer.pause("saving a checkpoint"):
             if not waits and self.checkpoints.is_busy():
                 if not self.unsaved:
                     self.writer.note(f"step {step}: the checkpoint before is still being written; this one is put off")
@@ -158,7 +162,7 @@ class Run(Generic[S]):
     def _evaluate(self, step: int, state: S) -> None:
         assert self.evaluate is not None
         self._read()
-        with self.clock.pause("eval"):
+        with self.clock.pause("eval"), self.writer.pause("evaluating"):
             self.writer.scalars(step, self.evaluate(state))
 
     def _is_idle(self) -> bool:
