@@ -63,8 +63,12 @@ def free_port() -> int:
 
 
 def environment(index: int, processes: int, devices: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` and what process `index` has to know, as `marjax.distributed.start` reads it."""
-    return {**base, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
+    """`base` and what process `index` has to know, as `marjax.distributed.start` reads it; no proxy between them."""
+    direct = {}
+    if any(name.lower() in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy") for name in base):
+        hosts = [base.get("no_proxy") or base.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
+        direct = dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, hosts)))
+    return {**base, **direct, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(index), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONUNBUFFERED": "1"}
 

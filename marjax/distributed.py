@@ -35,6 +35,7 @@ _SAID_AFTER = 15.0  # seconds
 # One that has died is noticed by its heartbeat.
 _PATIENCE = 24 * 3600
 _WIDTH = 1024  # bytes of a text that travels between processes
+_PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 # Number and rank of the processes of an MPI that JAX does not detect itself.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
@@ -82,8 +83,9 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
-                                   shutdown_timeout_seconds=_PATIENCE)
+        with _without_proxies():
+            jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
+                                       shutdown_timeout_seconds=_PATIENCE)
     except ValueError as error:
         if given or "should be defined" not in str(error):
             raise UserError(f"the processes of this run cannot be started: {first_line(error)[:300]}. Give "
@@ -99,6 +101,23 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
                             f"of them, within five minutes") from None
     finally:
         waiting.cancel()
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Hides the proxies of the environment, through which processes do not find each other, nor metadata servers.
+
+    Afterwards they are there again, for storage, except that gRPC, which libtpu connects hosts with, uses none.
+    """
+    proxies = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
+    for name in proxies:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
+        if proxies:
+            os.environ |= {"grpc_proxy": ""}
 
 
 def _tell_waiting(given: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import time
 
 import jax
@@ -185,6 +186,29 @@ def test_rows_are_where_they_belong(tmp_path):
 def test_agreements(tmp_path):
     with Run(tmp_path, agreements, count=2, each=True) as run:
         assert run.wait() == [0, 0], run.said()
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def behind_a_proxy(proxy):
+    """gRPC and the user's storage read the environment: the one must find no proxy, the other what was there."""
+    os.environ.update(dict.fromkeys(PROXIES, proxy), no_proxy="own")
+    distributed.start()
+    assert distributed.any_process(jax.process_index() == 1)
+    assert os.environ["https_proxy"] == os.environ["HTTP_PROXY"] == proxy and os.environ["no_proxy"] == "own"
+    assert dict(os.environ)["grpc_proxy"] == ""
+    return distributed.end(0, None)
+
+
+def test_processes_meet_behind_a_proxy_that_does_not_answer(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        with Run(tmp_path, behind_a_proxy, f"http://127.0.0.1:{hole.getsockname()[1]}", count=2) as run:
+            assert run.wait(seconds=60) == [0, 0], run.said()
+        assert "proxy" not in run.said()
+        hole.settimeout(0.0)
+        with pytest.raises(BlockingIOError):  # nobody has asked it
+            hole.accept()
 
 
 def last(index, folder, seconds):

@@ -44,6 +44,15 @@ while True:
 """
 
 
+def test_processes_use_no_proxy_between_them():
+    assert not {"no_proxy", "NO_PROXY"} & local.environment(0, 2, 1, 9, {"PATH": "x"}).keys()
+    for own, expected in (({}, "127.0.0.1,localhost"), ({"NO_PROXY": "a,.b"}, "a,.b,127.0.0.1,localhost"),
+                          ({"no_proxy": "c", "NO_PROXY": "a"}, "c,127.0.0.1,localhost")):
+        for name in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
+            made = local.environment(0, 2, 1, 9, {name: "http://127.0.0.1:9", **own})
+            assert made["no_proxy"] == made["NO_PROXY"] == expected and made[name] == "http://127.0.0.1:9"
+
+
 def python(code, *arguments):
     return [sys.executable, "-c", code, *map(str, arguments)]
 
