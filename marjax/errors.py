@@ -16,6 +16,11 @@ class UserError(ValueError):
     code = 2
 
 
+def missing_extra(what: str, extra: str) -> UserError:
+    """The error of what needs packages that only an extra of marjax installs; with the command that does it."""
+    return UserError(f"{what} needs the {extra} extra: pip install 'marjax[{extra}]'")
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on through no slip of the user's; the command line prints it as one line too."""
 

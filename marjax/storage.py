@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from marjax.errors import StorageError, TrainingError, UserError
+from marjax.errors import StorageError, TrainingError, UserError, missing_extra
 
 _PATIENCE = 120.0  # seconds; the client itself gives up before, and then says why
 _SAID_AFTER = 5.0
@@ -45,7 +45,7 @@ def check(path: str | os.PathLike[str]) -> None:
     # Where TensorFlow is installed, etils would go through it, which takes the accelerators on its first use.
     os.environ.setdefault("EPATH_USE_TF", "false")
     if os.environ["EPATH_USE_TF"].lower() in ("false", "no", "f", "0") and not importlib.util.find_spec("gcsfs"):
-        raise UserError(f"{text} needs the gcs extra: pip install 'marjax[gcs]'")
+        raise missing_extra(text, "gcs")
     failure = _reach(bucket)
     if failure is not None:
         raise UserError(f"{text}: {failure}")
@@ -75,9 +75,8 @@ def explain(error: BaseException) -> UserError | TrainingError | None:
     """
     if isinstance(error, StorageError):
         return error
-    missing = isinstance(error, ImportError) and "gcsfs" in str(error)
-    if missing:
-        return UserError("gs:// addresses need the gcs extra: pip install 'marjax[gcs]'")
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return missing_extra("a gs:// address", "gcs")
     reason = _reason(error)
     if reason is None:
         return None

