@@ -1,14 +1,16 @@
 """The `marjax` command. It only parses: each command is a function that a notebook can call."""
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marjax import commands, failures, progress, storage
+from marjax import __version__, commands, failures, progress, storage
 from marjax.command_line import FIELD, Parser, check_command, read, take_field
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
@@ -97,6 +99,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+def versions() -> str:
+    """What `marjax --version` prints: one line, without starting JAX."""
+    jax = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+    return f"marjax {__version__} (Python {platform.python_version()}, {jax})"
+
+
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parsed arguments, `command` among them, and the fields of the config. Raises UserError."""
     name, *rest = arguments
@@ -116,6 +124,7 @@ def _parser() -> Parser:
     """The parser of all commands, for help and completion."""
     parser = Parser(prog="marjax", description="Autoregressive image generation with continuous tokens. See README.md.",
                     epilog="marjax COMMAND --help lists the arguments of a command, with an example.")
+    parser.add_argument("--version", action="version", version=versions())
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)

@@ -1,13 +1,17 @@
 """Commands end as they should on terminals and in locales that have only ASCII."""
 
 import os
+import platform
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+
+import marjax
 
 TERMINALS = [
     {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -49,3 +53,10 @@ def test_the_local_launcher_prints_what_its_processes_print(run):
     code, out, err = run(ROOT / "launch" / "local.py", "--processes", "1", "--devices", "1", "--", sys.executable, "-c",
                          "import sys; sys.stdout.buffer.write(bytes([0xc3, 0xa4, 10]))")
     assert (code, out, err) == (0, "[0] \\xe4\n", "")
+
+
+def test_the_version_needs_no_device(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "marjax", "--version"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}, check=True)
+    [line] = done.stdout.splitlines()
+    assert line.startswith(f"marjax {marjax.__version__} (Python {platform.python_version()}, jax {jax.__version__}")
