@@ -130,13 +130,14 @@ def test_a_denoiser_of_another_size(tmp_path, converted, capsys):
 
 def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypatch):
     own = shutil.copytree(source, tmp_path / "source")
-    config, begun = make_digits(**QUICK, seed=1), []
+    config, begun, given = make_digits(**QUICK, seed=1), [], []
     real = state_lib.create
     monkeypatch.setattr(loop.state_lib, "create", lambda *args: begun.append(flat((state := real(*args)).params))
-                        or state)
+                        or given.append(args[-1]) or state)
     whole = train(config, tmp_path / "run", init_from=own)
     theirs = weights_of(source, "ema")
     assert all((value == theirs[path]).all() for path, value in begun[0].items())
+    assert given == [{}]  # freed
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["init"]
     assert recorded["path"] == str(own) and recorded["step"] == 2 and recorded["weights"] == "ema"
     killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")

@@ -7,7 +7,6 @@ the data starts where the restored state stands.
 
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -94,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
 
 def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
            tokenizer: Tokenizer, examples: Examples | None, probe: Probe | None, tracer: Profile | None,
-           about: str, weights: Mapping[str, jax.Array]) -> TrainState:
+           about: str, weights: dict[str, jax.Array]) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
@@ -109,6 +108,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
         if restored is None:
             with progress.activity("creating the parameters", show=config.log.progress):
                 state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
+            weights.clear()  # of `train` too: one copy stays
         else:
             items = restored.items
             state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],

@@ -65,7 +65,7 @@ def create(generator: Generator, optimizer: optax.GradientTransformation, abstra
     """The state at step 0, created on the devices where it stays; the EMA starts at the parameters.
 
     `given` are parameters by path ("backbone/mask_token"), sharded as in `abstract`, that take the place of random
-    ones; they are donated.
+    ones.
     """
 
     def init(key: jax.Array, given: dict[str, jax.Array]) -> TrainState:
@@ -77,8 +77,7 @@ def create(generator: Generator, optimizer: optax.GradientTransformation, abstra
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options, donate_argnums=1)(
-        numerics.key(seed), dict(given or {}))
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(numerics.key(seed), dict(given or {}))
 
 
 def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
