@@ -1,26 +1,39 @@
 """Autoregressive image generation with continuous tokens, in JAX.
 
-`train(config, workdir)` and `sample(workdir, labels)` are what the commands of the same names call.
+    import marjax
+
+    config = marjax.config.load("digits")  # or a Python file of your own; marjax.config.base() has every field
+    marjax.train(config, "runs/digits")
+    images = marjax.sample("runs/digits", [0, 1, 2])
+
+`register` makes heads, backbones, tokenizers and
+data sources of your own available to configs (docs/extending.md). The commands of `marjax` call the same functions.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from marjax.registry import register
+
 if TYPE_CHECKING:
+    from marjax import config
     from marjax.generation.sample import sample
     from marjax.training.loop import train
 
-__all__ = ["sample", "train"]
+__all__ = ["config", "register", "sample", "train"]
 __version__ = "0.1.0"
+
+# Imported on first use: a config file or `--help` should not have to wait for JAX.
+_LAZY = {"train": "marjax.training.loop", "sample": "marjax.generation.sample"}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: a config file or `--help` should not have to wait for JAX.
-    if name == "train":
-        from marjax.training.loop import train
+    if name == "config":
+        return importlib.import_module("marjax.config")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'marjax' has no attribute {name!r}; there are {', '.join(__all__)}")
 
-        return train
-    if name == "sample":
-        from marjax.generation.sample import sample
 
-        return sample
-    raise AttributeError(f"module 'marjax' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -21,7 +21,8 @@ def stack_flops(width: int, depth: int, mlp_ratio: float, length: float, pairs: 
 def train_flops(generator: Any) -> float:
     """One training step for one image: three times the expected forward pass."""
     backbone, head = generator.backbone, generator.head
-    return 3 * (backbone.train_flops() + backbone.unknown_in_training() * head.loss_flops())
+    unknown = counted(backbone, "unknown_in_training")
+    return 3 * (counted(backbone, "train_flops") + unknown * counted(head, "loss_flops"))
 
 
 def sample_flops(generator: Any, plan: Sequence[int], num_sampling_steps: str, guided: bool,
@@ -31,8 +32,14 @@ def sample_flops(generator: Any, plan: Sequence[int], num_sampling_steps: str, g
     In an order by confidence the head has to look at every unknown token at every step.
     """
     drawn = sum(plan[-1] - known for known in plan[:-1]) if confidence_order else plan[-1]
-    backbone = sum(generator.backbone.step_flops(known) for known in plan[:-1])
-    return (2 if guided else 1) * (backbone + drawn * generator.head.sample_flops(num_sampling_steps))
+    backbone = sum(counted(generator.backbone, "step_flops", known) for known in plan[:-1])
+    return (2 if guided else 1) * (backbone + drawn * counted(generator.head, "sample_flops", num_sampling_steps))
+
+
+def counted(part: Any, method: str, *args: Any) -> float:
+    """What a backbone or head counts of itself; 0 where a registered one does not count."""
+    count = getattr(part, method, None)
+    return 0.0 if count is None else count(*args)
 
 
 def autoencoder_flops(spec: Any, image_size: int) -> tuple[float, float]:

@@ -1,9 +1,13 @@
 """What a config can choose: the paper's variants as combinations of three choices, and the heads by what they need.
 
-Whoever must tell them apart asks for a property here, never for a name.
+Whoever must tell them apart asks for a property here, never for a name. Registered backbones and heads
+(`marjax.register`) state their properties as class attributes of the same names.
 """
 
 import dataclasses
+from typing import Any
+
+from marjax.registry import Choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +20,18 @@ class Variant:
     any_next: bool  # whether any token may come next, so that the order can be made on the fly
 
 
-VARIANTS = {
+def _variant(name: str, backbone: Any) -> Variant:
+    """That of a registered backbone, which is chosen by its name."""
+    return Variant(order=getattr(backbone, "order", "random"), attention=name, many=getattr(backbone, "many", False),
+                   any_next=getattr(backbone, "any_next", False))
+
+
+VARIANTS = Choices("backbone", {
     "ar": Variant(order="raster", attention="causal", many=False, any_next=False),
     "random_ar": Variant(order="random", attention="causal", many=False, any_next=False),
     # One token at a time is `sample.num_iter` = number of tokens.
     "mar": Variant(order="random", attention="bidirectional", many=True, any_next=True),
-}
+}, _variant)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +43,14 @@ class Head:
     schedule: str  # of the learning rate, where the config names none (paper, appendix B)
 
 
-HEADS = {
+def _head(name: str, head: Any) -> Head:
+    del name
+    return Head(discrete=getattr(head, "discrete", False), ranks=hasattr(head, "sample_ranked"),
+                schedule=getattr(head, "schedule", "constant"))
+
+
+HEADS = Choices("head", {
     "diffusion": Head(discrete=False, ranks=False, schedule="constant"),
     "categorical": Head(discrete=True, ranks=True, schedule="cosine"),
     "regression": Head(discrete=False, ranks=False, schedule="constant"),
-}
+}, _head)

@@ -117,6 +117,12 @@ def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokeni
         differing = [key for key in differing if not key.startswith(FREE_FIELDS)]
     if not tokenizer and new.train.schedule == "constant" and new.train.steps >= old.train.steps:
         differing = [key for key in differing if key not in ("train.steps", "train.epochs")]
+    if None in (before.get("data.fingerprint"), after.get("data.fingerprint")):
+        differing = [key for key in differing if key != "data.fingerprint"]
+    if "data.fingerprint" in differing:
+        raise UserError(f"work directory {workdir} was made with other data than these (data.fingerprint was "
+                        f"{before['data.fingerprint'][:12]}, now {after['data.fingerprint'][:12]}): give the data that "
+                        f"it was made with, in the same order, or another --workdir")
     if differing:
         listed = ", ".join(f"{key} (was {before.get(key)!r}, now {after.get(key)!r})" for key in differing)
         raise UserError(f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "

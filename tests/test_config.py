@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import marjax
 from marjax import cli, sharding
 from marjax import config as config_lib
+from marjax.config.migrations import FORMAT
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import Pixels, token_shape
@@ -333,7 +334,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda content: content.update(format=3), "format 3.*newer"),
+    (lambda content: content.update(format=FORMAT + 1), f"format {FORMAT + 1}.*newer"),
     (lambda content: content.update(format=10**15), "format 1000000000000000.*newer"),
     (lambda content: content.update(format=-1), "format is -1"),
     (lambda content: content.update(format="1"), "format is '1'"),

@@ -9,6 +9,7 @@ from marjax.config.schema import CHOICES, MAX_LENGTH, PATHS, RANGES
 from marjax.errors import UserError
 from marjax.paths import optional
 from marjax.ranges import shown
+from marjax.registry import Choices, unknown
 from marjax.tokenizers import TokenShape, token_shape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
@@ -38,6 +39,9 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     _check_mask_ratio(model.mask_ratio)
     if model.width % model.num_heads:
         raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
+    if model.extra and HEADS.is_own(model.head) and VARIANTS.is_own(model.variant):
+        raise UserError(f"config.model.extra is {shown(model.extra)}, but variant {model.variant} and head "
+                        f"{model.head} take no settings by that: leave it out, or choose a registered one")
     if int(model.width * model.mlp_ratio) < 1:
         raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
     if train.batch_size % train.accumulate:
@@ -89,7 +93,9 @@ def check_fields(config: ConfigDict) -> ConfigDict:
     _check_ranges(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed and fields[key] is not None:
-            raise UserError(f"config.{key} is {shown(fields[key])}: give one of {', '.join(allowed)}")
+            expected = (unknown(allowed.kind, fields[key], allowed) if isinstance(allowed, Choices)
+                        else f"give one of {', '.join(allowed)}")
+            raise UserError(f"config.{key} is {shown(fields[key])}: {expected}")
     if config.data.channels not in (1, 3):
         raise UserError(f"config.data.channels is {config.data.channels}: give 1 or 3")
     return config

@@ -1,6 +1,7 @@
 """Every field of a config, its default and its choices; the sizes of the paper's models."""
 
 import functools
+from collections.abc import Collection
 
 from ml_collections import ConfigDict, config_dict
 
@@ -31,9 +32,9 @@ MODEL_SIZES = {
                      cfg=3.2),
 }
 
-CHOICES = {
-    "model.variant": tuple(VARIANTS),
-    "model.head": tuple(HEADS),
+CHOICES: dict[str, Collection[str]] = {
+    "model.variant": VARIANTS,
+    "model.head": HEADS,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.denoiser.remat": ("none", "dots", "full"),
@@ -162,7 +163,8 @@ def base() -> ConfigDict:
     return ConfigDict(dict(
         seed=0,
         data=dict(
-            source="digits",  # "digits", "mnist" (an extra), or "tfds:NAME[/CONFIG][:VERSION]"
+            source="digits",  # "digits", "mnist" (an extra), "tfds:NAME[/CONFIG][:VERSION]", or a registered one
+            fingerprint=derived_str(),  # of data from Python or of a registered source, filled in when training starts
             data_dir="",  # where TFDS data sets are; "" is the library's default
             split="train",
             image_size=8,  # pixels; images are centre-cropped to it
@@ -219,8 +221,9 @@ def base() -> ConfigDict:
             ),
         ),
         model=dict(
-            variant="mar",  # "ar", "random_ar" or "mar": see marjax/variants.py
-            head="diffusion",  # or "categorical", "regression"
+            variant="mar",  # "ar", "random_ar" or "mar" (see marjax/variants.py), or a registered backbone
+            head="diffusion",  # or "categorical", "regression", or a registered one
+            extra="",  # settings of a registered backbone or head, "name=value,..."
             width=768,
             encoder_depth=12,
             decoder_depth=12,

@@ -15,6 +15,7 @@ import functools
 import gc
 import math
 import os
+import pickle
 import sys
 import weakref
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
 from marjax.data.workers import blocked_signals, safe_path, serve_parent
-from marjax.errors import UserError
+from marjax.errors import UserError, first_line
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
 _ORDER, _AUGMENT = 0, 1
@@ -132,9 +133,13 @@ class Batches(Iterator[Batch]):
                 return next(self._iterator)
         except StopIteration:
             raise
-        except BaseException:
+        except BaseException as error:
             # Grain would go on behind the batch that failed, and silently skip it.
             self.close()
+            if self._workers and isinstance(error, TypeError | AttributeError | pickle.PickleError) and any(
+                    "pickle" in text for text in (str(error), *getattr(error, "__notes__", ()))):
+                raise UserError(f"data.workers={self._workers}, but the data cannot be sent to worker processes "
+                                f"({first_line(error)}): set data.workers=0, or make the data picklable") from error
             raise
 
     def close(self) -> None:

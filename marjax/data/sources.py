@@ -17,14 +17,17 @@ import ml_collections
 import numpy as np
 import numpy.typing as npt
 
+from marjax import registry
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
 from marjax.data.records import remedy
 from marjax.errors import UserError, first_line, missing_extra
 from marjax.paths import optional
+from marjax.ranges import shown
 from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
+PYTHON = "python"  # data.source of a run that was given its data by Python code
 MAX_CLASSES = 1 << 20  # each has a row of the model's embedding
 
 
@@ -74,8 +77,10 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
         one fixed random order, in which every ten hold one of each class, so that slices are balanced;
       "tfds:NAME[/CONFIG][:VERSION]": a data set with the features "image" and "label", prepared in the array_record
         format below `data.data_dir` ("" means the default directory of TFDS).
-    `data.split` is a split's name ("train" or "all" of the first two) or a slice of it, such as "train[:1000]" or
-    "train[90%:]". Labels lie in [0, `data.num_classes`); None stands for as many classes as the data set says it has.
+      "NAME" or "NAME:ANYTHING": what `marjax.register("source", NAME, ...)` has made known.
+    `data.split` is a split's name ("train" or "all" of all but TFDS) or a slice of it, such as "train[:1000]" or
+    "train[90%:]"; a registered function is given it and makes of it what it likes.
+    Labels lie in [0, `data.num_classes`); None stands for as many classes as the data set says it has.
 
     Raises:
       UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
@@ -89,7 +94,16 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
         return _open_arrays(source, _mnist(), split, num_classes)
     if source.startswith("tfds:"):
         return _open_tfds(source, str(data.data_dir), split, num_classes)
-    raise UserError(f"data.source={source!r} is unknown: expected 'digits', 'mnist' or 'tfds:NAME[/CONFIG][:VERSION]'.")
+    if source == PYTHON:
+        raise UserError(f"data.source={source!r} is data that Python code gave: call marjax.train(config, workdir, "
+                        f"data=...), or make them known by marjax.register('source', NAME, data)")
+    name = source.partition(":")[0]
+    if (registered := registry.find("source", name)) is not None:
+        from marjax.data.python_source import open_registered
+
+        return open_registered(registered, data)
+    known = ["digits", "mnist", "tfds:NAME[/CONFIG][:VERSION]", *registry.names("source")]
+    raise UserError(f"data.source={shown(source)} is unknown: {registry.unknown('source', name, known)}")
 
 
 class ArraySource:
@@ -175,7 +189,7 @@ def _open_arrays(
 ) -> ArraySource:
     images, labels = arrays
     num_classes = _checked_num_classes(source, len(np.unique(labels)), num_classes)
-    chosen = _slice_of(split, source, len(images))
+    chosen = slice_of(split, source, len(images))
     return ArraySource(images[chosen], labels[chosen], num_classes)
 
 
@@ -204,7 +218,7 @@ def _mnist() -> tuple[Pixels, npt.NDArray[Any]]:
     return images, labels[order]
 
 
-def _slice_of(split: str, source: str, size: int) -> slice:
+def slice_of(split: str, source: str, size: int) -> slice:
     """The examples meant by a split as TFDS writes it: counts or percentages, from the start or (negative) the end."""
     match = re.fullmatch(r"(?:train|all)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import numerics, orders, progress, sharding
+from marjax import flops, numerics, orders, progress, sharding
 from marjax.generation.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -46,10 +46,10 @@ class Settings:
         """The settings of a resolved `config.sample`, its steps grouped so that the padded FLOPs are least."""
         num_tokens = generator.num_tokens
         plan = orders.generation_plan(num_tokens, sample.num_iter)
-        token = generator.head.sample_flops(sample.num_sampling_steps)
+        token = flops.counted(generator.head, "sample_flops", sample.num_sampling_steps)
 
         def cost(known_slots: int, new_slots: int) -> float:
-            return generator.backbone.padded_step_flops(known_slots) + token * new_slots
+            return flops.counted(generator.backbone, "padded_step_flops", known_slots) + token * new_slots
 
         scales = orders.guidance_scales(plan, sample.cfg, sample.cfg_schedule)
         annealed = sample.choice_temperature * (1.0 - np.arange(1, len(plan)) / (len(plan) - 1))

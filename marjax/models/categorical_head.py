@@ -69,7 +69,8 @@ class CategoricalHead(nn.Module):
         return jax.random.key_data(jax.random.split(key, num_tokens))
 
     def sample(self, z: jax.Array, noise: jax.Array, guidance: jax.Array | None, *,
-               num_sampling_steps: int | str, temperature: float | jax.Array, codebook: jax.Array | None) -> jax.Array:
+               num_sampling_steps: int | str, temperature: float | jax.Array,
+               codebook: jax.Array | None = None) -> jax.Array:
         """Tokens float32 (B, M, D), rows of the codebook.
 
         Args:

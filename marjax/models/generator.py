@@ -11,19 +11,23 @@ import jax.numpy as jnp
 import ml_collections
 
 from marjax import orders
+from marjax.errors import UserError
 from marjax.models.categorical_head import CategoricalHead
 from marjax.models.causal import CausalBackbone
+from marjax.models.contracts import Backbone, Head, check
 from marjax.models.diffusion_head import DiffusionHead
 from marjax.models.layers import embedding_init, lookup, normal_002
 from marjax.models.masked import MaskedBackbone
 from marjax.models.regression_head import RegressionHead
+from marjax.ranges import shown
+from marjax.registry import Choices
 from marjax.variants import VARIANTS
 
-Backbone = MaskedBackbone | CausalBackbone
-Head = DiffusionHead | CategoricalHead | RegressionHead
-BACKBONES: dict[str, type[Backbone]] = {"bidirectional": MaskedBackbone, "causal": CausalBackbone}
-HEADS: dict[str, type[Head]] = {"diffusion": DiffusionHead, "categorical": CategoricalHead,
-                                "regression": RegressionHead}
+BACKBONES: Choices[type[Backbone]] = Choices(
+    "backbone", {"bidirectional": MaskedBackbone, "causal": CausalBackbone}, lambda name, found: found)
+HEADS: Choices[type[Head]] = Choices(
+    "head", {"diffusion": DiffusionHead, "categorical": CategoricalHead, "regression": RegressionHead},
+    lambda name, found: found)
 
 
 class LossRandomness(NamedTuple):
@@ -176,14 +180,24 @@ def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, 
     `num_codes` is how many different tokens there are, for heads that model codes.
     """
     variant = VARIANTS[model.variant]
+    try:
+        backbone = BACKBONES[variant.attention].of(model, num_tokens, token_dim)
+        head = HEADS[model.head].of(model, token_dim, num_codes)
+    except UserError as error:  # of a registered one, which parses its own settings
+        raise UserError(f"config.model.extra={shown(model.extra)}: {error}") from None
     return Generator(
         num_classes=num_classes, num_tokens=num_tokens, token_dim=token_dim, width=model.width,
-        class_dropout=model.class_dropout, order=variant.order,
-        backbone=BACKBONES[variant.attention].of(model, num_tokens, token_dim),
-        head=HEADS[model.head].of(model, token_dim, num_codes), num_codes=num_codes)
+        class_dropout=model.class_dropout, order=variant.order, backbone=backbone, head=head, num_codes=num_codes)
 
 
 def of(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
-    """The network of a whole resolved config, for tokens of that `TokenShape`."""
-    return build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
+    """The network of a whole resolved config, for tokens of that `TokenShape`.
+
+    Raises:
+      UserError: a registered head or backbone that does not keep its contract (`models/contracts.py`).
+    """
+    made = build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
                  num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    if not (HEADS.is_own(config.model.head) and BACKBONES.is_own(VARIANTS[config.model.variant].attention)):
+        check(made, config.model)
+    return made

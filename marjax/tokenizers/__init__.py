@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from marjax import registry
 from marjax.errors import UserError, shortened
 from marjax.tokenizers.codebook import Codebook, open_codebook
 from marjax.tokenizers.pixels import Pixels
@@ -42,9 +43,12 @@ def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, n
         if discrete and patch_size != 1:
             raise UserError(f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it "
                             f"to 1")
+    elif (found := registry.find("tokenizer", name)) is not None:
+        stride, discrete = found.stride, getattr(found, "discrete", False)
+        channels = found.latent_channels(channels) if hasattr(found, "latent_channels") else channels
     else:
-        raise UserError(f"tokenizer.name is {shortened(name)!r}: give one of "
-                        f"{', '.join(sorted([*_PATCHES, *AUTOENCODERS]))}")
+        known = sorted([*_PATCHES, *AUTOENCODERS, *registry.names("tokenizer")])
+        raise UserError(f"tokenizer.name is {shortened(name)!r}: {registry.unknown('tokenizer', name, known)}")
     if discrete and num_codes < 1:
         raise UserError(f"tokenizer.num_codes is {num_codes}: give at least 1")
     try:
@@ -64,6 +68,8 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
         return Pixels()
     if name == "codebook":
         return open_codebook(tokenizer)
+    if name not in AUTOENCODERS:
+        return _open_registered(tokenizer)
     from marjax.tokenizers import autoencoder_file  # imports Flax, which a config need not
 
     wanted = spec_of(tokenizer)
@@ -93,6 +99,25 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
                           tokenizer.autoencoder.dtype, tokenizer.posterior)
 
 
+def _open_registered(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of `marjax.register`. Raises UserError: it is none, or has other weights than the model knows."""
+    name = tokenizer.name
+    found = registry.find("tokenizer", name)
+    if found is None:
+        raise UserError(f"tokenizer.name is {shortened(name)!r}: "
+                        f"{registry.unknown('tokenizer', name, registry.names('tokenizer'))}")
+    opened: Tokenizer = found.of(tokenizer)
+    if missing := [each for each in ("params", "checksum", "scale", "encode", "decode", "codebook")
+                   if not hasattr(opened, each)]:
+        raise UserError(f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}: see "
+                        f"docs/extending.md")
+    if tokenizer.checksum and tokenizer.checksum != opened.checksum:
+        raise UserError(f"the model was trained with another tokenizer {name!r} (checksum "
+                        f"{shortened(tokenizer.checksum, 12)}) than this (checksum {shortened(opened.checksum, 12)}): "
+                        f"say where that one is (--config.tokenizer.path, or --tokenizer_path when sampling)")
+    return opened
+
+
 def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
     """The tokenizer of a resolved `config.tokenizer` without its weights: `params` are ShapeDtypeStructs.
 
@@ -108,6 +133,10 @@ def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
         codes = Codebook(np.zeros((tokens.num_codes, tokens.token_dim), np.float32), tokens.patch, tokens.channels)
         codes.params = jax.eval_shape(lambda: codes.params)
         return codes
+    if name not in AUTOENCODERS:
+        opened = _open_registered(tokenizer)
+        opened.params = jax.eval_shape(lambda: opened.params)
+        return opened
     from marjax.tokenizers.autoencoder import abstract_params
     from marjax.tokenizers.autoencoder_file import Stored
 

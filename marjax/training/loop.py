@@ -19,9 +19,12 @@ from marjax import config as config_lib
 from marjax import distributed, flops, numerics, peak, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
-from marjax.data.examples import Examples
+from marjax.data.examples import Examples, Images
 from marjax.data.latents import Latents
 from marjax.data.pipeline import Batches
+from marjax.data.preprocess import Preprocess
+from marjax.data.python_source import fingerprint_of, is_registered, with_data
+from marjax.data.sources import open_source
 from marjax.evaluation.probe import Probe
 from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
@@ -43,7 +46,7 @@ from marjax.workdir import claim_workdir, first_start, refuse_weights_alone, set
 
 @numerics.pinned()
 @takes_paths("workdir", "init_from")
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *, data: Any = None,
           profile: tuple[int, int] | None = None, init_from: str | os.PathLike[str] | None = None) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
 
@@ -52,6 +55,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     Args:
       config: as a config file returns it, or resolved.
       workdir: local path or gs:// address; made if need be. Of several processes, one that all of them see.
+      data: the images and labels to train on, instead of `config.data.source`: (images, labels), with images uint8
+        (N, H, W, C) or a list of uint8 (H, W, C) of any sizes, labels integers (N,); or any object with `__len__` and
+        `__getitem__(i)` that gives (image, label) or {"image": image, "label": label}. They are cropped to
+        `config.data.image_size` and converted to `config.data.channels`; `config.data.num_classes` is derived where it
+        is None. A resumed run must be given the same data.
       profile: the first and the last step of a trace, written below the work directory.
       init_from: work directory of converted weights or of another run, whose weights a new run starts from; sets
         `config.init.path`. To resume, give the same or none.
@@ -65,9 +73,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
       PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
+    source = None
     if init_from:
         config = config_lib.apply_overrides(config, {"init.path": init_from})
+    if data is not None:
+        config, source = with_data(config, data)
     config = config_lib.resolve(config)
+    if source is None and not config.data.cache and is_registered(config.data):
+        source = open_source(config.data)
+        config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
     # What may be wrong with the machine, the tokenizer or the data, before anything is written.
@@ -78,9 +92,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
     jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
-    examples = None
+    examples: Examples | None = None
+    if source is not None:
+        examples = Images(source, Preprocess(config.data.image_size, config.data.channels, config.data.flip))
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
+    generator_lib.of(config, tokens)  # of a registered head, its settings and contract
     open_batches(config, mesh, start_step=0, examples=examples).close()
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)

@@ -1,0 +1,214 @@
+"""Heads, backbones, tokenizers and data sources that marjax does not bring, by name.
+
+`register` adds one from Python. An installed package adds one by an entry point, and the environment variable
+MARJAX_PLUGINS names Python files or modules to import, whose code calls `register`. Nothing else is ever imported: a
+config or a work directory only names what the user has registered, installed or listed.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from marjax.errors import TrainingError, UserError, first_line, shortened
+
+PLUGINS = "MARJAX_PLUGINS"
+
+# What an object of each kind must have; `marjax/models/contracts.py`, `marjax/tokenizers/protocol.py` and
+# `marjax/data/sources.py` say what it means. A source is an opened data set, or a function that opens it.
+KINDS: dict[str, tuple[str, ...]] = {
+    "head": ("of", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
+    "backbone": ("of", "draw_num_known", "__call__", "init_cache", "step"),
+    "tokenizer": ("of", "stride"),
+    "source": (),
+}
+ORDERS = ("raster", "random")  # of tokens, that a backbone may ask for
+_MAX_NAME = 64
+
+V = TypeVar("V")
+
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+_builtin: dict[str, set[str]] = {
+    "tokenizer": {"pixels", "codebook", "kl", "kl8", "kl16", "vq", "vq16", "vq_continuous", "vq16_continuous"},
+    "source": {"digits", "mnist", "tfds", "python"}}
+_loaded: set[str] = set()  # entries of MARJAX_PLUGINS
+
+
+def register(kind: str, name: str, thing: Any) -> None:
+    """Makes a head, backbone, tokenizer or data source available to configs under a name.
+
+    Call it wherever the name is used: in the config file, in a module that MARJAX_PLUGINS names, or through an entry
+    point of an installed package (group `marjax.heads`, `marjax.backbones`, `marjax.tokenizers` or `marjax.sources`).
+    docs/extending.md has an example of each kind. Registering the same class again replaces it.
+
+    Args:
+      kind: "head" (chosen by `config.model.head`), "backbone" (`config.model.variant`), "tokenizer"
+        (`config.tokenizer.name`) or "source" (`config.data.source`).
+      name: letters, digits, "_", "-" and ".", at most 64.
+      thing: a class with the methods of the kind's protocol; for a source, the data (as `marjax.train` takes them), or
+        a function that returns them, given `config.data`.
+
+    Raises:
+      UserError: an unknown kind, a name that is taken, or an object without a method that its kind needs.
+    """
+    if kind not in KINDS:
+        raise UserError(f"register: kind is {shortened(repr(kind))}: give one of {', '.join(KINDS)}")
+    if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME or not all(
+            each.isascii() and (each.isalnum() or each in "_-.") for each in name):
+        raise UserError(f"register: name is {shortened(repr(name))}: give 1 to {_MAX_NAME} letters, digits, '_', '-' "
+                        f"or '.'")
+    if name in _builtin.get(kind, ()):
+        raise UserError(f"register: marjax has a {kind} {name!r} of its own: choose another name")
+    _check(kind, name, thing)
+    before = _registered[kind].get(name)
+    if before is not None and not _same(before, thing):
+        raise UserError(f"register: the {kind} {name!r} is already registered, as {_described(before)}: choose another "
+                        f"name for {_described(thing)}")
+    _registered[kind][name] = thing
+
+
+def find(kind: str, name: str) -> Any:
+    """What is registered, listed in MARJAX_PLUGINS or installed under that name; None if nothing is.
+
+    Raises:
+      UserError: it cannot be imported, lacks a method, or two installed packages bring the name.
+    """
+    if name not in _registered[kind]:
+        _load_plugins()
+    if name not in _registered[kind]:
+        found = [point for point in _entry_points(kind) if point.name == name]
+        if len({point.value for point in found}) > 1:
+            raise UserError(f"the {kind} {name!r} is brought by {' and by '.join(sorted(p.value for p in found))}: "
+                            f"uninstall one")
+        if found:
+            try:
+                thing = found[0].load()
+            except Exception as error:
+                raise UserError(f"the {kind} {name!r} of {found[0].value} cannot be imported ({type(error).__name__}: "
+                                f"{first_line(error, '')}): repair or uninstall its package") from error
+            if name not in _registered[kind]:  # its import may have registered it
+                register(kind, name, thing)
+    return _registered[kind].get(name)
+
+
+def names(kind: str) -> list[str]:
+    """The names that `find` finds, without importing any that are merely installed."""
+    _load_plugins()
+    return sorted({*_registered[kind], *(point.name for point in _entry_points(kind))})
+
+
+def unknown(kind: str, name: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
+    """The end of an error about a name that is not known: which there are, and how to add one."""
+    listed = list(known)
+    close = difflib.get_close_matches(name[:100], listed, 1, 0.6)
+    return (f"give one of {', '.join(listed)}" + (f" (did you mean {close[0]!r}?)" if close else "")
+            + f", or make your own {kind} known: marjax.register({kind!r}, {shortened(name)!r}, ...) before this, or "
+              f"{PLUGINS}=FILE.py with the file that calls it")
+
+
+class Choices(Mapping[str, V]):
+    """What a config can choose by name: marjax's own, and those registered as a kind."""
+
+    def __init__(self, kind: str, builtin: Mapping[str, V], convert: Callable[[str, Any], V]) -> None:
+        """Args:
+          kind: a key of KINDS.
+          builtin: marjax's own; their names cannot be registered.
+          convert: the value of a registered name and object.
+        """
+        self.kind = kind
+        self._own, self._convert = builtin, convert
+        _builtin.setdefault(kind, set()).update(builtin)
+
+    def __getitem__(self, name: str) -> V:
+        if name in self._own:
+            return self._own[name]
+        thing = find(self.kind, name) if isinstance(name, str) else None
+        if thing is None:
+            raise KeyError(name)
+        return self._convert(name, thing)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from names(self.kind)
+
+    def __len__(self) -> int:
+        return len(self._own) + len(names(self.kind))
+
+    def is_own(self, name: str) -> bool:
+        """Whether marjax brings it."""
+        return name in self._own
+
+
+def _entry_points(kind: str) -> list[importlib.metadata.EntryPoint]:
+    return [point for point in importlib.metadata.entry_points(group=f"marjax.{kind}s")
+            if point.name not in _builtin.get(kind, ())]
+
+
+def _load_plugins() -> None:
+    for entry in filter(None, (part.strip() for part in os.environ.get(PLUGINS, "").split(","))):
+        if entry in _loaded:
+            continue
+        _loaded.add(entry)
+        try:
+            if entry.endswith(".py"):
+                _import_file(os.path.expanduser(entry))
+            else:
+                importlib.import_module(entry)
+        except (UserError, TrainingError, MemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}): "
+                            f"give Python files or installed modules, with commas between") from error
+
+
+def _import_file(path: str) -> None:
+    name = f"marjax_plugin_{os.path.basename(path).removesuffix('.py')}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as dataclasses and pickle expect of a module
+    spec.loader.exec_module(module)
+
+
+def _check(kind: str, name: str, thing: Any) -> None:
+    if kind != "source" and not isinstance(thing, type):
+        raise UserError(f"register: the {kind} {name!r} is {_described(thing)}: give a class")
+    missing = [method for method in KINDS[kind] if getattr(thing, method, None) is None
+               or (method == "__call__" and not any("__call__" in vars(base) for base in thing.__mro__))]
+    if missing:
+        raise UserError(f"register: {_described(thing)} has no {', '.join(missing)}, which a {kind} needs: see "
+                        f"docs/extending.md")
+    if kind == "backbone" and (order := getattr(thing, "order", "random")) not in ORDERS:
+        raise UserError(f"register: {_described(thing)} has order {shortened(repr(order))}: give one of "
+                        f"{', '.join(ORDERS)}")
+    if kind == "source" and not callable(thing) and not hasattr(thing, "__getitem__"):
+        raise UserError(f"register: the source {name!r} is {_described(thing)}: give (images, labels), an object with "
+                        f"__len__ and __getitem__, or a function that returns one")
+
+
+def _described(thing: Any) -> str:
+    if not hasattr(thing, "__qualname__"):
+        return f"an object of type {type(thing).__name__}"
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether an object takes the place of another: the same code, imported or run again."""
+    if _described(one) == _described(other):
+        return True
+    names = [getattr(each, "__qualname__", None) for each in (one, other)]
+    return names[0] is not None and names[0] == names[1] and _files(one) & _files(other) != set()
+
+
+def _files(thing: Any) -> set[str]:
+    """The files that its functions are from."""
+    functions = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
+    plain = [inspect.unwrap(each) for each in (getattr(each, "__func__", each) for each in functions) if callable(each)]
+    codes = [getattr(each, "__code__", None) for each in plain]
+    return {code.co_filename for code in codes if code is not None}
