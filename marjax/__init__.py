@@ -5,8 +5,9 @@
     config = marjax.config.load("digits")  # or a Python file of your own; marjax.config.base() has every field
     marjax.train(config, "runs/digits")
     images = marjax.sample("runs/digits", [0, 1, 2])
+    entries = marjax.evaluate("runs/digits", num_images=1000, reference="stats.npz")
 
-`register` makes heads, backbones, tokenizers and
+`load` opens a work directory once, for many calls of its `sample`. `register` makes heads, backbones, tokenizers and
 data sources of your own available to configs (docs/extending.md). The commands of `marjax` call the same functions.
 """
 
@@ -17,14 +18,17 @@ from marjax.registry import register
 
 if TYPE_CHECKING:
     from marjax import config
+    from marjax.evaluation.evaluate import evaluate
+    from marjax.generation.loaded import load
     from marjax.generation.sample import sample
     from marjax.training.loop import train
 
-__all__ = ["config", "register", "sample", "train"]
+__all__ = ["config", "evaluate", "load", "register", "sample", "train"]
 __version__ = "0.1.0"
 
 # Imported on first use: a config file or `--help` should not have to wait for JAX.
-_LAZY = {"train": "marjax.training.loop", "sample": "marjax.generation.sample"}
+_LAZY = {"train": "marjax.training.loop", "sample": "marjax.generation.sample", "load": "marjax.generation.loaded",
+         "evaluate": "marjax.evaluation.evaluate"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from conftest import DIGITS, make_digits
 from processes import Run, steps_of
 
+import marjax
 from marjax import distributed, train
 from marjax.cli import main
 from marjax.errors import UserError
@@ -149,6 +150,18 @@ def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
     with pytest.raises(UserError, match=says):
         evaluate(run, request)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_fields_of_a_request_as_arguments(run, measure, tmp_path, monkeypatch):
+    fields = {**measure, "num_images": 50, "out": tmp_path, "progress": False}
+    (one,) = marjax.evaluate(run, **fields, cfg=1.0, weights="ema")
+    monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # it has its entry
+    assert evaluate(run, Request(**fields, settings={"cfg": [1.0]}, weights=("ema",))) == [one]
+    assert evaluate(run, Request(**fields), cfg=[1.0]) == [one]
+    for wrong, says in (({"num_image": 5}, "'num_images'"), ({"cgf": 2.0}, "'cfg'"), ({"weights": "best"}, "'best'"),
+                        ({"cfg": "much"}, "cfg")):
+        with pytest.raises(UserError, match=says):
+            evaluate(run, **{**fields, **wrong})
 
 
 def test_killed_at_any_point(run, measure, tmp_path, monkeypatch):

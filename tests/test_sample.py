@@ -8,7 +8,7 @@ import pytest
 from conftest import DIGITS, ROOT, make_digits, make_model
 
 from marjax import config as config_lib
-from marjax import peak, sample, train
+from marjax import load, peak, sample, train
 from marjax.cli import main
 from marjax.commands.arguments import parse_labels
 from marjax.errors import UserError
@@ -178,6 +178,24 @@ def test_one_program_for_other_scales_and_temperatures(run):
         other = sampler.with_settings(settings(**{"cfg": 2.0, **fields}))
         assert other.program is not sampler.program and other.tokenizer_params is sampler.tokenizer_params
     close(other(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=2.0, num_sampling_steps="4"))
+
+
+def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run, whole):
+    model = load(run)
+    close(model.sample(LABELS), whole)
+    close(model.sample(LABELS[7:], first_index=7), whole[7:])
+    close(model.sample(LABELS, seed=1, cfg=3.0, temperature=0.5), sample(run, LABELS, seed=1, cfg=3.0, temperature=0.5))
+    (sampler,) = model._samplers.values()
+    assert sampler.program._cache_size() == 2  # of 11 and of 4 labels
+    assert (model.step, model.weights, model.config.data.num_classes) == (60, "ema", 10)
+    assert "60" in repr(model) and load(run, weights="raw", step=30).step == 30
+    assert model.params["class_embedding"].shape == (10, 32)
+    for wrong, says in (({"labels": [10]}, "label 10"), ({"labels": [1], "cgf": 2.0}, "'sample.cfg'"),
+                        ({"labels": [1], "seed": -1}, "seed"), ({"labels": []}, "label")):
+        with pytest.raises(UserError, match=says):
+            model.sample(**wrong)
+    with pytest.raises(UserError, match="gone"):
+        load("gone")
 
 
 def test_what_was_opened_says_which_weights_it_has(run):

@@ -19,6 +19,7 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import distributed, numerics
+from marjax.config.overrides import closest
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.hosts import Hosts, all_processes
@@ -50,7 +51,7 @@ class Request:
     Attributes:
       num_images: of every setting, equally many of each class.
       seed: of all randomness, in [0, 2^32).
-      weights: "ema", "raw" or both; the first that there is by default.
+      weights: "ema", "raw" or a list of both; the first that there is by default.
       step: of the checkpoint; the newest by default.
       settings: values to try of FIELDS, all combinations of them; the run's own by default.
       batch_size: images at a time on one host's devices; `config.sample.batch_size` by default.
@@ -64,7 +65,7 @@ class Request:
 
     num_images: int = 50_000
     seed: int = 0
-    weights: Sequence[str | None] = (None,)
+    weights: str | Sequence[str | None] | None = (None,)
     step: int | None = None
     settings: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
@@ -80,8 +81,16 @@ class Request:
 
 @numerics.pinned()
 @takes_paths("workdir")
-def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> list[dict[str, Any]]:
+def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **given: Any) -> list[dict[str, Any]]:
     """Measures a work directory's weights; every process of a run calls this, with folders that all of them see.
+
+    `marjax.evaluate(workdir, num_images=10_000, reference="stats.npz", cfg=[1.0, 2.0])` measures two settings.
+
+    Args:
+      workdir: of a training run.
+      request: what to measure, by default 50,000 images of the newest weights with the run's own settings.
+      **given: single fields of `Request`, and of `config.sample` a value or a list of values to try: `num_iter`,
+        `num_sampling_steps`, `cfg`, `cfg_schedule`, `temperature`, `confidence_order`, `choice_temperature`.
 
     Returns:
       The entries of the settings asked for, in order, as they stand in `evaluation.json` (see docs/evaluation.md).
@@ -89,6 +98,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
     Raises:
       UserError: anything that cannot be used; found before any sample is made.
     """
+    request = _with_fields(request, given)
     paths: dict[str, Any] = {name: optional(getattr(request, name), name) for name in _PATHS}
     request = dataclasses.replace(request, **paths)
     hosts = all_processes()
@@ -102,7 +112,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
         record = Record(out / RECORD)
         measure = measure.with_features(out / FOLDER, hosts)
         entries = []
-        for weights in request.weights:
+        for weights in request.weights or ():
             opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
                                   local=True)
             samplers: dict[Any, Sampler] = {}
@@ -121,6 +131,21 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request()) -> l
                     (out / FOLDER / plan.name).rmtree(missing_ok=True)
                 entries.append(entry)
     return entries
+
+
+def _with_fields(request: Request, given: Mapping[str, Any]) -> Request:
+    """The request with single fields of it, or of its settings, set. Raises UserError: an unknown one."""
+    fields = [field.name for field in dataclasses.fields(Request)]
+    settings = {name: [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+                for name, value in given.items() if name in FIELDS}
+    given = {name: value for name, value in given.items() if name not in FIELDS}
+    if unknown := sorted(set(given) - set(fields)):
+        raise UserError(f"evaluate takes no {shown(unknown[0])}{closest(unknown[0], [*fields, *FIELDS])}; there are "
+                        f"{', '.join([*fields, *FIELDS])}")
+    request = dataclasses.replace(request, **given)
+    weights = request.weights
+    return dataclasses.replace(request, settings={**request.settings, **settings} if settings else request.settings,
+                               weights=(weights,) if isinstance(weights, str) or weights is None else weights)
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -143,7 +168,7 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
         raise UserError(f"{unknown[0]} is no setting of a sample: give some of {', '.join(FIELDS)}")
     if request.save not in SAVES:
         raise UserError(f"save is {request.save!r}: give npz or png")
-    if wrong := [each for each in request.weights if each not in (None, "ema", "raw")]:
+    if wrong := [each for each in request.weights or () if each not in (None, "ema", "raw")]:
         raise UserError(f"weights is {wrong[0]!r}: give 'ema' or 'raw'")
     check_arguments(seed=request.seed, step=request.step, num_images=request.num_images, batch_size=request.batch_size)
     if request.num_images < 2:

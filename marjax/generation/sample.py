@@ -43,18 +43,22 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
     Raises:
       UserError: anything that cannot be used, before any work is done.
     """
-    config = _config(workdir, tokenizer_path, settings)
+    config = opened_config(workdir, tokenizer_path, settings)
     check_arguments(seed=seed, step=step, first_index=first_index)
-    labels = _checked_labels(labels)
+    labels = checked_labels(labels, config)
+    opened = opened_sampler(config, workdir, weights, step)
+    return opened.sampler(opened.params, labels, seed, first_index,
+                          batch_size=min(config.sample.batch_size, len(labels)))
+
+
+def checked_labels(given: Any, config: ml_collections.ConfigDict) -> np.ndarray:
+    """The labels that a user asks a run's model for, int64 (N,), N at least 1. Raises UserError."""
+    labels = _checked_labels(given)
     wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
     if wrong:
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
                         f"(and -1 for no class)")
-    labels = labels.astype(np.int64)
-
-    opened = _open(config, workdir, weights, step)
-    return opened.sampler(opened.params, labels, seed, first_index,
-                          batch_size=min(config.sample.batch_size, len(labels)))
+    return labels.astype(np.int64)
 
 
 def _checked_labels(given: Any) -> np.ndarray:
@@ -96,11 +100,12 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None,
 
     Args and errors are those of `sample`; with `local`, it runs on this process's devices alone, at its own pace.
     """
-    return _open(_config(workdir, tokenizer_path, settings), workdir, weights, step, local)
+    return opened_sampler(opened_config(workdir, tokenizer_path, settings), workdir, weights, step, local)
 
 
-def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
-          step: int | None, local: bool = False) -> Opened:
+def opened_sampler(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
+                   step: int | None, local: bool = False) -> Opened:
+    """The sampler of a work directory for its config, as `opened_config` gives it; see `open_sampler`."""
     check_arguments(step=step)
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
@@ -121,8 +126,9 @@ def _open(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], we
                   restored.digests[item])
 
 
-def _config(workdir: str | os.PathLike[str], tokenizer_path: str | None,
-            settings: dict[str, Any]) -> ml_collections.ConfigDict:
+def opened_config(workdir: str | os.PathLike[str], tokenizer_path: str | None,
+                  settings: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The resolved config of a work directory with those fields of `config.sample`. Raises UserError."""
     given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
     if tokenizer_path is not None:
         given["tokenizer.path"] = tokenizer_path
