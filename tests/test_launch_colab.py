@@ -1,7 +1,8 @@
-"""launch/colab.ipynb, executed with its install cell off: what it shows, with and without the official weights."""
+"""launch/colab.ipynb, executed where marjax is installed: what it shows, with and without the official weights."""
 
 import ast
 import base64
+import importlib.util
 import io
 import subprocess
 
@@ -29,23 +30,36 @@ def test_it_is_stored_without_outputs():
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
     assert notebook.cells.index(tagged(notebook, "install")) < notebook.cells.index(tagged(notebook, "settings"))
     for cell in code:
-        if cell is not tagged(notebook, "install"):
-            ast.parse(cell.source)  # plain Python, which runs in other notebooks than Colab's too
+        ast.parse(cell.source)  # plain Python, which runs in other notebooks than Colab's too
     # The addresses are the README's.
     settings = {}
     exec(tagged(notebook, "settings").source, settings)
     assert settings["CHECKPOINT"] in (ROOT / "README.md").read_text()
 
 
-def test_the_install_cell_can_be_run_again(tmp_path):
-    """Where it left off, inside of what it has cloned. Its lines as a shell's, without pip and a connection."""
-    cell = tagged(nbformat.read(FILE, as_version=4), "install").source.replace("/content", str(tmp_path))
-    lines = [line.removeprefix("!").removeprefix("%") for line in cell.splitlines() if not line.startswith("#")]
-    address, *lines = [line for line in lines if not line.startswith("pip ")]
-    shell = "\n".join([address.replace(" = ", "="), "git() { mkdir -p \"${@: -1}/marjax\"; echo cloned; }",
-                       *lines * 2, "pwd"])
-    ran = subprocess.run(["bash", "-ec", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["cloned", str(tmp_path / "marjax")]
+def test_the_install_cell_finds_marjax_where_it_is(tmp_path, monkeypatch):
+    """Installed, named in the environment, around the notebook, or an uploaded wheel; else it says what to do."""
+    cell, asked, there = tagged(nbformat.read(FILE, as_version=4), "install").source, [], []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command[-1]))
+    monkeypatch.delenv("MARJAX_SOURCE", raising=False)
+
+    def installed(folder):
+        monkeypatch.chdir(folder)
+        asked.clear()
+        exec(cell, {})
+        return asked[:]
+
+    with pytest.raises(FileNotFoundError, match="upload.*MARJAX_SOURCE"):
+        installed(tmp_path)
+    wheel = tmp_path / "marjax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    assert installed(tmp_path) == [str(wheel)]
+    assert installed(ROOT / "launch") == [str(ROOT)]
+    monkeypatch.setenv("MARJAX_SOURCE", "git+https://example.org/marjax")
+    assert installed(ROOT / "launch") == ["git+https://example.org/marjax"]
+    there.append("a spec")
+    assert installed(tmp_path) == []
 
 
 def output_of(cell):
@@ -62,7 +76,6 @@ def test_it_trains_samples_and_shows_and_says_whether_the_official_weights_are_t
     Those are tiny ones of the same kind, from PyTorch: a MAR, and an autoencoder that fits it.
     """
     notebook = nbformat.read(FILE, as_version=4)
-    notebook.cells.remove(tagged(notebook, "install"))
     tagged(notebook, "settings").source += "\n" + "\n".join([
         f"STEPS, WORKDIR, OFFICIAL = 8, {str(tmp_path / 'run')!r}, {str(tmp_path / 'official')!r}",
         "CHECKPOINT = AUTOENCODER = 'http://127.0.0.1:9/nobody-listens'"])
@@ -73,7 +86,7 @@ def test_it_trains_samples_and_shows_and_says_whether_the_official_weights_are_t
         "             'sample.max_stages': 2, 'sample.num_sampling_steps': '5'}",
         notebook.cells[-1].source]))
     notebook.cells.append(again)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     outputs = [output_of(cell) for cell in notebook.cells if cell.cell_type == "code"]
     text, ((curve,), (plain, guided)) = "".join(text for text, _ in outputs), [each for _, each in outputs if each][:2]

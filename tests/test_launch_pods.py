@@ -28,10 +28,8 @@ with open(os.environ["CALLS"], "a") as file:
     print(json.dumps([[name, *sys.argv[1:]], given]), file=file)
 if "value(projectNumber)" in " ".join(sys.argv):
     print(123)
-if name == "git":
-    os.makedirs("marjax/launch")
-    for launcher in ("tpu_vm.sh", "gke.sh"):
-        os.symlink(sys.argv[0], f"marjax/launch/{{launcher}}")
+if sys.argv[1:4] == ["billing", "accounts", "list"]:
+    print("012345-6789AB-CDEF01")
 """
 
 
@@ -50,13 +48,14 @@ def recorded(file):
 def typed(tmp_path_factory):
     """What the blocks call: (arguments, variables) of each, and the number of its block."""
     folder = tmp_path_factory.mktemp("typed")
-    stand_in(folder / "bin", "git", "gcloud", "marjax", "pip", "python3", "xpk", "sky", "tensorboard")
+    stand_in(folder / "launch", "tpu_vm.sh", "gke.sh")
+    stand_in(folder / "bin", "gcloud", "marjax", "pip", "python3", "xpk", "sky", "tensorboard")
     # `source .venv/bin/activate`, of a virtual environment that python3 does not make here; xpk's has a pip of its own.
     blocks = [block.replace("source .venv/bin/activate", "true").replace(".venv-xpk/bin/pip", "pip")
               for block in BLOCKS]
     script = "set -eu\n" + "".join(f"export CALLS={folder}/calls{i}\n{block}\n" for i, block in enumerate(blocks))
     ran = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, env={
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder)})
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "USER": "ada"})
     assert not ran.returncode, ran.stderr
     return [(*call, i) for i in range(len(blocks)) for call in recorded(folder / f"calls{i}")]
 
@@ -87,7 +86,7 @@ def test_marjax_takes_its_commands(typed):
 def test_what_the_hosts_read_was_put_there(typed):
     """The bucket's data/ becomes ~/data, beside ~/marjax, where the commands run."""
     uploads = [arguments for arguments, _, _ in typed if arguments[:3] == ["gcloud", "storage", "cp"]]
-    there = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://my-bucket/data/" for name in upload}
+    there = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://marjax-ada/data/" for name in upload}
     there |= {"imagenet_kl16", "kl16.safetensors"}  # of launch/imagenet_latents.sh: see below
     runs = [(arguments, given) for arguments, given, _ in typed
             if arguments[0] == "tpu_vm.sh" and {"train", "evaluate"} & set(arguments)]
@@ -96,12 +95,12 @@ def test_what_the_hosts_read_was_put_there(typed):
         read = [word.rpartition("=")[2] for word in arguments if "../data" in word]
         assert len(read) == 2 and all(re.fullmatch(r"\.\./data/(\w|\.)+", path) for path in read)
         assert {os.path.basename(path) for path in read} <= there
-        assert (given["FETCH"], given["TYPE"]) == ("gs://my-bucket/data", "v5litepod-64")
+        assert (given["FETCH"], given["TYPE"]) == ("gs://marjax-ada/data", "v5litepod-64")
     [encode] = [(arguments, given) for arguments, given, _ in typed if "launch/imagenet_latents.sh" in arguments]
-    assert encode[0][-1] == "gs://my-bucket" and encode[1]["FETCH"] == ""
+    assert encode[0][-1] == "gs://marjax-ada" and encode[1]["FETCH"] == ""
     assert encode[1]["CREATE_FLAGS"].split() == [
-        "--internal-ips", "--data-disk=source=projects/my-project/zones/us-west4-a/disks/imagenet,mode=read-write"]
-    raw = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://my-bucket/raw/" for name in upload}
+        "--internal-ips", "--data-disk=source=projects/marjax-ada/zones/us-west4-a/disks/imagenet,mode=read-write"]
+    raw = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://marjax-ada/raw/" for name in upload}
     assert {"ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "kl16.ckpt"} <= raw
 
 

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,3 +53,12 @@ def test_shellcheck_has_nothing_to_say(tmp_path):
 def test_what_is_started_can_be_started():
     # A sourced script needs no right to run.
     assert not [path.name for path in SCRIPTS if path.name != "venv.sh" and not path.stat().st_mode & 0o100]
+
+
+def test_nothing_is_left_to_fill_in():
+    """What a reader would have to replace is an argument or a variable instead."""
+    files = [path for pattern in ("*.md", "docs/*.md", "launch/*", "configs/*.py", "marjax/**/*.py")
+             for path in ROOT.glob(pattern) if path.is_file()]
+    assert len(files) > 100
+    placeholder = re.compile(r"\bYOUR[-_]\w+|<your\b|github\.com/(OWNER|USER|ORG)\b|\b0{6}-0{6}-0{6}\b", re.IGNORECASE)
+    assert not [(path.name, found[0]) for path in files if (found := placeholder.search(path.read_text("utf-8")))]

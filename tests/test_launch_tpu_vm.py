@@ -217,7 +217,7 @@ def test_setup_needs_no_git(cloud, tmp_path):
     shutil.copytree(ROOT / "launch", tree / "launch")
     code = {"setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "marjax/a.py", "configs/mine.py"}
     for name in code | {"marjax/__pycache__/a.pyc", "data/shard"}:
-        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(name)
     launch(cloud, "setup", launcher=str(tree / "launch" / "tpu_vm.sh"))
     packed = subprocess.run(["tar", "-tzf", cloud / "worker0" / "marjax.tar.gz"], capture_output=True, text=True)
