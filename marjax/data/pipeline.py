@@ -31,7 +31,7 @@ from absl import flags
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
-from marjax.data.workers import blocked_signals, safe_path, serve_parent
+from marjax.data.workers import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
 from marjax.errors import UserError, first_line
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
@@ -90,7 +90,8 @@ class Batches(Iterator[Batch]):
           first: without `train`, where the one pass begins, below `num_examples`: row 0 of step 0 is this example.
 
         Raises:
-          UserError: for any argument or config field out of its range, and whatever `open_source` raises.
+          UserError: for any argument or config field out of its range, and whatever `open_source` raises; too little
+            shared memory for the worker processes.
         """
         workers = int(data.workers)
         if batch_size < 1:
@@ -118,13 +119,20 @@ class Batches(Iterator[Batch]):
         self._starts = contextlib.ExitStack()  # Grain starts its workers when it likes
         self._first: contextlib.AbstractContextManager[None] | None = None  # of the first batch
         if workers:
+            check_shared_memory(len(rows) * math.prod(examples.shape) * np.dtype(examples.dtype).itemsize, workers)
             self._starts.enter_context(safe_path())
             weakref.finalize(self, self._starts.close)  # also where nobody calls `close`, or what follows fails
             self._first = blocked_signals()
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
     def __next__(self) -> Batch:
-        """The next batch. Raises UserError for an unusable example, naming it, and RuntimeError once closed."""
+        """The next batch.
+
+        Raises:
+          UserError: an unusable example; names it.
+          TrainingError: a worker process was killed.
+          RuntimeError: these batches are closed.
+        """
         if self._iterator is None:
             raise RuntimeError("These batches are closed: open new ones, with start_step to go on.")
         try:
@@ -140,6 +148,8 @@ class Batches(Iterator[Batch]):
                     "pickle" in text for text in (str(error), *getattr(error, "__notes__", ()))):
                 raise UserError(f"data.workers={self._workers}, but the data cannot be sent to worker processes "
                                 f"({first_line(error)}): set data.workers=0, or make the data picklable") from error
+            if (told := explain_death(error)) is not None:
+                raise told from error
             raise
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
-"""Writes shards in several processes, with a bar that counts pictures; stops them all where too many are unreadable."""
+"""Worker processes: those that write shards, with a bar that counts pictures; and what all need, Grain's included."""
 
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from marjax.data.shards import Record, Shard, read_record, write_shard
-from marjax.errors import TrainingError, shortened
+from marjax.errors import TrainingError, UserError, shortened
+
+SHARED_MEMORY = "/dev/shm"
+_BATCHES_A_WORKER = 5  # at most, as measured: in Grain's queue, waiting for it, being copied, and not yet freed
+_LESS_SHARED_MEMORY = "read with fewer workers, or in this process (--config.data.workers=0)"
 
 # In a worker process: how many pictures all of them are through with, and whether to stop.
 _shared: tuple[Any, Any] | None = None
@@ -89,6 +94,45 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Raises UserError if the batches of Grain's worker processes may not fit in shared memory: a bus error ends those.
+
+    Args:
+      batch_bytes: of this host's part of a batch.
+      workers: how many processes read.
+    """
+    free, needed = shared_memory_free(), batch_bytes * (_BATCHES_A_WORKER * workers + 1)
+    if free is not None and needed > free:
+        raise UserError(f"{SHARED_MEMORY} has {_mib(free)} MiB free, but {workers} worker processes pass batches of "
+                        f"{_mib(batch_bytes)} MiB through it and need up to {_mib(needed)} MiB: give the container "
+                        f"more (docker run --shm-size={-(-needed // 2**30)}g), or {_LESS_SHARED_MEMORY}")
+
+
+def shared_memory_free() -> int | None:
+    """Bytes of shared memory that can still be used; None where there is no such limit, as on macOS."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def explain_death(error: BaseException) -> TrainingError | None:
+    """What to report of a worker process of Grain's that was killed; None if the error is something else."""
+    found = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+    if found is None:
+        return None
+    if int(found[1]) == -signal.SIGBUS:
+        return TrainingError(f"a worker process found no room in {SHARED_MEMORY}: give the container more (docker run "
+                             f"--shm-size), or {_LESS_SHARED_MEMORY}")
+    return TrainingError(f"a worker process ended with {found[1]}, perhaps for want of memory: start again with fewer "
+                         f"(--config.data.workers)")
+
+
+def _mib(size: int) -> int:
+    return -(-size // 2**20)
 
 
 @contextlib.contextmanager
