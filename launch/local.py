@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Starts the JAX processes of a run on this machine, on its CPU: a pod in small, to try a config or a failure on.
 
-    python launch/local.py --processes 4 --devices 2 -- marjax train --config configs/digits.py:debug --workdir runs/try
+    python launch/local.py --processes 4 --devices 2 -- marjax train --config digits:debug --workdir runs/try
 
 Each process is told where the others are, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and how
 many CPU devices to have. Their lines come out as "[2] ...". SIGINT and SIGTERM go on to all of them, SIGHUP as SIGTERM.

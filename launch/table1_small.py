@@ -153,7 +153,7 @@ def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_ite
     kept = workdir / f"tuning_{num_iter}.json"
     terms = {"steps": read_workdir(workdir).train.steps, "samples": TUNED_ON, "seed": TUNING_SEED}
     tried: dict[tuple[float, float], float] = {}
-    if kept.exists() and (found := json.loads(kept.read_text()))["terms"] == terms:  # a killed measurement goes on
+    if kept.exists() and (found := json.loads(kept.read_text("utf-8")))["terms"] == terms:  # resumed
         tried = {(scale, temperature): distance for scale, temperature, distance in found["tried"]}
     for kind, scales in (("plain", (1.0,)), ("guided", SCALES)):
         sampler, params, *_ = open_sampler(workdir, num_iter=num_iter, cfg=scales[0])
@@ -180,12 +180,12 @@ def report(root: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     folder = root / "report"
     folder.mkdir(exist_ok=True)
     done = {row["row"]: row for row in rows if row.get("status") == "done"}
-    reference = json.loads((root / "reference.json").read_text())
+    reference = json.loads((root / "reference.json").read_text("utf-8"))
     head = (f"Classifier: {reference['accuracy']:.1%} right on 1000 real digits it was not trained on. Distance of "
             f"{MEASURED_ON} real digits to the others: {reference['distance_of_real']:.2f}; of the same digits "
             f"quantised by {reference['codes']} codes ({reference['psnr']:.1f} dB): "
             f"{reference['distance_of_quantised']:.2f}.\n\n")
-    (folder / "table.md").write_text(head + table_of(done))
+    (folder / "table.md").write_text(head + table_of(done), "utf-8")
     draw_curves(root, done, folder / "curves.png")
     draw_samples(root, done, folder / "samples.png")
 
@@ -218,7 +218,7 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
     for point in get_sweep().points:
         log = root / point.name / "metrics.jsonl"
         if log.exists():
-            values = [json.loads(line) for line in log.read_text().splitlines()]
+            values = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
             axis = axes[1 if point.name.endswith("_ce") else 0]
             axis.plot([v["step"] for v in values], [v["train/loss"] for v in values], label=point.name,
                       color=colours[point.name])
@@ -228,7 +228,7 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
         point, _, one = name.partition("/")
         steps = read_workdir(root / point).sample.num_iter
         kept = root / point / f"tuning_{ONE_BY_ONE if one else steps}.json"
-        tried = np.array(json.loads(kept.read_text())["tried"])
+        tried = np.array(json.loads(kept.read_text("utf-8"))["tried"])
         scales = np.unique(tried[:, 0])
         best = [tried[tried[:, 0] == scale, 2].min() for scale in scales]
         style = "o:" if one else "o--" if "_ce" in name else "o-"

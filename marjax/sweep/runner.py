@@ -131,7 +131,7 @@ def _ended(plan: Plan, name: str, code: int, seconds: float) -> None:
         return
     if state.status == "unfinished" and (code or name != PREPARE):  # killed, or left without a word
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        with open(_log(plan, name), errors="replace") as printed:
+        with open(_log(plan, name), encoding="utf-8", errors="replace") as printed:
             last = printed.read().strip().splitlines()[-1]
         plan.fail(name, how if last.startswith("---") else f"{how}; the last it printed: {last:.200}", seconds)
         state = plan.state(name)
