@@ -43,9 +43,10 @@ def explain(error: BaseException) -> TrainingError | None:
         return TrainingError("no more threads can be started; allow more processes (ulimit -u)")
     if isinstance(error, RuntimeError | AssertionError) and _is_of_backend(error):
         detail = shortened(" ".join(str(error).split()), 160)
-        return TrainingError(f"JAX finds no devices of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return TrainingError(f"JAX finds no devices of JAX_PLATFORMS={platforms}"
                              f"{f' ({detail})' if detail else ''}; set it to what this machine has, such as cpu, or "
-                             f"install JAX for it")
+                             f"install JAX for it{_installs(platforms)}")
     code = error_number(error)
     if code is None:
         return None
@@ -53,6 +54,13 @@ def explain(error: BaseException) -> TrainingError | None:
              if isinstance(each, str | bytes)]
     where = f"{shortened(' -> '.join(names), 300)}: " if names else ""
     return TrainingError(f"{where}{os.strerror(code)}; {_ADVICE.get(code, _PATH)}")
+
+
+def _installs(platforms: str) -> str:
+    """The command that installs JAX for an accelerator, after a colon; "" if no extra of marjax does."""
+    if "tpu" in platforms:
+        return ": pip install 'marjax[tpu]'"
+    return ": pip install 'marjax[cuda13]', or cuda12" if re.search("cuda|gpu", platforms) else ""
 
 
 def _is_of_backend(error: BaseException) -> bool:

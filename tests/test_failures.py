@@ -68,3 +68,11 @@ def test_what_passes_says_nothing_about_a_file():
         assert not failures.is_passing(error)
     assert failures.advice(OSError(errno.ENOSPC, "")) != failures.advice(OSError(errno.EMFILE, ""))
     assert os.strerror(errno.ENOSPC) == "No space left on device"
+
+
+@pytest.mark.parametrize("platforms, extra", [("tpu", "marjax[tpu]"), ("cuda", "marjax[cuda13]"), ("gpu", "cuda12"),
+                                              ("rocm", "")])
+def test_devices_that_are_not_there_name_the_extra(monkeypatch, platforms, extra):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    text = str(failures.explain(RuntimeError(f"Unable to initialize backend '{platforms}'")))
+    assert extra in text and ("pip install" in text) == bool(extra)
