@@ -1,5 +1,6 @@
 """Speed of training and of sampling: useful FLOP/s beside the machine's own matmul rate, in one run."""
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import flops, numerics, orders, peak, sharding
+from marjax import flops, numerics, orders, peak, progress, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings, draw_randomness
 from marjax.models import generator as generator_lib
@@ -61,18 +62,24 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         prepare = _prepare_train if what == "train" else _prepare_sample
         lowered, make_run = prepare(config, mesh, tokens, generator)
         start = time.perf_counter()
-        compiled = lowered().compile()
+        with progress.compiling(f"the {'train step' if what == 'train' else 'sampler'}"):
+            compiled = lowered().compile()
         result["compile_seconds"] = round(time.perf_counter() - start, 2)
         if not repeats:
             return result
-        peaks = [peak.measured_peak(config.model.dtype)]
-        run = make_run(compiled)
+        with progress.activity("measuring matmuls"):
+            peaks = [peak.measured_peak(config.model.dtype)]
+        with progress.activity("creating the parameters"):
+            run = make_run(compiled)
         seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        steps = _recomputed_steps(config, generator, recompute) if recompute else []
+        with progress.bar("timing", repeats + 1, "runs") as bar:
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+                bar.update()
+        with progress.activity("timing without the KV cache") if recompute else contextlib.nullcontext():
+            steps = _recomputed_steps(config, generator, recompute) if recompute else []
     peaks.append(peak.measured_peak(config.model.dtype))
     if what == "train":
         per_image = flops.train_flops(generator)
@@ -157,16 +164,16 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
 
     @jax.jit
-    def step(params: Any, progress: Any, start: Any, noise: Any) -> Any:
-        return generator.apply({"params": params}, progress, labels, labels < 0, start, 1, noise,
+    def step(params: Any, state: Any, start: Any, noise: Any) -> Any:
+        return generator.apply({"params": params}, state, labels, labels < 0, start, 1, noise,
                                None if sample.cfg == 1.0 else sample.cfg, known_slots=generator.num_tokens, new_slots=1,
                                codebook=codebook, num_sampling_steps=sample.num_sampling_steps,
                                temperature=sample.temperature, method="generate_step")
 
-    seconds, progress = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
+    seconds, state = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
     for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):
         start = time.perf_counter()
-        progress = jax.block_until_ready(step(params, progress, at, rand.head))
+        state = jax.block_until_ready(step(params, state, at, rand.head))
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 

@@ -1,10 +1,10 @@
 """Progress on standard error: bars for counted work, elapsed time for other work, and notes between them.
 
 On a terminal or in a notebook one line is redrawn in place. Elsewhere, such as in the log of a job, lines are printed:
-one at the start of each task (of one inside another, once it has lasted a second), then one whenever nothing was
-printed for some ten seconds, or 1% of the elapsed time if that is longer. A daemon thread keeps the time while tasks
-are open, so that a long compilation is not silent; nothing here waits for devices. Only the first process of a run
-prints. Results belong on standard output, which this leaves alone.
+one at the start of a bar (of other work, and of a bar inside of other work, once it has lasted some seconds), then one
+whenever nothing was printed for some ten seconds, or 1% of the elapsed time if that is longer. A daemon thread keeps
+the time while tasks are open, so that a long compilation is not silent; nothing here waits for devices. Only the first
+process of a run prints. Results belong on standard output, which this leaves alone.
 
     with progress.activity("loading the checkpoint"):
         ...
@@ -31,7 +31,7 @@ from marjax.closing import Closing
 
 _SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
 _TICK = 0.5  # seconds between looks of the thread
-_MOMENT = 1.0  # seconds; what is inside of something else and takes no longer gets no line
+_MOMENT = 3.0  # seconds; work that takes no longer gets no line, unless it is a bar of its own
 _REDRAW = 0.1  # seconds between redraws of a live line, at least
 _MEMORY = 300.0  # seconds over which a bar's rate is averaged
 
@@ -179,7 +179,7 @@ class Console:
             self._tasks.append(task)
             if self.live:
                 self._draw()
-            elif task.show and not inside and not task.is_command:
+            elif task.show and not inside and isinstance(task, Bar):
                 self._print_task(task)
             if self._stop is None and self._threads and task.show:
                 self._stop = threading.Event()

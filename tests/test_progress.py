@@ -55,15 +55,14 @@ def _screen(console):
 def test_no_ten_seconds_pass_without_a_line_where_there_is_no_terminal(clock):
     console, seen = _console(clock), []
     with Task(console, "compiling the train step", advice="compiled programs are kept"):
-        assert _text(console) == "compiling the train step\n"
         for _ in range(120):
             clock.wait(console, 0.5)
             seen.append(_text(console).count("\n"))
     changes = [0, *(i for i in range(1, len(seen)) if seen[i] != seen[i - 1])]
     assert max(b - a for a, b in itertools.pairwise(changes)) < 20  # halves of a second
-    assert seen[-1] == 7
-    assert _text(console).splitlines()[1] == "compiling the train step: 00:09 (compiled programs are kept)"
-    assert _text(console).splitlines()[-1] == "compiling the train step: 00:54"
+    lines = _text(console).splitlines()
+    assert lines[0] == "compiling the train step: 00:03 (compiled programs are kept)"
+    assert (len(lines), lines[-1]) == (7, "compiling the train step: 00:57")
 
 
 def test_lines_become_rare_in_a_long_run(clock):
@@ -90,7 +89,7 @@ def test_the_rate_leaves_out_the_first_unit_and_pauses(clock):
         assert bar.rate() == pytest.approx(0.5)
         assert bar.eta() == "01:20"
         assert "train: 60 of 100 steps, 08:58, ETA 01:20" in bar.line()
-    assert "drawing pictures: 00:01\n" in _text(console)
+    assert "drawing pictures: 00:03\n" in _text(console)
 
 
 def test_the_rate_follows_a_change_of_speed(clock):
@@ -139,11 +138,11 @@ def test_nothing_is_shown_inside_of_what_is_hidden(clock):
 def test_short_work_inside_of_other_work_gets_no_line(clock):
     console = _console(clock)
     with Bar(console, "train", 9, "steps", 0):
-        for seconds in (0.5, 3.0):
+        for seconds in (2.5, 4.0):
             with Bar(console, "sampling", 8, "images", 0) as bar:
                 clock.wait(console, seconds)
                 bar.update(8)
-    assert _text(console).splitlines()[1:] == ["sampling: 0 of 8 images, 00:01", "sampling: 8 of 8 images, 00:03"]
+    assert _text(console).splitlines()[1:] == ["sampling: 0 of 8 images, 00:03", "sampling: 8 of 8 images, 00:04"]
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -152,11 +151,11 @@ def test_a_command_is_named_only_where_nothing_else_is_shown(clock, live):
     with Task(console, "marjax sample", is_command=True):
         clock.wait(console, 20)
         with Task(console, "loading the checkpoint"):
-            clock.wait(console, 1)
-            assert _screen(console)[2 if live else -2].startswith("loading the checkpoint")
-        clock.wait(console, 8)
+            clock.wait(console, 3)
+            assert _screen(console)[2].startswith("loading the checkpoint")
+        clock.wait(console, 6)
     assert [line for line in _screen(console) if line.startswith("marjax")] == [
-        "marjax sample: 00:09", "marjax sample: 00:18", *([] if live else ["marjax sample: 00:29"])]
+        "marjax sample: 00:09", "marjax sample: 00:18"]
 
 
 def test_the_thread_ends_with_the_last_task_whatever_ends_it():

@@ -146,7 +146,8 @@ def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
     assert cli.main([*command, "--jobs", "2"]) == 1
     printed = capsys.readouterr()
     assert "good: finished in" in printed.out and "bad: failed after" in printed.out
-    assert "1 of 2 points failed: bad;" in printed.err and len(printed.err.splitlines()) == 1
+    assert "1 of 2 points failed: bad;" in printed.err and printed.err.count("marjax sweep: error: ") == 1
+    assert "sweep: 0 of 2 points\n" in printed.err and "sweep: 2 of 2 points, " in printed.err
 
     def written():
         with (root / "table.csv").open() as file:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 import marjax
 from marjax import config as config_lib
-from marjax import sharding
+from marjax import progress, sharding
 from marjax.compile import programs
 from marjax.compile.programs import Compiled, CompilerError, Lowered
 from marjax.compile.topology import Slice, describe, prepare_environment
@@ -64,7 +64,7 @@ def compile_program(lowered: Lowered, config: ml_collections.ConfigDict, topolog
       CompilerError: the compiler gave up or crashed.
       UserError: as `programs.lowered_programs` raises it.
     """
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, progress.activity(f"compiling {lowered.name} for {topology}"):
         with _large_stack():
             child = subprocess.Popen(
                 [sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,

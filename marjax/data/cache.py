@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from marjax import config as config_lib
-from marjax import distributed, numerics, sharding
+from marjax import distributed, numerics, progress, sharding
 from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
@@ -81,7 +80,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
       shard_examples: images a file; by default, for files of at most 64 MiB and at least 64 of them.
       overwrite: start afresh, and replace a cache of something else.
       measure: whether to time the network alone too, before and after.
-      progress: whether to show a bar on a terminal.
+      progress: whether to show how far it is.
 
     Raises:
       UserError: a tokenizer without a network, data that cannot be used, another cache in the folder, or another
@@ -236,16 +235,16 @@ class _Encoder:
             return
         manifest = self.manifest
         left = sum(len(manifest.examples_of(shard)) for part in parts for shard in part)
-        with jax.set_mesh(self.mesh), tqdm(total=total, initial=total - left, unit=" images", desc="encoding",
-                                           disable=None if self.progress else True) as bar:
+        with jax.set_mesh(self.mesh), progress.bar("encoding", total, "images", start=total - left,
+                                                   show=self.progress) as bar:
             params = sharding.put_whole(self.tokenizer.params, self.mesh)
             encode = jax.jit(self._encode)
             if self.measure:
                 self._time_alone(encode, params)
             for part in parts:
-                with contextlib.closing(self._encoded(encode, params, part)) as rows:
+                with contextlib.closing(self._encoded(encode, params, part, bar)) as rows:
                     for shard in part:
-                        self._write(shard, rows, bar)
+                        self._write(shard, rows)
             if self.measure:
                 self._time_alone(encode, params)
 
@@ -266,7 +265,8 @@ class _Encoder:
         moments = self.tokenizer.moments(params, copies.reshape(-1, *image.shape[1:]))
         return moments.reshape(*copies.shape[:2], *moments.shape[1:]).astype(DTYPES[self.manifest.dtype])
 
-    def _encoded(self, encode: Any, params: Any, part: range) -> Generator[tuple[np.ndarray, int]]:
+    def _encoded(self, encode: Any, params: Any, part: range,
+                 bar: progress.Bar) -> Generator[tuple[np.ndarray, int]]:
         """Moments (F, ...) and label of each example of a part, in order.
 
         Two batches are on the devices, so that they never wait for what is done with a result.
@@ -291,6 +291,7 @@ class _Encoder:
                 count = min(left, self.batch_size)
                 left -= count
                 self._tick(count)
+                bar.update(count)
                 yield from zip(rows[:count], labels[:count].tolist(), strict=True)
 
     def _tick(self, count: int) -> None:
@@ -302,7 +303,7 @@ class _Encoder:
         else:
             self.timed += count
 
-    def _write(self, shard: int, rows: Iterator[tuple[np.ndarray, int]], bar: Any) -> None:
+    def _write(self, shard: int, rows: Iterator[tuple[np.ndarray, int]]) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = os.path.join(self.folder, self.manifest.shard_file(shard))
@@ -314,7 +315,6 @@ class _Encoder:
                     moments, label = next(rows)
                     for copy in moments:
                         writer.write(pack(copy, label))
-                    bar.update()
             finally:
                 writer.close()
             sync(partial)

@@ -12,8 +12,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from tqdm import tqdm
-
+from marjax import progress as progress_lib
 from marjax.data.items import Item, Listing
 from marjax.errors import UserError, shortened
 
@@ -30,7 +29,7 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
 
     Args:
       paths: the tars, or a folder that holds them under these names.
-      progress: whether to show a bar on a terminal.
+      progress: whether to show how far it is.
 
     Raises:
       UserError: a file that is missing, cut short or none of the two.
@@ -68,12 +67,12 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
                    collections.Counter(), warnings)
 
 
-def _read_tar(tar: str, labels: dict[str, int], validation: list[str], progress: bool) -> tuple[str, list[Item]]:
+def _read_tar(tar: str, labels: dict[str, int], validation: list[str], show: bool) -> tuple[str, list[Item]]:
     """A tar's split and pictures: of class tars inside, or pictures whose labels TFDS knows by their number."""
     items: list[Item] = []
     splits: set[str] = set()
-    with open(tar, "rb") as file, tqdm(desc=f"listing {os.path.basename(tar)}", unit=" pictures",
-                                       disable=None if progress else True) as bar:
+    with open(tar, "rb") as file, progress_lib.bar(f"listing {os.path.basename(tar)}", None, "pictures",
+                                                   show=show) as bar:
         for member in _members(file, 0, os.path.getsize(tar)):
             base = os.path.basename(member.name)
             numbered = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", base)

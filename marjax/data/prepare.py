@@ -122,7 +122,7 @@ def prepare(
       val_share: the share of each class that becomes the split "validation".
       workers: processes; by default, one for each core that this process may use.
       overwrite: start afresh, and replace what was prepared there.
-      progress: whether to show bars on a terminal.
+      progress: whether to show how far it is.
       bits: how many bits are used of pictures with 16 bits a channel; see `marjax.data.deep` for None.
 
     Raises:

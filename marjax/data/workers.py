@@ -6,15 +6,13 @@ import multiprocessing.connection
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from tqdm import tqdm
-
+from marjax import progress
 from marjax.data.shards import Record, Shard, read_record, write_shard
 from marjax.errors import TrainingError, UserError, shortened
 
@@ -31,14 +29,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, progress: bool) -> dict[str, Record]:
+def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, show: bool) -> dict[str, Record]:
     """Writes those shards that are not finished; unreadable pictures are told on stderr as they are found.
 
     Args:
       shards: all of the data set's.
       max_bad: how many pictures may be unreadable in all.
       workers: processes; with 1, this one.
-      progress: whether to show a bar on a terminal.
+      show: whether to show how far it is.
 
     Returns:
       The record of each shard, by its path; some are not finished, or missing, if more than `max_bad` pictures are
@@ -50,9 +48,9 @@ def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, progress: 
     records = {shard.path: record for shard in shards if (record := read_record(shard))}
     waiting = [shard for shard in shards if shard.path not in records]
     unreadable = sum(len(record.unreadable) for record in records.values())
-    with tqdm(total=sum(len(shard.items) for shard in shards), unit=" pictures", desc="preparing", smoothing=0.1,
-              initial=sum(len(shard.items) for shard in shards if shard.path in records),
-              disable=None if progress else True) as bar:
+    done = sum(len(shard.items) for shard in shards if shard.path in records)
+    with progress.bar("preparing", sum(len(shard.items) for shard in shards), "pictures", start=done,
+                      show=show) as bar:
         runs = _in_this_process if min(workers, len(waiting)) <= 1 else _in_processes
         # Closed as soon as it is not needed any more, which stops the workers.
         written = runs(waiting, min(workers, len(waiting)), bar)
@@ -62,7 +60,7 @@ def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, progress: 
                 records[shard.path] = record
                 unreadable += len(record.unreadable)
                 for name, why in record.unreadable:
-                    tqdm.write(f"unreadable: {shortened(name, 200)}: {why}", file=sys.stderr)
+                    progress.note(f"unreadable: {shortened(name, 200)}: {why}")
         finally:
             written.close()
     return records

@@ -4,6 +4,7 @@ Measures of digits or icons need a network that knows those; this is a `FeatureE
 Legend: B or N images of H x W pixels (H = W) and C channels, F features, K classes.
 """
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
@@ -163,8 +164,12 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    for step in range(steps):
-        params, opt_state = train_step(params, opt_state, *pool, jnp.int32(step))
+    with progress.bar("train", steps, "steps") as bar:
+        for step in range(steps):
+            with progress.compiling("the train step") if step == 0 else contextlib.nullcontext():
+                params, opt_state = train_step(params, opt_state, *pool, jnp.int32(step))
+            bar.update()
+        jax.block_until_ready(params)
     return Classifier(jax.device_get(params), image_size=images.shape[1], channels=images.shape[3],
                       num_classes=num_classes)
 
@@ -194,7 +199,7 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
         raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     with locked_file(out, "marjax train-classifier"):
-        with Batches(data, EVAL_BATCH, 0, train=False) as batches:
+        with progress.activity("reading the images"), Batches(data, EVAL_BATCH, 0, train=False) as batches:
             count, parts = batches.num_examples, list(batches)
         images, labels = (np.concatenate([part[name] for part in parts])[:count] for name in ("image", "label"))
         order = np.random.RandomState(seed).permutation(count)

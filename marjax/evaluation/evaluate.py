@@ -5,6 +5,7 @@ Every setting has a set of samples of its own, made as `evaluation.samples` says
 where the first was ended.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -18,7 +19,7 @@ import ml_collections
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import distributed, numerics
+from marjax import distributed, numerics, progress
 from marjax.config.overrides import closest
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
@@ -60,7 +61,7 @@ class Request:
       save: "npz" or "png" to keep the samples, as one file for the ADM evaluator or as a folder of pictures.
       out: where record and samples go; the work directory by default.
       overwrite: measure again what has its entry.
-      progress: whether to show bars on a terminal.
+      progress: whether to show how far it is.
     """
 
     num_images: int = 50_000
@@ -108,11 +109,14 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
     combinations = _combinations(config, request)
     measure = _Measure.open(config, request)
     out = make_folder(workdir if request.out is None else request.out)
-    with distributed.first_holds(locked_folder(out, "marjax evaluate", LOCK)):
+    with distributed.first_holds(locked_folder(out, "marjax evaluate", LOCK)), contextlib.ExitStack() as closing:
         record = Record(out / RECORD)
         measure = measure.with_features(out / FOLDER, hosts)
         entries = []
-        for weights in request.weights or ():
+        weights_of_all = request.weights or ()
+        total = len(weights_of_all) * len(combinations)
+        bar = closing.enter_context(progress.bar("evaluating", total, "settings", show=request.progress))
+        for weights in weights_of_all:
             opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
                                   local=True)
             samplers: dict[Any, Sampler] = {}
@@ -130,6 +134,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
                 if hosts.index == 0:  # once the entry is there, and not before; a kill may have left them
                     (out / FOLDER / plan.name).rmtree(missing_ok=True)
                 entries.append(entry)
+                bar.update()
     return entries
 
 
@@ -205,7 +210,7 @@ def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_
     samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count, image_shape=measure.image_shape)
     if not hosts.index:
         hosts.meet()
-    samples.generate(sampler, params, request.progress)
+    samples.generate(sampler, params)
     features = Features(samples.folder)
     if hosts.index == 0:
         features.clear()  # what a killed run has left, perhaps of other hosts

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.codes import nearest
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
@@ -111,11 +111,12 @@ def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, se
     sums: Any = 0.0
     squares: Any = 0.0
     used: set[int] = set()
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), contextlib.ExitStack() as closing:
         first = next(batches)
         image = jax.ShapeDtypeStruct(first[0].shape, np.float32)
         jax.eval_shape(run, tokenizer.params, image, numerics.key(0))
         before()
+        bar = closing.enter_context(progress.bar("encoding and decoding", num_images, "images"))
         params = jax.device_put(tokenizer.params)
         for batch, real in itertools.chain([first], batches):
             real = min(real, num_images - seen)
@@ -129,8 +130,10 @@ def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, se
                 originals.append(batch[:real])
                 made.append(to_uint8(back[:real]))
             seen += real
+            bar.update(real)
             if seen == num_images:
                 break
+        bar.total = seen
     mse = error / (seen * first[0][0].size)
     means, mean_squares = sums / (seen * places), squares / (seen * places)
     std = math.sqrt(max(0.0, mean_squares.mean() - means.mean() ** 2))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.errors import UserError, shortened
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Gaussian, Moments
@@ -151,14 +151,16 @@ def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtra
     place_N[chosen] = np.arange(len(chosen))
     kept_nxF = np.zeros((len(chosen), extractor.num_features), np.float32)
     times_N = np.zeros(total, np.int64)
-    for indices_B, images in batches:
-        found = extractor.extract(images)
-        np.add.at(times_N, indices_B, 1)
-        moments.add(found.features)
-        if found.spatial is not None:
-            spatial.add(found.spatial)
-        places_B = place_N[indices_B]
-        kept_nxF[places_B[places_B >= 0]] = found.features[places_B >= 0]
+    with progress.bar("measuring", -(-total // hosts.count), "images") as bar:
+        for indices_B, images in batches:
+            found = extractor.extract(images)
+            np.add.at(times_N, indices_B, 1)
+            moments.add(found.features)
+            if found.spatial is not None:
+                spatial.add(found.spatial)
+            places_B = place_N[indices_B]
+            kept_nxF[places_B[places_B >= 0]] = found.features[places_B >= 0]
+            bar.update(len(images))
     times_N = hosts.sum(times_N)
     if (times_N != 1).any():
         raise ValueError(f"{(times_N != 1).sum()} of {total} images are missing or came more than once: give each "

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
+from marjax import progress
 from marjax.errors import UserError
 from marjax.files import write_bytes
 from marjax.generation.images import make_folder, to_uint8, write_png
@@ -127,13 +127,12 @@ class SampleSet:
         return [batch for batch in range(self.host, self.plan.num_batches, self.hosts)
                 if _file(batch) not in there]
 
-    def generate(self, sampler: Sampler, params: Any, progress: bool = True) -> None:
-        """Makes this host's missing batches. Raises UserError: a file cannot be written."""
+    def generate(self, sampler: Sampler, params: Any, show: bool = True) -> None:
+        """Makes this host's missing batches, and shows how far it is. Raises UserError: a file cannot be written."""
         missing = self.missing()
         mine = len(range(self.host, self.plan.num_batches, self.hosts))
         clock = _Clock(self.folder / f"timing-{self.host}.json")
-        with tqdm(total=mine, initial=mine - len(missing), unit=" batches", desc="sampling",
-                  disable=None if progress else True) as bar:
+        with progress.bar("sampling", mine, "batches", start=mine - len(missing), show=show) as bar:
             for batch, image in self._dispatched(sampler, params, missing):
                 pixels = to_uint8(np.asarray(image)[:len(self.plan.indices(batch))])
                 write_bytes(self.folder / _file(batch), _to_npy(pixels))

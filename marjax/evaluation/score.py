@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Moments, frechet_distance
@@ -113,31 +113,40 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
         real = made = None
     asks = num_classes == extractor.num_classes
     right = 0
-    for indices, images in _grouped(batches):
-        found = extractor.extract(images)
-        moments.add(found.features)
-        sums.add(indices, found.logits)
-        if found.spatial is not None and reference.spatial is not None:
-            spatial.add(found.spatial)
+    with progress.bar("measuring", -(-total // hosts.count), "images") as bar:
+        for indices, images in _grouped(batches):
+            found = extractor.extract(images)
+            moments.add(found.features)
+            sums.add(indices, found.logits)
+            if found.spatial is not None and reference.spatial is not None:
+                spatial.add(found.spatial)
+            if asks:
+                right += int((found.logits.argmax(axis=1) == indices % num_classes).sum())
+            if made is not None:
+                made.add(int(indices[0]), found.features)
+            bar.update(len(images))
+    with progress.activity("computing the metrics"):
+        metrics = _distances(moments, spatial, sums, extractor, reference, hosts)
         if asks:
-            right += int((found.logits.argmax(axis=1) == indices % num_classes).sum())
-        if made is not None:
-            made.add(int(indices[0]), found.features)
+            metrics["accuracy"] = float(hosts.sum(np.array([right]))[0]) / total
+        if real is not None and made is not None:
+            made.list()
+            pair = precision_recall([real], made, k=NEIGHBOURS, hosts=hosts)
+            kid = kernel_distance(made, [real], hosts=hosts)  # in the order of torch-fidelity
+            metrics |= {"precision": pair.precision, "recall": pair.recall, "kid": kid.mean, "kid_std": kid.std}
+    return metrics
+
+
+def _distances(moments: Moments, spatial: Moments, sums: ScoreSums, extractor: FeatureExtractor, reference: Reference,
+               hosts: Hosts) -> dict[str, float]:
+    """The metrics that are made of sums; once a host has them, all have reached this and written their features."""
     metrics: dict[str, float] = {}
     if reference.gaussian is not None:
         metrics["fid"] = frechet_distance(moments.merged(hosts).gaussian(), reference.gaussian)
     if reference.spatial is not None and extractor.num_spatial:
         metrics["sfid"] = frechet_distance(spatial.merged(hosts).gaussian(), reference.spatial)
-    mean, std = sums.merged(hosts).result()  # which every host has reached: all features are written
-    metrics |= {"inception_score": mean, "inception_score_std": std}
-    if asks:
-        metrics["accuracy"] = float(hosts.sum(np.array([right]))[0]) / total
-    if real is not None and made is not None:
-        made.list()
-        pair = precision_recall([real], made, k=NEIGHBOURS, hosts=hosts)
-        kid = kernel_distance(made, [real], hosts=hosts)  # in the order of torch-fidelity
-        metrics |= {"precision": pair.precision, "recall": pair.recall, "kid": kid.mean, "kid_std": kid.std}
-    return metrics
+    mean, std = sums.merged(hosts).result()
+    return metrics | {"inception_score": mean, "inception_score_std": std}
 
 
 def _grouped(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

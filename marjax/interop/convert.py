@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference, weights_file, wrappers
@@ -88,7 +88,8 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
         written then.
     """
     target = _check_target(workdir)
-    source = _select(weights_file.read(checkpoint), checkpoint, weights)
+    with progress.activity(f"reading {checkpoint}"):
+        source = _select(weights_file.read(checkpoint), checkpoint, weights)
     autoencoder = read_autoencoder(tokenizer) if tokenizer is not None else None
     given = dict(overrides or {})
     if autoencoder is not None:
@@ -104,15 +105,18 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         config = reference.config_of(shapes, source.arguments, autoencoder.spec if autoencoder else None,
                                      given)
-        params = _parameters(config, source.tensors)
+        with progress.activity("converting and checking the weights"):
+            params = _parameters(config, source.tensors)
     except UserError as error:
         raise UserError(f"{checkpoint} cannot be converted: {error}") from None
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     if target.exists() and any(target.iterdir()):
-        _check_same(target, config, source, params, autoencoder)
+        with progress.activity(f"comparing with {target}"):
+            _check_same(target, config, source, params, autoencoder)
         return Converted(config, source.weights, num_params, is_new=False)
-    _write(target, config, source, params, autoencoder, pathlib.Path(checkpoint).name)
+    with progress.activity(f"writing {target}"):
+        _write(target, config, source, params, autoencoder, pathlib.Path(checkpoint).name)
     return Converted(config, source.weights, num_params, is_new=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import numerics
+from marjax import numerics, progress
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.files import open_regular
@@ -74,12 +74,14 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     metadata = {"format": "pt", "weights": weights, "step": str(restored.step), "args": json.dumps(arguments)}
     parts = _parts(names.to_pytorch(restored.items[item]), metadata)
     if target.exists():
-        if not _holds(target, parts):
+        with progress.activity(f"comparing with {out}"):
+            same = _holds(target, parts)
+        if not same:
             raise UserError(f"--out {out} is there already, with other contents: delete it, or give another name")
         return metadata
     partial = target.with_name(f"{target.name}.partial")
     try:
-        with locked_file(target, "marjax export"):
+        with locked_file(target, "marjax export"), progress.activity(f"writing {out}"):
             with partial.open("wb") as file:
                 for part in parts:
                     file.write(part)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from marjax import progress
 from marjax.errors import UserError
 from marjax.files import write_bytes
 from marjax.generation.images import make_folder
@@ -56,7 +57,8 @@ def plot(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     files: dict[str, bytes] = {}  # all of them before the first is written: whatever is wrong shows while drawing
     with style.applied():
         for name, draw in FIGURES.items():
-            figure = draw(runs)
+            with progress.activity(f"drawing {name}"):
+                figure = draw(runs)
             if figure is not None:
                 files |= {f"{name}.{each}": data for each, data in style.render(figure, formats).items()}
     if not files:

@@ -19,12 +19,14 @@ from typing import Any
 from etils import epath
 
 import marjax
+from marjax import progress
 from marjax.errors import PREEMPTED
 from marjax.files import write_bytes
 from marjax.storage import is_remote
 from marjax.sweep import jobs
 from marjax.sweep.points import PREPARE, Plan
 
+_READ_LOGS = 1.0  # seconds between looks at what the points print
 GRACE = 10.0  # seconds that processes get to end when the sweep is stopped
 
 
@@ -40,7 +42,9 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
     """
     waiting = list(names)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    with _caught_signals() as caught:
+    read = 0.0
+    what = "prepare" if PREPARE in names else "sweep"
+    with _caught_signals() as caught, progress.bar(what, len(names), "points") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once and not caught:
@@ -50,11 +54,15 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
                 if caught:
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
                 time.sleep(0.1)
+                if time.monotonic() - read > _READ_LOGS:
+                    read = time.monotonic()
+                    bar.detail = "; ".join(f"{name.lstrip('_')}: {_last_line(plan, name)}" for name in running)
                 for name, (process, start) in list(running.items()):
                     if process.poll() is not None:
                         del running[name]
                         _ended(plan, name, process.returncode, time.monotonic() - start)
                         ended()
+                        bar.update()
         finally:
             _end([process for process, _ in running.values()])
             for name in running:
@@ -99,6 +107,15 @@ def _log(plan: Plan, name: str) -> str:
         return os.fspath(plan.log(name))
     os.makedirs(_log_folder(plan), exist_ok=True)
     return os.path.join(_log_folder(plan), f"{name}.log")
+
+
+def _last_line(plan: Plan, name: str) -> str:
+    """What a running point has printed last."""
+    with contextlib.suppress(OSError), open(_log(plan, name), "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 400))
+        lines = log.read().decode(errors="replace").split("\n")[:-1]
+        return lines[-1].strip()[:80] if lines and not lines[-1].startswith("---") else "started"
+    return ""
 
 
 def _log_folder(plan: Plan) -> str:
@@ -173,4 +190,4 @@ def _caught_signals() -> Iterator[list[int]]:
 
 def tell(name: str, text: str) -> None:
     """A line for who watches."""
-    print(f"{time.strftime('%H:%M:%S')} {name.lstrip('_')}: {text}", flush=True)
+    progress.note(f"{time.strftime('%H:%M:%S')} {name.lstrip('_')}: {text}", sys.stdout)

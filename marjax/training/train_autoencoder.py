@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, numerics, sharding
+from marjax import distributed, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -99,8 +99,9 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
                      keep_every=config.checkpoint.keep_every) as checkpoints:
         restored = checkpoints.restore(_items(abstract))
         if restored is None:
-            state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
-                numerics.key(config.seed))
+            with progress.activity("creating the parameters", show=config.log.progress):
+                state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
+                    numerics.key(config.seed))
         else:
             items = restored.items
             state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],

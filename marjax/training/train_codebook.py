@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from marjax import config as config_lib
-from marjax import distributed, numerics
+from marjax import distributed, numerics, progress
 from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -73,7 +73,8 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
                   "data": source}
         _refuse(path, [f"{key} {given[key]!r}, not {wanted[key]!r}" for key in wanted if given[key] != wanted[key]])
 
-    patches_PxD, num_images = _draw_patches(config, tokens, seed)
+    with progress.activity("reading the images"):  # errors follow: the bar inside is not shown at once
+        patches_PxD, num_images = _draw_patches(config, tokens, seed)
     distinct_UxD, counts_U = np.unique(patches_PxD, axis=0, return_counts=True)
     if len(distinct_UxD) < tokens.num_codes:
         raise UserError(f"config.tokenizer.num_codes is {tokens.num_codes}, but the patches of {source}, are of only "
@@ -109,14 +110,18 @@ def _refuse(path: str | os.PathLike[str], differences: list[str]) -> None:
                         f"this one")
 
 
-def _images(config: ml_collections.ConfigDict, tokens: TokenShape, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+def _images(config: ml_collections.ConfigDict, tokens: TokenShape, seed: int,
+            what: str) -> Iterator[tuple[np.ndarray, int]]:
     """All images in the source's order, uint8 (B, S, S, C) with B the same for all, and how many of the B count."""
     batch_size = max(1, _LOOKED_UP // tokens.num_tokens)
     with Batches(config.data, batch_size, seed, train=False) as batches:
         left = batches.num_examples
-        for batch in batches:
-            yield batch["image"], min(left, batch_size)
-            left -= batch_size
+        with progress.bar(what, left, "images") as bar:
+            for batch in batches:
+                count = min(left, batch_size)
+                yield batch["image"], count
+                bar.update(count)
+                left -= count
 
 
 def _draw_patches(config: ml_collections.ConfigDict, tokens: TokenShape, seed: int) -> tuple[np.ndarray, int]:
@@ -127,7 +132,7 @@ def _draw_patches(config: ml_collections.ConfigDict, tokens: TokenShape, seed: i
     chosen = np.arange(total) if total <= MAX_PATCHES else np.sort(
         np.random.default_rng(seed).choice(total, MAX_PATCHES, replace=False, shuffle=False))
     drawn, first = [], 0
-    for images, count in _images(config, tokens, seed):
+    for images, count in _images(config, tokens, seed, "reading"):
         rows = count * tokens.num_tokens
         begin, end = np.searchsorted(chosen, (first, first + rows))
         patches: Any = tokens.patchify(images)  # type: ignore[arg-type]  # the same of a NumPy array
@@ -149,7 +154,7 @@ def _kmeans(patches_UxD: np.ndarray, counts_U: np.ndarray, num_codes: int, seed:
     random_state = int(np.random.default_rng(seed).integers(2**32))
     # Not mini-batches: on MNIST they are quicker but leave more than twice the error. More iterations gain nothing.
     kmeans = KMeans(num_codes, n_init=1, max_iter=50, tol=1e-5, random_state=random_state)
-    with threadpool_limits(limits=1):
+    with threadpool_limits(limits=1), progress.activity(f"k-means of {len(patches_UxD):,} patches"):
         kmeans.fit(patches_UxD, sample_weight=counts_U.astype(np.float32))
     return np.ascontiguousarray(kmeans.cluster_centers_, np.float32)
 
@@ -162,7 +167,7 @@ def _reconstruction(config: ml_collections.ConfigDict, tokens: TokenShape, codeb
         return latent, nearest(tokens.patchify(latent), codebook.codebook(params))
 
     error, values, used = 0.0, 0, np.zeros(codebook.num_codes, bool)
-    for images, count in _images(config, tokens, seed=0):
+    for images, count in _images(config, tokens, 0, "measuring"):
         image = _normalised(images)
         latent, index = jax.device_get(encode(codebook.params, image))
         error += float(np.sum(np.square(latent[:count] - image[:count], dtype=np.float64)))
