@@ -312,8 +312,9 @@ def command(what: str) -> Task:
 
 
 def note(text: str, file: TextIO | None = None) -> None:
-    """Prints a line, on standard error by default, without breaking what is shown."""
-    _console.note(text, file)
+    """Prints a line on standard error (or on `file`) without breaking what is shown; the first process alone does."""
+    if _is_first():
+        _console.note(text, file)
 
 
 def is_live() -> bool:

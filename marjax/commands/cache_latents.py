@@ -1,9 +1,9 @@
 """`marjax cache-latents`."""
 
 import argparse
-import shlex
 
 from marjax.commands.arguments import add_config, join, load_config
+from marjax.commands.next_step import print_next, train_command
 
 HELP = "Encode the images of a config once, for training to read."
 EXAMPLE = "marjax cache-latents --config imagenet256 --config.tokenizer.path=kl16.safetensors --out data/imagenet_kl16"
@@ -37,4 +37,4 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
               f"config.data.workers lower it)")
     if given.measure and made.seconds:
         print(f"the network alone: {made.alone:,.4g} images/s; the ratio is {made.images_per_second / made.alone:.2f}")
-    print(f"train on it with: --config.data.cache={shlex.quote(given.out)}")
+    print_next(*train_command(given.config, overrides | {"data.cache": given.out}))

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from marjax.commands.next_step import print_next, sample_command
 from marjax.errors import UserError
 
 HELP = ("Make a work directory of a PyTorch or safetensors checkpoint of the reference, or a tokenizer's file of an "
@@ -54,5 +55,9 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
           f"{model.decoder_depth} blocks, {model.num_heads} heads; num_iter {sample.num_iter}, cfg {sample.cfg}, "
           f"temperature {sample.temperature}")
     needs = done.config.tokenizer.name != "pixels" and not given.tokenizer
-    print(f"sample it with: marjax sample --workdir {shlex.quote(given.out)} --out DIR"
-          + (" --tokenizer_path FILE.safetensors (which marjax convert --tokenizer makes)" if needs else ""))
+    command = sample_command(given.out, done.config.data.num_classes)
+    if needs:
+        print(f"it needs its autoencoder to sample: marjax convert --tokenizer FILE --out FILE.safetensors, then "
+              f"marjax {shlex.join(command)} --tokenizer_path FILE.safetensors")
+    else:
+        print_next(*command)

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from marjax.commands.arguments import EVALUATE_FIELDS, join
+from marjax.commands.next_step import plot_command, print_next
 
 HELP = "Sample from a work directory and measure: FID and more."
 EXAMPLE = "marjax evaluate --workdir runs/digits --num_images 1000"
@@ -44,3 +45,4 @@ def run(given: argparse.Namespace) -> None:
     reference, extractor = entries[0]["reference"], entries[0]["extractor"]
     print(f"against {reference['name']} (sha256 {reference['checksum'][:12]}) by {extractor['name']}; all there is to "
           f"know is in {os.path.join(given.out or given.workdir, RECORD)}")
+    print_next(*plot_command(given.out or given.workdir))

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from marjax.commands.arguments import SAMPLE_FIELDS, join, parse_labels
+from marjax.commands.next_step import measure_command, print_next
 from marjax.errors import UserError
 from marjax.paths import normalised
 from marjax.ranges import check_arguments
@@ -64,3 +65,4 @@ def run(given: argparse.Namespace) -> None:
         images = images.reshape(-1, *images.shape[2:])
     write_png(out / "grid.png", grid(images[:2000], shown))
     print(f"{len(labels)} images in {out / 'samples.npz'}, a picture in {out / 'grid.png'}")
+    print_next(*measure_command(given.workdir, config))

@@ -1,8 +1,12 @@
 """`marjax stats`."""
 
 import argparse
+import os
+import shlex
 
+from marjax import progress
 from marjax.commands.arguments import add_config, join, load_config
+from marjax.commands.next_step import config_name, num_images, print_next, train_command
 from marjax.errors import UserError
 
 HELP = "Make the statistics of real images that samples are measured against."
@@ -42,3 +46,14 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     kept = 0 if made.features is None else len(made.features)
     print(f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
           f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}")
+    run = None if given.dataset is None else f"runs/{config_name(given.dataset)}"
+    if config is not None and run is not None and os.path.isdir(os.path.join(run, "checkpoints")):
+        path = given.extractor_path or (config.eval.extractor_path if made.extractor["name"] == config.eval.extractor
+                                        else "")
+        print_next("evaluate", "--workdir", run, *num_images(config), "--reference", out, "--extractor",
+                   made.extractor["name"], *(["--extractor_path", path] if path else []))
+    elif config is not None and given.dataset is not None:
+        print_next(*train_command(given.dataset, overrides | (
+            {} if out == config.eval.reference else {"eval.reference": out})))
+    else:
+        progress.note(f"measure a run against it: marjax evaluate --workdir WORKDIR --reference {shlex.quote(out)}")

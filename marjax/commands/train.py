@@ -3,7 +3,9 @@
 import argparse
 import shlex
 
+from marjax import progress
 from marjax.commands.arguments import add_config, join, load_config, parse_range
+from marjax.commands.next_step import print_next, sample_command
 
 HELP = "Train, or resume, in a work directory."
 EXAMPLE = "marjax train --config digits --workdir runs/digits"
@@ -28,6 +30,12 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(given.config, overrides)
     profile = None if given.profile is None else parse_range(given.profile)
     join(given, stops_at_steps=True)
+    from etils import epath
+
     from marjax.training.loop import train
 
     train(config, given.workdir, profile=profile, init_from=given.init_from)
+    pictures = sorted((epath.Path(given.workdir) / "samples").glob("*.png")) if config.log.samples_every else []
+    progress.note(f"{given.workdir}: trained for {config.train.steps} steps"
+                  + (f"; samples, raw weights left, EMA weights right: {pictures[-1]}" if pictures else ""))
+    print_next(*sample_command(given.workdir, config.data.num_classes))

@@ -3,6 +3,7 @@
 import argparse
 
 from marjax.commands.arguments import add_config, load_config
+from marjax.commands.next_step import config_arguments, print_next
 from marjax.errors import UserError
 
 HELP = "Train the small network that measures samples of data which the Inception network does not know."
@@ -30,3 +31,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
                          overwrite=given.overwrite)
     print(f"{out}: {made['accuracy']:.1%} right on {made['num_tested']} images that it was not trained on, of "
           f"{made['num_trained']} it was")
+    given_fields = {"eval.extractor": "classifier", "eval.extractor_path": out}
+    fields = overrides | {key: value for key, value in given_fields.items() if config.eval[key[5:]] != value}
+    to = [] if config.eval.reference else ["--out", f"{out.removesuffix('.npz')}_reference.npz"]
+    print_next("stats", "--dataset", *config_arguments(given.config, fields), *to)

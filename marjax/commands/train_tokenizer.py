@@ -3,6 +3,7 @@
 import argparse
 
 from marjax.commands.arguments import add_config, join, load_config
+from marjax.commands.next_step import print_next, train_command
 from marjax.errors import UserError
 
 HELP = "Train the tokenizer of a config, or resume."
@@ -38,3 +39,5 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     scale = f", latents' std {made['std']:.4f}, scale {made['scale']:.5g}" if "scale" in made else ""
     print(f"{made['path']}: {codes}{made['num_images']} images, mse {made['mse']:.5f}, PSNR {made['psnr']:.2f} dB"
           f"{scale}, {made['seconds']:.1f} s")
+    path = {} if out == config.tokenizer.path else {"tokenizer.path": out}
+    print_next(*train_command(given.config, overrides | path))
