@@ -1,5 +1,6 @@
 """Every command ends with the next one to type, which runs as it is printed."""
 
+import pathlib
 import shlex
 
 import pytest
@@ -9,10 +10,11 @@ from marjax import cli
 from marjax.commands.next_step import config_name, sample_command, train_command
 
 
+@pytest.mark.slow
 def test_each_printed_command_runs_and_leads_to_the_next(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my configs").mkdir()
-    (tmp_path / "my configs" / "it.py").write_text(open(DIGITS).read())
+    (tmp_path / "my configs" / "it.py").write_text(pathlib.Path(DIGITS).read_text())
     first = ["train-classifier", "--config", "my configs/it.py:debug", "--config.data.split=train[:200]",
              "--config.train.steps=2", "--config.train.warmup_steps=1", "--config.checkpoint.every=2",
              "--config.log.every=1", "--config.log.samples_every=2", "--config.log.tensorboard=false",
