@@ -52,12 +52,13 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     metrics = entry["metrics"]
     real = read_reference(measure["reference"])
     assert len(images) == 50 and real.features.shape == (300, 64) and real.gaussian.count == 1797
-    assert metrics["fid"] == pytest.approx(frechet_distance(gaussian(found.features), real.gaussian), rel=1e-9)
+    distance = frechet_distance(gaussian(found.features), real.gaussian)
+    assert metrics["frechet_classifier_distance"] == pytest.approx(distance, rel=1e-9)
     sums = ScoreSums(50, 10)
     sums.add(np.arange(50), found.logits)
-    assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(tuple(sums.result()))
+    assert (metrics["classifier_score"], metrics["classifier_score_std"]) == pytest.approx(tuple(sums.result()))
     assert metrics["accuracy"] == np.mean(found.logits.argmax(1) == np.arange(50) % 10)
-    assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kid"] > 0
+    assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kernel_classifier_distance"] > 0
     assert entry["settings"] == {
         "num_iter": 4, "num_sampling_steps": "ddim5", "cfg": 2.0, "cfg_schedule": "linear", "temperature": 0.9,
         "confidence_order": False, "weights": "ema", "step": 40, "num_images": 50, "seed": 0, "dtype": "float32"}
@@ -89,7 +90,7 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
     assert len(kept) == 12 and again["metrics"] == next(
         each["metrics"] for each in results if each["identity"] == again["identity"])
     (other,) = evaluate(run, ask(measure, tmp_path, seed=1, settings={"cfg": [1], "temperature": [0.5]}))
-    assert other["metrics"]["fid"] != again["metrics"]["fid"]
+    assert other["metrics"]["frechet_classifier_distance"] != again["metrics"]["frechet_classifier_distance"]
 
 
 def test_images_as_a_reference(run, measure, tmp_path):
@@ -104,7 +105,7 @@ def test_images_as_a_reference(run, measure, tmp_path):
     assert entry["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
     assert "precision" in entry["metrics"] and len(list((tmp_path / "evaluation").glob("reference-*.npz"))) == 1
     (again,) = evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "images.npz"), seed=1))
-    assert again["metrics"]["fid"] != entry["metrics"]["fid"]
+    assert again["metrics"]["frechet_classifier_distance"] != entry["metrics"]["frechet_classifier_distance"]
 
 
 def evaluate_together(run, fields, results):
@@ -242,7 +243,7 @@ def test_references_that_do_not_suffice(run, measure, tmp_path):
     assert few[0].features is None and len(few[1].features) == 3
     for reference in few:  # which have no neighbours for precision and recall
         (entry,) = evaluate(run, ask(measure, tmp_path / "out", reference=reference.path))
-        assert "fid" in entry["metrics"] and "precision" not in entry["metrics"]
+        assert "frechet_classifier_distance" in entry["metrics"] and "precision" not in entry["metrics"]
     with pytest.raises(UserError, match="cannot be seen by classifier"):
         evaluate(run, ask(measure, tmp_path / "wide", reference=str(_images(tmp_path, 28, 20))))
 
@@ -261,18 +262,20 @@ def test_evaluations_during_training(measure, tmp_path):
     assert steps_of(tmp_path / "run") == [3, 4]
     path = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    measured = [line for line in lines if "eval/fid" in line]
+    distance = "eval/frechet_classifier_distance"
+    measured = [line for line in lines if distance in line]
     assert [line["step"] for line in measured] == [3, 4] and len(lines) == 6
-    assert {"eval/fid_guided", "eval/inception_score", "eval/accuracy_guided"} <= measured[0].keys()
-    assert measured[0]["eval/fid"] != measured[1]["eval/fid"]
+    assert {f"{distance}_guided", "eval/classifier_score", "eval/accuracy_guided"} <= measured[0].keys()
+    assert all(line["eval/num_images"] == 30 for line in measured) and not any("fid" in name for name in measured[0])
+    assert measured[0][distance] != measured[1][distance]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line not in measured))
     train(make_digits(**fields), tmp_path / "run")
     again = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line for line in again if "eval/fid" in line] == measured[1:]
+    assert [line for line in again if distance in line] == measured[1:]
     plain = make_digits(**{**fields, "sample__cfg": 1.0, "train__steps": 3})
     train(plain, tmp_path / "plain")
     last = json.loads((tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["eval/fid"] == measured[0]["eval/fid"] and "eval/fid_guided" not in last
+    assert last[distance] == measured[0][distance] and f"{distance}_guided" not in last
     with pytest.raises(UserError, match=r"gone\.npz does not exist"):
         train(make_digits(**{**fields, "eval__reference": "gone.npz"}), tmp_path / "none")
     with pytest.raises(UserError, match=r"config\.eval\.reference is not"):

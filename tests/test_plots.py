@@ -75,6 +75,10 @@ def legend_of(figure):
     return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text()
 
 
+def ylabels(figure):
+    return [axes.get_ylabel().replace("\n", " ") for axes in figure.axes]
+
+
 def test_every_figure_and_the_same_bytes_twice(tmp_path, workdir, capsys):
     before = dict(rcParams)
     made = plots.plot([workdir], tmp_path / "out")
@@ -251,12 +255,101 @@ def test_quality_over_time():
     assert tradeoffs.over_time([Run("run", results=results[:1])]) is None
 
 
+LONG = "photographs_of_flowers_and_temples_" * 5
+
+
+def cut_off(figure):
+    """What is written in a figure and not whole within it."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    found = []
+    ticks = {id(label) for axes in figure.axes for each in (axes.xaxis, axes.yaxis) for label in each.get_ticklabels()}
+    for text in [each for each in figure.findobj(Text) if id(each) not in ticks]:  # of which some are not drawn
+        box = text.get_window_extent()
+        whole = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        if text.get_visible() and text.get_text().strip() and not whole:
+            found.append(text.get_text())
+    return found
+
+
+def test_nothing_is_cut_off_and_every_curve_is_named_once(tmp_path):
+    """Long names of work directories, with and without places to break them, and many curves."""
+    runs = []
+    for name in (LONG, "many words and $math$ " * 6, "b"):
+        write_samples(tmp_path / name, [1, 2])
+        run = read_runs([tmp_path / name])[0]
+        lines = [line(5 * i, train__loss=1.0 / i, eval__fid=9.0 / i, eval__fid_guided=5.0, eval__inception_score=i,
+                      **{f"train__{LONG[:40]}{j}": 1.0 for j in range(3)}) for i in (1, 2, 3)]
+        results = [result(workdir=run.name, num_iter=n, cfg=c, seconds=n / 100) for n in (8, 64) for c in (1.0, 3.0)]
+        runs.append(Run(run.name, lines, run.pictures, results))
+    for draw in (training.loss, training.evaluations, training.samples, tradeoffs.over_time,
+                 lambda runs: tradeoffs.over(runs, "cfg")):
+        for drawn in (runs[:1], runs):
+            with style.applied():
+                figure = draw(drawn)
+            assert not cut_off(figure)
+            if figure.legends:
+                labels = [label.replace("\n", "") for label in legend_of(figure)[0]]
+                assert len(labels) == len(set(labels)) and all(labels)
+                if len(drawn) > 1:
+                    assert any(label.startswith(LONG[:60]) for label in labels)
+    looks = [(each.get_color(), each.get_marker()) for axes in tradeoffs.over_time(
+        [Run("run", results=[result(num_iter=n, num_sampling_steps=s) for n in (8, 16) for s in ("25", "50")])]).axes
+        for each in axes.get_lines()]
+    assert len(looks) == len(set(looks)) == 4  # also of curves in different panels
+
+
+def test_seeds_are_repeats_with_error_bars():
+    results = [result(num_iter=n, seed=seed, fid=n + seed) for n in (8, 16) for seed in ((0, 1, 2) if n == 8 else (0,))]
+    results = [each._replace(metrics={**each.metrics, "inception_score_std": 0.5}) for each in results]
+    (curve,) = curves(results, "num_iter", ["fid"])
+    assert curve.values("fid") == [9.0, 16.0]
+    errors, source = curve.errors("fid")
+    assert errors[0] == 1.0 and np.isnan(errors[1]) and source == "seeds"
+    figure = tradeoffs.over([Run("run", results=results)], "num_iter")
+    (bars,) = figure.axes[0].collections
+    assert bars.get_segments()[0].tolist() == [[8.0, 8.0], [8.0, 10.0]]
+    common = legend_of(figure)[1].replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
+    assert "mean of 3 seeds" in common and common.endswith("bars: standard deviation over seeds")
+    alone = tradeoffs.over([Run("run", results=[each for each in results if each.settings["seed"] == 0])], "num_iter")
+    assert not alone.axes[0].collections  # nobody knows how a distance would spread
+    assert alone.axes[1].collections[0].get_segments()[0].tolist() == [[8.0, 8.5], [8.0, 9.5]]
+    assert "splits of the images" in legend_of(alone)[1].replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
+
+
+def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
+    """Neither in what older versions have written."""
+    write_lines(tmp_path / "old", [line(s, eval__fid=9.0 / s, eval__fid_guided=4.0, eval__inception_score=2.0,
+                                        eval__inception_score_std=0.5, eval__accuracy=1.0) for s in (1, 2)])
+    (tmp_path / "old" / "config.json").write_text(json.dumps(
+        {"eval": {"extractor": "classifier", "num_images": 500, "every": 1}, "data": {}}))
+    write_evaluation(tmp_path / "old", [({"cfg": cfg}, cfg, 0.1) for cfg in (1.0, 2.0)])
+    write_lines(tmp_path / "new", [line(s, eval__frechet_classifier_distance=8.0, eval__num_images=n)
+                                   for s, n in ((1, 500), (2, 1000))])
+    write_lines(tmp_path / "inception", [line(s, eval__fid=3.0) for s in (1, 2)])
+    old, new, other = read_runs([tmp_path / "old", tmp_path / "new", tmp_path / "inception"])
+    assert {name for name in old.lines[0] if name.startswith("eval/")} == {
+        "eval/frechet_classifier_distance", "eval/frechet_classifier_distance_guided", "eval/classifier_score",
+        "eval/classifier_score_std", "eval/accuracy", "eval/num_images"}
+    assert old.results[0].metrics.keys() == {"frechet_classifier_distance", "seconds_per_image"}
+    figure = training.evaluations([old])
+    assert ylabels(figure) == ["Frechet distance (classifier)", "classifier score"]
+    common = legend_of(figure)[1].replace("\N{NO-BREAK SPACE}", " ")
+    assert common == "500 images a point, bars: standard deviation over splits of the images"
+    figure = training.evaluations([old, new, other])
+    assert sorted(ylabels(figure)) == ["FID", "Frechet distance (classifier)", "classifier score"]
+    assert legend_of(figure)[0][:3] == ["old (500 images)", "new (500 to 1,000 images)",
+                                        "inception (number of images not known)"]
+    assert ylabels(tradeoffs.over([old], "cfg"))[0] == "Frechet distance (classifier)"
+
+
 def test_results_of_another_reference_are_told_apart(tmp_path):
     results = [({"cfg": cfg}, cfg, None) for cfg in (1.0, 2.0)]
     for name, checksum in (("a", "ab"), ("b", "ef")):
         write_evaluation(tmp_path / name, results, reference={"name": "digits", "checksum": checksum * 32})
     figure = tradeoffs.over(read_runs([tmp_path / "a", tmp_path / "b"]), "cfg")
-    assert figure.axes[0].get_ylabel() == "Frechet distance"  # FID is what Inception's features give
+    assert ylabels(figure)[0] == "Frechet distance (classifier)"  # FID is what Inception's features give
     labels, common = legend_of(figure)
     assert labels == ["a, against digits (abababab)", "b, against digits (efefefef)"]
     words = common.replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")

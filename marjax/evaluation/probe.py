@@ -37,10 +37,11 @@ class Probe:
     def __call__(self, sampler: Sampler, params: Any) -> dict[str, float]:
         """`eval/fid` and so on, without guidance, and `eval/fid_guided` and so on, where `config.eval.cfg` is not 1.
 
+        Other features than Inception's give other names (see `evaluation.names`); `eval/num_images` is their number.
         With several processes, all must call this.
         """
         config, hosts = self.config, all_processes()
-        found: dict[str, float] = {}
+        found: dict[str, float] = {"eval/num_images": config.eval.num_images}
         if not self._samplers:  # kept, since each has a program of its own
             self._samplers = {"": sampler.with_settings(self._sample(1.0))}
             if config.eval.cfg != 1.0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from marjax.evaluation import names
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 
@@ -29,7 +30,9 @@ def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     found = read_json(path, _SHAPE, advice="measure again with another --out, or move it away",
                       missing={"results": []}, allow_nan=True)
-    return list(found["results"])
+    # Older records call all distances FID, whatever the features.
+    return [{**each, "metrics": names.of_extractor(each["metrics"], each["extractor"]["name"])}
+            for each in found["results"]]
 
 
 class Record:

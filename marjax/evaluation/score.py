@@ -14,6 +14,7 @@ from etils import epath
 
 from marjax import numerics, progress
 from marjax.errors import UserError
+from marjax.evaluation import names
 from marjax.evaluation.extractor import FeatureExtractor
 from marjax.evaluation.frechet import Moments, frechet_distance
 from marjax.evaluation.hosts import Hosts
@@ -92,7 +93,8 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
 
     `fid`; `sfid` where both sides have spatial features; `inception_score` and its `inception_score_std` over splits;
     `accuracy`, the share that the network takes for the class that was asked for; with `features`, against a
-    reference that has some, `precision`, `recall`, `kid` and `kid_std`.
+    reference that has some, `precision`, `recall`, `kid` and `kid_std`. Features of another network give other names
+    (see `names`).
 
     Args:
       batches: indices int (B,) in [0, total) and images uint8 (B, H, W, C); over all hosts each index once.
@@ -134,7 +136,7 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
             pair = precision_recall([real], made, k=NEIGHBOURS, hosts=hosts)
             kid = kernel_distance(made, [real], hosts=hosts)  # in the order of torch-fidelity
             metrics |= {"precision": pair.precision, "recall": pair.recall, "kid": kid.mean, "kid_std": kid.std}
-    return metrics
+    return names.of_extractor(metrics, extractor.name)
 
 
 def _distances(moments: Moments, spatial: Moments, sums: ScoreSums, extractor: FeatureExtractor, reference: Reference,

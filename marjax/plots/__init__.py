@@ -62,9 +62,9 @@ def plot(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
             if figure is not None:
                 files |= {f"{name}.{each}": data for each, data in style.render(figure, formats).items()}
     if not files:
-        raise UserError(f"nothing to draw in {', '.join(map(str, workdirs))}: looked for train/loss or eval/fid in "
-                        f"metrics.jsonl, pictures in samples, and two results in evaluation.json that differ in one "
-                        f"of {', '.join(tradeoffs.AXES)}")
+        raise UserError(f"nothing to draw in {', '.join(map(str, workdirs))}: looked for train/loss or a distance such "
+                        f"as eval/fid in metrics.jsonl, pictures in samples, and two results in evaluation.json that "
+                        f"differ in one of {', '.join(tradeoffs.AXES)}")
     folder = make_folder(out)
     for name, data in files.items():
         write_bytes(folder / name, data)

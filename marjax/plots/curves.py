@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +27,12 @@ class Curve:
     Attributes:
       fixed: the other settings.
       x: values of that setting, increasing.
-      results: one a value.
+      repeats: the results of a value, one a seed.
     """
 
     fixed: dict[str, Any]
     x: Sequence[float]
-    results: Sequence[Result]
+    repeats: Sequence[Sequence[Result]]
 
     @property
     def family(self) -> str:
@@ -39,30 +40,53 @@ class Curve:
         return json.dumps(self.fixed, sort_keys=True)
 
     def values(self, metric: str) -> list[float]:
-        """Of a metric that all results have."""
-        return [result.metrics[metric] for result in self.results]
+        """Means over the seeds, of a metric that all results have."""
+        return [statistics.fmean(each.metrics[metric] for each in point) for point in self.repeats]
+
+    def errors(self, metric: str) -> tuple[list[float], str]:
+        """Standard deviations, nan where there is none, and of what they are; "" for nothing.
+
+        They are over seeds where there are several, else over the splits that a score is the mean of.
+        """
+        if self.has_seeds:
+            return [statistics.stdev([each.metrics[metric] for each in point]) if len(point) > 1 else math.nan
+                    for point in self.repeats], "seeds"
+        spread = [point[0].metrics.get(f"{metric}_std", math.nan) for point in self.repeats]
+        return spread, "" if all(map(math.isnan, spread)) else "splits of the images"
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether any point was measured with several seeds."""
+        return any(len(point) > 1 for point in self.repeats)
 
 
 def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list[Curve]:
     """The curves of at least two points along a setting, in order of their other settings.
 
     "ddim25" counts as 25 diffusion steps, but such steps are spaced in another way: `fixed["spacing"]`, "ddim" or
-    "even", keeps them apart from 25 where `along` is "num_sampling_steps". Of two results with the same settings the
-    later counts.
+    "even", keeps them apart from 25 where `along` is "num_sampling_steps". Results that differ in their seed alone are
+    repeats of one point; of two with the same settings the later counts.
 
     Args:
       results: of any settings.
       along: the name of a setting with numbers.
       needed: metrics without which a result is left out.
     """
-    groups: dict[str, tuple[dict[str, Any], dict[float, Result]]] = {}
+    groups: dict[str, tuple[dict[str, Any], dict[float, dict[Any, Result]]]] = {}
     for result in _for_every_schedule(results) if along == "cfg" else results:
         split = _split(result.settings, along)
         if split is not None and all(metric in result.metrics for metric in needed):
             x, fixed = split
-            groups.setdefault(json.dumps(fixed, sort_keys=True), (fixed, {}))[1][x] = result
-    found = [Curve(fixed, sorted(points), [points[x] for x in sorted(points)])
-             for fixed, points in groups.values() if len(points) > 1]
+            shared = {key: value for key, value in fixed.items() if key != "seed"}
+            points = groups.setdefault(json.dumps(shared, sort_keys=True), (fixed, {}))[1]
+            points.setdefault(x, {})[fixed.get("seed")] = result
+    found = []
+    for fixed, points in groups.values():
+        if len(points) > 1:
+            seeds = {seed for point in points.values() for seed in point}
+            if len(seeds) > 1:
+                fixed = {key: f"{len(seeds)} seeds" if key == "seed" else value for key, value in fixed.items()}
+            found.append(Curve(fixed, sorted(points), [list(points[x].values()) for x in sorted(points)]))
     return sorted(found, key=lambda curve: [_rank(value) for value in curve.fixed.values()])
 
 
@@ -97,18 +121,24 @@ def describe(drawn: Sequence[Curve]) -> tuple[str, list[str]]:
     keys = dict.fromkeys(key for curve in drawn for key in curve.fixed)
     differing = {key for key in keys if len({json.dumps(curve.fixed.get(key)) for curve in drawn}) > 1}
 
-    def words(curve: Curve, chosen: Sequence[str]) -> str:
-        return ", ".join(_phrase(key, curve.fixed[key]) for key in chosen if curve.fixed.get(key) is not None)
+    def words(curve: Curve, chosen: Sequence[str], absent: bool = False) -> str:
+        return ", ".join(_phrase(key, curve.fixed.get(key)) for key in chosen
+                         if absent or curve.fixed.get(key) is not None)
 
-    return (words(drawn[0], [key for key in keys if key not in differing]) if drawn else "",
-            [words(curve, [key for key in keys if key in differing]) for curve in drawn])
+    own = [key for key in keys if key in differing]
+    labels = [words(curve, own) for curve in drawn]
+    labels = [words(curve, own, absent=len(drawn) > 1 and (not label or labels.count(label) > 1))
+              for curve, label in zip(drawn, labels, strict=True)]
+    return words(drawn[0], [key for key in keys if key not in differing]) if drawn else "", labels
 
 
 def _phrase(key: str, value: Any) -> str:
     phrases = {"workdir": "{}", "weights": "{} weights", "cfg_schedule": "{} schedule", "spacing": "{} spacing",
                "num_images": "{:,} images", "reference": "against {}", "extractor": "features of {}"}
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return key if value else f"no {key}"
+    if key == "seed" and isinstance(value, str):
+        return f"mean of {value}"
     if isinstance(value, float):
         return f"{key} {value:g}"
     return phrases.get(key, f"{key} {{}}").format(value)

@@ -13,11 +13,15 @@ import numpy as np
 from etils import epath
 
 from marjax.errors import UserError
+from marjax.evaluation import names
 from marjax.evaluation.record import RECORD, read_record
+from marjax.json_file import read_json
 from marjax.metrics_file import METRICS, read_metrics
 from marjax.plots.curves import Result
 
 SAMPLES = "samples"
+NUM_IMAGES, GUIDED = "eval/num_images", "_guided"  # in the lines of evaluations
+_EVAL = "eval/"
 _PICTURE = re.compile(r"raw_and_ema_(\d+)\.png")
 
 
@@ -77,12 +81,35 @@ def _read_run(path: epath.Path, name: str) -> Run:
         missing = [file for file, is_there in found.items() if not is_there]
         if missing:
             print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
-        return Run(name, read_metrics(path / METRICS).lines if found[METRICS] else (),
+        return Run(name, _read_lines(path) if found[METRICS] else (),
                    _find_pictures(path / SAMPLES) if found[SAMPLES] else {},
                    _read_results(path / RECORD, name) if found[RECORD] else ())
     except OSError as error:
         raise UserError(f"work directory {path} cannot be read ({error.strerror or error}): give one that "
                         f"can") from None
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The metrics; evaluations of older runs, whose lines lack it, get what the config says of them."""
+    lines = read_metrics(path / METRICS).lines
+    old = [line for line in lines if NUM_IMAGES not in line and any(name.startswith(_EVAL) for name in line)]
+    if not old:
+        return lines
+    try:
+        section = read_json(path / "config.json", {"eval": {str: object}}, advice="", missing={"eval": {}})["eval"]
+    except UserError:
+        section = {}
+    extractor, count = section.get("extractor"), section.get("num_images")
+    for line in old:
+        if isinstance(extractor, str):
+            measured = {name.removeprefix(_EVAL): line.pop(name) for name in list(line) if name.startswith(_EVAL)}
+            plain = {name: value for name, value in measured.items() if not name.endswith(GUIDED)}
+            guided = {name.removesuffix(GUIDED): value for name, value in measured.items() if name.endswith(GUIDED)}
+            line |= {f"{_EVAL}{name}": value for name, value in names.of_extractor(plain, extractor).items()}
+            line |= {f"{_EVAL}{name}{GUIDED}": value for name, value in names.of_extractor(guided, extractor).items()}
+        if _is_finite(count):
+            line[NUM_IMAGES] = count
+    return lines
 
 
 def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:

@@ -1,8 +1,12 @@
-"""Figures of evaluations: what a setting does to quality and to speed, as in Figures 4 to 6 of the paper."""
+"""Figures of evaluations: what a setting does to quality and to speed, as in Figures 4 to 6 of the paper.
 
-from collections.abc import Sequence
+Every kind of distance and score has panels of its own: those of different networks cannot be compared.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from marjax.evaluation import names
 from marjax.plots import style
 from marjax.plots.curves import Curve, curves, describe
 from marjax.plots.runs import Run
@@ -15,12 +19,12 @@ if TYPE_CHECKING:
 AXES = {"num_iter": "autoregressive steps", "num_sampling_steps": "diffusion steps", "cfg": "guidance scale",
         "temperature": "temperature"}
 _COUNTS = ("num_iter", "num_sampling_steps")
-_METRICS = {"fid": "FID", "inception_score": "Inception Score"}
 
 
 def over(runs: Sequence[Run], along: str) -> "Figure | None":
-    """FID and Inception Score over one of AXES, all else fixed."""
-    drawn = {metric: [curve for run in runs for curve in curves(run.results, along, [metric])] for metric in _METRICS}
+    """FID and Inception Score, or those of another network, over one of AXES, all else fixed."""
+    drawn = {metric: [curve for run in runs for curve in curves(run.results, along, [metric])]
+             for metric in (*_metrics(runs, names.is_distance), *_metrics(runs, names.is_score))}
     drawn = {metric: found for metric, found in drawn.items() if found}
     if not drawn:
         return None
@@ -28,40 +32,45 @@ def over(runs: Sequence[Run], along: str) -> "Figure | None":
     looks = _Looks(runs, list(drawn.values()))
     for axes, (metric, found) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         for curve in found:
-            looks.draw(axes, curve, curve.x, curve.values(metric))
-        axes.set(xlabel=AXES[along], ylabel=_name(metric, found))
+            looks.draw(axes, curve, curve.x, metric)
+        axes.set(xlabel=AXES[along], ylabel=names.title(metric))
         style.tick_points(axes, log=along in _COUNTS)
         style.log_if_wide(axes, "y")
     looks.legend(figure)
-    return figure
+    return style.fitted(figure)
 
 
 def over_time(runs: Sequence[Run]) -> "Figure | None":
-    """FID over seconds per image along autoregressive steps and along diffusion steps, which label the points."""
-    drawn = {along: [curve for run in runs for curve in curves(run.results, along, ["fid", "seconds_per_image"])]
-             for along in _COUNTS}
-    drawn = {along: found for along, found in drawn.items() if found}
+    """FID, or another distance, over seconds per image along both kinds of steps, which label the points."""
+    drawn = {(metric, along): [curve for run in runs for curve in curves(run.results, along,
+                                                                         [metric, "seconds_per_image"])]
+             for metric in _metrics(runs, names.is_distance) for along in _COUNTS}
+    drawn = {key: found for key, found in drawn.items() if found}
     if not drawn:
         return None
     figure = style.new_figure(3.6 * len(drawn), 3.0, "Quality over time")
     looks = _Looks(runs, list(drawn.values()))
-    panels = figure.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
-    for axes, (along, found) in zip(panels, drawn.items(), strict=True):
+    first: dict[str, Axes] = {}  # of a metric, whose panels share their axis
+    for i, ((metric, along), found) in enumerate(drawn.items()):
+        axes = figure.add_subplot(1, len(drawn), i + 1, sharey=first.get(metric))
         for curve in found:
-            looks.draw(axes, curve, curve.values("seconds_per_image"), curve.values("fid"), [f"{x:g}" for x in curve.x])
+            looks.draw(axes, curve, curve.values("seconds_per_image"), metric, [f"{x:g}" for x in curve.x])
         axes.set_title(f"points: {AXES[along]}", loc="left")
         axes.set_xlabel("seconds per image")
+        if first.setdefault(metric, axes) is axes:
+            axes.set_ylabel(names.title(metric))
+        else:
+            axes.tick_params(labelleft=False)
         style.log_if_wide(axes, "x")
         style.log_if_wide(axes, "y")
-    panels[0].set_ylabel(_name("fid", [curve for found in drawn.values() for curve in found]))
     looks.legend(figure)
-    return figure
+    return style.fitted(figure)
 
 
-def _name(metric: str, drawn: Sequence[Curve]) -> str:
-    """What a metric is called: without Inception's features no distance is an FID."""
-    inception = all(str(curve.fixed.get("extractor", "inception")).startswith("inception") for curve in drawn)
-    return _METRICS[metric] if inception or metric != "fid" else "Frechet distance"
+def _metrics(runs: Sequence[Run], is_kind: Callable[[str], bool]) -> list[str]:
+    """The metrics of a kind that any result has."""
+    return list(dict.fromkeys(name for run in runs for result in run.results for name in result.metrics
+                              if is_kind(name)))
 
 
 class _Looks:
@@ -73,20 +82,22 @@ class _Looks:
         self._common, labels = describe(list(families.values()))
         named = dict(zip(families, labels, strict=True))
         self._lines: dict[str, dict[str, Any]] = {}
-        for found in panels:
-            for name, color in colors.items():
-                new = [curve.family for curve in found
-                       if curve.fixed["workdir"] == name and curve.family not in self._lines]
-                for i, (family, tint) in enumerate(zip(new, style.tints(color, len(new)), strict=True)):
-                    self._lines[family] = {"color": tint, "label": named[family],
-                                           "marker": style.MARKERS[i % len(style.MARKERS)]}
+        self._bars: dict[str, None] = {}  # what they are the standard deviation of
+        for name, color in colors.items():
+            mine = [family for family, curve in families.items() if curve.fixed["workdir"] == name]
+            for i, (family, tint) in enumerate(zip(mine, style.tints(color, len(mine)), strict=True)):
+                self._lines[family] = {"color": tint, "label": named[family],
+                                       "marker": style.MARKERS[i % len(style.MARKERS)]}
 
-    def draw(self, axes: "Axes", curve: Curve, x: Sequence[float], y: Sequence[float],
-             points: Sequence[str] = ()) -> None:
-        """Draws a curve; `points` are written beside its points."""
+    def draw(self, axes: "Axes", curve: Curve, x: Sequence[float], metric: str, points: Sequence[str] = ()) -> None:
+        """Draws a curve of a metric, with error bars where there are any; `points` are written beside its points."""
         from matplotlib.patheffects import withStroke
 
+        y, (errors, source) = curve.values(metric), curve.errors(metric)
         axes.plot(x, y, **self._lines[curve.family])
+        if source:
+            self._bars[source] = None
+            style.error_bars(axes, x, y, errors, self._lines[curve.family]["color"])
         for place, text in zip(zip(x, y, strict=True), points, strict=False):
             axes.annotate(text, place, (0, 5), textcoords="offset points", ha="center", fontsize=6, color=style.GREY,
                           path_effects=[withStroke(linewidth=1.5, foreground="white")])  # lines pass behind it
@@ -97,5 +108,6 @@ class _Looks:
 
         several = len(self._lines) > 1
         lines = list(self._lines.values()) if several else []
+        bars = f", bars: standard deviation over {' and over '.join(self._bars)}" if self._bars else ""
         style.legend(figure, [Line2D([], [], **line) for line in lines], [line["label"] for line in lines],
-                     f"{'all: ' if several else ''}{self._common}")
+                     f"{'all: ' if several else ''}{self._common}{bars}")

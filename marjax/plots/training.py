@@ -1,6 +1,7 @@
 """Figures of training: the loss, evaluations by the way, and samples."""
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from marjax.errors import StorageError, UserError
+from marjax.evaluation import names
 from marjax.files import read_whole
 from marjax.plots import style
-from marjax.plots.runs import Run
+from marjax.plots.runs import GUIDED, NUM_IMAGES, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 _NO_LOSSES = ("train/grad_norm", "train/param_norm", "train/lr")
 _TITLES = {"mse": "squared error", "vb": "variational bound, bits",
            **{f"loss_t_quarter{i}": f"loss, t in quarter {i} of 4" for i in range(1, 5)}}
-_EVALUATIONS = {"eval/fid": "FID", "eval/inception_score": "Inception Score"}
-_GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), "_guided": ("--", "with guidance")}
+_GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), GUIDED: ("--", "with guidance")}
 _STEPS_SHOWN = 6  # of samples
 _MAX_BYTES, _MAX_PIXELS = 1 << 28, 1 << 26
 _GAP = 16  # pixels between the halves of a picture, as `generation.images.beside` leaves
@@ -58,7 +59,7 @@ def loss(runs: Sequence[Run]) -> "Figure | None":
         style.count_steps(axes)
     if len(drawn) > 1:
         style.legend(figure, [Line2D([], [], color=color) for _, color in drawn], [run.name for run, _ in drawn])
-    return figure
+    return style.fitted(figure)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -71,27 +72,48 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def evaluations(runs: Sequence[Run]) -> "Figure | None":
-    """FID and Inception Score over steps, without guidance (solid) and with it (dashed)."""
+    """FID and Inception Score, or another network's, over steps, without guidance (solid) and with it (dashed)."""
     from matplotlib.lines import Line2D
 
-    metrics = [metric for metric in _EVALUATIONS if _with_any(runs, [metric + kind for kind in _GUIDANCE])]
+    found = dict.fromkeys(name.removeprefix("eval/").removesuffix(GUIDED) for run in runs for line in run.lines
+                          for name in line if name.startswith("eval/"))
+    metrics = [f"eval/{name}" for is_kind in (names.is_distance, names.is_score) for name in found if is_kind(name)]
+    metrics = [metric for metric in metrics if _with_any(runs, [metric + kind for kind in _GUIDANCE])]
     drawn = _with_any(runs, [metric + kind for metric in metrics for kind in _GUIDANCE])
     if not drawn:
         return None
     kinds = [kind for kind in _GUIDANCE if _with_any(runs, [metric + kind for metric in metrics])]
     figure = style.new_figure(3.2 * len(metrics), 2.6, _title("Evaluations during training", drawn))
+    bars = False
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for run, color in drawn:
             for kind in kinds:
-                axes.plot(*run.series(metric + kind), linestyle=_GUIDANCE[kind][0], color=color, marker="o")
-        axes.set(xlabel="step", ylabel=_EVALUATIONS[metric])
+                steps, values = run.series(metric + kind)
+                axes.plot(steps, values, linestyle=_GUIDANCE[kind][0], color=color, marker="o")
+                spread = dict(zip(*run.series(f"{metric}_std{kind}"), strict=True))
+                if spread:
+                    bars = True
+                    style.error_bars(axes, steps, values, [spread.get(step, math.nan) for step in steps], color)
+        axes.set(xlabel="step", ylabel=names.title(metric.removeprefix("eval/")))
         style.log_if_wide(axes, "y")
         style.count_steps(axes)
     lines = [Line2D([], [], color=color) for _, color in drawn] if len(drawn) > 1 else []
-    names = [run.name for run, _ in drawn] if len(drawn) > 1 else []
     lines += [Line2D([], [], color=style.GREY, linestyle=_GUIDANCE[kind][0]) for kind in kinds]
-    style.legend(figure, lines, names + [_GUIDANCE[kind][1] for kind in kinds])
-    return figure
+    counts = [_num_images(run) for run, _ in drawn]
+    same = len(set(counts)) == 1
+    labels = [run.name + ("" if same else f" ({count or 'number of images not known'})")
+              for (run, _), count in zip(drawn, counts, strict=True)] if len(drawn) > 1 else []
+    common = [f"{counts[0]} a point"] if same and counts[0] else []
+    common += ["bars: standard deviation over splits of the images"] if bars else []
+    style.legend(figure, lines, labels + [_GUIDANCE[kind][1] for kind in kinds], ", ".join(common))
+    return style.fitted(figure)
+
+
+def _num_images(run: Run) -> str:
+    """How many images an evaluation during training has measured, in words; "" where nobody knows."""
+    counts = sorted({int(count) for count in run.series(NUM_IMAGES)[1]})
+    ends = dict.fromkeys((counts[0], counts[-1])) if counts else {}
+    return f"{' to '.join(f'{count:,}' for count in ends)} images" if ends else ""
 
 
 def samples(runs: Sequence[Run]) -> "Figure | None":
@@ -117,7 +139,7 @@ def samples(runs: Sequence[Run]) -> "Figure | None":
             axes.set_title(f"step {step:,}", pad=3)
             if not j and len(drawn) > 1:
                 axes.set_ylabel(run.name, parse_math=False)
-    return figure
+    return style.fitted(figure)
 
 
 def ema_half(path: epath.Path) -> np.ndarray:
