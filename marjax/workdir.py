@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from marjax import storage
+from marjax import class_names, storage
 from marjax.config import conform, flatten, resolve
 from marjax.config.migrations import migrate, stamp
 from marjax.errors import UserError, shortened
@@ -44,12 +44,14 @@ _BYSTANDER = re.compile(
 
 
 @takes_paths("workdir")
-def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False) -> None:
+def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False,
+                  names: class_names.Names = ()) -> None:
     """Makes the work directory and writes `config.json`, or checks the one that is there.
 
     Logs, hidden files and other bystanders in a new one are reported and left alone. Fields in FREE_FIELDS may change
     between starts, and so may the number of steps, upwards, under a constant learning rate. With `tokenizer`, the
-    directory is that of a tokenizer's training, for which only the data and the tokenizer count.
+    directory is that of a tokenizer's training, for which only the data and the tokenizer count. The names of classes,
+    if they are known, are written beside the config.
 
     Raises:
       UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
@@ -64,6 +66,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
             _refuse_contradiction(workdir, read_workdir(workdir), config, tokenizer)
         text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
         write_bytes(path / "config.json", text.encode())  # a crash leaves the old file or the new one
+        class_names.write(path, names)
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
                         f"give a folder that can") from None

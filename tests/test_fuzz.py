@@ -23,6 +23,7 @@ import pytest
 from conftest import DIGITS, make_digits, own_folder_first
 from fuzz import Target
 
+from marjax import class_names
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.imagenet import list_imagenet
@@ -78,7 +79,7 @@ def read_evaluation(folder):
 
 
 def read_run(folder):
-    read_workdir(folder)
+    class_names.read(folder, read_workdir(folder).data.num_classes)
     first_start(folder, write=True)
 
 
@@ -197,7 +198,7 @@ def make_sound_files(root, autoencoders):
 
     from marjax.workdir import claim_workdir
     config = config_lib.resolve(make_digits())
-    claim_workdir(root / "workdir", config)
+    claim_workdir(root / "workdir", config, names=("cat", None, "Ж"))
     first_start(root / "workdir", write=True)
 
     (root / "sweep" / "sweep_file.py").write_text(SWEEP)

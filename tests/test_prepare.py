@@ -139,11 +139,12 @@ def test_two_hundred_pictures_of_all_kinds(mixed):
     # Decoded by plain TFDS and by marjax: the same pixels, in the same order.
     plain = tfds.builder_from_directory(made.directory).as_data_source("train")
     ours = open_source(_data("mixed_pictures", made.data_dir))
-    assert len(plain) == len(ours) == 199 and ours.num_classes == 4
+    assert len(plain) == len(ours) == 199 and ours.num_classes == 4 and list(ours.class_names) == made.classes
     for index in range(0, 199, 3):
         mine = ours[index]["image"]
         np.testing.assert_array_equal(plain[index]["image"], np.repeat(mine, 3 // mine.shape[2], axis=2))
         assert plain[index]["label"] == ours[index]["label"]
+    assert all(f"{label} {name}" in made.summary() for label, name in enumerate(made.classes))
     assert "configs/folder.py:name=mixed_pictures" in made.summary() and "13 CMYK" in made.summary()
 
 

@@ -68,7 +68,7 @@ def test_no_class_is_a_condition_of_its_own(run):
     (dict(labels=[10]), "label 10 is out of range.*0 to 9"), (dict(labels=[-2]), "label -2"),
     (dict(labels=[]), "no labels"), (dict(labels=[10**30]), "labels is"), (dict(labels=[0.5]), "labels is"),
     (dict(labels=[float("nan")]), "labels is"), (dict(labels=[[0], [0, 1]]), "labels is"),
-    (dict(labels=0), "labels is"),
+    (dict(labels=None), "labels is"), (dict(labels=10), "label 10"), (dict(labels="cat"), "labels 'cat'"),
     (dict(labels=[True]), "labels is"), (dict(labels=np.array([2**64 - 1], np.uint64)), "label 18446744073709551615"),
     (dict(num_iter=17), "16 tokens: give 1 to 16"), (dict(num_sampling_steps=1001), "give 1 to 1000"),
     (dict(weights="best"), "'ema' or 'raw'"), (dict(step=3), "there are steps"), (dict(seed=-1), "seed is -1"),

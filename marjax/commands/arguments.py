@@ -7,8 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from marjax import class_names
 from marjax import config as config_lib
 from marjax.config import shipped
+from marjax.config.overrides import unquoted
 from marjax.errors import UserError
 from marjax.ranges import MAX_INT, shown
 
@@ -28,28 +30,35 @@ def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = Tr
                         f"is the config's own arguments, such as mnist:variant=ar")
 
 
-def parse_labels(text: str) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; "none" is [-1], no class.
+def parse_labels(text: str, names: class_names.Names = (), num_classes: int | None = None) -> list[int]:
+    """[0, 1, 2, 7] from "0-2,7"; "none" is [-1], no class; [3, 5] from "flower,temple" with such names.
+
+    Args:
+      text: classes as `class_names.class_of` takes them, and ranges of numbers, with commas.
+      names: of the classes.
+      num_classes: how many there are.
 
     Raises:
       UserError: anything else.
     """
-    if text == "none":
-        return [-1]
     labels: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not _is_class(first) or (dash and not _is_class(last)):
-            raise UserError(f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'")
-        numbers = range(int(first), int(last if dash else first) + 1)
+    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    commas = max((name.count(",") for name in names if name), default=0)
+    while parts:
+        for count in range(min(commas + 1, len(parts)), 0, -1):  # the longest first: a name may have commas
+            part = ",".join(parts[:count]).strip()
+            if part in names or unquoted(part) in names or count == 1:
+                break
+        del parts[:count]
+        first, dash, last = (each.strip() for each in part.partition("-"))
+        if not (dash and class_names.is_number(first) and class_names.is_number(last)) or part in names:
+            labels.append(class_names.class_of(part, names, num_classes))
+            continue
+        numbers = range(int(first), int(last) + 1)
         if not numbers:
             raise UserError(f"labels {text!r}: {part} runs backwards")
         labels += numbers
     return labels
-
-
-def _is_class(text: str) -> bool:
-    return text.isdecimal() and len(text) <= 7  # no more than can be listed
 
 
 def join(given: argparse.Namespace, stops_at_steps: bool = False) -> None:

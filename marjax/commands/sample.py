@@ -2,7 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from marjax import class_names
 from marjax.commands.arguments import SAMPLE_FIELDS, join, parse_labels
 from marjax.commands.next_step import measure_command, print_next
 from marjax.errors import UserError
@@ -11,6 +14,12 @@ from marjax.ranges import check_arguments
 from marjax.storage import is_remote
 from marjax.workdir import read_workdir
 
+if TYPE_CHECKING:
+    import numpy as np
+    from etils import epath
+
+    from marjax.generation.sample import Sampled
+
 HELP = "Sample from a trained work directory."
 EXAMPLE = "marjax sample --workdir runs/digits --out samples"
 TAKES_OVERRIDES = False
@@ -18,9 +27,10 @@ TAKES_OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where samples.npz and grid.png go")
-    parser.add_argument("--labels", default="", help="classes such as 0-9 or 1,5,7; 'none' for unconditional; "
-                        "all classes by default")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where samples.npz and grid.png go; "
+                        "FILE.png or FILE.npz for the picture or the samples alone")
+    parser.add_argument("--labels", default="", help="classes such as 0-9, 1,5,7 or flower,temple; 'none' for "
+                        "unconditional; all classes by default")
     parser.add_argument("--num_per_label", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=("ema", "raw"), help="ema by default, or what a converted one has")
@@ -36,33 +46,72 @@ def run(given: argparse.Namespace) -> None:
     from etils import epath
 
     from marjax import distributed
-    from marjax.generation.images import grid, make_folder, write_npz, write_png
-    from marjax.generation.sample import sample
+    from marjax.generation.images import make_folder, write_npz, write_png
+    from marjax.generation.sample import sampled
 
     check_arguments(num_per_label=given.num_per_label, seed=given.seed, step=given.step)
     config = read_workdir(given.workdir)
-    classes = parse_labels(given.labels) if given.labels else list(range(config.data.num_classes))
+    num_classes = config.data.num_classes
+    names = class_names.read(given.workdir, num_classes)
+    classes = parse_labels(given.labels, names, num_classes) if given.labels else list(range(num_classes))
     labels = np.repeat(np.array(classes), given.num_per_label)
     join(given)
-    is_new = not is_remote(given.out) and not os.path.exists(given.out)  # an empty folder would be left behind
     out = epath.Path(normalised(given.out, "out"))
-    distributed.on_first(lambda: make_folder(out))  # before the work, which would be lost
+    picture, samples = _files(out)
+    folder = out if picture and samples else out.parent
+    is_new = not is_remote(folder) and not folder.exists()  # an empty folder would be left behind
+    distributed.on_first(lambda: make_folder(folder))  # before the work, which would be lost
+    if jax.process_index() == 0 and (legend := class_names.legend(classes, names)):
+        print(f"classes: {legend}", flush=True)
     try:
-        images = sample(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
-                        tokenizer_path=given.tokenizer_path,
-                        **{name: getattr(given, name) for name in SAMPLE_FIELDS})
+        made = sampled(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
+                       tokenizer_path=given.tokenizer_path,
+                       **{name: getattr(given, name) for name in SAMPLE_FIELDS})
     except (UserError, KeyboardInterrupt):
         if is_new and jax.process_index() == 0:
-            out.rmdir()
+            folder.rmdir()
         raise
     if jax.process_index():
         return
-    write_npz(out / "samples.npz", images=images, labels=labels)
-    columns = given.num_per_label if len(classes) > 1 else max(1, round(len(images) ** 0.5))
-    shown = min(columns, 20)  # of each class
-    if len(classes) > 1:
-        images = images.reshape(len(classes), given.num_per_label, *images.shape[1:])[:100, :shown]
-        images = images.reshape(-1, *images.shape[2:])
-    write_png(out / "grid.png", grid(images[:2000], shown))
-    print(f"{len(labels)} images in {out / 'samples.npz'}, a picture in {out / 'grid.png'}")
+    if samples:
+        known = {"class_names": np.array([name or "" for name in names])} if names else {}
+        write_npz(samples, images=made.images, labels=made.labels, **known)
+    if picture:
+        write_png(picture, _picture(made, classes, given.num_per_label, names, _caption(given, made, classes, names)))
+    if samples:
+        print(f"{len(labels)} images in {samples}" + (f", a picture in {picture}" if picture else ""))
+    else:
+        print(f"a picture of {len(labels)} images in {picture}; with a folder as --out, samples.npz has the images")
     print_next(*measure_command(given.workdir, config))
+
+
+def _files(out: "epath.Path") -> tuple["epath.Path | None", "epath.Path | None"]:
+    """Where the picture and the samples go: both into a folder, or one of them into a file. Raises UserError."""
+    suffix = out.suffix.lower()
+    if not out.is_dir() and suffix in (".png", ".npz"):
+        return (out, None) if suffix == ".png" else (None, out)
+    return out / "grid.png", out / "samples.npz"
+
+
+def _picture(made: "Sampled", classes: Sequence[int], num_per_label: int, names: class_names.Names,
+             caption: str) -> "np.ndarray":
+    """A grid with a row for each class, or a square one of a single class."""
+    from marjax.generation.images import grid
+
+    images = made.images
+    if len(classes) == 1:
+        return grid(images[:2000], min(20, max(1, round(len(images) ** 0.5))), caption=caption)
+    columns, shown = min(num_per_label, 20), classes[:100]
+    images = images.reshape(len(classes), num_per_label, *images.shape[1:])[:len(shown), :columns]
+    return grid(images.reshape(-1, *images.shape[2:]), columns, caption=caption,
+                rows=[class_names.label(each, names) for each in shown])
+
+
+def _caption(given: argparse.Namespace, made: "Sampled", classes: Sequence[int], names: class_names.Names) -> str:
+    """What a picture says of itself."""
+    settings = made.settings
+    of = f", class {class_names.label(classes[0], names)}" if len(classes) == 1 and classes[0] >= 0 else ""
+    schedule = f" {settings.cfg_schedule}" if settings.cfg != 1 else ""
+    return (f"{os.path.basename(given.workdir)}{of}: {made.weights} weights of step {made.step}, seed {given.seed}, "
+            f"cfg {settings.cfg:g}{schedule}, num_iter {settings.num_iter}, num_sampling_steps "
+            f"{settings.num_sampling_steps}, temperature {settings.temperature:g}")

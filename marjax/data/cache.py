@@ -101,6 +101,7 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     with Batches(config.data, 1, 0, train=False) as batches:
         manifest = _plan(config, tokenizer, batches.num_examples, dtype, shard_examples or _shard_examples_of(folder),
                          fingerprint(open_source(config.data)))
+        manifest = dataclasses.replace(manifest, class_names=batches.class_names)
     index, count = jax.process_index(), jax.process_count()
     try:
         os.makedirs(folder, exist_ok=True)

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from marjax.class_names import Names
 from marjax.data.preprocess import Preprocess
-from marjax.data.sources import ArraySource, Pixels, Source
+from marjax.data.sources import ArraySource, Pixels, Source, class_names_of
 
 
 class Examples(Protocol):
@@ -17,12 +18,14 @@ class Examples(Protocol):
       shape: of one.
       dtype: of all.
       in_memory: whether reading one takes next to no time.
+      class_names: by label; () if they are not known.
     """
 
     kind: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     in_memory: bool
+    class_names: Names
 
     def __len__(self) -> int:
         """How many there are, at least 1."""
@@ -43,6 +46,7 @@ class Images:
     def __init__(self, source: Source, preprocess: Preprocess) -> None:
         self.shape: tuple[int, ...] = (preprocess.image_size, preprocess.image_size, preprocess.channels)
         self.in_memory = isinstance(source, ArraySource)
+        self.class_names = class_names_of(source)
         self._source, self._preprocess = source, preprocess
 
     def __len__(self) -> int:

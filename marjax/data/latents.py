@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from marjax.class_names import Names, usable
 from marjax.data.preprocess import CROP, draw_flip
 from marjax.data.records import num_records, reached_limit, remedy
 from marjax.errors import UserError, shortened
@@ -50,6 +51,7 @@ class Manifest:
       compute_dtype: of the tokenizer's convolutions.
       shard_examples: examples in every file but the last, which may hold fewer.
       format: of the records.
+      class_names: by label; () if they are not known. Caches that differ in nothing else are the same.
     """
 
     checksum: str
@@ -67,6 +69,7 @@ class Manifest:
     compute_dtype: str
     shard_examples: int
     format: int = 1
+    class_names: Names = dataclasses.field(default=(), compare=False)
 
     @property
     def num_shards(self) -> int:
@@ -99,7 +102,9 @@ class Manifest:
 
     @classmethod
     def _of(cls, found: dict[str, Any], where: str) -> "Manifest":
-        made = cls(**{name: found[name] for name in _SHAPE} | {"shape": tuple(found["shape"])})
+        given = {field.name: found[field.name] for field in dataclasses.fields(cls) if field.compare}
+        names = usable(found.get("class_names"))[:found["num_classes"]]
+        made = cls(**given | {"shape": tuple(found["shape"]), "class_names": names})
         if not 1 <= len(made.shape) <= 8 or made.record_bytes >= 1 << 31:
             raise UserError(f"{where}: shape is {shortened(str(made.shape))}, expected that of an image's latents; "
                             f"{_AGAIN}")
@@ -111,7 +116,7 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """How a cache differs from another, a line each."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name))
-                 for field in dataclasses.fields(self))
+                 for field in dataclasses.fields(self) if field.compare)
         return [f"{name} {mine!r} instead of {others!r}" for name, mine, others in pairs if mine != others]
 
 
@@ -121,7 +126,7 @@ _SHAPE = {  # the format first: what a later one has is not known here
     "format": {1}, "checksum": _TEXT, "source": _TEXT, "split": _TEXT, "fingerprint": _TEXT, "crop": _TEXT,
     "image_size": range(1, 1 << 31), "channels": range(1, 1 << 31), "num_examples": range(1, 1 << 48),
     "num_classes": range(1, 1 << 31), "flips": bool, "shape": [range(1, 1 << 31)], "dtype": set(DTYPES),
-    "compute_dtype": _TEXT, "shard_examples": range(1, 1 << 48)}
+    "compute_dtype": _TEXT, "shard_examples": range(1, 1 << 48), "class_names?": [(str, None)]}
 
 
 @takes_paths("folder")
@@ -194,6 +199,7 @@ class Latents:
             raise UserError(f"the latent cache {folder} has no mirrored images: set config.data.flip=False, or make it "
                             f"again with config.data.flip=True")
         self.shape, self.dtype = manifest.shape, DTYPES[manifest.dtype]
+        self.class_names = manifest.class_names
         self._manifest, self._flip, self._folder = manifest, flip, os.fspath(folder)
         self._records = _open(self._folder, manifest)
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
+from marjax.class_names import Names
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
@@ -58,10 +59,12 @@ class Batches(Iterator[Batch]):
 
     Attributes:
       num_examples: the size of the data set.
+      class_names: by label; () if they are not known.
       num_batches: how many global batches there are in all, counted from step 0; None if `train`.
     """
 
     num_examples: int
+    class_names: Names
     num_batches: int | None
 
     def __init__(
@@ -109,7 +112,7 @@ class Batches(Iterator[Batch]):
         if examples is None:
             preprocess = Preprocess(int(data.image_size), int(data.channels), bool(data.flip) and train)
             examples = Images(open_source(data), preprocess)
-        self.num_examples = len(examples)
+        self.num_examples, self.class_names = len(examples), examples.class_names
         if first and (train or not 0 <= first < self.num_examples):
             raise UserError(f"first={first} is out of range: expected 0 to {self.num_examples - 1}, or 0 in training.")
         self.num_batches = None if train else -(-(self.num_examples - first) // batch_size)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from hashlib import md5
 from typing import Any
 
+from marjax.class_names import listed
 from marjax.data.imagenet import IMAGENET
 from marjax.data.items import Item, Listing
 from marjax.data.listing import list_folder, list_imagenet
@@ -79,6 +80,8 @@ class Prepared:
         lines = [
             f"{self.directory}: {', '.join(f'{count:,} {split}' for split, count in self.num_examples.items())}; "
             f"{len(self.classes)} classes" + ("" if self.fresh else "; prepared before, nothing done"),
+            "labels: " + listed([f"{label} {shortened(name)}" for label, name in enumerate(self.classes)],
+                                between="; "),
             "stored as they are: " + (_listed({kind: self.kinds[kind] for kind in kept}) or "none"),
             "stored as PNG: " + (_listed({kind: n for kind, n in self.kinds.items() if kind not in kept}) or "none"),
         ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from marjax import registry
 from marjax.config import conform
-from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Source, fingerprint, slice_of
+from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Source, class_names_of, fingerprint, slice_of
 from marjax.errors import UserError
 from marjax.ranges import shown
 
@@ -91,7 +91,7 @@ class Part:
     """A slice of a source."""
 
     def __init__(self, source: Source, chosen: slice) -> None:
-        self.num_classes = source.num_classes
+        self.num_classes, self.class_names = source.num_classes, class_names_of(source)
         self._source, self._indices = source, range(len(source))[chosen]
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class ItemSource:
     """The examples of an object, each checked as it is read."""
 
     def __init__(self, items: Any, num_classes: int, name: str) -> None:
-        self.num_classes = num_classes
+        self.num_classes, self.class_names = num_classes, _class_names(items)
         self._items, self._name = items, name
 
     def __len__(self) -> int:
@@ -141,6 +141,14 @@ def fingerprint_of(source: Source) -> str:
     for index in np.unique(np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)).tolist():
         made.update(f"{source[index]['label']},".encode())
     return made.hexdigest()
+
+
+def _class_names(items: Any) -> Sequence[str]:
+    """What an object calls its classes: its `class_names`, or its `classes`, as the data sets of torchvision do."""
+    for given in (getattr(items, "class_names", None), getattr(items, "classes", None)):
+        if isinstance(given, list | tuple) and all(isinstance(each, str) for each in given):
+            return given
+    return ()
 
 
 class _Pairs(Sequence[Any]):

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict
 
 import ml_collections
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marjax import registry
+from marjax.class_names import Names, usable
 from marjax.data import tfds_files
 from marjax.data.pictures import decode
 from marjax.data.records import remedy
@@ -28,6 +30,7 @@ from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
 PYTHON = "python"  # data.source of a run that was given its data by Python code
+_DIGITS = tuple("0123456789")
 MAX_CLASSES = 1 << 20  # each has a row of the model's embedding
 
 
@@ -43,6 +46,8 @@ class Source(Protocol):
 
     Attributes:
       num_classes: labels lie in [0, num_classes).
+
+    It may also have `class_names`, a sequence of str by label (see `class_names_of`).
     """
 
     num_classes: int
@@ -55,6 +60,12 @@ class Source(Protocol):
 
     def stored(self, index: int) -> bytes:
         """What is kept of example `index`, undecoded. Raises UserError as reading it does."""
+
+
+def class_names_of(source: Source) -> Names:
+    """The names of a source's classes, by label; () if it has none."""
+    given = getattr(source, "class_names", None)
+    return usable(given)[:source.num_classes]
 
 
 def fingerprint(source: Source) -> str:
@@ -89,9 +100,9 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
     source, split = str(data.source), str(data.split)
     num_classes = None if data.num_classes is None else int(data.num_classes)
     if source == "digits":
-        return _open_arrays(source, _digits(), split, num_classes)
+        return _open_arrays(source, _digits(), split, num_classes, _DIGITS)
     if source == "mnist":
-        return _open_arrays(source, _mnist(), split, num_classes)
+        return _open_arrays(source, _mnist(), split, num_classes, _DIGITS)
     if source.startswith("tfds:"):
         return _open_tfds(source, str(data.data_dir), split, num_classes)
     if source == PYTHON:
@@ -109,8 +120,8 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
 class ArraySource:
     """Examples held in memory: `images` uint8 (N, H, W, C), `labels` (N,)."""
 
-    def __init__(self, images: Pixels, labels: npt.NDArray[Any], num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, images: Pixels, labels: npt.NDArray[Any], num_classes: int, class_names: Sequence[str] = ()):
+        self.num_classes, self.class_names = num_classes, class_names
         self._images = images
         self._labels: list[int] = labels.tolist()
 
@@ -132,10 +143,10 @@ class TfdsSource:
     palette, and four channels for CMYK.
     """
 
-    def __init__(self, reader: Any, name: str, num_classes: int):
+    def __init__(self, reader: Any, name: str, num_classes: int, class_names: Sequence[str] = ()):
         self._reader = reader
         self._name = name
-        self.num_classes = num_classes
+        self.num_classes, self.class_names = num_classes, class_names
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -185,12 +196,12 @@ class TfdsSource:
 
 
 def _open_arrays(
-    source: str, arrays: tuple[Pixels, npt.NDArray[Any]], split: str, num_classes: int | None
+    source: str, arrays: tuple[Pixels, npt.NDArray[Any]], split: str, num_classes: int | None, names: Sequence[str]
 ) -> ArraySource:
     images, labels = arrays
     num_classes = _checked_num_classes(source, len(np.unique(labels)), num_classes)
     chosen = slice_of(split, source, len(images))
-    return ArraySource(images[chosen], labels[chosen], num_classes)
+    return ArraySource(images[chosen], labels[chosen], num_classes, names)
 
 
 def _digits() -> tuple[Pixels, npt.NDArray[Any]]:
@@ -269,7 +280,8 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
     reader.decoders = {key: tfds.decode.SkipDecoding() for key in images}
     if len(reader) == 0:
         raise UserError(_empty(source, split))
-    return TfdsSource(reader, f"{source}, split {split}", num_classes)
+    names = getattr(features["label"], "names", None)
+    return TfdsSource(reader, f"{source}, split {split}", num_classes, tuple(names or ()))
 
 
 def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:

@@ -35,7 +35,7 @@ def load(workdir: str | os.PathLike[str], *, weights: str | None = None, step: i
     """
     config = opened_config(workdir, tokenizer_path, settings)
     opened = opened_sampler(config, workdir, weights, step)
-    return Loaded(config, opened.sampler, opened.params, opened.step, opened.weights)
+    return Loaded(config, opened.sampler, opened.params, opened.step, opened.weights, workdir)
 
 
 class Loaded:
@@ -49,8 +49,9 @@ class Loaded:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, sampler: Sampler, params: Any, step: int,
-                 weights: str) -> None:
+                 weights: str, workdir: str | os.PathLike[str]) -> None:
         self.config, self.params, self.step, self.weights = config, params, step, weights
+        self._workdir = workdir  # which has the names of classes
         self._samplers = {sampler.settings.shape(): sampler}
 
     def __repr__(self) -> str:
@@ -78,7 +79,7 @@ class Loaded:
         if given := {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}:
             config = config_lib.resolve(config_lib.apply_overrides(config, given))
         check_arguments(seed=seed, first_index=first_index)
-        array = checked_labels(labels, config)
+        array = checked_labels(labels, config, self._workdir)
         sampler = next(iter(self._samplers.values())).with_settings(config.sample)
         sampler = self._samplers.setdefault(sampler.settings.shape(), sampler).with_settings(config.sample)
         # Powers of two: numbers of labels that differ a little share a program.

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from marjax import class_names, numerics, sharding
 from marjax import config as config_lib
-from marjax import numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
@@ -24,14 +24,14 @@ from marjax.workdir import read_workdir
 
 @numerics.pinned()
 @takes_paths("workdir", "tokenizer_path")
-def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, *, seed: int = 0,
+def sample(workdir: str | os.PathLike[str], labels: int | str | Sequence[int | str] | np.ndarray, *, seed: int = 0,
            weights: str | None = None, step: int | None = None, first_index: int = 0,
            tokenizer_path: str | None = None, **settings: Any) -> np.ndarray:
     """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
 
     Args:
       workdir: of a training run.
-      labels: classes; -1 asks for no class.
+      labels: classes, by number or by name; -1 asks for no class. A single one makes one image.
       seed: of all randomness, in [0, 2^32).
       weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
       step: of the checkpoint, or None for the newest whole one.
@@ -43,17 +43,46 @@ def sample(workdir: str | os.PathLike[str], labels: Sequence[int] | np.ndarray, 
     Raises:
       UserError: anything that cannot be used, before any work is done.
     """
+    return sampled(workdir, labels, seed=seed, weights=weights, step=step, first_index=first_index,
+                   tokenizer_path=tokenizer_path, **settings).images
+
+
+class Sampled(NamedTuple):
+    """Samples, and what they were made with.
+
+    Attributes:
+      images: uint8 (N, H, W, C).
+      labels: int64 (N,).
+      settings: the resolved `config.sample`.
+      weights: "ema" or "raw".
+      step: of the checkpoint.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    settings: ml_collections.ConfigDict
+    weights: str
+    step: int
+
+
+@numerics.pinned()
+@takes_paths("workdir", "tokenizer_path")
+def sampled(workdir: str | os.PathLike[str], labels: int | str | Sequence[int | str] | np.ndarray, *, seed: int = 0,
+            weights: str | None = None, step: int | None = None, first_index: int = 0,
+            tokenizer_path: str | None = None, **settings: Any) -> Sampled:
+    """The same as `sample`, with what the images were made with."""
     config = opened_config(workdir, tokenizer_path, settings)
     check_arguments(seed=seed, step=step, first_index=first_index)
-    labels = checked_labels(labels, config)
+    labels = checked_labels(labels, config, workdir)
     opened = opened_sampler(config, workdir, weights, step)
-    return opened.sampler(opened.params, labels, seed, first_index,
-                          batch_size=min(config.sample.batch_size, len(labels)))
+    images = opened.sampler(opened.params, labels, seed, first_index,
+                            batch_size=min(config.sample.batch_size, len(labels)))
+    return Sampled(images, labels, config.sample, opened.weights, opened.step)
 
 
-def checked_labels(given: Any, config: ml_collections.ConfigDict) -> np.ndarray:
+def checked_labels(given: Any, config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> np.ndarray:
     """The labels that a user asks a run's model for, int64 (N,), N at least 1. Raises UserError."""
-    labels = _checked_labels(given)
+    labels = _checked_labels(class_names.classes_of(given, workdir, config.data.num_classes))
     wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
     if wrong:
         raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
@@ -70,7 +99,7 @@ def _checked_labels(given: Any) -> np.ndarray:
     if not labels.size:
         raise UserError("no labels: give at least one class, or -1 for none")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"labels is {shown(given)}: give a list of integers")
+        raise UserError(f"labels is {shown(given)}: give a list of classes, by number or by name")
     return labels
 
 

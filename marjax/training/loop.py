@@ -98,13 +98,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
     generator_lib.of(config, tokens)  # of a registered head, its settings and contract
-    open_batches(config, mesh, start_step=0, examples=examples).close()
+    with open_batches(config, mesh, start_step=0, examples=examples) as batches:
+        names = batches.class_names
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
     config, weights = init_from_lib.prepare(config, workdir, mesh)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
-        distributed.on_first(lambda: claim_workdir(workdir, config))
+        distributed.on_first(lambda: claim_workdir(workdir, config, names=names))
         return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about, weights)
 
 

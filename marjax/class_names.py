@@ -1,0 +1,138 @@
+"""The names of a data set's classes: kept in the work directory, so that sampling need not open the data."""
+
+import collections
+import difflib
+import json
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from marjax.config.overrides import unquoted
+from marjax.errors import UserError, shortened
+from marjax.files import write_bytes
+from marjax.json_file import read_json
+from marjax.ranges import shown
+
+FILE = "classes.json"  # in a work directory
+NO_CLASS = -1
+MAX_LENGTH = 200  # characters of a name
+
+Names = tuple[str | None, ...]  # by class number; None where a class has no name that can be used
+
+
+def usable(names: Sequence[object] | None) -> Names:
+    """Names as a data set gives them, without those that are too long, cannot be printed or are there twice.
+
+    Returns:
+      One entry a class; () if none has a name other than its number.
+    """
+    given = [name if name is None else str(name) for name in names or ()]
+    counts = collections.Counter(given)
+    found = tuple(name if is_name(name) and counts[name] == 1 else None for name in given)
+    return found if any(name not in (None, str(index)) for index, name in enumerate(found)) else ()
+
+
+def is_name(text: object) -> bool:
+    """Whether a value is a text of one line that a class may have for its name."""
+    return isinstance(text, str) and 0 < len(text) <= MAX_LENGTH and text.isprintable() and not text.isspace()
+
+
+def write(folder: str | os.PathLike[str], names: Names) -> None:
+    """Writes FILE into a folder; without names, nothing. Raises UserError: it cannot be written."""
+    if names:
+        text = json.dumps({"names": names}, indent=1, ensure_ascii=False) + "\n"
+        write_bytes(epath.Path(folder) / FILE, text.encode())
+
+
+def read(folder: str | os.PathLike[str], num_classes: int) -> Names:
+    """The names in a folder, of at most `num_classes` classes; () if it has no FILE.
+
+    Raises:
+      UserError: a file that is damaged, has more names than there are classes, one twice, or one that cannot be printed
+        on a line.
+    """
+    path, advice = epath.Path(folder) / FILE, "mend it, or delete it and give classes by their numbers"
+    names = read_json(path, {"names": [(str, None)]}, advice=advice, missing={"names": []}, max_bytes=1 << 28)["names"]
+    if len(names) > num_classes:
+        raise UserError(f"{path} has {len(names)} names for {num_classes} classes; {advice}")
+    seen = set()
+    for name in names:
+        if name is not None and (not is_name(name) or name in seen):
+            raise UserError(f"{path}: {shortened(repr(name))} is no name of a class, or is there twice; {advice}")
+        seen.add(name)
+    return tuple(names) if any(names) else ()
+
+
+def class_of(text: str, names: Names, num_classes: int | None = None) -> int:
+    """The class that a text stands for: its number, its name, or -1 for "none".
+
+    A number is the class of that number, also where another class is called so, unless it is in quotes or there is no
+    class of that number. Names may be in another case, and in quotes.
+
+    Raises:
+      UserError: there is no such class; the error names the closest.
+    """
+    text = text.strip()
+    name = unquoted(text)
+    if name == text and is_number(text) and (num_classes is None or int(text) < num_classes or text not in names):
+        return int(text)
+    if name in names:
+        return names.index(name)
+    same = [index for index, each in enumerate(names) if each is not None and each.casefold() == name.casefold()]
+    if len(same) == 1:
+        return same[0]
+    if name.lower() == "none":
+        return NO_CLASS
+    known = [each for each in names if each is not None]
+    if not known:
+        raise UserError(f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; the names of the classes "
+                        f"are not known here")
+    folded = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold()[:100], folded, 1, 0.5)
+    meant = f"; the closest is {folded[close[0]]!r}" if close else ""
+    raise UserError(f"labels: there is no class {shown(name)}{meant}; give numbers or some of {listed(known)}")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is the number of a class."""
+    return text.isdecimal() and len(text) <= 7  # no more than can be listed
+
+
+def classes_of(labels: Any, folder: str | os.PathLike[str], num_classes: int) -> Any:
+    """Labels as Python code gives them, with the numbers of the names in them; a single one becomes a list of one.
+
+    Raises:
+      UserError: there is no class of a name; or see `read`, if there are names.
+    """
+    if isinstance(labels, str | numbers.Number) or getattr(labels, "ndim", None) == 0:
+        labels = [labels]
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "OU":
+        labels = labels.tolist()
+    if isinstance(labels, list | tuple) and any(isinstance(each, str) for each in labels):
+        names = read(folder, num_classes)
+        return [class_of(each, names, num_classes) if isinstance(each, str) else each for each in labels]
+    return labels
+
+
+def label(index: int, names: Names) -> str:
+    """What a class is called in a picture: its name, or else its number; of -1, "no class"."""
+    if index < 0:
+        return "no class"
+    return (names[index] if index < len(names) else None) or str(index)
+
+
+def listed(texts: Sequence[str], most: int = 20, between: str = ", ") -> str:
+    """The first `most` of the texts, on one line."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def legend(classes: Sequence[int], names: Names) -> str:
+    """Which number is which class: "0 flower; 1 temple"; "" if no name says more than its number."""
+    shown = list(dict.fromkeys(classes))
+    if all(label(each, names) in (str(each), "no class") for each in shown):
+        return ""
+    return listed([f"{each} {label(each, names)}" if each >= 0 else "no class" for each in shown], between="; ")
