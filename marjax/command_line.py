@@ -7,6 +7,7 @@ the fields of the config, and refuses what argparse would not explain.
 import argparse
 import difflib
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,9 @@ FIELD = "--config."  # how a flag starts that sets a field of the config
 _DASHES = "-‐‑‒–—―−﹣-"  # those that web pages and word processors make of a hyphen
 _NUMBER = re.compile(r"-\.?\d.*")  # a value, no flag
 _ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
+# Of files that somebody may name where a folder is expected.
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf", ".npz", ".npy", ".json", ".csv", ".md", ".txt",
+             ".safetensors", ".zip", ".tar"}
 # Sections whose field is meant by a name that several have.
 _SECTIONS = {"train-tokenizer": ("tokenizer.train.", "tokenizer."), "stats": ("eval.", "data."),
              "train-classifier": ("data.", "eval."), "cache-latents": ("data.", "tokenizer.")}
@@ -198,7 +202,9 @@ class _Reader:
         return None
 
     def check_value(self, action: argparse.Action, value: str) -> None:
-        """Raises UserError: --config is given a field of the config in place of a file."""
+        """Raises UserError: --config is given a field of the config, or --out a file for a folder or the reverse."""
+        if action.dest == "out":
+            _check_out(value, str(action.metavar).split("|"))
         found = _ASSIGNMENT.fullmatch(value) if self._takes_fields and "--config" in action.option_strings else None
         if found and (field := self._field(found[2], exact=True)):
             raise UserError(f"--config takes a file, not a field: add {field}={found[4]} to it")
@@ -261,6 +267,25 @@ class _Reader:
 
     def _help(self) -> str:
         return f"marjax {self._command} --help lists all"
+
+
+def _check_out(path: str, kinds: Sequence[str]) -> None:
+    """Raises UserError: a file where a folder is expected, or the reverse.
+
+    Args:
+      path: the value.
+      kinds: what is expected, of DIR, FILE and FILE.suffix.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    folder, is_file = "DIR" in kinds, os.path.isfile(path)
+    if folder and not os.path.isdir(path) and f"FILE{suffix}" not in kinds and (is_file or suffix in _SUFFIXES):
+        others = "".join(f", or {kind}" for kind in kinds if kind != "DIR")
+        meant = path.removesuffix(suffix) if suffix in _SUFFIXES else f"{path}_out"
+        raise UserError(f"--out {path} is {'a file' if is_file else 'the name of a file'}: give a folder, such as "
+                        f"{shlex.quote(meant)}{others}")
+    if kinds[0].startswith("FILE") and (os.path.isdir(path) or path.endswith("/")):
+        meant = os.path.join(path, f"NAME{os.path.splitext(kinds[0])[1]}")
+        raise UserError(f"--out {path} is a folder: give a file, such as {shlex.quote(meant)}")
 
 
 def _plain(name: str) -> str:

@@ -1,8 +1,11 @@
 """A run's work directory: made by the config that is in it, and held to that in later starts."""
 
+import difflib
 import json
 import os
+import pathlib
 import re
+import shlex
 import sys
 import time
 from typing import Any
@@ -145,9 +148,10 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     path = epath.Path(workdir)
     try:
         if not path.is_dir():
-            raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run")
+            raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run"
+                            f"{suggestion(workdir)}")
         if not (path / "config.json").exists():
-            raise UserError(f"{workdir} has no config.json: give the --workdir of a training run")
+            raise UserError(f"{workdir} has no config.json: give the --workdir of a training run{suggestion(workdir)}")
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be read ({error.strerror or error}): give one that "
                         f"can") from None
@@ -161,6 +165,31 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     if _lies_in(path, config.tokenizer.path):
         config.tokenizer.path = os.fspath(path / config.tokenizer.path)
     return config
+
+
+def no_checkpoints(workdir: str | os.PathLike[str]) -> UserError:
+    """The error about a work directory whose run has not saved yet."""
+    start = shlex.join(["marjax", "train", "--config", f"{workdir}/config.json", "--workdir", os.fspath(workdir)])
+    return UserError(f"{workdir} has no checkpoints yet: let the training run reach its first, or start it again: "
+                     f"{start}")
+
+
+def suggestion(workdir: str | os.PathLike[str]) -> str:
+    """", such as runs/digits" for an error about a path that is no work directory: those around it; "" without any."""
+    if storage.is_remote(workdir):
+        return ""
+    path = pathlib.Path(workdir)
+    try:
+        if above := [each for each in (*path.parents,)[:3] if (each / "config.json").is_file()]:
+            return f", such as {above[0]}"
+        if path.is_dir():
+            found = sorted(each.parent for each in path.glob("*/config.json"))
+        else:
+            siblings = {each.parent.name: each.parent for each in path.parent.glob("*/config.json")}
+            found = [siblings[name] for name in difflib.get_close_matches(path.name, siblings, 3, 0.5)]
+    except OSError:
+        return ""
+    return f", such as {_listed([os.fspath(each) for each in found])}" if found else ""
 
 
 def _lies_in(folder: epath.Path, name: str) -> bool:

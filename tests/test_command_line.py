@@ -92,6 +92,21 @@ def test_a_blank_beside_a_comma(capsys, line, meant):
     assert meant in failure(capsys, line)
 
 
+@pytest.mark.parametrize("line, meant", [
+    ("sample --workdir w --out x.jpg", "FILE.png"), ("sample --workdir w --out file", "file_out"),
+    ("plot --workdir w --out x.png", "such as x\n"), ("prepare --images i --out file", "such as file_out\n"),
+    ("evaluate --workdir w --out=x.json", "such as x\n"), ("stats --npz n --out folder", "such as folder/NAME.npz\n"),
+    ("export --workdir w --out folder", "folder/NAME.safetensors\n"),
+    ("train-classifier --config {digits} --out new/", "new/NAME.npz\n"),
+])
+def test_a_file_for_a_folder_and_the_reverse(tmp_path, monkeypatch, capsys, line, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert meant in failure(capsys, line)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 @pytest.fixture
 def parsed(monkeypatch):
     """What a command is run with."""

@@ -1,10 +1,12 @@
 """Arguments that several commands share, and how they are parsed."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from marjax import class_names
@@ -13,6 +15,7 @@ from marjax.config import shipped
 from marjax.config.overrides import unquoted
 from marjax.errors import UserError
 from marjax.ranges import MAX_INT, shown
+from marjax.workdir import read_workdir
 
 # Fields of config.sample that `marjax sample` takes.
 SAMPLE_FIELDS = {"num_iter": int, "num_sampling_steps": str, "cfg": float, "cfg_schedule": str, "temperature": float,
@@ -42,7 +45,8 @@ def parse_labels(text: str, names: class_names.Names = (), num_classes: int | No
       UserError: anything else.
     """
     labels: list[int] = []
-    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    text = text.strip()
+    parts = (text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text).split(",")
     commas = max((name.count(",") for name in names if name), default=0)
     while parts:
         for count in range(min(commas + 1, len(parts)), 0, -1):  # the longest first: a name may have commas
@@ -88,6 +92,46 @@ def parse_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def listed(text: str) -> list[str]:
+    """["1", "2.9"] from "1,2.9", "[1, 2.9]" or "(1, 2.9)"."""
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    return [unquoted(part.strip()) for part in text.split(",")]
+
+
+def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -> None:
+    """Checks that files exist which other commands make: those of the tokenizer, and of evaluations during training.
+
+    Args:
+      config: resolved.
+      source: what `--config` was.
+      overrides: the fields that were set beside it.
+
+    Raises:
+      UserError: one does not; it names the command that makes it.
+    """
+    from marjax.evaluation.missing import check_there
+    from marjax.tokenizers import AUTOENCODERS
+
+    given = [source, *(f"--config.{key}={value}" for key, value in overrides.items())]
+    name, path = config.tokenizer.name, config.tokenizer.path
+    own = name == "codebook" or (name in AUTOENCODERS and AUTOENCODERS[name].preset is None)
+    if own and path and not epath.Path(path).exists():
+        made_by = shlex.join(["marjax", "train-tokenizer", "--config", *given])
+        raise UserError(f"config.tokenizer.path {path} does not exist: run {made_by}, or give the path of another")
+    if config.eval.every:
+        check_there(config, given, extractor=config.eval.extractor, extractor_path=config.eval.extractor_path,
+                    reference=config.eval.reference, default="runs/data", flag="--config.eval.")
+
+
 def load_config(path: str, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The resolved config of `--config` and `--config.key=value`. User errors are reported before JAX starts."""
-    return config_lib.resolve(config_lib.apply_overrides(config_lib.load(path), overrides))
+    """The resolved config of `--config` and `--config.key=value`. User errors are reported before JAX starts.
+
+    Args:
+      path: as `config.load` takes it, or config.json of a work directory.
+      overrides: fields to set.
+    """
+    folder, _, name = path.rpartition("/")
+    config = read_workdir(folder or ".") if name == "config.json" else config_lib.load(path)
+    return config_lib.resolve(config_lib.apply_overrides(config, overrides))

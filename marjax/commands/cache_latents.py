@@ -2,7 +2,7 @@
 
 import argparse
 
-from marjax.commands.arguments import add_config, join, load_config
+from marjax.commands.arguments import add_config, check_files, join, load_config
 from marjax.commands.next_step import print_next, train_command
 
 HELP = "Encode the images of a config once, for training to read."
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(given.config, overrides)
+    check_files(config, given.config, overrides)
     join(given)
     from marjax.data.cache import cache_latents
 

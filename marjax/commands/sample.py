@@ -27,8 +27,8 @@ TAKES_OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where samples.npz and grid.png go; "
-                        "FILE.png or FILE.npz for the picture or the samples alone")
+    parser.add_argument("--out", required=True, metavar="DIR|FILE.png|FILE.npz", help="where samples.npz and "
+                        "grid.png go; or the file for the picture or the samples alone")
     parser.add_argument("--labels", default="", help="classes such as 0-9, 1,5,7 or flower,temple; 'none' for "
                         "unconditional; all classes by default")
     parser.add_argument("--num_per_label", type=int, default=1)

@@ -4,7 +4,7 @@ import argparse
 import shlex
 
 from marjax import progress
-from marjax.commands.arguments import add_config, join, load_config, parse_range
+from marjax.commands.arguments import add_config, check_files, join, load_config, parse_range
 from marjax.commands.next_step import print_next, sample_command
 
 HELP = "Train, or resume, in a work directory."
@@ -28,6 +28,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         ["marjax", "train", "--config", given.config, *(f"--config.{key}={value}" for key, value in overrides.items()),
          "--init_from", given.workdir, "--workdir", f"{given.workdir}_finetuned"]))
     config = load_config(given.config, overrides)
+    check_files(config, given.config, overrides)
     profile = None if given.profile is None else parse_range(given.profile)
     join(given, stops_at_steps=True)
     from etils import epath

@@ -24,6 +24,7 @@ from marjax.config.overrides import closest
 from marjax.errors import UserError
 from marjax.evaluation.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.hosts import Hosts, all_processes
+from marjax.evaluation.missing import check_there
 from marjax.evaluation.record import RECORD, Record
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.evaluation.samples import Plan, SampleSet
@@ -107,7 +108,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
     if request.tokenizer_path is not None:
         config = config_lib.apply_overrides(config, {"tokenizer.path": request.tokenizer_path})
     combinations = _combinations(config, request)
-    measure = _Measure.open(config, request)
+    measure = _Measure.open(config, request, os.fspath(workdir))
     out = make_folder(workdir if request.out is None else request.out)
     with distributed.first_holds(locked_folder(out, "marjax evaluate", LOCK)), contextlib.ExitStack() as closing:
         record = Record(out / RECORD)
@@ -249,16 +250,14 @@ class _Measure:
     image_shape: tuple[int, int, int]
 
     @classmethod
-    def open(cls, config: ml_collections.ConfigDict, request: Request) -> "_Measure":
+    def open(cls, config: ml_collections.ConfigDict, request: Request, workdir: str) -> "_Measure":
         name = request.extractor or config.eval.extractor
         path = request.extractor_path
         if path is None:
             path = config.eval.extractor_path if name == config.eval.extractor else ""
         reference = request.reference or config.eval.reference
-        if not reference:
-            raise UserError("no reference to measure against: give the file of the real images' statistics "
-                            "(--reference, config.eval.reference), which marjax stats makes; for ImageNet, "
-                            "docs/evaluation.md says where to get it")
+        check_there(config, [f"{workdir}/config.json"], extractor=name, extractor_path=path, reference=reference,
+                    default=workdir)
         size = config.data.image_size
         made = cls(open_extractor(name, path), read_reference(reference), (size, size, config.data.channels))
         check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)

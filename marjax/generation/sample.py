@@ -19,7 +19,7 @@ from marjax.paths import takes_paths
 from marjax.ranges import check_arguments, shown
 from marjax.tokenizers import open_tokenizer
 from marjax.training.state import abstract_params
-from marjax.workdir import read_workdir
+from marjax.workdir import no_checkpoints, read_workdir
 
 
 @numerics.pinned()
@@ -144,12 +144,12 @@ def opened_sampler(config: ml_collections.ConfigDict, workdir: str | os.PathLike
     generator = generator_lib.of(config, tokens)
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
+        raise no_checkpoints(workdir)
     with Checkpoints(folder, read_only=True) as checkpoints:
         item = "params" if weights == "raw" or (weights is None and "ema" not in checkpoints.trees(step)) else "ema"
         restored = checkpoints.restore({item: abstract_params(generator, mesh, config.mesh.replicate_below)}, step)
     if restored is None:
-        raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
+        raise no_checkpoints(workdir)
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
     return Opened(sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item],
                   restored.digests[item])

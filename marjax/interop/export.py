@@ -22,7 +22,7 @@ from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.training.state import init_unboxed
-from marjax.workdir import read_workdir
+from marjax.workdir import no_checkpoints, read_workdir
 
 
 @numerics.pinned()
@@ -62,14 +62,14 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
                             jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0))))
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{workdir} has no checkpoints yet: let the training run reach its first")
+        raise no_checkpoints(workdir)
     with Checkpoints(folder, read_only=True) as checkpoints:
         if weights is None:
             weights = "ema" if "ema" in checkpoints.trees(step) else "raw"
         item = "ema" if weights == "ema" else "params"
         restored = checkpoints.restore({item: abstract}, step)
     if restored is None:
-        raise UserError(f"{folder} has no checkpoints yet: let the training run reach its first")
+        raise no_checkpoints(workdir)
 
     metadata = {"format": "pt", "weights": weights, "step": str(restored.step), "args": json.dumps(arguments)}
     parts = _parts(names.to_pytorch(restored.items[item]), metadata)

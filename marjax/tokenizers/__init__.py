@@ -1,6 +1,7 @@
 """Tokenizers: images to latents and back."""
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from marjax import registry
@@ -73,7 +74,10 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     from marjax.tokenizers import autoencoder_file  # imports Flax, which a config need not
 
     wanted = spec_of(tokenizer)
-    how = f"marjax convert makes it from {_OFFICIAL.get(name, 'the checkpoint of an LDM autoencoder')}"
+    how = (f"marjax convert makes it from {_OFFICIAL.get(name, 'the checkpoint of an LDM autoencoder')} "
+           f"(marjax convert --tokenizer FILE --out {shlex.quote(path or 'FILE.safetensors')})")
+    if name not in _OFFICIAL:
+        how += ", marjax train-tokenizer trains one"
     if not path:
         raise UserError(f"config.tokenizer.path is empty, but tokenizer {name!r} is a file: {how}; give its path "
                         f"(--config.tokenizer.path, or --tokenizer_path when sampling)")
