@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(given.config, overrides)
-    check_files(config, given.config, overrides)
     join(given)
+    check_files(config, given.config, overrides)
     from marjax.data.cache import cache_latents
 
     made = cache_latents(config, given.out, dtype=given.dtype, batch_size=given.batch_size,

@@ -28,9 +28,9 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         ["marjax", "train", "--config", given.config, *(f"--config.{key}={value}" for key, value in overrides.items()),
          "--init_from", given.workdir, "--workdir", f"{given.workdir}_finetuned"]))
     config = load_config(given.config, overrides)
-    check_files(config, given.config, overrides)
     profile = None if given.profile is None else parse_range(given.profile)
     join(given, stops_at_steps=True)
+    check_files(config, given.config, overrides)
     from etils import epath
 
     from marjax.training.loop import train
