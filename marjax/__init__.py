@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from marjax.registry import register
 
 if TYPE_CHECKING:
-    from marjax import config
+    from marjax import config, loggers
     from marjax.evaluation.evaluate import evaluate
     from marjax.generation.loaded import load
     from marjax.generation.sample import sample
     from marjax.training.loop import train
 
-__all__ = ["config", "evaluate", "load", "register", "sample", "train"]
+__all__ = ["config", "evaluate", "load", "loggers", "register", "sample", "train"]
 __version__ = "0.1.0"
 
 # Imported on first use: a config file or `--help` should not have to wait for JAX.
@@ -32,8 +32,8 @@ _LAZY = {"train": "marjax.training.loop", "sample": "marjax.generation.sample", 
 
 
 def __getattr__(name: str) -> Any:
-    if name == "config":
-        return importlib.import_module("marjax.config")
+    if name in ("config", "loggers"):
+        return importlib.import_module(f"marjax.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'marjax' has no attribute {name!r}; there are {', '.join(__all__)}")

@@ -19,12 +19,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from marjax.errors import TrainingError
 from marjax.files import write_bytes
+from marjax.loggers.protocol import Logger
 from marjax.storage import is_remote
 
 _UPLOAD_PAUSE = 300.0  # seconds; an object is written as a whole
 
 
-class Events:
+class Events(Logger):
     """One event file. A file on an object store is written on this machine, and copied there now and then.
 
     All methods but `close` are for one thread; they raise TrainingError where the disk cannot be written, StorageError
@@ -49,6 +50,17 @@ class Events:
         """Numbers by name."""
         for name, value in values.items():
             self._add(Event(step=step, summary=summary.scalar(name, value)))
+        self._flush()
+
+    def text(self, name: str, text: str) -> None:
+        """A text in Markdown."""
+        self._add(Event(summary=summary.text(name, text)))
+        self._flush()
+
+    def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
+        """The settings of the run, for the HPARAMS tab, which compares runs by their loss."""
+        for part in summary.hparams(dict(values), {"train/loss": None}):
+            self._add(Event(summary=part))
         self._flush()
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -22,6 +22,7 @@ from marjax.errors import StorageError, UserError
 from marjax.events import Events
 from marjax.files import write_bytes
 from marjax.generation.images import write_png
+from marjax.loggers import Guarded
 from marjax.metrics_file import METRICS, read_metrics
 from marjax.storage import explain, is_remote
 
@@ -39,10 +40,11 @@ class MetricWriter(Closing):
       tensorboard: whether to write events.
       progress: whether to show a bar.
       active: false on every process but the first; then nothing is written.
+      loggers: further ones to report to, which are closed with the writer.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, start_step: int, total_steps: int, tensorboard: bool = True,
-                 progress: bool = True, active: bool = True) -> None:
+                 progress: bool = True, active: bool = True, loggers: Sequence[Guarded] = ()) -> None:
         self.active = active
         self._root = epath.Path(workdir)
         self._events: Events | None = None
@@ -57,6 +59,8 @@ class MetricWriter(Closing):
         self._lines: list[dict[str, Any]] = []
         self._total, self._progress = total_steps, progress
         self._bar: progress_lib.Bar | None = None  # from the first call of `progress` on
+        self._loggers = loggers
+        self._sent: set[tuple[int, str]] = set()  # what an earlier start has sent to loggers, and this does again
         if not active:
             return
         # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
@@ -76,6 +80,9 @@ class MetricWriter(Closing):
             self._queue_lines()
         if (events := self._events) is not None:
             self._queue(lambda: events.scalars(step, finite))
+        new = {name: value for name, value in finite.items() if (step, name) not in self._sent}
+        for logger in self._loggers if new else ():
+            logger.scalars(step, new)
         shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
                  **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
@@ -90,6 +97,22 @@ class MetricWriter(Closing):
         if not self.active:
             return
         self._queue(lambda: self._write_picture(step, name, picture))
+        for logger in self._loggers:
+            logger.image(step, name, picture)
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """The run's config by dotted names, for TensorBoard and loggers; None is left out, lists become text."""
+        if not self.active:
+            return
+        values = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                  for name, value in config.items() if value is not None}
+        text = f"```json\n{json.dumps(values, indent=2)}\n```"
+        if (events := self._events) is not None:
+            self._queue(lambda: events.text("config", text))
+            self._queue(lambda: events.hparams(values))
+        for logger in self._loggers:
+            logger.hparams(values)
+            logger.text("config", text)
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether a metric with a name that begins so was written at that step. Only an active writer knows."""
@@ -125,6 +148,8 @@ class MetricWriter(Closing):
             self._bar.close()
         if self._unwritten:
             self._queue_lines()
+        for logger in self._loggers:
+            logger.close()
         self._pool.shutdown()
         if self._events is not None:
             self._events.close()
@@ -175,6 +200,7 @@ class MetricWriter(Closing):
             before = kept.read_bytes() if kept.exists() else b""
             write_bytes(kept, before + b"".join(line + b"\n" for line in found.foreign))
             progress_lib.note(f"{kept} has the ignored lines of {self._path}")
+        self._sent = {(line["step"], name) for line in found.lines if line["step"] > start_step for name in line}
         return [line for line in found.lines if line["step"] <= start_step]
 
     def _write_lines(self) -> None:

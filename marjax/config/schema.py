@@ -275,6 +275,8 @@ def base() -> ConfigDict:
             every=50,  # steps between lines of metrics
             samples_every=5000,  # steps between pictures of a batch of samples; 0: none
             tensorboard=True,
+            wandb="",  # "PROJECT" or "ENTITY/PROJECT" of Weights & Biases (the extra marjax[wandb]); "": none
+            mlflow="",  # of an MLflow tracking server, or sqlite:///FILE.db (the extra marjax[mlflow]); "": none
             progress=True,  # a bar, on a terminal
         ),
         sample=dict(

@@ -7,6 +7,7 @@ the data starts where the restored state stands.
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,12 +30,14 @@ from marjax.evaluation.probe import Probe
 from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
 from marjax.lock import locked_folder
+from marjax.loggers import Logger, check_loggers, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
 from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib
+from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.clock import Clock
 from marjax.training.optimizer import make_optimizer
 from marjax.training.profile import Profile
@@ -47,7 +50,9 @@ from marjax.workdir import claim_workdir, first_start, refuse_weights_alone, set
 @numerics.pinned()
 @takes_paths("workdir", "init_from")
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *, data: Any = None,
-          profile: tuple[int, int] | None = None, init_from: str | os.PathLike[str] | None = None) -> TrainState:
+          profile: tuple[int, int] | None = None, init_from: str | os.PathLike[str] | None = None,
+          on_metrics: OnMetrics | None = None, on_step: OnStep | None = None,
+          loggers: Sequence[Logger] = ()) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
 
     With several processes (see `marjax/distributed.py`) all of them call this, with the same config.
@@ -60,6 +65,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
         `__getitem__(i)` that gives (image, label) or {"image": image, "label": label}. They are cropped to
         `config.data.image_size` and converted to `config.data.channels`; `config.data.num_classes` is derived where it
         is None. A resumed run must be given the same data.
+      on_metrics: called as on_metrics(step, metrics) for every line of metrics, every `config.log.every` steps and
+        after an evaluation, with finite floats by name such as "train/loss". They are read while later steps run, so
+        the call does not hold up the devices.
+      on_step: called as on_step(step, state) after every step that is dispatched. Reading the state waits for the
+        devices; its arrays are donated to the next step, so copy what is kept (`jax.device_get(state.ema)`).
+        A callback that returns True ends the run, which saves first. One that raises ends it too, and the exception is
+        raised once the run is saved. Of several processes, each calls its own.
+      loggers: of the first process, objects with the methods of `marjax.loggers.Logger`; beside those of `config.log`.
       profile: the first and the last step of a trace, written below the work directory.
       init_from: work directory of converted weights or of another run, whose weights a new run starts from; sets
         `config.init.path`. To resume, give the same or none.
@@ -73,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
       PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
-    source = None
+    callbacks, source = Callbacks(on_metrics, on_step), None
     if init_from:
         config = config_lib.apply_overrides(config, {"init.path": init_from})
     if data is not None:
@@ -84,6 +97,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
         config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
+    check_loggers(config.log, loggers)
     # What may be wrong with the machine, the tokenizer or the data, before anything is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
@@ -106,12 +120,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     config, weights = init_from_lib.prepare(config, workdir, mesh)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
         distributed.on_first(lambda: claim_workdir(workdir, config, names=names))
-        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about, weights)
+        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about, weights, callbacks,
+                      loggers)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
            tokenizer: Tokenizer, examples: Examples | None, probe: Probe | None, tracer: Profile | None,
-           about: str, weights: dict[str, jax.Array]) -> TrainState:
+           about: str, weights: dict[str, jax.Array], callbacks: Callbacks,
+           loggers: Sequence[Logger]) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
@@ -137,7 +153,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
                       flops.train_flops(generator) / peak.device_peak(config.model.dtype),
                       productive=meta.get("productive_seconds", 0.0), first_start=first_start(workdir, write=active))
         with MetricWriter(workdir, start_step=start, total_steps=config.train.steps,
-                          tensorboard=config.log.tensorboard, progress=config.log.progress, active=active) as writer:
+                          tensorboard=config.log.tensorboard, progress=config.log.progress, active=active,
+                          loggers=open_loggers(config.log, workdir, loggers) if active else ()) as writer:
+            writer.describe(config_lib.flatten(config))
             writer.note(about)
             if mesh.size > 1:
                 writer.note(sharding.overview(abstract.params))
@@ -152,7 +170,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
             run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
                       draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
                       advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
-                      evaluate=None if probe is None else lambda state: probe(sampler, state.ema))
+                      evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
+                      callbacks=callbacks)
             with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
                 return run.steps(state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params),
                                  batches)

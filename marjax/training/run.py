@@ -16,6 +16,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
 from marjax.errors import TrainingError
 from marjax.metrics import MetricWriter
+from marjax.training.callbacks import Callbacks
 from marjax.training.clock import Clock
 from marjax.training.profile import Profile
 
@@ -71,7 +72,8 @@ class Run(Generic[S]):
     def __init__(self, every: Intervals, batch_size: int, mesh: Mesh, writer: MetricWriter, checkpoints: Checkpoints, *,
                  items: Callable[[S], dict[str, Any]], draw: Callable[[S], tuple[str, np.ndarray]], advice: str,
                  clock: Clock, profile: Profile | None = None,
-                 evaluate: Callable[[S], dict[str, float]] | None = None) -> None:
+                 evaluate: Callable[[S], dict[str, float]] | None = None,
+                 callbacks: Callbacks | None = None) -> None:
         """Args:
           every: when what is done.
           batch_size: images a step, of all processes.
@@ -84,11 +86,13 @@ class Run(Generic[S]):
           clock: of this start.
           profile: which steps to trace, or None.
           evaluate: metrics of a state, by name; needed if `every.evaluate`.
+          callbacks: of the user.
         """
         self.every, self.batch_size, self.mesh = every, batch_size, mesh
         self.writer, self.checkpoints, self.clock = writer, checkpoints, clock
         self.items, self.draw, self.advice = items, draw, advice
         self.evaluate, self.profile = evaluate, profile
+        self.callbacks = callbacks or Callbacks()
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
         self.unsaved = False  # whether a checkpoint was due and is still to be saved
 
@@ -96,6 +100,7 @@ class Run(Generic[S]):
         """Runs `step_fn` on one batch after the other; `state` may be donated.
 
         Raises:
+          Exception: what a callback has raised.
           PreemptedError: the run was asked to stop, by SIGTERM or Ctrl-C, and has saved.
           TrainingError: it cannot go on.
         """
@@ -128,10 +133,15 @@ class Run(Generic[S]):
                 self._read()
             self.unread.append((step, metrics))
             self.writer.progress(step)
-            stops = distributed.preempted(step)
+            self.callbacks.step(step, state)
+            stops, ended = distributed.preempted(step), self.callbacks.ended(step % every.log == 0)
             evaluates = every.is_due(step, every.evaluate)  # for minutes, maybe longer than a preemption's notice
-            if stops or evaluates or every.is_due(step, every.save) or (self.unsaved and step % every.log == 0):
-                self._save(step, state, waits=stops or step == every.total)
+            if stops or ended or evaluates or every.is_due(step, every.save) or (
+                    self.unsaved and step % every.log == 0):
+                self._save(step, state, waits=stops or ended or step == every.total)
+            if ended:
+                self.writer.note(f"ended by a callback, saved at step {step} of {every.total}")
+                break
             if stops and step < every.total:
                 self.checkpoints.wait()
                 raise distributed.stopped(f"saved at step {step} of {every.total}")
@@ -141,6 +151,7 @@ class Run(Generic[S]):
                     self.writer.image(step, *self.draw(state))
             if evaluates:
                 self._evaluate(step, state)
+        self.callbacks.finish()
         return state
 
     def _save(self, step: int, state: S, waits: bool) -> None:
@@ -163,7 +174,11 @@ class Run(Generic[S]):
         assert self.evaluate is not None
         self._read()
         with self.clock.pause("eval"), self.writer.pause("evaluating"):
-            self.writer.scalars(step, self.evaluate(state))
+            self._log(step, self.evaluate(state))
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self.writer.scalars(step, values)
+        self.callbacks.metrics(step, values)
 
     def _is_idle(self) -> bool:
         """Whether the devices are through with all steps dispatched."""
@@ -186,4 +201,4 @@ class Run(Generic[S]):
                 + self.advice)
         for step, metrics in fetched:
             if step % self.every.log == 0:
-                self.writer.scalars(step, {**metrics, **self.clock.line()})
+                self._log(step, {**metrics, **self.clock.line()})

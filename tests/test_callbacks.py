@@ -1,0 +1,67 @@
+"""Callbacks: when they are called and with what, how they end a run, and that what they raise loses nothing."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import QUICK, make_digits
+
+import marjax
+from marjax.errors import UserError
+from marjax.training.callbacks import Callbacks
+
+
+def config(**overrides):
+    return make_digits(**QUICK | {"train__steps": 4, "checkpoint__every": 4} | overrides)
+
+
+def test_metrics_and_steps(tmp_path):
+    """A callback that raises ends the run at its step, saved; the same run then resumes, until one has enough."""
+    seen, states = [], []
+
+    def on_metrics(step, metrics):
+        assert type(metrics["train/loss"]) is float and "train/grad_norm" in metrics
+        seen.append(step)
+
+    def on_step(step, state):
+        states.append((step, int(state.step), jax.device_get(state.ema)["class_embedding"].copy()))
+        if step == 2:
+            raise KeyError("mine")
+        return [True]  # no bool: goes on
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        marjax.train(config(), tmp_path, on_metrics=on_metrics, on_step=on_step)
+    assert "on_step at step 2" in caught.value.__notes__[0]
+    state = marjax.train(config(), tmp_path, on_metrics=lambda step, metrics: on_metrics(step, metrics) or step >= 3,
+                         on_step=on_step)
+    assert [step for step, _, _ in states] == [state for _, state, _ in states] == [1, 2, 3, 4]
+    assert len({ema.tobytes() for _, _, ema in states}) == 4
+    assert seen == [1, 2, 3, 4] and int(state.step) == 4  # step 3 is read while step 4 runs, which is the last then
+
+
+def test_a_callback_that_returns_true_ends_the_run_saved(tmp_path):
+    state = marjax.train(config(), tmp_path, on_step=lambda step, state: np.bool_(step == 3))
+    assert int(state.step) == 3 and (tmp_path / "checkpoints" / "3").exists()
+    assert marjax.load(tmp_path).step == 3
+
+
+def test_what_is_no_callback(tmp_path):
+    for name in ("on_metrics", "on_step"):
+        with pytest.raises(UserError, match=name):
+            marjax.train(config(), tmp_path / "run", **{name: "print"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_failure_the_other_gets_what_is_left():
+    calls = []
+
+    def on_metrics(step, metrics):
+        calls.append(step)
+        raise ValueError("mine")
+
+    callbacks = Callbacks(on_metrics, lambda step, state: calls.append("step"))
+    callbacks.metrics(1, {"train/loss": np.float32(2.0), "train/loss_t": np.float32("nan")})
+    callbacks.metrics(2, {})
+    callbacks.step(2, None)
+    assert calls == [1, "step"] and callbacks.ended(True)
+    with pytest.raises(ValueError, match="mine"):
+        callbacks.finish()
