@@ -12,15 +12,16 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import flops, numerics, orders, peak, progress, sharding
+from marjax import flops, memory, numerics, orders, peak, progress, sharding
 from marjax.errors import UserError
-from marjax.generation.sampler import Sampler, Settings, draw_randomness
+from marjax.generation.sampler import Sampler, Settings, draw_randomness, sampling_batch
 from marjax.models import generator as generator_lib
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, TokenShape
 from marjax.tokenizers.codebook import Codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.training import state as state_lib
+from marjax.training.fit import training_batch
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
@@ -64,6 +65,8 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         start = time.perf_counter()
         with progress.compiling(f"the {'train step' if what == 'train' else 'sampler'}"):
             compiled = lowered().compile()
+        if repeats:
+            _refuse(compiled, what, config, mesh)
         result["compile_seconds"] = round(time.perf_counter() - start, 2)
         if not repeats:
             return result
@@ -101,6 +104,13 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         "model_tflops_per_image": per_image / 1e12, "model_gflops_per_sec": images_per_sec * per_image / 1e9,
         "matmul_gflops_per_sec": machine / 1e9, "ratio": images_per_sec * per_image / machine,
     }
+
+
+def _refuse(compiled: Any, what: str, config: ml_collections.ConfigDict, mesh: Any) -> None:
+    """Raises UserError: the program does not fit."""
+    batch = training_batch(config, mesh) if what == "train" else sampling_batch(config.sample.batch_size, mesh)
+    if problem := memory.problem_of(compiled, f"benchmark {what}", batch, memory.available()):
+        raise UserError(problem)
 
 
 Prepared = tuple[Callable[[], Any], Callable[[Any], Callable[[], None]]]

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, failure = 1, error
     except Exception as error:
-        told = storage.explain(error) or failures.explain(error)
+        told = storage.explain(error) or failures.explain(error, given.command)
         if told is not None:
             print(f"{program}: error: {one_line(str(told))}", file=sys.stderr)
         if told is None or failures.TRACEBACK in os.environ:

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 from marjax.errors import TrainingError, shortened
+from marjax.host_memory import gib, host_available
 
 TRACEBACK = "MARJAX_TRACEBACK"  # set to anything, the command line prints tracebacks too
 
@@ -29,13 +30,30 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES
             errno.ENOSPC, errno.EROFS)
 
 
-def explain(error: BaseException) -> TrainingError | None:
-    """What a failure of the machine comes to, in one line with what to do; None if the error is something else."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error)[:1000]:
+# What to lower where a command runs out of memory.
+_LOWER = {
+    "train": "lower config.train.batch_size, or raise config.train.accumulate",
+    "sample": "lower --batch_size", "evaluate": "lower --batch_size", "cache-latents": "lower --batch_size",
+    "stats": "lower --batch_size or --keep_features",
+    "train-tokenizer": "lower config.tokenizer.train.batch_size, or set config.tokenizer.train.remat=true",
+    "train-classifier": "use fewer images (config.data.split)", "prepare": "lower --workers",
+    "benchmark": "lower config.train.batch_size or config.sample.batch_size",
+    "tokenizer": "lower --num_images or --image_size"}
+
+
+def explain(error: BaseException, command: str = "") -> TrainingError | None:
+    """What a failure of the machine comes to, in one line with what to do; None if the error is something else.
+
+    Args:
+      error: any exception.
+      command: during which it was raised, such as "train".
+    """
+    if _is_of_memory(error):
         device = "" if isinstance(error, MemoryError) else " on the device"
         detail = shortened(" ".join(str(error).split()), 160)
-        return TrainingError(f"out of memory{device}{f' ({detail})' if detail else ''}; use a smaller batch, or more "
-                             f"devices or memory")
+        return TrainingError(f"out of memory{device}{f' ({detail})' if detail else ''}; "
+                             f"{gib(max(host_available(), 0.0))} of this machine's is available now; "
+                             f"{_LOWER.get(command, 'use a smaller batch')}, or use more devices or memory")
     if isinstance(error, RecursionError):
         return TrainingError(f"something is nested too deeply ({shortened(str(error))}); simplify the config or file, "
                              f"or set {TRACEBACK}=1 to see where")
@@ -61,6 +79,13 @@ def _installs(platforms: str) -> str:
     if "tpu" in platforms:
         return ": pip install 'marjax[tpu]'"
     return ": pip install 'marjax[cuda13]', or cuda12" if re.search("cuda|gpu", platforms) else ""
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of a device did not suffice."""
+    text = str(error)[:1000]
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        "bad_alloc" in text or ("RESOURCE_EXHAUSTED" in text and "memory" in text.lower())))
 
 
 def _is_of_backend(error: BaseException) -> bool:

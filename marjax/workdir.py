@@ -1,5 +1,6 @@
 """A run's work directory: made by the config that is in it, and held to that in later starts."""
 
+import contextlib
 import difflib
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -49,27 +51,45 @@ _BYSTANDER = re.compile(
 @takes_paths("workdir")
 def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False,
                   names: class_names.Names = ()) -> None:
-    """Makes the work directory and writes `config.json`, or checks the one that is there.
+    """What `check_workdir` and then `write_config` do. Raises UserError."""
+    check_workdir(workdir, config, tokenizer=tokenizer)
+    write_config(workdir, config, names)
+
+
+@takes_paths("workdir")
+def check_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False) -> None:
+    """Makes the folder of a new work directory, or checks the one that is there.
 
     Logs, hidden files and other bystanders in a new one are reported and left alone. Fields in FREE_FIELDS may change
     between starts, and so may the number of steps, upwards, under a constant learning rate. With `tokenizer`, the
-    directory is that of a tokenizer's training, for which only the data and the tokenizer count. The names of classes,
-    if they are known, are written beside the config.
+    directory is that of a tokenizer's training, for which only the data and the tokenizer count.
 
     Raises:
       UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
     """
     storage.check(workdir)
     path = epath.Path(workdir)
-    try:
+    with _writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
             _look_at_bystanders(path)
         else:
             _refuse_contradiction(workdir, read_workdir(workdir), config, tokenizer)
-        text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
-        write_bytes(path / "config.json", text.encode())  # a crash leaves the old file or the new one
-        class_names.write(path, names)
+
+
+@takes_paths("workdir")
+def write_config(workdir: str | os.PathLike[str], config: ConfigDict, names: class_names.Names = ()) -> None:
+    """Writes `config.json`, and the names of classes if they are known. Raises UserError: they cannot be written."""
+    text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
+    with _writing(workdir):
+        write_bytes(epath.Path(workdir) / "config.json", text.encode())  # a crash leaves the old file or the new one
+        class_names.write(epath.Path(workdir), names)
+
+
+@contextlib.contextmanager
+def _writing(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
                         f"give a folder that can") from None

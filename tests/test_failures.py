@@ -9,9 +9,13 @@ from marjax import cli, failures
 from marjax.commands import plot
 from marjax.errors import TrainingError, UserError
 
+TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 16.50G of "
+       "15.75G hbm.")
 FAILURES = {
     "memory": (MemoryError("Unable to allocate 9 PiB"), "out of memory"),
     "device memory": (RuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nBuffers:\n..."), "on the device"),
+    "memory of a TPU": (RuntimeError(TPU), "on the device.*16.50G of 15.75G"),
+    "memory in C++": (RuntimeError("std::bad_alloc"), "out of memory"),
     "recursion": (RecursionError("maximum recursion depth exceeded"), "nested"),
     "descriptors": (OSError(errno.EMFILE, "Too many open files", "a.txt"), "a.txt: Too many open files; .*ulimit -n"),
     "disk": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
@@ -45,6 +49,13 @@ def test_one_line(monkeypatch, capsys, name):
         raise TrainingError(said.strip())
     monkeypatch.setenv(failures.TRACEBACK, "1")
     assert ("Traceback" in run(error, monkeypatch, capsys)[1]) == (not isinstance(error, UserError | TrainingError))
+
+
+def test_what_to_lower_depends_on_the_command():
+    for command, field in (("train", "config.train.batch_size"), ("sample", "--batch_size"), ("stats", "--batch_size"),
+                           ("train-tokenizer", "config.tokenizer.train.batch_size"), ("prepare", "--workers")):
+        text = str(failures.explain(MemoryError("Unable to allocate 9 PiB"), command))
+        assert field in text and "9 PiB" in text and "GiB of this machine's is available" in text
 
 
 def test_devices_that_jax_does_not_know(monkeypatch):

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
@@ -26,6 +24,7 @@ from marjax import flops, numerics, orders, sharding
 from marjax.compile import hlo
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings
+from marjax.memory import held_by, needed_and_usable
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape, described_tokenizer
 from marjax.training import state as state_lib
@@ -204,13 +203,9 @@ def out_of_memory(message: str) -> tuple[float, float]:
     Raises:
       CompilerError: another message.
     """
-    size = r"([\d.]+)([KMGT]?)B?"
-    found = re.search(rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
-    found = found or re.search(rf"in memory space hbm\. Used {size} of {size} hbm", message)
-    if not found:
+    if (found := needed_and_usable(message)) is None:
         raise CompilerError(f"the compiler gave up: {message.strip().splitlines()[0][:400]}")
-    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    return found
 
 
 def _train(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
@@ -231,7 +226,7 @@ def _train(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_l
     else:
         batch["image"] = _images(config, size, mesh, jnp.uint8)
     return Lowered("train", size, flops.train_flops(generator) * size,
-                   lambda: step.lower(state, batch, tokenizer.params), bytes_on_a_device(state))
+                   lambda: step.lower(state, batch, tokenizer.params), held_by(state))
 
 
 def _sample(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
@@ -246,7 +241,7 @@ def _sample(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_
     if isinstance(tokenizer, Cacheable):
         each += flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)[1]
     inputs = sampler.described_arguments(params, size)
-    return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), bytes_on_a_device(params))
+    return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), held_by(params))
 
 
 def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokenizer: Cacheable) -> Lowered:
@@ -260,18 +255,12 @@ def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokeniz
         latent = jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
         program, given, each = jax.jit(tokenizer.decode), _rows(latent.shape, latent.dtype, mesh), decode
     return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given),
-                   bytes_on_a_device(tokenizer.params))
+                   held_by(tokenizer.params))
 
 
 def tokenizer_spec(tokenizer: Any) -> Any:
     """The network of a tokenizer that has one."""
     return tokenizer.spec
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    """Of a tree of ShapeDtypeStructs with shardings."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
 
 
 def _images(config: ml_collections.ConfigDict, size: int, mesh: Mesh, dtype: Any) -> jax.ShapeDtypeStruct:

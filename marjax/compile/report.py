@@ -1,7 +1,6 @@
 """What `marjax compile` finds, for people and for scripts, and what to change where memory does not suffice."""
 
 import dataclasses
-import math
 from typing import Any
 
 import ml_collections
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from marjax.compile.programs import Compiled
 from marjax.compile.roofline import estimate
 from marjax.compile.topology import Slice
+from marjax.host_memory import gib
 
 TITLES = {"train": "train step", "sample": "sampler", "encode": "tokenizer, encoding", "decode": "tokenizer, decoding"}
 
@@ -104,11 +104,6 @@ def fsdp_for(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     widths = (config.model.width, config.model.denoiser.width)
     return max(size for size in sizes if all(width % (16 * size) == 0 for width in widths) or size == 1)
-
-
-def gib(size: float) -> str:
-    """"1.50 GiB"; "" of what is not known, NaN."""
-    return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"
 
 
 def time_of(seconds: float) -> str:

@@ -13,6 +13,7 @@ from marjax.compile import report, search
 from marjax.compile.process import compile_program, prepare
 from marjax.compile.programs import NAMES, CompilerError, Lowered, lowered_programs
 from marjax.files import write_bytes
+from marjax.host_memory import gib
 from marjax.paths import takes_paths
 
 
@@ -86,7 +87,7 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
             remat = {"model.remat": policy, "model.denoiser.remat": policy}
             compiled = compile_program(*lower(batch, remat), topology, cached=cached)
             needed, usable, fits = compiled.memory.peak, compiled.usable, compiled.program is not None
-            say(f"  remat {policy}, {batch} images a device: {report.gib(needed)} of {report.gib(usable)}"
+            say(f"  remat {policy}, {batch} images a device: {gib(needed)} of {gib(usable)}"
                 f"{'' if fits else ', does not fit'}")
             return search.Trial(needed, usable, fits, compiled)
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from marjax.compile.report import gib
+from marjax.host_memory import gib
 
 POLICIES = ("none", "dots", "full")  # of backbone and denoiser alike
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from marjax import config as config_lib
-from marjax import distributed, numerics, progress, sharding
+from marjax import distributed, memory, numerics, progress, sharding
 from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
@@ -239,7 +239,8 @@ class _Encoder:
         with jax.set_mesh(self.mesh), progress.bar("encoding", total, "images", start=total - left,
                                                    show=self.progress) as bar:
             params = sharding.put_whole(self.tokenizer.params, self.mesh)
-            encode = jax.jit(self._encode)
+            encode = memory.Checked(jax.jit(self._encode), "the tokenizer's encoder", lambda _, images: memory.Batch(
+                "batch_size", len(images) // self.mesh.size))
             if self.measure:
                 self._time_alone(encode, params)
             for part in parts:

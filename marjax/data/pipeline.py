@@ -58,11 +58,13 @@ class Batches(Iterator[Batch]):
     `if __name__ == "__main__":`.
 
     Attributes:
+      examples: what the batches are made of.
       num_examples: the size of the data set.
       class_names: by label; () if they are not known.
       num_batches: how many global batches there are in all, counted from step 0; None if `train`.
     """
 
+    examples: Examples
     num_examples: int
     class_names: Names
     num_batches: int | None
@@ -112,7 +114,7 @@ class Batches(Iterator[Batch]):
         if examples is None:
             preprocess = Preprocess(int(data.image_size), int(data.channels), bool(data.flip) and train)
             examples = Images(open_source(data), preprocess)
-        self.num_examples, self.class_names = len(examples), examples.class_names
+        self.examples, self.num_examples, self.class_names = examples, len(examples), examples.class_names
         if first and (train or not 0 <= first < self.num_examples):
             raise UserError(f"first={first} is out of range: expected 0 to {self.num_examples - 1}, or 0 in training.")
         self.num_batches = None if train else -(-(self.num_examples - first) // batch_size)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marjax import numerics
+from marjax import memory, numerics
 from marjax.evaluation.extractor import Extracted
 
 IMAGE_SIZE = 299
@@ -212,8 +212,9 @@ class Inception:
         self._rows = NamedSharding(mesh, PartitionSpec("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         # A program of its own on each device, rather than one that the compiler cuts as it sees fit.
-        self._forward = jax.jit(jax.shard_map(_forward, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("batch")),
-                                              out_specs=PartitionSpec("batch")))
+        self._forward = memory.Checked(jax.jit(jax.shard_map(
+            _forward, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("batch")),
+            out_specs=PartitionSpec("batch"))), "the Inception network")
 
     @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:

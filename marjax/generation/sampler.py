@@ -3,7 +3,6 @@
 Shapes: B batch, L tokens, D token dimension, n autoregressive steps.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import flops, numerics, orders, progress, sharding
+from marjax import flops, memory, numerics, orders, progress, sharding
 from marjax.generation.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -115,6 +114,11 @@ def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: Sampl
     return progress.tokens
 
 
+def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
+    """What the sampler's memory grows with."""
+    return memory.Batch("sample.batch_size", size, sharding.batch_shards(mesh))
+
+
 class Sampler:
     """Makes images from parameters; compiles once for a batch size and the static part of its settings."""
 
@@ -124,6 +128,7 @@ class Sampler:
         self.tokenizer, self.tokens = tokenizer, tokens
         self.tokenizer_params = sharding.put_whole(tokenizer.params, mesh)
         self.program = self._make_program()
+        self.checked = self._checked()
 
     def with_settings(self, sample: ml_collections.ConfigDict) -> "Sampler":
         """A sampler with other settings, from a resolved `config.sample`.
@@ -135,10 +140,15 @@ class Sampler:
         other.settings = Settings.of(sample, self.generator)
         if other.settings.shape() != self.settings.shape():
             other.program = other._make_program()
+            other.checked = other._checked()
         return other
 
+    def _checked(self) -> memory.Checked:
+        """The program, compiled and checked to fit for every batch size before it runs."""
+        return memory.Checked(self.program, "the sampler",
+                              lambda *arguments: sampling_batch(len(arguments[2]), self.mesh))
+
     def _make_program(self) -> Any:
-        self._compiled: set[int] = set()  # batch sizes
         generator, settings, mesh, tokenizer = self.generator, self.settings, self.mesh, self.tokenizer
 
         def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
@@ -177,10 +187,8 @@ class Sampler:
     @numerics.pinned()
     def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
         """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
-        compiles = len(labels_B) not in self._compiled
-        self._compiled.add(len(labels_B))
-        with jax.set_mesh(self.mesh), progress.compiling("the sampler") if compiles else contextlib.nullcontext():
-            return self.program(*self.arguments(params, labels_B, seed, index_B))
+        with jax.set_mesh(self.mesh):
+            return self.checked(*self.arguments(params, labels_B, seed, index_B))
 
     def fitting(self, batch_size: int) -> int:
         """`batch_size` rounded up to what divides over the mesh."""

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from marjax import class_names, distributed, flops, numerics, peak, progress, sharding
 from marjax import config as config_lib
-from marjax import distributed, flops, numerics, peak, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples, Images
@@ -39,12 +39,13 @@ from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib
 from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.clock import Clock
+from marjax.training.fit import compile_step, described_batch, training_batch
 from marjax.training.optimizer import make_optimizer
 from marjax.training.profile import Profile
 from marjax.training.run import Intervals, Run, headline
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
-from marjax.workdir import claim_workdir, first_start, refuse_weights_alone, settings_of_all
+from marjax.workdir import check_workdir, first_start, refuse_weights_alone, settings_of_all, write_config
 
 
 @numerics.pinned()
@@ -114,27 +115,31 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     generator_lib.of(config, tokens)  # of a registered head, its settings and contract
     with open_batches(config, mesh, start_step=0, examples=examples) as batches:
         names = batches.class_names
+        batch = described_batch(batches.examples, config.train.batch_size, mesh)
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
     config, weights = init_from_lib.prepare(config, workdir, mesh)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
-        distributed.on_first(lambda: claim_workdir(workdir, config, names=names))
-        return _train(config, workdir, mesh, tokens, tokenizer, examples, probe, tracer, about, weights, callbacks,
-                      loggers)
+        distributed.on_first(lambda: check_workdir(workdir, config))
+        return _train(config, workdir, mesh, tokens, tokenizer, examples, names, batch, probe, tracer, about, weights,
+                      callbacks, loggers)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
-           tokenizer: Tokenizer, examples: Examples | None, probe: Probe | None, tracer: Profile | None,
-           about: str, weights: dict[str, jax.Array], callbacks: Callbacks,
+           tokenizer: Tokenizer, examples: Examples | None, names: class_names.Names, batch: Any, probe: Probe | None,
+           tracer: Profile | None, about: str, weights: dict[str, jax.Array], callbacks: Callbacks,
            loggers: Sequence[Logger]) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    train_step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
+    train_step = compile_step(
+        make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh), abstract, batch,
+        sampler.tokenizer_params, params=abstract.params, batch=training_batch(config, mesh))
+    distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
 
     with Checkpoints(epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep,
                      keep_every=config.checkpoint.keep_every) as checkpoints:

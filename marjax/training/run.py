@@ -120,8 +120,7 @@ class Run(Generic[S]):
             batch = sharding.put_batch(rows, self.mesh)
             if self.profile is not None:
                 self.profile.before(step, [metrics for _, metrics in self.unread])
-            with progress.compiling("the train step") if first else contextlib.nullcontext():
-                state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch)
             if self.profile is not None:
                 self.profile.after(step, metrics)
             begun = time.perf_counter()

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, numerics, progress, sharding
+from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
@@ -26,8 +26,9 @@ from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
 from marjax.training.clock import Clock
+from marjax.training.fit import compile_step, described_batch
 from marjax.training.run import Intervals, Run, headline
-from marjax.workdir import claim_workdir, first_start, settings_of_all
+from marjax.workdir import check_workdir, first_start, settings_of_all, write_config
 
 _COMMAND = "marjax train-tokenizer"
 _SHOWN = 32  # images in a picture
@@ -73,7 +74,8 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     abstract = jax.eval_shape(trainer.init, numerics.key(config.seed))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
     jax.eval_shape(trainer.forward, abstract.params, image, numerics.key(0))
-    _open_batches(config, mesh, 0).close()
+    with _open_batches(config, mesh, 0) as batches:
+        batch = described_batch(batches.examples, train.batch_size, mesh)
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         finished = train.steps in checkpoints.steps()
     if not finished and not overwrite and epath.Path(path).exists():
@@ -82,8 +84,8 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
     about = distributed.check(mesh, settings_of_all(config))
     with distributed.first_holds(locked_folder(folder, _COMMAND)):
-        distributed.on_first(lambda: claim_workdir(folder, config, tokenizer=True))
-        state = _run(config, folder, trainer, abstract, mesh, about)
+        distributed.on_first(lambda: check_workdir(folder, config, tokenizer=True))
+        state = _run(config, folder, trainer, abstract, batch, mesh, about)
         stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
         report = _measured(config, stored)
         report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
@@ -92,9 +94,14 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
 
 
 def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Trainer, abstract: AutoencoderState,
-         mesh: Mesh, about: str) -> AutoencoderState:
+         batch: Any, mesh: Mesh, about: str) -> AutoencoderState:
     train, whole = config.tokenizer.train, sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    step = compile_step(
+        make_step(trainer, abstract, mesh), abstract, batch, params=abstract.params, batch=memory.Batch(
+            "config.tokenizer.train.batch_size", train.batch_size, sharding.batch_shards(mesh),
+            others=lambda most: [] if train.remat else ["set config.tokenizer.train.remat=true"]))
+    distributed.on_first(lambda: write_config(workdir, config))  # written once it is known to fit
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                      keep_every=config.checkpoint.keep_every) as checkpoints:
         restored = checkpoints.restore(_items(abstract))
@@ -120,7 +127,6 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
                 every, train.batch_size, mesh, writer, checkpoints, items=_items,
                 draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
                 advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
-            step = make_step(trainer, abstract, mesh)
             with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
                 return run.steps(state, step, batches)
 
