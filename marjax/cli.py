@@ -99,10 +99,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def versions() -> str:
-    """What `marjax --version` prints: one line, without starting JAX."""
-    jax = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
-    return f"marjax {__version__} (Python {platform.python_version()}, {jax})"
+class _Version(argparse.Action):
+    """Prints one line of versions, without starting JAX; their files are read only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        jax = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+        print(f"marjax {__version__} (Python {platform.python_version()}, {jax})")
+        parser.exit()
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -124,7 +127,7 @@ def _parser() -> Parser:
     """The parser of all commands, for help and completion."""
     parser = Parser(prog="marjax", description="Autoregressive image generation with continuous tokens. See README.md.",
                     epilog="marjax COMMAND --help lists the arguments of a command, with an example.")
-    parser.add_argument("--version", action="version", version=versions())
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of marjax, Python and JAX")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)
