@@ -27,8 +27,11 @@ def folder() -> pathlib.Path:
 
 
 def names() -> list[str]:
-    """The names that `--config` takes for the shipped configs, sorted."""
-    return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
+    """The names that `--config` takes for the shipped configs, sorted; none if the folder cannot be read."""
+    try:
+        return sorted(path.stem for path in folder().glob("*.py"))
+    except OSError:  # `--help` lists them; a command that needs one says what is wrong
+        return []
 
 
 def locate(given: str | os.PathLike[str]) -> tuple[str, str | None]:
@@ -46,12 +49,12 @@ def locate(given: str | os.PathLike[str]) -> tuple[str, str | None]:
     in_file, by_name = _FILE.fullmatch(text), _NAME.fullmatch(text)
     if in_file and os.path.isfile(normalised(in_file[1], "config file")):
         return normalised(in_file[1], "config file"), in_file[2]
-    if by_name and by_name[1] in names():
+    if by_name and os.path.isfile(_path(by_name[1])):
         return _path(by_name[1]), by_name[2]
     file, arg = normalised(text, "config file"), None  # a mangled address is no name
     if (form := in_file or by_name) is not None:
         file, arg = normalised(form[1], "config file"), form[2]
-    if (documented := _DOCUMENTED.fullmatch(file)) is not None and documented[1] in names():
+    if (documented := _DOCUMENTED.fullmatch(file)) is not None and os.path.isfile(_path(documented[1])):
         print(f"marjax: there is no {file} here: using the config {documented[1]!r} that comes with marjax",
               file=sys.stderr)
         return _path(documented[1]), arg
