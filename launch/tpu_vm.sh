@@ -44,6 +44,7 @@ poll_seconds=${POLL_SECONDS:-30}
 while [[ ${1-} == --* ]]; do
     case $1 in
     --spot) spot=1 && shift && continue ;;
+    --help) exec bash "${BASH_SOURCE[0]}" -h ;;
     --project | --zone | --name | --type | --version) ;;
     *) usage "unknown option $1" ;;
     esac
@@ -52,6 +53,7 @@ while [[ ${1-} == --* ]]; do
     shift 2
 done
 action=${1-}
+[[ $action != -h ]] || exec bash "${BASH_SOURCE[0]}" -h
 [[ -n $action ]] || usage "say what to do"
 shift
 for field in project zone name; do
