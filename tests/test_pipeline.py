@@ -213,10 +213,12 @@ def test_little_shared_memory_is_named_before_a_worker_starts(monkeypatch: pytes
     with pytest.raises(UserError, match=r"^/dev/shm .*--shm-size=1g.*data\.workers=0"):
         Batches(big, 32, 0)
     assert not multiprocessing.active_children()
-    for changes, rows in (({"workers": 0}, None), ({"workers": 1}, None), ({}, np.arange(8))):
-        Batches(data_config(**{**big.to_dict(), **changes}), 32, 0, rows=rows).close()
+    Batches(data_config(image_size=256, channels=3, workers=0), 32, 0).close()
+    batch = 32 * 256 * 256 * 3
+    workers.check_shared_memory(batch, 1)
+    workers.check_shared_memory(batch // 4, 8)  # of four hosts
     monkeypatch.setattr(workers, "shared_memory_free", lambda: None)  # macOS
-    Batches(big, 32, 0).close()
+    workers.check_shared_memory(batch, 8)
 
 
 def test_shared_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
