@@ -5,6 +5,7 @@ import os
 import sys
 
 from marjax import numerics
+from marjax.quiet import quiet_libtpu
 
 
 def main() -> int:
@@ -15,6 +16,7 @@ def main() -> int:
     # is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/marjax/jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    quiet_libtpu(os.environ)
     if __name__ != "__main__":  # the script does not import from the current folder: nor do the processes it starts
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     _restart()

@@ -17,6 +17,7 @@ process of a run prints. Results belong on standard output, which this leaves al
 
 import contextlib
 import math
+import os
 import shutil
 import sys
 import threading
@@ -35,6 +36,7 @@ _MOMENT = 3.0  # seconds; work that takes no longer gets no line, unless it is a
 _REDRAW = 0.1  # seconds between redraws of a live line, at least
 _MEMORY = 300.0  # seconds over which a bar's rate is averaged
 
+_XLA_LEVEL, _XLA_DEFAULT = "TF_CPP_MIN_LOG_LEVEL", "1"  # which JAX sets
 KEPT = "compiled programs are kept: the next start skips this"
 
 
@@ -301,9 +303,30 @@ def activity(what: str, *, advice: str = "", show: bool = True) -> Task:
     return Task(_console, what, advice=advice, show=show)
 
 
-def compiling(what: str) -> Task:
-    """The activity of compiling, such as of "the train step"."""
-    return activity(f"compiling {what}", advice=KEPT)
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """The activity of compiling, such as of "the train step", without XLA's own lines about one of over two minutes."""
+    with Task(_console, f"compiling {what}", advice=KEPT), _without_xla_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _without_xla_errors() -> Iterator[None]:
+    """Keeps what XLA logs as errors, and does not raise, off the terminal; fatal errors are printed.
+
+    XLA has no setting for its alarm about a slow compilation alone, and as an environment variable the level would hold
+    for the whole process. A level that the user has chosen stays.
+    """
+    utils = getattr(sys.modules.get("jax._src.lib"), "utils", None)
+    set_level = getattr(utils, "absl_set_min_log_level", None)  # not public: without it, the lines are printed
+    if set_level is None or os.environ.get(_XLA_LEVEL, _XLA_DEFAULT) != _XLA_DEFAULT:
+        yield
+        return
+    set_level(3)
+    try:
+        yield
+    finally:
+        set_level(int(_XLA_DEFAULT))
 
 
 def command(what: str) -> Task:

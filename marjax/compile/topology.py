@@ -8,6 +8,7 @@ from typing import Any
 
 from marjax import chips
 from marjax.errors import UserError, missing_extra
+from marjax.quiet import LIBTPU
 
 # The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -55,9 +56,7 @@ def _prepare_compiler() -> None:
     """Makes libtpu look for no TPU when it is loaded; without effect where a TPU is in use."""
     # One process at a time may hold a TPU's libtpu; compilers need not wait for each other. The others are what libtpu
     # would ask the machine for and say that it did not find; no slice's shape follows from them.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_HOST_BOUNDS", "1,1,1"),
-                        ("TPU_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **LIBTPU}.items():
         os.environ.setdefault(name, value)
 
 
