@@ -45,19 +45,25 @@ def converted(tmp_path_factory):
     return workdir
 
 
-def start(config, workdir, **init):
-    """The state at step 0, its params by path, and the config with `init` filled in."""
+def prepare(config, workdir, **init):
+    """What a run starts from: the config with `init` filled in, and the parameters that are taken."""
     config = config_lib.resolve(config_lib.apply_overrides(config, {f"init.{key}": str(value)
                                                                     for key, value in init.items()}))
+    return init_from.prepare(config, workdir, sharding.make_mesh(1))
+
+
+def start(config, taken):
+    """The parameters at step 0 by path."""
+    config = config_lib.resolve(config)
     mesh, optimizer = sharding.make_mesh(1), make_optimizer(config.train)
-    made = init_from.prepare(config, workdir, mesh)
     generator = generator_lib.of(config, config_lib.tokens_of(config))
     state = state_lib.create(generator, optimizer, state_lib.abstract_state(generator, optimizer, mesh), config.seed,
-                             made.params)
+                             taken)
     assert int(state.step) == 0
     assert_same(state.ema, state.params)
-    assert_same(state.opt_state, optimizer.init(state.params))
-    return flat(state.params), made.config
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params)) and not any(leaf.any() for leaf in moments)
+    return flat(state.params)
 
 
 def flat(params):
@@ -80,10 +86,10 @@ def test_released_weights(tmp_path, converted, capsys):
     """Three classes instead of ten, 16 tokens of 4 values instead of 64 of 16: all else is taken to the bit."""
     config = make_digits(**TINY, data__num_classes=10)
     config.data.num_classes = 3
-    found, filled = start(config, tmp_path / "run", path=converted)
+    filled, taken = prepare(config, tmp_path / "run", path=converted)
     said = capsys.readouterr().err
-    theirs = weights_of(converted, "ema")
-    random, _ = start(config, tmp_path / "run")
+    found = start(config, taken)
+    theirs, random = weights_of(converted, "ema"), start(config, {})
     fresh = fresh_in(said)
     assert fresh == {"class_embedding", "backbone/z_proj/kernel", *(f"backbone/{name}_pos_embed" for name in (
         "encoder", "decoder", "z")), *(f"head/denoiser/{name}" for name in (
@@ -98,30 +104,31 @@ def test_released_weights(tmp_path, converted, capsys):
 
 def test_ema_weights_unless_raw_ones_are_asked_for(tmp_path, source):
     config = make_digits(**QUICK)
-    ema, filled = start(config, tmp_path, path=source)
-    raw, _ = start(config, tmp_path, path=source, weights="raw", step=2)
+    filled, ema = prepare(config, tmp_path, path=source)
+    _, raw = prepare(config, tmp_path, path=source, weights="raw", step=2)
     assert (filled.init.weights, filled.init.step) == ("ema", 2)
     for found, item in ((ema, "ema"), (raw, "params")):
         theirs = weights_of(source, item)
-        assert all((value == theirs[path]).all() for path, value in found.items())
+        assert found.keys() == theirs.keys() and all((value == theirs[path]).all() for path, value in found.items())
     assert any((ema[path] != raw[path]).any() for path in raw)
-    start(config, tmp_path, path=source, checksum=filled.init.checksum)
+    prepare(config, tmp_path, path=source, checksum=filled.init.checksum)
     with pytest.raises(UserError, match=r"init\.checksum"):
-        start(config, tmp_path, path=source, weights="raw", checksum=filled.init.checksum)
+        prepare(config, tmp_path, path=source, weights="raw", checksum=filled.init.checksum)
 
 
 def test_another_head_is_fresh_as_a_whole(tmp_path, source, codebook, capsys):
     from conftest import make_model
 
-    found, _ = start(make_model("ar", "categorical", codebook), tmp_path, path=source)
-    assert fresh_in(capsys.readouterr().err) == {path for path in found if path.startswith("head/")}
+    _, taken = prepare(make_model("ar", "categorical", codebook), tmp_path, path=source)
+    assert taken.keys() == {path for path in weights_of(source, "ema") if not path.startswith("head/")}
+    assert fresh_in(capsys.readouterr().err) == {"head/logits/bias", "head/logits/kernel"}
     with pytest.raises(UserError, match=r"variant=ar"):
-        start(make_digits(), tmp_path, path=source)
+        prepare(make_digits(), tmp_path, path=source)
 
 
 def test_a_denoiser_of_another_size(tmp_path, converted, capsys):
     config = make_digits(**TINY | {"model__denoiser__depth": 1})
-    start(config, tmp_path, path=converted)
+    prepare(config, tmp_path, path=converted)
     said = capsys.readouterr().err
     assert "head/denoiser/blocks/fc1/kernel" in fresh_in(said)
     assert "head/denoiser/cond_embed/kernel" not in fresh_in(said)
@@ -196,7 +203,7 @@ def test_sources_that_cannot_be_used(tmp_path, source, converted, capsys):
     advice = refused(converted, {}, r"model\.width \(64, not 32\)").split(": add ")[1]
     named = dict(each.removeprefix("--config.").split("=") for each in advice.split())
     assert named.keys() == {f"model.{name}" for name in ("width", "encoder_depth", "decoder_depth", "buffer_size")}
-    start(config_lib.apply_overrides(make_digits(), named), tmp_path / "run", path=converted)  # as it says
+    prepare(config_lib.apply_overrides(make_digits(), named), tmp_path / "run", path=converted)  # as it says
 
 
 def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
@@ -210,6 +217,7 @@ def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
     assert (converted / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs(tmp_path, monkeypatch, capsys):
     """Those in small of docs/finetuning.md; the others have the same arguments."""
     text = (ROOT / "docs" / "finetuning.md").read_text()
