@@ -27,6 +27,10 @@ def main(file):
     assert not [path for path in (root / "point").iterdir() if "partial" in path.name]
     assert cli.main([*train, "--config.train.steps=4", "--config.seed=1"]) == 2  # made with another config
 
+    tuned = ["train", "--config", f"{DIGITS}:debug", "--workdir", "gs://bucket/tuned", *SMALL, "--config.train.steps=2"]
+    assert cli.main([*tuned, "--init_from", run]) == 0 and cli.main(tuned) == 0
+    assert json.loads(epath.Path("gs://bucket/tuned/config.json").read_text())["init"]["path"] == run
+
     assert cli.main(["sample", "--workdir", run, "--out", str(root / "samples"), "--labels", "0,1"]) == 0
     assert cli.main(["sample", "--workdir", run, "--out", str(root / "none"), "--labels", "77"]) == 2
     assert not (root / "none").exists()
