@@ -12,6 +12,7 @@ from typing import Any
 
 from marjax import __version__, commands, failures, progress, storage
 from marjax.command_line import FIELD, Parser, check_command, read, take_field
+from marjax.completion import SHELLS, PrintCompletion
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
 from marjax.paths import normalised
@@ -128,6 +129,9 @@ def _parser() -> Parser:
     parser = Parser(prog="marjax", description="Autoregressive image generation with continuous tokens. See README.md.",
                     epilog="marjax COMMAND --help lists the arguments of a command, with an example.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of marjax, Python and JAX")
+    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
+                        help=f"print the completion script of {', '.join(SHELLS)}: eval \"$(marjax --print-completion "
+                        f"bash)\" in ~/.bashrc")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)

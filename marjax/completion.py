@@ -1,0 +1,41 @@
+"""Completion of `marjax` in a shell: a static script, so that completing starts no Python."""
+
+import argparse
+from typing import Any
+
+from marjax.config import shipped
+
+SHELLS = ("bash", "zsh", "tcsh")
+# The shell's function that completes a config, a shipped one or a file; "_file" tells shtab that it completes paths.
+_CONFIGS = "_marjax_config_files"
+
+
+class PrintCompletion(argparse.Action):
+    """The action of --print-completion: prints the script for a shell, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        print(script(parser, values))
+        parser.exit()
+
+
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The completion script of a parser with commands for one of SHELLS."""
+    import shtab
+
+    complete: Any = shtab.complete
+    for sub in next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction)).choices.values():
+        for action in sub._actions:
+            kinds = str(action.metavar).split("|")
+            if action.dest in ("config", "dataset"):
+                vars(action)["complete"] = {"bash": _CONFIGS, "zsh": _CONFIGS, "tcsh": "f"}
+            elif action.dest == "workdir" or kinds in (["DIR"], ["WORKDIR"]):
+                vars(action)["complete"] = shtab.DIRECTORY
+            elif action.dest.endswith("_path") or any(each.startswith(("DIR", "FILE", "TAR")) for each in kinds):
+                vars(action)["complete"] = shtab.FILE
+    words, lines = " ".join(shipped.names()), "\\n".join(shipped.names())  # some versions split at line breaks alone
+    preamble = {
+        "bash": f"{_CONFIGS}() {{\n  compgen -W $'{lines}' -- \"$1\"\n  compgen -f -- \"$1\"\n}}\n",
+        "zsh": f"{_CONFIGS}() {{\n  _alternative 'configs:config:({words})' 'files:file:_files'\n}}\n",
+    }.get(shell, "")
+    return str(complete(parser, shell, preamble=preamble))
