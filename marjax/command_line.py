@@ -118,6 +118,9 @@ def read(arguments: Sequence[str], command: str, parser: Parser, *, takes_fields
         else:
             flag, has_value, value = argument.partition("=")
             action = reader.find(flag)
+            if action is None and kept and (before := reader.find(kept[-1])) is not None and before.nargs != 0:
+                raise UserError(f"{kept[-1]} needs a value; one that starts with a dash is written {kept[-1]}="
+                                f"{shlex.quote(shortened(argument))}")
             if action is None:
                 raise reader.unknown(argument, remaining)
             if action.nargs == 0:
@@ -207,13 +210,13 @@ class _Reader:
             _check_out(value, str(action.metavar).split("|"))
         found = _ASSIGNMENT.fullmatch(value) if self._takes_fields and "--config" in action.option_strings else None
         if found and (field := self._field(found[2], exact=True)):
-            raise UserError(f"--config takes a file, not a field: add {field}={found[4]} to it")
+            raise UserError(f"--config takes a file, not a field: add {field}={shortened(found[4], 200)} to it")
 
     def unwanted_field(self, argument: str) -> UserError:
         """The error about a field of the config for a command that takes none."""
         field, _, value = argument.removeprefix(FIELD).partition("=")
         option = "--" + field.rpartition(".")[2]
-        has = f"; give {option}={value}" if option in self._actions else ""
+        has = f"; give {option}={shortened(value, 200)}" if option in self._actions else ""
         where = ": the config is in the work directory" if "--workdir" in self._actions else ""
         return UserError(f"{self._command} takes no {FIELD}key=value{where}{has}")
 
@@ -223,7 +226,7 @@ class _Reader:
             return self.unknown(f"--{found[2]}={found[4]}", [], shown=word)
         given = {each.partition("=")[0] for each in kept}
         missing = [action.option_strings[-1] for action in self._required if not given & {*action.option_strings}]
-        advice = f"write {missing[0]} {shlex.quote(word)}" if missing else self._help()
+        advice = f"write {missing[0]} {shortened(shlex.quote(word), 200)}" if missing else self._help()
         return UserError(f"unexpected argument {shortened(repr(word))}: {advice}")
 
     def unknown(self, argument: str, remaining: Sequence[str], shown: str = "") -> UserError:
@@ -245,7 +248,7 @@ class _Reader:
             single = f"; {FIELD}key=value sets a field of the config" if self._takes_fields else ""
             return UserError(f"{what}{single}; {self._help()}")
         if meant.startswith(FIELD):
-            return UserError(f"{what}: write {meant}={value if has_value else '...'}")
+            return UserError(f"{what}: write {meant}={shortened(value, 200) if has_value else '...'}")
         return UserError(f"{what}; the closest is {meant}; {self._help()}")
 
     def _field(self, name: str, exact: bool) -> str | None:
@@ -293,5 +296,5 @@ def _plain(name: str) -> str:
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name[:100], list(names), 1, 0.5)
+    match = difflib.get_close_matches(name[:100].strip().lower(), list(names), 1, 0.5)
     return f"; the closest is {match[0]!r}" if match else ""

@@ -70,7 +70,8 @@ def test_fields_of_the_section_that_a_command_is_about(capsys):
 @pytest.mark.parametrize("line, meant", [
     ("train", "--config and --workdir"), ("train --config x", "--workdir missing"), ("sweep --root r", "FILE.py"),
     ("benchmark", "marjax benchmark train"), ("sample --workdir", "--workdir needs a value"),
-    ("sample --workdir --out x", "--workdir needs a value"),
+    ("sample --workdir --out x", "--workdir needs a value"), ("sample --workdir w --out o --weights EMA", "'ema'"),
+    ("sweep a.py --root r --engine_args --partition=x", "--engine_args=--partition=x\n"),
     ("train {digits} --workdir w", "write --config /"), ("sample runs/x --out o", "write --workdir runs/x"),
     ("sweep a.py b.py --root r", "'b.py'"), ("sample --workdir w --out o --weights emaa", "'ema'"),
     ("benchmark tran --config x", "'train'"), ("sample --workdir w --out o --num_iter 1.5", "--num_iter='1.5'"),
