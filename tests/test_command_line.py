@@ -1,7 +1,10 @@
 """Mistakes in a command line: one line each, which names what was meant."""
 
 import argparse
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import DIGITS, ROOT
@@ -156,3 +159,14 @@ def test_no_two_flags_of_a_command_are_spelled_alike():
         assert isinstance(parser, Parser)
         options = [option for action in parser._actions for option in action.option_strings]
         assert len({option.replace("_", "").replace("-", "") for option in options}) == len(options)
+
+
+def test_mistakes_do_not_wait_for_jax(tmp_path):
+    """Importing it takes longer than all the rest."""
+    lines = ["trian", "train --steps 3", f"train --config {DIGITS} --workdir w --config.train.lr=x",
+             "sample --workdir gone --out o", "sample --workdir w --num_iter x"]
+    code = (f"import sys; from marjax.cli import main\n"
+            f"for line in {lines!r}: assert main(line.split()) == 2, line\n"
+            f"assert main([]) == 0 and 'jax' not in sys.modules")
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                   check=True, capture_output=True)

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    check_arguments(num_per_label=given.num_per_label, seed=given.seed, step=given.step)
+    config = read_workdir(given.workdir)
+    num_classes = config.data.num_classes
+    names = class_names.read(given.workdir, num_classes)
+    classes = parse_labels(given.labels, names, num_classes) if given.labels else list(range(num_classes))
+    join(given)
     import jax
     import numpy as np
     from etils import epath
@@ -49,13 +55,7 @@ def run(given: argparse.Namespace) -> None:
     from marjax.generation.images import make_folder, write_npz, write_png
     from marjax.generation.sample import sampled
 
-    check_arguments(num_per_label=given.num_per_label, seed=given.seed, step=given.step)
-    config = read_workdir(given.workdir)
-    num_classes = config.data.num_classes
-    names = class_names.read(given.workdir, num_classes)
-    classes = parse_labels(given.labels, names, num_classes) if given.labels else list(range(num_classes))
     labels = np.repeat(np.array(classes), given.num_per_label)
-    join(given)
     out = epath.Path(normalised(given.out, "out"))
     picture, samples = _files(out)
     folder = out if picture and samples else out.parent

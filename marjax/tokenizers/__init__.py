@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from marjax import registry
 from marjax.errors import UserError, shortened
-from marjax.tokenizers.codebook import Codebook, open_codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
@@ -68,6 +67,8 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     if name == "pixels":
         return Pixels()
     if name == "codebook":
+        from marjax.tokenizers.codebook import open_codebook  # imports JAX, which a config need not
+
         return open_codebook(tokenizer)
     if name not in AUTOENCODERS:
         return _open_registered(tokenizer)
@@ -134,6 +135,8 @@ def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
     import numpy as np
 
     if name == "codebook":
+        from marjax.tokenizers.codebook import Codebook
+
         codes = Codebook(np.zeros((tokens.num_codes, tokens.token_dim), np.float32), tokens.patch, tokens.channels)
         codes.params = jax.eval_shape(lambda: codes.params)
         return codes

@@ -1,8 +1,9 @@
 """Pixels as latents: no tokenizer at all, for small images."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:  # a config, which needs these, does without JAX
+    import jax
 
 
 class Pixels:
@@ -13,12 +14,12 @@ class Pixels:
         self.checksum = ""
         self.scale = 1.0
 
-    def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
+    def encode(self, params: Any, image: "jax.Array", key: "jax.Array") -> "jax.Array":
         """The image itself, float (B, H, W, C) in [-1, 1]."""
         del params, key
         return image
 
-    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
+    def decode(self, params: Any, latent: "jax.Array") -> "jax.Array":
         """The latent itself, (B, H, W, C)."""
         del params
         return latent

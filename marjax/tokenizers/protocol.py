@@ -4,9 +4,10 @@ Shapes: B batch, h x w latent grid of C channels, p patch side, L tokens, D toke
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import jax
+if TYPE_CHECKING:  # a config, which needs these, does without JAX
+    import jax
 
 
 class Tokenizer(Protocol):
@@ -21,18 +22,18 @@ class Tokenizer(Protocol):
     checksum: str  # of the weights; "" where there are none
     scale: float  # what latents are multiplied with
 
-    def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
+    def encode(self, params: Any, image: "jax.Array", key: "jax.Array") -> "jax.Array":
         """Scaled latents, float32 (B, h, w, C), from images, float32 (B, H, W, 1 or 3) in [-1, 1].
 
         `key` is for tokenizers that draw from a posterior.
         """
         ...
 
-    def decode(self, params: Any, latent: jax.Array) -> jax.Array:
+    def decode(self, params: Any, latent: "jax.Array") -> "jax.Array":
         """Images, float32 (B, H, W, 1 or 3), not clipped, from scaled latents."""
         ...
 
-    def codebook(self, params: Any) -> jax.Array | None:
+    def codebook(self, params: Any) -> "jax.Array | None":
         """Every token there is, float32 (K, D), if tokens are discrete: `encode` then gives no others."""
         ...
 
@@ -41,14 +42,14 @@ class Tokenizer(Protocol):
 class Cacheable(Tokenizer, Protocol):
     """A tokenizer whose network's part of `encode` can be done once and kept: `encode` is `latents` of `moments`."""
 
-    def moments(self, params: Any, image: jax.Array) -> jax.Array:
+    def moments(self, params: Any, image: "jax.Array") -> "jax.Array":
         """All that `latents` needs of images, (B, H, W, 1 or 3) in [-1, 1]: float32 (B, h, w, M) or int32 (B, h, w).
 
         Nothing is drawn and nothing scaled yet.
         """
         ...
 
-    def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
+    def latents(self, params: Any, moments: "jax.Array", key: "jax.Array") -> "jax.Array":
         """Scaled latents, float32 (B, h, w, C), of images with these moments, of any float dtype or int32."""
         ...
 
@@ -87,13 +88,13 @@ class TokenShape:
     def token_dim(self) -> int:
         return self.channels * self.patch**2
 
-    def patchify(self, latent_BxhxwxC: jax.Array) -> jax.Array:
+    def patchify(self, latent_BxhxwxC: "jax.Array") -> "jax.Array":
         """Tokens in raster order, (B, L, D), each ordered (channel, row, column) as the reference's weights expect."""
         b, p = latent_BxhxwxC.shape[0], self.patch
         x = latent_BxhxwxC.reshape(b, self.height, p, self.width, p, self.channels)
         return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, self.num_tokens, self.token_dim)
 
-    def unpatchify(self, tokens_BxLxD: jax.Array) -> jax.Array:
+    def unpatchify(self, tokens_BxLxD: "jax.Array") -> "jax.Array":
         """The inverse of `patchify`: (B, h, w, C)."""
         b, p = tokens_BxLxD.shape[0], self.patch
         x = tokens_BxLxD.reshape(b, self.height, self.width, self.channels, p, p)
