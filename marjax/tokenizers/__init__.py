@@ -65,7 +65,7 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     """
     name, path = tokenizer.name, tokenizer.path
     if name == "pixels":
-        return Pixels()
+        return Pixels(tokenizer.autoencoder.scale or 1.0)
     if name == "codebook":
         from marjax.tokenizers.codebook import open_codebook  # imports JAX, which a config need not
 
@@ -130,7 +130,7 @@ def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
     """
     name = tokenizer.name
     if name == "pixels":
-        return Pixels()
+        return Pixels(tokenizer.autoencoder.scale or 1.0)
     import jax
     import numpy as np
 
