@@ -35,6 +35,23 @@ def load(form):
     return config_lib.load(str(ROOT / "configs" / form))
 
 
+def test_the_batch_of_own_pictures_follows_from_model_and_tokens():
+    def size(**arguments):
+        form = ",".join(f"{key}={value}" for key, value in {"name": "a", **arguments}.items())
+        return load(f"folder.py:{form}").train.batch_size
+
+    assert load("folder.py:name=a").model == load("folder.py:name=a,model=tiny,size=32").model
+    assert size(model="tiny") <= 64 and size(model="tiny", size=256) == size(model="tiny")
+    for model in ("small", *config_lib.MODEL_SIZES):
+        assert size(model=model, size=32) == 4 * size(model=model, size=64) or size(model=model, size=32) == 256
+        sizes = {size(model=model, size=64), size(model=model, size=256), size(model=model, size=256, tokenizer="kl16")}
+        assert len(sizes) == 1
+    assert size(model="mar_base", size=256) == 2 * size(model="mar_large", size=256)
+    assert load("folder.py:name=a,model=tiny").model.dtype == "float32"
+    patch = load("folder.py:name=a,model=small,size=64").tokenizer
+    assert (patch.patch_size, patch.autoencoder.scale) == (4, pytest.approx(0.3))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_config_traces(form):
     config = config_lib.resolve(load(form))

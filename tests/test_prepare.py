@@ -27,7 +27,7 @@ import marjax
 from marjax import cli, lock
 from marjax import config as config_lib
 from marjax.data.pictures import storable
-from marjax.data.prepare import prepare
+from marjax.data.prepare import SIZES, prepare
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.workdir import read_workdir
@@ -145,7 +145,54 @@ def test_two_hundred_pictures_of_all_kinds(mixed):
         np.testing.assert_array_equal(plain[index]["image"], np.repeat(mine, 3 // mine.shape[2], axis=2))
         assert plain[index]["label"] == ours[index]["label"]
     assert all(f"{label} {name}" in made.summary() for label, name in enumerate(made.classes))
-    assert "configs/folder.py:name=mixed_pictures" in made.summary() and "13 CMYK" in made.summary()
+    assert "folder:name=mixed_pictures," in made.summary() and "13 CMYK" in made.summary()
+
+
+def sized(root, side, count=4):
+    """Class folders of a few pictures of `side` pixels on the shorter side; one of them has one picture."""
+    for i in range(count):
+        path = root / ("a" if i else "b") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side + 9, 3), 40 * i, np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("folder", ["plain", "my data's \"é\" $HOME", "~", "a,b:c=d", "-x", "写真", "2026"])
+def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
+    """As a shell reads it, from another folder; fewer pictures than a batch has are enough."""
+    monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: False)
+    sized(tmp_path / folder, 70)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", f"--images={tmp_path / folder}", f"--out={tmp_path / folder}.sets", "--workers=1"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "marjax train" in line]
+    shell = subprocess.run(["sh", "-c", "marjax() { printf '%s\\0' \"$@\"; }; " + line[line.index("marjax train"):]],
+                           capture_output=True, check=True)
+    arguments = shell.stdout.decode().rstrip("\0").split("\0")
+    assert arguments[0] == "train" and not shell.stderr
+    config = config_lib.load(arguments[arguments.index("--config") + 1])
+    assert config.data.image_size == 32 and config.model.dtype == "float32"
+    given = cli.parse_overrides([each for each in arguments if each.startswith("--config.")])
+    assert given == {"data.data_dir": str(tmp_path / f"{folder}.sets")}
+    resolved = config_lib.resolve(config_lib.apply_overrides(config, given))
+    assert resolved.data.num_classes == 2 and resolved.train.batch_size > 4
+    if folder == "plain":
+        quick = {"train.batch_size": 8, "train.steps": 1, "model.width": 32, "model.encoder_depth": 1,
+                 "model.decoder_depth": 1, "model.denoiser.depth": 1, "model.denoiser.width": 32,
+                 "log.samples_every": 0, "log.tensorboard": False}
+        assert cli.main([*arguments, *(f"--config.{key}={value}" for key, value in quick.items())]) == 0
+        assert (tmp_path / arguments[arguments.index("--workdir") + 1] / "checkpoints" / "1").is_dir()
+
+
+def test_the_suggested_size_and_model_suit_pictures_and_machine(tmp_path, monkeypatch):
+    for side, size in ((9, 32), (63, 32), (64, 64), (300, 64)):
+        made = prepare(sized(tmp_path / f"of{side}", side), out=tmp_path / "data", workers=1)
+        monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: False)
+        assert "size=32,model=tiny" in made.train_command()
+        monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: True)
+        assert f"size={size},model=small" in made.train_command()
+    for model in ("tiny", "small"):
+        for size in SIZES[model]:
+            config_lib.load(f"{FOLDER}:name=a,size={size},model={model}")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -30,6 +31,11 @@ MODEL_SIZES = {
     "mar_large": dict(width=1024, depth=16, num_heads=16, denoiser_depth=8, denoiser_width=1280, cfg=3.0),
     "mar_huge": dict(width=1280, depth=20, num_heads=16, denoiser_depth=12, denoiser_width=1536,
                      cfg=3.2),
+}
+# Sizes of our own, for a CPU and for a single accelerator.
+SMALL_SIZES = {
+    "tiny": dict(width=128, depth=3, num_heads=4, denoiser_depth=3, denoiser_width=192, buffer_size=8),
+    "small": dict(width=384, depth=6, num_heads=6, denoiser_depth=3, denoiser_width=512, buffer_size=16),
 }
 
 CHOICES: dict[str, Collection[str]] = {
@@ -193,7 +199,7 @@ def base() -> ConfigDict:
                 encoder_attn_resolutions=derived_tuple(),  # levels with attention besides the middle; none
                 decoder_attn_resolutions=derived_tuple(),
                 resolution=derived_int(),  # image size that those are out of, whatever data.image_size; 256
-                scale=derived_float(),  # of the latents; the file's own, or the name's
+                scale=derived_float(),  # of the latents, those of "pixels" too; the file's own, or the name's
                 dtype="float32",  # of convolutions: "float32" or "bfloat16"; parameters are float32
             ),
             # How marjax train-tokenizer trains such a network; VQGAN's and LDM's values where they have one.
@@ -303,8 +309,10 @@ def base() -> ConfigDict:
 
 
 def set_model_size(model: ConfigDict, size: str) -> None:
-    """Sets the widths and depths of one of MODEL_SIZES."""
-    spec = MODEL_SIZES[size]
+    """Sets the widths and depths of one of MODEL_SIZES or SMALL_SIZES, and the buffer of the latter."""
+    sizes: dict[str, dict[str, Any]] = {**MODEL_SIZES, **SMALL_SIZES}
+    spec = sizes[size]
     model.update(width=spec["width"], encoder_depth=spec["depth"], decoder_depth=spec["depth"],
                  num_heads=spec["num_heads"])
     model.denoiser.update(depth=spec["denoiser_depth"], width=spec["denoiser_width"])
+    model.buffer_size = spec.get("buffer_size", model.buffer_size)

@@ -8,23 +8,31 @@ workers nor interruptions change a byte.
 
 import contextlib
 import dataclasses
+import glob
+import importlib.metadata
+import importlib.util
+import io
 import itertools
 import json
 import os
 import re
 import shlex
 import shutil
+import statistics
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import md5
 from typing import Any
 
+from PIL import Image
+
 from marjax.class_names import listed
 from marjax.data.imagenet import IMAGENET
 from marjax.data.items import Item, Listing
 from marjax.data.listing import list_folder, list_imagenet
-from marjax.data.pictures import DOUBTS
+from marjax.data.pictures import DOUBTS, read_bytes
 from marjax.data.shards import Record, Shard, features_of
 from marjax.data.workers import available_cores, write_shards
 from marjax.errors import TrainingError, UserError, shortened
@@ -34,6 +42,7 @@ from marjax.lock import locked_folder
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
+SIZES = {"tiny": (32,), "small": (64, 32)}  # of images to suggest, pixels, the largest that fits
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
 _MAX_SHARDS = 1024
 _RECORDS = "records"
@@ -55,6 +64,7 @@ class Prepared:
       unreadable: the pictures left out, each with the reason.
       ignored: how many files were no pictures, by suffix.
       warnings: what looked odd.
+      side: pixels on the shorter side of the median training picture; 0 if not known.
       fresh: False if it was all there before.
     """
 
@@ -67,6 +77,7 @@ class Prepared:
     unreadable: list[tuple[str, str]]
     ignored: dict[str, int]
     warnings: list[str]
+    side: int
     fresh: bool
 
     @property
@@ -89,9 +100,26 @@ class Prepared:
             lines.append("no pictures, ignored: " + _listed(self.ignored))
         if self.unreadable:
             lines.append(f"unreadable, left out: {len(self.unreadable)}, see {self.directory}/unreadable.txt")
-        config = "configs/imagenet256.py" if self.name == IMAGENET else f"configs/folder.py:name={self.name}"
-        return "\n".join([*lines, f"train: marjax train --config {config} "
-                                  f"--config.data.data_dir={shlex.quote(self.data_dir)} --workdir runs/{self.name}"])
+        return "\n".join([*lines, f"train: {self.train_command()}"])
+
+    def train_command(self) -> str:
+        """The command to train with, quoted for a shell; on a machine without an accelerator, of a tiny model."""
+        config = "imagenet256:model=mar_base"
+        if self.name != IMAGENET:
+            model = "small" if has_accelerator() else "tiny"
+            size = next((size for size in SIZES[model] if size <= self.side), SIZES[model][-1])
+            config = f"folder:name={self.name},size={size},model={model}"
+        return shlex.join(["marjax", "train", "--config", config, f"--config.data.data_dir={self.data_dir}",
+                           "--workdir", f"runs/{self.name}"])
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU or TPU that JAX is installed for; JAX is not started for it."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return False
+    nvidia = os.path.exists("/dev/nvidiactl") and bool(importlib.metadata.entry_points(group="jax_plugins"))
+    tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and bool(importlib.util.find_spec("libtpu"))
+    return nvidia or tpu
 
 
 @takes_paths("images", "imagenet", "out")
@@ -226,6 +254,8 @@ def _checked_name(name: str | None, folder: str) -> str:
     import tensorflow_datasets as tfds
 
     own = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(folder)).lower(), flags=re.ASCII).strip("_")
+    if not re.match("[a-z]", own):
+        own = f"pictures_{own}".strip("_")
     chosen = own if name is None else name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", chosen):
         raise UserError(f"name {chosen!r} cannot be a data set's: give --name, in small letters, digits and _")
@@ -354,7 +384,21 @@ def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> 
             _say(f"warning: {warnings[-1]}")
     return Prepared(out, plan["name"], plan["version"], listing.classes, made["num_examples"], made["kinds"],
                     [(pair[0], pair[-1]) for pair in made["unreadable"]], dict(sorted(listing.ignored.items())),
-                    listing.warnings + warnings, fresh)
+                    listing.warnings + warnings, _median_side(listing), fresh)
+
+
+def _median_side(listing: Listing) -> int:
+    """Of the shorter sides of up to 100 training pictures, as their headers say; 0 if none can be read."""
+    if listing.kind == "imagenet":
+        return 0
+    items = listing.splits["train"]
+    sides = []
+    for item in items[::max(1, len(items) // 100)]:
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # of files that preparing has reported
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(read_bytes(item.path, item.offset, item.size))) as image:
+                sides.append(min(image.size))
+    return int(statistics.median(sides)) if sides else 0
 
 
 def _read_json(path: str, shape: dict[str, Any]) -> dict[str, Any]:
