@@ -18,7 +18,6 @@ from marjax.evaluation.record import RECORD, read_record
 from marjax.json_file import read_json
 from marjax.metrics_file import METRICS, read_metrics
 from marjax.plots.curves import Result
-from marjax.workdir import suggestion
 
 SAMPLES = "samples"
 NUM_IMAGES, GUIDED = "eval/num_images", "_guided"  # in the lines of evaluations
@@ -72,14 +71,20 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return names
 
 
+def _suggestion(path: epath.Path) -> str:
+    from marjax.workdir import suggestion  # imports JAX, which figures need not wait for
+
+    return suggestion(path)
+
+
 def _read_run(path: epath.Path, name: str) -> Run:
     if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a work directory that marjax train has made{suggestion(path)}")
+        raise UserError(f"{path} is no directory: give a work directory that marjax train has made{_suggestion(path)}")
     try:
         found = {file: (path / file).exists() for file in (METRICS, SAMPLES, RECORD)}
         if not any(found.values()):
             raise UserError(f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {RECORD}; give "
-                            f"one that a run has written{suggestion(path)}")
+                            f"one that a run has written{_suggestion(path)}")
         missing = [file for file, is_there in found.items() if not is_there]
         if missing:
             print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
