@@ -5,14 +5,12 @@ and the mesh is found before anything is written; the state is made sharded, so 
 the data starts where the restored state stands.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -27,7 +25,6 @@ from marjax.data.preprocess import Preprocess
 from marjax.data.python_source import fingerprint_of, is_registered, with_data
 from marjax.data.sources import open_source
 from marjax.evaluation.probe import Probe
-from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler, Settings
 from marjax.lock import locked_folder
 from marjax.loggers import Logger, check_loggers, open_loggers
@@ -41,6 +38,7 @@ from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch, training_batch
 from marjax.training.optimizer import make_optimizer
+from marjax.training.picture import Picture
 from marjax.training.profile import Profile
 from marjax.training.run import Intervals, Run, headline
 from marjax.training.state import TrainState
@@ -170,10 +168,14 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
             if tracer is not None and start >= tracer.first:  # a start that follows a preemption
                 writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
                 tracer = None
+            picture = Picture.of(config, generator)
+            painter = sampler.with_settings(picture.sample)
+            if config.log.samples_every:
+                writer.note(str(picture))
             log, evaluate_every = config.log, config.eval.every
             every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, evaluate_every)
             run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
-                      draw=lambda state: ("raw_and_ema", _draw(config, sampler, state)),
+                      draw=lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
                       advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
                       evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
                       callbacks=callbacks)
@@ -193,12 +195,3 @@ def checkpoint_items(state: TrainState) -> dict[str, Any]:
     """The state as the items of a checkpoint: sampling reads only one of the first two."""
     return {"params": state.params, "ema": state.ema,
             "optimizer": {"step": state.step, "opt_state": state.opt_state}}
-
-
-def _draw(config: ml_collections.ConfigDict, sampler: Sampler, state: TrainState) -> np.ndarray:
-    """A picture of the same samples, all classes in turn, from raw weights, left, and EMA weights, right."""
-    size = config.sample.batch_size
-    labels = np.arange(size) % config.data.num_classes
-    columns = math.ceil(math.sqrt(min(size, 100)))
-    return beside([grid(sampler(params, labels, config.seed, batch_size=size)[:100], columns)
-                   for params in (state.params, state.ema)])

@@ -1,0 +1,74 @@
+"""The picture that is drawn during training: as many samples as cost little beside the steps since the last one."""
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from marjax import flops, orders
+from marjax.generation.images import beside, grid
+from marjax.generation.sampler import Sampler
+from marjax.models.generator import Generator
+from marjax.variants import VARIANTS
+
+_SHARE = 0.02  # of the FLOPs of the steps between two pictures
+_FEWEST, _MOST = 10, 100  # samples of each kind of weights; of fewer classes than _FEWEST, one each will do
+_FEWEST_STEPS = 8  # of num_iter
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What is drawn, a function of the config alone.
+
+    Attributes:
+      count: samples from raw weights, and as many from EMA weights.
+      sample: a resolved `config.sample`; with fewer `num_iter` where few samples are too expensive otherwise.
+      share: its FLOPs over those of the steps between two pictures, both counted by hand.
+      every: steps between two pictures.
+      num_classes: which take turns.
+    """
+
+    count: int
+    sample: ml_collections.ConfigDict
+    share: float
+    every: int
+    num_classes: int
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, generator: Generator) -> "Picture":
+        """The picture of a resolved config."""
+        every = min(config.log.samples_every or config.train.steps, config.train.steps)
+        num_classes = config.data.num_classes
+        fewest = min(_FEWEST, num_classes, config.sample.batch_size)
+        steps = flops.train_flops(generator) * config.train.batch_size * every
+        num_iter = config.sample.num_iter
+        while True:
+            sample = config.sample.copy_and_resolve_references()
+            with sample.unlocked():
+                sample.num_iter = num_iter
+            plan = orders.generation_plan(generator.num_tokens, num_iter)
+            one = 2 * flops.sample_flops(generator, plan, sample.num_sampling_steps, sample.cfg != 1.0,
+                                         sample.confidence_order) / steps
+            affordable = math.floor(_SHARE / one)
+            if affordable >= fewest or not VARIANTS[config.model.variant].many or num_iter <= _FEWEST_STEPS:
+                break
+            num_iter = max(_FEWEST_STEPS, num_iter // 2)
+        count = max(fewest, min(affordable, _MOST, config.sample.batch_size))
+        if count > num_classes:
+            count -= count % num_classes  # as many of each class
+        return cls(count, sample, count * one, every, num_classes)
+
+    def __str__(self) -> str:
+        return (f"pictures every {self.every} steps: {self.count} samples of raw and of EMA weights, num_iter "
+                f"{self.sample.num_iter}; {self.share:.1%} of the FLOPs of training")
+
+    def draw(self, sampler: Sampler, params: Any, ema: Any, seed: int) -> np.ndarray:
+        """The same samples, all classes in turn, from raw weights, left, and EMA weights, right; uint8 (H, W, 3)."""
+        labels = np.arange(self.count) % self.num_classes
+        side = math.sqrt(self.count)
+        columns = math.ceil(side)
+        if self.num_classes <= self.count:  # a class keeps to its columns
+            columns = self.num_classes * max(1, round(side / self.num_classes))
+        return beside([grid(sampler(each, labels, seed, batch_size=self.count), columns) for each in (params, ema)])

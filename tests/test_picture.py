@@ -1,0 +1,56 @@
+"""The picture of a training run: as many samples as cost little, counted by hand."""
+
+import numpy as np
+import pytest
+
+from marjax import config as config_lib
+from marjax.models import generator as generator_lib
+from marjax.training.picture import Picture
+
+
+def picture(name, **fields):
+    given = {key.replace("__", "."): value for key, value in fields.items()}
+    config = config_lib.resolve(config_lib.apply_overrides(config_lib.load(f"configs/{name}"), given))
+    return Picture.of(config, generator_lib.of(config, config_lib.tokens_of(config)))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def test_the_quick_start_shows_every_class_for_two_percent():
+    found = picture("digits.py")
+    assert found.count % 10 == 0 and found.count >= 20 and 0.01 < found.share <= 0.02
+    assert found.sample.num_iter == 16
+    assert str(found.count) in str(found) and "1.8%" in str(found)
+
+
+def test_the_number_follows_from_the_steps_between_two_pictures():
+    counts = [picture("digits.py", log__samples_every=every, train__steps=20_000).count
+              for every in (400, 800, 1600, 20_000)]
+    assert counts == [20, 50, 100, 100]
+    assert picture("digits.py", log__samples_every=20_000, train__steps=400).count == 20  # it never has more steps
+    assert picture("digits.py", log__samples_every=2000, train__steps=2000, sample__batch_size=16).count == 10
+
+
+def test_where_few_are_too_expensive_they_have_fewer_steps():
+    found = picture("digits.py", log__samples_every=50)
+    assert (found.count, found.sample.num_iter) == (10, 8)
+    assert found.share == picture("digits.py", log__samples_every=50, sample__num_iter=8).share < 0.04
+    # One token a step: there is no plan with fewer steps.
+    assert picture("mnist.py:variant=ar", log__samples_every=1).sample.num_iter == 49
+
+
+def test_classes_keep_to_their_columns():
+    labels = []
+
+    def sampler(params, given, seed, batch_size):
+        labels.append(given.tolist())
+        return np.full((batch_size, 2, 2, 1), params, np.uint8)
+
+    found = picture("digits.py")
+    drawn = found.draw(sampler, 10, 20, seed=0)
+    assert labels == [list(range(10)) * (found.count // 10)] * 2
+    assert drawn.shape[1] > 2 * 10 * 2  # ten columns of either kind
+    assert (drawn[:, :drawn.shape[1] // 2] != 20).all() and (drawn[:, drawn.shape[1] // 2:] != 10).all()
