@@ -66,7 +66,7 @@ def test_sampling_and_benchmarks_name_their_field(tmp_path, monkeypatch):
     labels = [0] * 20
     assert len(marjax.sample(tmp_path / "run", labels)) == 20
     limited(monkeypatch, 0.1 * TINY)
-    with pytest.raises(UserError, match=r"sample.batch_size from 20 to \d"):
+    with pytest.raises(UserError, match=r"config.sample.batch_size\) from 20 to \d"):
         marjax.sample(tmp_path / "run", labels)
     for what in ("train", "sample"):
         with pytest.raises(UserError, match=rf"{what}.*{what}.batch_size|smaller model"):

@@ -116,7 +116,7 @@ def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: Sampl
 
 def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
     """What the sampler's memory grows with."""
-    return memory.Batch("sample.batch_size", size, sharding.batch_shards(mesh))
+    return memory.Batch("--batch_size (config.sample.batch_size)", size, sharding.batch_shards(mesh))
 
 
 class Sampler:
