@@ -102,13 +102,11 @@ def test_a_run_on_data_from_python(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())["data"]
     assert (written["source"], written["num_classes"], written["num_examples"]) == ("python", 4, 30)
     config = config_lib.apply_overrides(config, {"train.steps": 2})
-    for data in ((IMAGES, LABELS), Dicts()):  # the same, in another form
-        assert int(marjax.train(config, tmp_path, data=data).step) == 2
+    assert int(marjax.train(config, tmp_path, data=Dicts()).step) == 2  # the same, in another form
     with pytest.raises(UserError, match="data.fingerprint"):
         marjax.train(config, tmp_path, data=(IMAGES[::-1], LABELS))
     with pytest.raises(UserError, match="'python'"):  # from the command line
         marjax.train(config_lib.apply_overrides(config, {"data.source": "python", "data.num_classes": 4}), tmp_path)
-    assert marjax.sample(tmp_path, [3]).shape == (1, 8, 8, 1)
     with pytest.raises(UserError, match="config.data.cache"):
         marjax.train(own(data__cache="latents"), tmp_path, data=(IMAGES, LABELS))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_digits
+from conftest import QUICK, make_digits
 
 import marjax
 from marjax import config as config_lib
@@ -17,6 +17,7 @@ from marjax.errors import UserError
 from marjax.models import generator as generator_lib
 from marjax.models.masked import MaskedBackbone
 from marjax.models.regression_head import RegressionHead
+from marjax.workdir import claim_workdir, read_workdir
 
 
 def forget(monkeypatch):
@@ -80,29 +81,23 @@ class Tripled:
         return None
 
 
-def losses(workdir):
-    return [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_with_everything_of_ones_own(tmp_path):
+def test_a_run_with_parts_of_ones_own(tmp_path):
+    """All kinds together, with sampling and resuming: `test_docs_extending.py`."""
     marjax.register("head", "scaled", Scaled)
-    marjax.register("backbone", "doubling", Doubling)
     marjax.register("tokenizer", "tripled", Tripled)
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     marjax.register("source", "noise", lambda data: (images, np.arange(40) % 3))
-    own = dict(model__variant="doubling", tokenizer__name="tripled", tokenizer__patch_size=1, data__source="noise:any",
-               data__num_classes=None, data__num_examples=None, train__steps=2)
-    config = make_digits(model__head="scaled", model__extra="factor=2e6", **own)
-    state = marjax.train(config, tmp_path / "own")
-    assert losses(tmp_path / "own")[0] > 1e4  # of tokens in [-1/3, 1/3], by the factor
-    assert int(state.step) == 2 and marjax.sample(tmp_path / "own", [0, 2]).shape == (2, 8, 8, 1)
-    written = json.loads((tmp_path / "own" / "config.json").read_text())
+    config = make_digits(**QUICK | dict(
+        model__head="scaled", model__extra="factor=2e6", tokenizer__name="tripled", tokenizer__patch_size=1,
+        data__source="noise:any", data__num_classes=None, data__num_examples=None, train__steps=1))
+    marjax.train(config, tmp_path)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["train/loss"] > 1e4  # of tokens in [-1/3, 1/3], by the factor
+    written = json.loads((tmp_path / "config.json").read_text())
     assert written["data"]["num_classes"] == 3 and written["tokenizer"]["checksum"] == "abc"
-    marjax.train(config_lib.apply_overrides(config, {"train.steps": 3}), tmp_path / "own")  # resumes
-    assert len(losses(tmp_path / "own")) == 3
     images[0] += 1
     with pytest.raises(UserError, match="data.fingerprint"):
-        marjax.train(config_lib.apply_overrides(config, {"train.steps": 4}), tmp_path / "own")
+        marjax.train(config, tmp_path)
 
 
 PLUGIN = """
@@ -118,10 +113,10 @@ def test_a_strangers_work_directory_imports_nothing_but_what_the_user_lists(tmp_
     plugin = tmp_path / "plugin.py"
     plugin.write_text(PLUGIN)
     monkeypatch.setenv(registry.PLUGINS, str(plugin))
-    marjax.train(make_digits(model__head="mine", train__steps=1, model__variant="ar", sample__num_iter=16),
-                 tmp_path / "run")
+    claim_workdir(tmp_path / "run", config_lib.resolve(make_digits(model__head="mine")))
     forget(monkeypatch)
-    assert marjax.sample(tmp_path / "run", [1]).shape == (1, 8, 8, 1)
+    config = read_workdir(tmp_path / "run")
+    assert type(generator_lib.of(config, config_lib.tokens_of(config)).head).__name__ == "Mine"
     forget(monkeypatch)
     monkeypatch.delenv(registry.PLUGINS)
     with pytest.raises(UserError, match="model.head.*'mine'.*marjax.register"):
