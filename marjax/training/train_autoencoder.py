@@ -19,6 +19,7 @@ from marjax.errors import UserError
 from marjax.evaluation.reconstruction import from_config, measure
 from marjax.generation.images import beside, grid, make_folder, to_uint8
 from marjax.lock import locked_file, locked_folder
+from marjax.loggers import check_loggers, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.paths import takes_paths
 from marjax.tokenizers import autoencoder_file, make_tokenizer
@@ -67,6 +68,7 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     if not os.fspath(path).endswith(".safetensors"):
         raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
+    check_loggers(config.log)
     train, spec = config.tokenizer.train, spec_of(config.tokenizer, config.data.channels)
     mesh = sharding.near_mesh(config.mesh)
     sharding.check_batch(mesh, train.batch_size, 1)
@@ -114,10 +116,13 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
             state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],
                                      rest=items["optimizer"])
         start, meta = int(state.step), {} if restored is None else restored.meta
+        active = jax.process_index() == 0
         clock = Clock(train.batch_size, mesh.size, productive=meta.get("productive_seconds", 0.0),
-                      first_start=first_start(workdir, write=jax.process_index() == 0))
+                      first_start=first_start(workdir, write=active))
         with MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
-                          progress=config.log.progress, active=jax.process_index() == 0) as writer:
+                          progress=config.log.progress, active=active,
+                          loggers=open_loggers(config.log, workdir) if active else ()) as writer:
+            writer.describe(config_lib.flatten(config))
             writer.note(about)
             writer.note(headline(abstract.params, start, train.steps))
             if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
