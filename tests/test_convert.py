@@ -409,7 +409,7 @@ def test_a_run_of_ours_there_and_back(trained, tmp_path, capsys):
             "--config.log.tensorboard=false"]
     assert main(argv) == 0
     said = capsys.readouterr()
-    assert "raw weights" in said.out and f"marjax sample --workdir {run}" in said.out and not said.err
+    assert "raw weights" in said.out and f"sample --workdir {run}" in said.err and "warning" not in said.err
     assert main(argv) == 0 and "is there already" in capsys.readouterr().out
     sampler, params, *_ = open_sampler(run)
     raw, ema = (open_sampler(trained, step=2, weights=weights).params for weights in ("raw", None))
