@@ -31,6 +31,7 @@ from tqdm.utils import disp_len, disp_trim
 from marjax.closing import Closing
 
 _SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
+_START = 3.0  # seconds that a process takes before its command begins
 _TICK = 0.5  # seconds between looks of the thread
 _MOMENT = 3.0  # seconds; work that takes no longer gets no line, unless it is a bar of its own
 _REDRAW = 0.1  # seconds between redraws of a live line, at least
@@ -231,7 +232,9 @@ class Console:
         with self._lock:
             if not self._tasks or not (task := self._tasks[-1]).show or not self._first:
                 return
-            quiet = self.now() - max(self._printed, self._drawn, self._tasks[0].begun)
+            shown = max(self._printed, self._drawn)
+            # A process has taken some seconds to begin a command.
+            quiet = self.now() - max(shown, self._tasks[0].begun - (_START if task.is_command else 0.0))
             if self.live and not task.is_command:
                 if self.now() - self._drawn >= _TICK:
                     self._draw()

@@ -155,7 +155,7 @@ def test_a_command_is_named_only_where_nothing_else_is_shown(clock, live):
             assert _screen(console)[2].startswith("loading the checkpoint")
         clock.wait(console, 6)
     assert [line for line in _screen(console) if line.startswith("marjax")] == [
-        "marjax sample: 00:09", "marjax sample: 00:18"]
+        "marjax sample: 00:06", "marjax sample: 00:15"]
 
 
 def test_the_thread_ends_with_the_last_task_whatever_ends_it():
