@@ -45,9 +45,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # One timestep a token instead of four: on a CPU, more steps teach more.
         config.model.update(attn_dropout=0.0, proj_dropout=0.0, dtype="float32")
         config.model.diffusion.update(batch_mul=1)
-        config.train.update(steps=2000, lr=1e-3, warmup_steps=100, ema_decay=0.995)
+        config.train.update(steps=4000, lr=1.5e-3, warmup_steps=100, ema_decay=0.995)
         config.checkpoint.update(every=500)
-        config.log.update(every=50, samples_every=2000)
+        config.log.update(every=50, samples_every=4000)
     elif args.model == "small":
         config.train.update(steps=20_000, lr=3e-4, warmup_steps=1000, ema_decay=0.999)
         config.checkpoint.update(every=1000)

@@ -34,7 +34,7 @@ MODEL_SIZES = {
 }
 # Sizes of our own, for a CPU and for a single accelerator.
 SMALL_SIZES = {
-    "tiny": dict(width=128, depth=3, num_heads=4, denoiser_depth=3, denoiser_width=192, buffer_size=8),
+    "tiny": dict(width=96, depth=2, num_heads=4, denoiser_depth=3, denoiser_width=128, buffer_size=4),
     "small": dict(width=384, depth=6, num_heads=6, denoiser_depth=3, denoiser_width=512, buffer_size=16),
 }
 
