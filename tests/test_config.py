@@ -187,7 +187,7 @@ def test_bad_overrides(key, value, says):
     *(("tokenizer.autoencoder.channel_mults", text, (1, 2, 4))
       for text in ("1,2,4", "(1, 2, 4)", "[1,2,4]", " 1, 2, 4 ", "(1,2,4,)")),
     ("tokenizer.autoencoder.channel_mults", "(3,)", (3,)), ("tokenizer.autoencoder.channel_mults", "()", ()),
-    ("model.variant", "'ar'", "ar"), ("model.variant", ' "ar" ', "ar"),
+    ("model.variant", "'ar'", "ar"), ("model.variant", ' "ar" ', "ar"), ("model.variant", "“ar”", "ar"),
     ("sample.num_sampling_steps", " ddim5", "ddim5"),
     ("tokenizer.checksum", "none", None), ("tokenizer.path", " a 'b' ", " a 'b' "),
 ])

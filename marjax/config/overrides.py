@@ -153,8 +153,8 @@ def is_none(text: Any) -> bool:
 
 
 def unquoted(text: str) -> str:
-    """The text without a pair of quotes around it."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    """The text without a pair of quotes around it, those of word processors among them."""
+    return text[1:-1] if len(text) > 1 and text[0] + text[-1] in ("''", '""', "‘’", "“”") else text
 
 
 def _integer(text: str) -> int:
