@@ -48,6 +48,9 @@ class Checked:
     """A jitted function that is compiled and checked for every new shape of its arguments before it runs.
 
     Its arguments are on the devices already: only what it needs besides has to be available.
+
+    Attributes:
+      compiled: the programs, by the structure, shapes and shardings of their arguments.
     """
 
     def __init__(self, program: Any, what: str, batch: Callable[..., Batch | None] = lambda *_: None) -> None:
@@ -57,19 +60,19 @@ class Checked:
           batch: what memory grows with, from the arguments; None if users cannot set it.
         """
         self.program, self.what, self.batch = program, what, batch
-        self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self.compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """The program's result. Raises UserError: it does not fit."""
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((np.shape(leaf), _dtype(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
-        if key not in self._compiled:
+        if key not in self.compiled:
             compiled, problem = compile_checked(self.program, *arguments, what=self.what,
                                                 batch=self.batch(*arguments), resident=True)
             if problem:
                 raise UserError(problem)
-            self._compiled[key] = compiled
-        return self._compiled[key](*arguments)
+            self.compiled[key] = compiled
+        return self.compiled[key](*arguments)
 
 
 def compile_checked(program: Any, *arguments: Any, what: str, batch: Batch | None,

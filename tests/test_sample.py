@@ -186,7 +186,7 @@ def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run
     close(model.sample(LABELS[7:], first_index=7), whole[7:])
     close(model.sample(LABELS, seed=1, cfg=3.0, temperature=0.5), sample(run, LABELS, seed=1, cfg=3.0, temperature=0.5))
     (sampler,) = model._samplers.values()
-    assert sampler.program._cache_size() == 2  # of 11 and of 4 labels
+    assert len(sampler.checked.compiled) == 2  # of 11 and of 4 labels
     assert (model.step, model.weights, model.config.data.num_classes) == (60, "ema", 10)
     assert "60" in repr(model) and load(run, weights="raw", step=30).step == 30
     assert model.params["class_embedding"].shape == (10, 32)
