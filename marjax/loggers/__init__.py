@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marjax import progress
-from marjax.errors import UserError, first_line, shortened
+from marjax.errors import UserError, first_line, missing_extra, shortened
 from marjax.loggers.guarded import Guarded
 from marjax.loggers.protocol import Logger
 
@@ -25,8 +25,7 @@ def check_loggers(log: ConfigDict, given: Sequence[Any] = ()) -> None:
     """
     for name in _EXTRAS:
         if log[name] and importlib.util.find_spec(name) is None:
-            raise UserError(f"config.log.{name} is set, but {name} is not installed: pip install 'marjax[{name}]', or "
-                            f"leave config.log.{name} empty")
+            raise missing_extra(f"config.log.{name}", name)
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"loggers is a {type(given).__name__}: give a list of loggers")
     for logger in given:
