@@ -58,8 +58,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.checkpoint.update(every=1000, keep_every=20_000)
         config.log.update(every=100, samples_every=5000)
     # "ddim25": see configs/digits.py. A low temperature and strong guidance hide what a young model gets wrong.
-    config.sample.update(num_iter=32 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim25", cfg=4.0,
-                         temperature=0.75, batch_size=24, max_stages=3)
+    config.sample.update(num_iter=32 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim25", cfg=5.0,
+                         temperature=0.65, batch_size=24, max_stages=3)
     if args.debug:
         config.data.workers = 0
         config.model.update(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=4)
