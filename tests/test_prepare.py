@@ -214,7 +214,8 @@ def test_numbers_of_the_data_set_are_found(mixed):
                                                            fields))
     assert (config.data.num_classes, config.data.num_examples, config.train.steps) == (4, 199, 3 * (199 // 16))
     real = {"data.data_dir": mixed[1].data_dir}
-    for arg, tokens in (("", 256), (",size=256,model=mar_base,tokenizer=kl16,variant=ar", 256), (",size=16", 256)):
+    for arg, tokens in (("", 64), (",size=64,model=small", 256), (",size=16", 64),
+                        (",size=256,model=mar_base,tokenizer=kl16,variant=ar", 256)):
         full = config_lib.load(f"{FOLDER}:name=mixed_pictures{arg}")
         full = config_lib.resolve(config_lib.apply_overrides(full, real))
         assert full.data.num_classes == 4 and config_lib.tokens_of(full).num_tokens == tokens
@@ -616,7 +617,7 @@ def test_imagenet(imagenet, tmp_path):
     made = prepare(imagenet=[folder], out=tmp_path, workers=1, num_shards=2)
     assert made.num_examples == {"train": 17, "validation": 3} and len(made.classes) == 1000
     assert made.kinds == {"CMYK": 1, "JPEG": 18, "PNG": 1}
-    assert "ImageNet has 1,281,167" in made.warnings[0] and "configs/imagenet256.py" in made.summary()
+    assert "ImageNet has 1,281,167" in made.warnings[0] and "--config imagenet256:model=" in made.summary()
     stored = examples("imagenet2012", tmp_path)
     for name, data in train.items():
         assert stored[name][1] == SYNSETS[name.split("_")[0]]

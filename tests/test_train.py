@@ -115,7 +115,7 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
             state, metrics = step(state, batch, params)
             return state, metrics | {"finite": metrics["finite"] * (metrics["train/loss"] < 0)}
 
-        return run
+        return jax.jit(run)
 
     with (unittest.mock.patch.object(loop, "make_train_step", poisoned),
           pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2")):

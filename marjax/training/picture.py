@@ -25,7 +25,8 @@ class Picture:
     Attributes:
       count: samples from raw weights, and as many from EMA weights.
       sample: a resolved `config.sample`; with fewer `num_iter` where few samples are too expensive otherwise.
-      share: its FLOPs over those of the steps between two pictures, both counted by hand.
+      share: its FLOPs over those of the steps between two pictures, both counted by hand; 0 where a registered head and
+        backbone do not count theirs.
       every: steps between two pictures.
       num_classes: which take turns.
     """
@@ -50,8 +51,8 @@ class Picture:
                 sample.num_iter = num_iter
             plan = orders.generation_plan(generator.num_tokens, num_iter)
             one = 2 * flops.sample_flops(generator, plan, sample.num_sampling_steps, sample.cfg != 1.0,
-                                         sample.confidence_order) / steps
-            affordable = math.floor(_SHARE / one)
+                                         sample.confidence_order) / max(steps, 1.0)
+            affordable = math.floor(_SHARE / one) if one else fewest
             if affordable >= fewest or not VARIANTS[config.model.variant].many or num_iter <= _FEWEST_STEPS:
                 break
             num_iter = max(_FEWEST_STEPS, num_iter // 2)
@@ -61,8 +62,9 @@ class Picture:
         return cls(count, sample, count * one, every, num_classes)
 
     def __str__(self) -> str:
+        share = f"; {self.share:.1%} of the FLOPs of training" if self.share else ""
         return (f"pictures every {self.every} steps: {self.count} samples of raw and of EMA weights, num_iter "
-                f"{self.sample.num_iter}; {self.share:.1%} of the FLOPs of training")
+                f"{self.sample.num_iter}{share}")
 
     def draw(self, sampler: Sampler, params: Any, ema: Any, seed: int) -> np.ndarray:
         """The same samples, all classes in turn, from raw weights, left, and EMA weights, right; uint8 (H, W, 3)."""
