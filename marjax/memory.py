@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from marjax import progress
+from marjax import distributed, progress
 from marjax.errors import UserError
 from marjax.host_memory import gib, host_available
 
@@ -47,7 +47,8 @@ class Need(NamedTuple):
 class Checked:
     """A jitted function that is compiled and checked for every new shape of its arguments before it runs.
 
-    Its arguments are on the devices already: only what it needs besides has to be available.
+    Its arguments are on the devices already: only what it needs besides has to be available. A program over several
+    processes is refused on all of them if it does not fit on one.
 
     Attributes:
       compiled: the programs, by the structure, shapes and shardings of their arguments.
@@ -69,6 +70,8 @@ class Checked:
         if key not in self.compiled:
             compiled, problem = compile_checked(self.program, *arguments, what=self.what,
                                                 batch=self.batch(*arguments), resident=True)
+            if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+                problem = distributed.agree(problem)
             if problem:
                 raise UserError(problem)
             self.compiled[key] = compiled

@@ -14,7 +14,7 @@ from conftest import make_autoencoder, make_digits
 from jax.experimental import multihost_utils
 from processes import Run
 
-from marjax import cli, distributed, sharding
+from marjax import cli, distributed, memory, sharding
 from marjax.commands import sample
 from marjax.data.latents import Latents, read_manifest
 from marjax.errors import LOST_PEER, LostPeerError, UserError
@@ -176,6 +176,32 @@ def agreements(index):
     else:
         raise AssertionError
     return distributed.end(0, None)
+
+
+def refused_on_one(index):
+    """Ends with 0 if all refuse a program over all that does not fit on process 1, and it alone one of its own."""
+    distributed.start()
+    memory.available = lambda: 0.0 if index == 1 else float("inf")
+    mesh = sharding.make_mesh()
+    checked = memory.Checked(jax.jit(lambda x: x[:, None] * x), "the square")
+
+    def refusal(array):
+        try:
+            jax.block_until_ready(checked(array))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    rows = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), np.ones(8, np.float32))
+    assert refusal(rows).startswith("process 1: the square needs ")
+    own = refusal(jax.device_put(np.ones(8, np.float32), jax.local_devices()[0]))
+    assert own.startswith("the square needs ") if index == 1 else own == ""
+    return distributed.end(0, None)
+
+
+def test_a_program_that_does_not_fit_on_one_process_is_refused_on_all(tmp_path):
+    with Run(tmp_path, refused_on_one, count=2, each=True) as run:
+        assert run.wait() == [0, 0], run.said()
 
 
 def test_rows_are_where_they_belong(tmp_path):
