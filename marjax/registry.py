@@ -160,8 +160,10 @@ def _load_plugins() -> None:
             else:
                 importlib.import_module(entry)
         except (UserError, TrainingError, MemoryError):
+            _loaded.discard(entry)
             raise
         except Exception as error:
+            _loaded.discard(entry)  # a notebook that goes on is told again, not that the name is unknown
             raise UserError(f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}): "
                             f"give Python files or installed modules, with commas between") from error
 

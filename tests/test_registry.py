@@ -131,6 +131,18 @@ def test_a_strangers_work_directory_imports_nothing_but_what_the_user_lists(tmp_
     assert "plugin" not in sys.modules
 
 
+def test_a_plugin_that_cannot_be_imported_is_reported_every_time(tmp_path, monkeypatch):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text("import no_such_module_at_all")
+    forget(monkeypatch)
+    monkeypatch.setenv(registry.PLUGINS, str(plugin))
+    for _ in range(2):
+        with pytest.raises(UserError, match="broken.py.*no_such_module_at_all"):
+            registry.find("head", "mine")
+    plugin.write_text("")
+    assert registry.find("head", "mine") is None
+
+
 def test_an_installed_package_brings_a_head_by_an_entry_point(monkeypatch):
     def points(group):
         return [importlib.metadata.EntryPoint("installed", f"{__name__}:Scaled", group),
