@@ -55,7 +55,7 @@ def read(folder: str | os.PathLike[str], num_classes: int) -> Names:
       UserError: a file that is damaged, has more names than there are classes, one twice, or one that cannot be printed
         on a line.
     """
-    path, advice = epath.Path(folder) / FILE, "mend it, or delete it and give classes by their numbers"
+    path, advice = epath.Path(folder) / FILE, "fix it, or delete it and give classes by their numbers"
     names = read_json(path, {"names": [(str, None)]}, advice=advice, missing={"names": []}, max_bytes=1 << 28)["names"]
     if len(names) > num_classes:
         raise UserError(f"{path} has {len(names)} names for {num_classes} classes; {advice}")

@@ -1,4 +1,4 @@
-"""Heads, backbones, tokenizers and data sources that marjax does not bring, by name.
+"""Heads, backbones, tokenizers and data sources from outside marjax, by name.
 
 `register` adds one from Python. An installed package adds one by an entry point, and the environment variable
 MARJAX_PLUGINS names Python files or modules to import, whose code calls `register`. Nothing else is ever imported: a
@@ -76,14 +76,14 @@ def find(kind: str, name: str) -> Any:
     """What is registered, listed in MARJAX_PLUGINS or installed under that name; None if nothing is.
 
     Raises:
-      UserError: it cannot be imported, lacks a method, or two installed packages bring the name.
+      UserError: it cannot be imported, lacks a method, or two installed packages provide the name.
     """
     if name not in _registered[kind]:
         _load_plugins()
     if name not in _registered[kind]:
         found = [point for point in _entry_points(kind) if point.name == name]
         if len({point.value for point in found}) > 1:
-            raise UserError(f"the {kind} {name!r} is brought by {' and by '.join(sorted(p.value for p in found))}: "
+            raise UserError(f"the {kind} {name!r} is provided by {' and by '.join(sorted(p.value for p in found))}: "
                             f"uninstall one")
         if found:
             try:
@@ -140,7 +140,7 @@ class Choices(Mapping[str, V]):
         return len(self._own) + len(names(self.kind))
 
     def is_own(self, name: str) -> bool:
-        """Whether marjax brings it."""
+        """Whether it is built into marjax."""
         return name in self._own
 
 

@@ -32,5 +32,5 @@ def _read(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return read_json(epath.Path(workdir) / FILE, {str: object}, advice="delete it", missing={})
     except UserError as error:
-        progress.note(f"warning: {error}; new runs are begun")
+        progress.note(f"warning: {error}; starting new runs")
         return {}

@@ -58,7 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
 
     Args:
       config: as a config file returns it, or resolved.
-      workdir: local path or gs:// address; made if need be. Of several processes, one that all of them see.
+      workdir: local path or gs:// address; created if missing. All processes of a run must see the same one.
       data: the images and labels to train on, instead of `config.data.source`: (images, labels), with images uint8
         (N, H, W, C) or a list of uint8 (H, W, C) of any sizes, labels integers (N,); or any object with `__len__` and
         `__getitem__(i)` that gives (image, label) or {"image": image, "label": label}. They are cropped to
