@@ -79,7 +79,7 @@ class Checked:
 
 
 def compile_checked(program: Any, *arguments: Any, what: str, batch: Batch | None,
-                    resident: bool = False) -> tuple[Any, str]:
+                    resident: bool = False, freed: float = 0.0) -> tuple[Any, str]:
     """The compiled program, and in one line why it does not fit, or "".
 
     Args:
@@ -88,8 +88,9 @@ def compile_checked(program: Any, *arguments: Any, what: str, batch: Batch | Non
       what: a name for it, such as "the train step".
       batch: what memory grows with, if users can set it.
       resident: whether the arguments are on the devices already.
+      freed: bytes of a device that are in use now and will be free when the program runs.
     """
-    limit = available()
+    limit = available() + freed
     with progress.compiling(what):
         lowered = program.lower(*arguments)
         try:

@@ -16,6 +16,7 @@ from marjax import host_memory, memory
 from marjax.benchmark import benchmark
 from marjax.errors import UserError
 from marjax.memory import Batch, Need
+from marjax.training.fit import compile_step
 
 TINY = 2**20
 
@@ -87,6 +88,19 @@ def test_checked_programs_compile_once_for_a_shape(monkeypatch):
     limited(monkeypatch, 1.0)
     with pytest.raises(UserError, match="doubling"):
         checked(jnp.ones(1000))
+
+
+def test_weights_that_a_run_starts_from_do_not_count_twice(monkeypatch):
+    """They are on the devices while the step is checked, and freed before it runs."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    weights = jax.device_put(jnp.ones(TINY, jnp.float32), there)
+    abstract = jax.ShapeDtypeStruct(weights.shape, weights.dtype, sharding=there)
+    step = jax.jit(lambda state: (state * 2, 0.0), donate_argnums=0)
+    limited(monkeypatch, 2 * weights.nbytes - 1)
+    with pytest.raises(UserError, match="the training state"):
+        compile_step(step, abstract, params=abstract, batch=Batch("x", 1))
+    compile_step(step, abstract, params=abstract, batch=Batch("x", 1), weights={"w": weights})
 
 
 def test_what_is_available(tmp_path):

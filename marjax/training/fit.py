@@ -18,7 +18,8 @@ def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)}
 
 
-def compile_step(step: Any, abstract: Any, *others: Any, params: Any, batch: memory.Batch) -> jax.stages.Compiled:
+def compile_step(step: Any, abstract: Any, *others: Any, params: Any, batch: memory.Batch,
+                 weights: Any = ()) -> jax.stages.Compiled:
     """The compiled train step, once it and the state are known to fit; every process calls this.
 
     Args:
@@ -27,16 +28,21 @@ def compile_step(step: Any, abstract: Any, *others: Any, params: Any, batch: mem
       *others: the other arguments, as arrays or ShapeDtypeStructs.
       params: the part of the state that has a gradient.
       batch: what memory grows with.
+      weights: arrays on the devices that the state is made from, and that are freed once it is.
 
     Raises:
       UserError: it does not fit, on any of the processes.
     """
     batch = batch._replace(fixed=memory.held_by(params))
     state = memory.Need(memory.held_by(abstract), memory.held_by(params))
+    # No more than the gradients, which are not there yet while the state is made.
+    freed = min(memory.held_by(weights), memory.held_by(params))
     # The state alone first: compiling the step of a model that is far too large takes minutes.
-    refuse(memory.problem("the training state with its gradients", state, memory.available(), batch._replace(size=1)))
+    refuse(memory.problem("the training state with its gradients", state, memory.available() + freed,
+                          batch._replace(size=1)))
     with jax.set_mesh(sharding_mesh(abstract)):
-        compiled, problem = memory.compile_checked(step, abstract, *others, what="the train step", batch=batch)
+        compiled, problem = memory.compile_checked(step, abstract, *others, what="the train step", batch=batch,
+                                                   freed=freed)
     refuse(problem)
     return compiled
 

@@ -136,7 +136,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
     train_step = compile_step(
         make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh), abstract, batch,
-        sampler.tokenizer_params, params=abstract.params, batch=training_batch(config, mesh))
+        sampler.tokenizer_params, params=abstract.params, batch=training_batch(config, mesh), weights=weights)
     distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
 
     with Checkpoints(epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep,
