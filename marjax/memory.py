@@ -44,6 +44,10 @@ class Need(NamedTuple):
     temporaries: float
 
 
+class DoesNotFitError(UserError):
+    """A program that needs more memory than there is. If it spans several processes, all raise this."""
+
+
 class Checked:
     """A jitted function that is compiled and checked for every new shape of its arguments before it runs.
 
@@ -64,7 +68,7 @@ class Checked:
         self.compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        """The program's result. Raises UserError: it does not fit."""
+        """The program's result. Raises DoesNotFitError."""
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((np.shape(leaf), _dtype(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
         if key not in self.compiled:
@@ -73,7 +77,7 @@ class Checked:
             if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
                 problem = distributed.agree(problem)
             if problem:
-                raise UserError(problem)
+                raise DoesNotFitError(problem)
             self.compiled[key] = compiled
         return self.compiled[key](*arguments)
 

@@ -103,6 +103,15 @@ def test_weights_that_a_run_starts_from_do_not_count_twice(monkeypatch):
     compile_step(step, abstract, params=abstract, batch=Batch("x", 1), weights={"w": weights})
 
 
+def test_a_picture_that_does_not_fit_does_not_end_the_run(monkeypatch, tmp_path, capsys):
+    problem = memory.problem
+    monkeypatch.setattr(memory, "problem", lambda what, need, limit, batch=None: problem(
+        what, need, 0.0 if what == "the sampler" else limit, batch))
+    state = marjax.train(digits(train__steps=2, log__samples_every=1), tmp_path / "run")
+    assert int(state.step) == 2
+    assert "no picture of step 1: the sampler needs" in capsys.readouterr().err
+
+
 def test_what_is_available(tmp_path):
     """Control groups of both versions, the tightest of those around the process."""
     process, root = tmp_path / "cgroup", tmp_path / "fs"

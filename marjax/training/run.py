@@ -11,7 +11,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from marjax import distributed, numerics, progress, sharding
+from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch
 from marjax.errors import TrainingError
@@ -147,7 +147,11 @@ class Run(Generic[S]):
             if every.is_due(step, every.draw):
                 self._read()
                 with clock.pause("draw"), self.writer.pause("drawing pictures"):
-                    self.writer.image(step, *self.draw(state))
+                    try:
+                        self.writer.image(step, *self.draw(state))
+                    except memory.DoesNotFitError as error:  # a resumed run would end here again
+                        self.writer.note(f"warning: no picture of step {step}: {error}; or set "
+                                         f"config.log.samples_every=0")
             if evaluates:
                 self._evaluate(step, state)
         self.callbacks.finish()
