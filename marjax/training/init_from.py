@@ -21,6 +21,7 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
+from marjax.training.fit import refuse
 from marjax.training.state import abstract_params
 from marjax.variants import VARIANTS
 from marjax.workdir import read_workdir
@@ -86,11 +87,14 @@ def _has_checkpoints(workdir: epath.Path) -> bool:
 
 
 def _source(config: ConfigDict) -> ConfigDict:
-    """The config of the source. Raises UserError."""
+    """The config of the source. Raises UserError, on all processes if one cannot read it."""
+    source, problem = config, ""
     try:
-        return read_workdir(config.init.path)
+        source = read_workdir(config.init.path)
     except UserError as error:
-        raise UserError(f"config.init.path, or --init_from: {error}") from None
+        problem = f"config.init.path, or --init_from: {error}"
+    refuse(problem)
+    return source
 
 
 def _open(config: ConfigDict) -> Checkpoints:
