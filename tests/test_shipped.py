@@ -55,8 +55,8 @@ def test_the_documented_path_outside_a_clone_says_what_is_used(elsewhere, capsys
 
 
 @pytest.mark.parametrize("given, says", [
-    ("digts", "--config digits"), ("imagenet:debug", "--config imagenet256"), ("digits.py", "--config digits"),
-    ("configs/mnits.py", "--config mnist"), ("nothing", "digits, folder, imagenet256, mnist"), ("a/b", "'a/b'"),
+    ("digts", "mean 'digits'?"), ("imagenet:debug", "mean 'imagenet256'?"), ("digits.py", "mean 'digits'?"),
+    ("configs/mnits.py", "mean 'mnist'?"), ("nothing", "digits, folder, imagenet256, mnist"), ("a/b", "'a/b'"),
     ("mnist:variant=none", "variant"), ("", "empty"),
 ])
 def test_what_is_not_there(elsewhere, given, says):

@@ -65,7 +65,7 @@ def locate(given: str | os.PathLike[str]) -> tuple[str, str | None]:
     else:
         problem = f"config file {file!r} does not exist"
     close = difflib.get_close_matches(pathlib.PurePath(file).stem, names(), 1)
-    meant = f"did you mean --config {close[0]}? " if close else ""
+    meant = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(f"{problem}: {meant}give {METAVAR}, where NAME is one of {', '.join(names())}")
 
 
