@@ -7,7 +7,7 @@ import pytest
 from conftest import DIGITS
 
 from marjax import cli
-from marjax.commands.next_step import config_name, sample_command, train_command
+from marjax.commands.next_step import sample_command, train_command, workdir_of
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_each_printed_command_runs_and_leads_to_the_next(tmp_path, capsys, monke
     ("imagenet256:model=mar_base", "imagenet256")])
 def test_a_run_is_named_after_its_config(tmp_path, monkeypatch, path, name):
     monkeypatch.chdir(tmp_path)
-    assert config_name(path) == name
+    assert workdir_of(path) == f"runs/{name}"
     assert train_command(path, {"train.lr": "1e-3"}) == [
         "train", "--config", path, "--config.train.lr=1e-3", "--workdir", f"runs/{name}"]
     (tmp_path / "runs" / name).mkdir(parents=True)
@@ -45,3 +45,7 @@ def test_a_run_is_named_after_its_config(tmp_path, monkeypatch, path, name):
 
 def test_many_classes_are_not_all_sampled():
     assert "--labels" in sample_command("gs://b/x", 1000) and "--labels" not in sample_command("runs/x", 10)
+
+
+def test_the_config_of_a_work_directory_names_it():
+    assert workdir_of("my runs/x/config.json") == "my runs/x" and workdir_of("config.json") == "."

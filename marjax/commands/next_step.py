@@ -25,9 +25,12 @@ def config_arguments(path: str, overrides: Mapping[str, str]) -> list[str]:
     return [path, *(f"--config.{key}={value}" for key, value in overrides.items())]
 
 
-def config_name(path: str) -> str:
-    """The name of a config file without folders, suffix and argument."""
-    return os.path.basename(re.split(r"\.py\b|:", path)[0]) or "run"
+def workdir_of(path: str) -> str:
+    """The work directory of a `--config`: of the config.json of one, that one."""
+    folder, name = os.path.split(path)
+    if name == "config.json":
+        return folder or "."
+    return f"runs/{os.path.basename(re.split(r'[.]py(?![a-z])|:', path)[0]) or 'run'}"
 
 
 def num_images(config: ConfigDict) -> list[str]:
@@ -37,10 +40,10 @@ def num_images(config: ConfigDict) -> list[str]:
 
 def train_command(path: str, overrides: Mapping[str, str]) -> list[str]:
     """Training with a config, in a work directory that is not there yet."""
-    name, number = config_name(path), 2
-    workdir = f"runs/{name}"
+    first, number = workdir_of(path), 2
+    workdir = first
     while os.path.exists(workdir):
-        workdir, number = f"runs/{name}_{number}", number + 1
+        workdir, number = f"{first}_{number}", number + 1
     return ["train", "--config", *config_arguments(path, overrides), "--workdir", workdir]
 
 

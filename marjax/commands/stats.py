@@ -6,7 +6,7 @@ import shlex
 
 from marjax import progress
 from marjax.commands.arguments import add_config, join, load_config
-from marjax.commands.next_step import config_name, num_images, print_next, train_command
+from marjax.commands.next_step import num_images, print_next, train_command, workdir_of
 from marjax.errors import UserError
 
 HELP = "Make the statistics of real images that samples are measured against."
@@ -46,7 +46,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     kept = 0 if made.features is None else len(made.features)
     print(f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
           f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}")
-    run = None if given.dataset is None else f"runs/{config_name(given.dataset)}"
+    run = None if given.dataset is None else workdir_of(given.dataset)
     if config is not None and run is not None and os.path.isdir(os.path.join(run, "checkpoints")):
         path = given.extractor_path or (config.eval.extractor_path if made.extractor["name"] == config.eval.extractor
                                         else "")
