@@ -28,7 +28,7 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
         (image, label) or {"image": image, "label": label}. An image may be anything that `np.asarray` makes such an
         array of, such as one of Pillow. C is 1, 3 or 4.
       num_classes: labels lie in [0, num_classes); by default `data.num_classes`, `len(data.classes)`, or the greatest
-        of the labels plus one where they are given as a sequence.
+        of the labels plus one where they, or the examples, are given as a sequence.
       name: of the data, for errors.
 
     Raises:
@@ -48,6 +48,9 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
         num_classes = getattr(data, "num_classes", None)
     if num_classes is None and hasattr(data, "classes"):
         num_classes = len(data.classes)
+    if num_classes is None and isinstance(data, list | tuple):  # in memory, so that all labels can be read
+        most = max(ItemSource(data, MAX_CLASSES, name)[index]["label"] for index in range(len(data)))
+        num_classes = most + 1
     if num_classes is None:
         raise UserError(f"{name} does not say how many classes it has: set config.data.num_classes, or give it an "
                         f"attribute num_classes")
