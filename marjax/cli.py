@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from marjax import __version__, commands, failures, progress, storage
-from marjax.command_line import FIELD, Parser, check_command, read, take_field
+from marjax.command_line import Parser, check_command, read
 from marjax.completion import SHELLS, PrintCompletion
 from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError, one_line
 from marjax.interrupts import never_lost
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure: BaseException | None = None
     failures.quiet_interpreter()
     try:
-        given, overrides = _parse(arguments)
+        given, overrides = parse(arguments)
         command = commands.load(given.command)
         for name in PATHS & vars(given).keys():
             value = getattr(given, name)
@@ -83,23 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """{"train.lr": "1e-3"} from ["--config.train.lr=1e-3"] or ["--config.train.lr", "1e-3"].
-
-    Raises:
-      UserError: anything else.
-    """
-    overrides: dict[str, str] = {}
-    remaining = list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
-        if not argument.startswith(FIELD):
-            raise UserError(f"unknown argument {argument!r}; single config fields are set by {FIELD}key=value")
-        key, value = take_field(argument, remaining)
-        overrides[key] = value
-    return overrides
-
-
 class _Version(argparse.Action):
     """Prints one line of versions, without starting JAX; their files are read only then."""
 
@@ -109,7 +92,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parsed arguments, `command` among them, and the fields of the config. Raises UserError."""
     name, *rest = arguments
     if name not in (*commands.NAMES, *commands.HIDDEN):

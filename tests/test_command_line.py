@@ -149,7 +149,7 @@ def test_the_examples_are_right():
     for name in commands.NAMES:
         program, command, *arguments = shlex.split(commands.load(name).EXAMPLE)
         assert (program, command) == ("marjax", name)
-        given, overrides = cli._parse([command, *arguments])
+        given, overrides = cli.parse([command, *arguments])
         assert isinstance(given, argparse.Namespace) and isinstance(overrides, dict)
 
 

@@ -74,7 +74,7 @@ def test_every_field_and_command_named_exists():
 
 def test_the_command_of_the_same_run():
     (block,) = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-    given, rest = cli._parser().parse_known_args(shlex.split(block.replace("\\\n", " "))[1:])
-    config = config_lib.apply_overrides(config_lib.load(given.config), cli.parse_overrides(rest))
+    given, overrides = cli.parse(shlex.split(block.replace("\\\n", " "))[1:])
+    config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     assert config_lib.resolve(config).train.steps == 400 * (1_281_167 // 2048)
     assert (config.model.width, config.model.denoiser.depth, config.model.diffusion.batch_mul) == (1024, 3, 4)

@@ -13,7 +13,7 @@ from launcher_venv import tool_venv
 from test_launch_gke import XPK, XPK_ITSELF
 
 from marjax import config as config_lib
-from marjax.cli import _parser, parse_overrides
+from marjax.cli import parse
 
 TEXT = "".join((ROOT / "docs" / name).read_text() for name in ("pods.md", "launchers.md"))
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
@@ -75,8 +75,7 @@ def test_marjax_takes_its_commands(typed):
                 if command and command[0] in ("marjax", "env") and "marjax" in command]
     assert {command[0] for command in commands} == {"compile", "convert", "train", "evaluate"}
     for command in commands:
-        given, rest = _parser().parse_known_args(command)
-        overrides = parse_overrides(rest)
+        given, overrides = parse(command)
         if command[0] in ("train", "compile"):
             config_lib.apply_overrides(config_lib.load(str(ROOT / given.config)), overrides)
         else:
@@ -161,10 +160,10 @@ def test_the_latents_of_imagenet(tmp_path, found, formatted):
     assert fetch[-2:] == ["gs://bucket/raw/*", "raw/"] and send[-3:] == ["imagenet_kl16", "kl16.safetensors",
                                                                         "gs://bucket/data/"]
     tars = ["raw/ILSVRC2012_img_train.tar", "raw/ILSVRC2012_img_val.tar"]
-    assert _parser().parse_known_args(prepare[1:])[0].imagenet == tars
-    assert _parser().parse_known_args(convert[1:])[0].out == "kl16.safetensors"
-    given, rest = _parser().parse_known_args(encode[1:])
-    config = config_lib.apply_overrides(config_lib.load(given.config), parse_overrides(rest))
+    assert parse(prepare[1:])[0].imagenet == tars
+    assert parse(convert[1:])[0].out == "kl16.safetensors"
+    given, overrides = parse(encode[1:])
+    config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     assert (given.out, config.data.data_dir, config.tokenizer.path) == ("imagenet_kl16", "data", "kl16.safetensors")
 
 

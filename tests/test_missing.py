@@ -33,7 +33,7 @@ def commands_of(capsys, arguments):
     for text in error.split("run ", 1)[1].split(", then ")[0].split(", or ")[0].strip().split(" && "):
         program, *given = shlex.split(text)
         assert program == "marjax"
-        found.append((given[0], *cli._parse(given)))
+        found.append((given[0], *cli.parse(given)))
     return found, error
 
 
@@ -82,7 +82,7 @@ def test_training_without_what_it_is_measured_with(folder, capsys):
 def test_sampling_before_the_first_checkpoint(folder, capsys):
     assert cli.main(["sample", "--workdir", "my runs/one", "--out", "o"]) == 2
     command = capsys.readouterr().err.partition("start it again: ")[2]
-    given = cli._parse(shlex.split(command)[1:])[0]
+    given = cli.parse(shlex.split(command)[1:])[0]
     assert given.workdir == "my runs/one" and load_config(given.config, {}) == read_workdir("my runs/one")
     assert not (folder / "o").exists()
 

@@ -171,7 +171,7 @@ def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
     assert arguments[0] == "train" and not shell.stderr
     config = config_lib.load(arguments[arguments.index("--config") + 1])
     assert config.data.image_size == 32 and config.model.dtype == "float32"
-    given = cli.parse_overrides([each for each in arguments if each.startswith("--config.")])
+    _, given = cli.parse(arguments)
     assert given == {"data.data_dir": str(tmp_path / f"{folder}.sets")}
     resolved = config_lib.resolve(config_lib.apply_overrides(config, given))
     assert resolved.data.num_classes == 2 and resolved.train.batch_size > 4

@@ -177,7 +177,10 @@ class Run(Generic[S]):
         assert self.evaluate is not None
         self._read()
         with self.clock.pause("eval"), self.writer.pause("evaluating"):
-            self._log(step, self.evaluate(state))
+            try:
+                self._log(step, self.evaluate(state))
+            except memory.DoesNotFitError as error:  # as with pictures
+                self.writer.note(f"warning: no evaluation of step {step}: {error}; or set config.eval.every=0")
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         self.writer.scalars(step, values)
