@@ -213,7 +213,7 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     colours = {point.name: f"C{i}" for i, point in enumerate(get_sweep().points)}
     for point in get_sweep().points:
         log = root / point.name / "metrics.jsonl"
@@ -234,8 +234,8 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
         style = "o:" if one else "o--" if "_ce" in name else "o-"
         axes[2].plot(scales, best, style, color=colours[point], label=name, markersize=3)
     axes[2].set(title=f"distance of {TUNED_ON} samples", xlabel="guidance scale (linear schedule)", yscale="log")
-    for axis in axes:
-        axis.legend(fontsize=6)
+    for axis in axes:  # below, where they hide no curve
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -24,8 +24,6 @@ HELP = "Sample from a trained work directory."
 EXAMPLE = "marjax sample --workdir runs/digits --out samples"
 TAKES_OVERRIDES = False
 
-_SIDE = 64  # pixels of an image in the picture, at least
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True)
@@ -101,11 +99,12 @@ def _picture(made: "Sampled", classes: Sequence[int], num_per_label: int, names:
     from marjax.generation.images import grid
 
     images = made.images
+    side = min(64, 4 * images.shape[1])  # larger ones of 8 pixels are hard to recognise
     if len(classes) == 1:
-        return grid(images[:2000], min(20, max(1, round(len(images) ** 0.5))), _SIDE, caption=caption)
+        return grid(images[:2000], min(20, max(1, round(len(images) ** 0.5))), side, caption=caption)
     columns, shown = min(num_per_label, 20), classes[:100]
     images = images.reshape(len(classes), num_per_label, *images.shape[1:])[:len(shown), :columns]
-    return grid(images.reshape(-1, *images.shape[2:]), columns, _SIDE, caption=caption,
+    return grid(images.reshape(-1, *images.shape[2:]), columns, side, caption=caption,
                 rows=[class_names.label(each, names) for each in shown])
 
 
