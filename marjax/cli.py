@@ -36,21 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "help":
         arguments = [*arguments[1:2], "--help"]
     known = bool(arguments) and arguments[0] in (*commands.NAMES, *commands.HIDDEN)
-    program = f"marjax {arguments[0]}" if known else "marjax"
+    name = arguments[0] if known else ""
+    program = f"marjax {name}".rstrip()
     failure: BaseException | None = None
     failures.quiet_interpreter()
     try:
         given, overrides = parse(arguments)
         command = commands.load(given.command)
-        for name in PATHS & vars(given).keys():
-            value = getattr(given, name)
+        for flag in PATHS & vars(given).keys():
+            value = getattr(given, flag)
             if value is not None:
-                setattr(given, name, [normalised(each, f"--{name}") for each in value] if isinstance(value, list)
-                        else normalised(value, f"--{name}"))
+                setattr(given, flag, [normalised(each, f"--{flag}") for each in value] if isinstance(value, list)
+                        else normalised(value, f"--{flag}"))
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
-        with never_lost(), progress.command(f"marjax {given.command}"):
+        with never_lost(), progress.command(program):
             if command.TAKES_OVERRIDES:
                 command.run(given, overrides)
             else:
@@ -69,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, failure = 1, error
     except Exception as error:
-        told = storage.explain(error) or failures.explain(error, given.command)
-        if told is not None:
-            print(f"{program}: error: {one_line(str(told))}", file=sys.stderr)
-        if told is None or failures.TRACEBACK in os.environ:
+        explained = storage.explain(error) or failures.explain(error, name)
+        if explained is not None:
+            print(f"{program}: error: {one_line(str(explained))}", file=sys.stderr)
+        if explained is None or failures.TRACEBACK in os.environ:
             traceback.print_exc()
-        code = 1 if told is None else told.code
+        code = 1 if explained is None else explained.code
         failure = error
     if "marjax.distributed" in sys.modules:  # else the command has not touched a device
         from marjax import distributed

@@ -87,3 +87,13 @@ def test_devices_that_are_not_there_name_the_extra(monkeypatch, platforms, extra
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     text = str(failures.explain(RuntimeError(f"Unable to initialize backend '{platforms}'")))
     assert extra in text and ("pip install" in text) == bool(extra)
+
+
+def test_a_failure_while_the_command_line_is_parsed(monkeypatch, capsys):
+    def fail(arguments):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(cli, "parse", fail)
+    assert cli.main(["plot", "--workdir", "x", "--out", "y"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("marjax plot: error: Too many open files; ") and told.count("\n") == 1
