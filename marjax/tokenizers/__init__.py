@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from marjax import registry
 from marjax.errors import UserError, shortened
 from marjax.tokenizers.pixels import Pixels
-from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape
+from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape, check_checksum
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 
 if TYPE_CHECKING:
@@ -95,10 +95,7 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     if differences := stored.spec.differences(wanted):
         raise UserError(f"the autoencoder {path} is another than config.tokenizer asks for: it has "
                         f"{'; '.join(differences)}: change config.tokenizer.autoencoder (or num_codes), or the path")
-    if tokenizer.checksum and tokenizer.checksum != stored.checksum:
-        raise UserError(f"the model was trained with another autoencoder (checksum {tokenizer.checksum[:12]}) than "
-                        f"{path} (checksum {stored.checksum[:12]}): say where that one is (--config.tokenizer.path, or "
-                        f"--tokenizer_path when sampling)")
+    check_checksum(tokenizer.checksum, stored.checksum, "autoencoder", path)
     scale = tokenizer.autoencoder.scale
     return make_tokenizer(name, stored if scale is None else dataclasses.replace(stored, scale=scale),
                           tokenizer.autoencoder.dtype, tokenizer.posterior)
@@ -116,10 +113,7 @@ def _open_registered(tokenizer: Any) -> Tokenizer:
                    if not hasattr(opened, each)]:
         raise UserError(f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}: see "
                         f"docs/extending.md")
-    if tokenizer.checksum and tokenizer.checksum != opened.checksum:
-        raise UserError(f"the model was trained with another tokenizer {name!r} (checksum "
-                        f"{shortened(tokenizer.checksum, 12)}) than this (checksum {shortened(opened.checksum, 12)}): "
-                        f"say where that one is (--config.tokenizer.path, or --tokenizer_path when sampling)")
+    check_checksum(tokenizer.checksum, opened.checksum, f"tokenizer {name!r}", "this")
     return opened
 
 

@@ -17,7 +17,7 @@ from etils import epath
 from marjax.codes import nearest
 from marjax.errors import UserError
 from marjax.npz_file import read_npz
-from marjax.tokenizers.protocol import TokenShape
+from marjax.tokenizers.protocol import TokenShape, check_checksum
 
 _ARRAYS = {"codes": ("f", 2), "patch_size": ("i", 0), "channels": ("i", 0), "mse": ("f", 0), "psnr": ("f", 0),
            "num_images": ("i", 0), "seed": ("i", 0), "source": ("U", 0)}
@@ -133,8 +133,5 @@ def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
         if given != tokenizer[key]:
             raise UserError(f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
                             f"with {given}: set it to {given}, or {how}")
-    if tokenizer.checksum and tokenizer.checksum != codebook.checksum:
-        raise UserError(f"the model was trained with another codebook (checksum {tokenizer.checksum[:12]}) than "
-                        f"{tokenizer.path} (checksum {codebook.checksum[:12]}): say where that one is "
-                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)")
+    check_checksum(tokenizer.checksum, codebook.checksum, "codebook", tokenizer.path)
     return codebook

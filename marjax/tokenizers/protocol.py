@@ -6,6 +6,8 @@ Shapes: B batch, h x w latent grid of C channels, p patch side, L tokens, D toke
 import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from marjax.errors import UserError
+
 if TYPE_CHECKING:  # a config, which needs these, does without JAX
     import jax
 
@@ -99,3 +101,21 @@ class TokenShape:
         b, p = tokens_BxLxD.shape[0], self.patch
         x = tokens_BxLxD.reshape(b, self.height, self.width, self.channels, p, p)
         return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, self.height * p, self.width * p, self.channels)
+
+
+def check_checksum(trained: str | None, opened: str, kind: str, where: str) -> None:
+    """Checks that an opened tokenizer is the one that a model was trained with.
+
+    Args:
+      trained: checksum in the model's config; None or "" for a new model.
+      opened: checksum of the opened tokenizer.
+      kind: of tokenizer, such as "codebook".
+      where: it was opened from.
+
+    Raises:
+      UserError: the two differ.
+    """
+    if trained and trained != opened:
+        raise UserError(f"the model was trained with another {kind} (checksum {trained[:12]}) than {where} (checksum "
+                        f"{opened[:12]}): give the path of that one (--config.tokenizer.path, or --tokenizer_path when "
+                        f"sampling)")
