@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from marjax.config.overrides import unquoted
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, listed, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 from marjax.ranges import shown
@@ -123,11 +123,6 @@ def label(index: int, names: Names) -> str:
     if index < 0:
         return "no class"
     return (names[index] if index < len(names) else None) or str(index)
-
-
-def listed(texts: Sequence[str], most: int = 20, between: str = ", ") -> str:
-    """The first `most` of the texts, on one line."""
-    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def legend(classes: Sequence[int], names: Names) -> str:

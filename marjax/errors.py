@@ -4,6 +4,8 @@ Beside these are 0, 1 (a run that cannot go on) and 2 (a user error). A launcher
 of those below but 130; GKE's xpk calls 42 and all from 127 to 255 retriable.
 """
 
+from collections.abc import Sequence
+
 PREEMPTED = 42  # asked to stop by SIGTERM, and saved
 INTERRUPTED = 130  # Ctrl-C; of a training run, once it has saved
 LOST_PEER = 134  # another process of the run has gone; an abort, as JAX's own watchdog ends a process
@@ -79,3 +81,8 @@ def first_line(error: BaseException, empty: str | None = None) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """A foreign text for an error message: on one line, without control characters, and short."""
     return one_line(text[:length] + "..." * (len(text) > length))
+
+
+def listed(texts: Sequence[str], most: int = 20, between: str = ", ") -> str:
+    """The first `most` of the texts, on one line."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

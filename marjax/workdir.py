@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from marjax import class_names, storage
 from marjax.config import conform, flatten, resolve
 from marjax.config.migrations import migrate, stamp
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, listed, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 from marjax.paths import takes_paths
@@ -114,21 +114,17 @@ def _look_at_bystanders(folder: epath.Path) -> None:
     theirs = [file.name for file in found if not _BYSTANDER.fullmatch(file.name) and not _is_new_log(file)]
     if theirs:
         raise UserError(f"work directory {folder} has files but no config.json: give an empty or new folder, or move "
-                        f"away {_listed(theirs)}")
+                        f"away {listed([shortened(name) for name in theirs], 5)}")
     others = [file.name for file in found if not _OWN.fullmatch(file.name)]
     if others:
         print(f"work directory {folder}: {len(others)} file{'s' if len(others) > 1 else ''} of others ignored: "
-              f"{_listed(others)}", file=sys.stderr)
+              f"{listed([shortened(name) for name in others], 5)}", file=sys.stderr)
 
 
 def _is_new_log(path: epath.Path) -> bool:
     """Whether a file may be one that `tee` has just opened, whatever it is called."""
     return (path.suffix in ("", ".txt") and not storage.is_remote(path) and path.is_file()
             and not path.stat().length)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(shortened(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokenizer: bool) -> None:
@@ -209,7 +205,7 @@ def suggestion(workdir: str | os.PathLike[str]) -> str:
             found = [siblings[name] for name in difflib.get_close_matches(path.name, siblings, 3, 0.5)]
     except OSError:
         return ""
-    return f", such as {_listed([os.fspath(each) for each in found])}" if found else ""
+    return f", such as {listed([shortened(os.fspath(each)) for each in found], 5)}" if found else ""
 
 
 def _lies_in(folder: epath.Path, name: str) -> bool:

@@ -8,7 +8,7 @@ from conftest import DIGITS, ROOT, make_digits
 
 from marjax import cli
 from marjax.class_names import FILE
-from marjax.commands.arguments import listed, load_config
+from marjax.commands.arguments import load_config, split_list
 from marjax.config import resolve
 from marjax.workdir import claim_workdir, read_workdir
 
@@ -102,4 +102,4 @@ def test_a_path_near_a_work_directory(folder, capsys, command, given, meant):
 
 def test_lists():
     for text in ("1,2.9", "1, 2.9", "[1, 2.9]", " (1 ,2.9) ", "'1',\"2.9\""):
-        assert listed(text) == ["1", "2.9"]
+        assert split_list(text) == ["1", "2.9"]

@@ -45,8 +45,7 @@ def parse_labels(text: str, names: class_names.Names = (), num_classes: int | No
       UserError: anything else.
     """
     labels: list[int] = []
-    text = text.strip()
-    parts = (text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text).split(",")
+    parts = _without_brackets(text).split(",")
     commas = max((name.count(",") for name in names if name), default=0)
     while parts:
         for count in range(min(commas + 1, len(parts)), 0, -1):  # the longest first: a name may have commas
@@ -92,12 +91,14 @@ def parse_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def listed(text: str) -> list[str]:
+def split_list(text: str) -> list[str]:
     """["1", "2.9"] from "1,2.9", "[1, 2.9]" or "(1, 2.9)"."""
+    return [unquoted(part.strip()) for part in _without_brackets(text).split(",")]
+
+
+def _without_brackets(text: str) -> str:
     text = text.strip()
-    if text[:1] + text[-1:] in ("[]", "()"):
-        text = text[1:-1]
-    return [unquoted(part.strip()) for part in text.split(",")]
+    return text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
 
 
 def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ import functools
 import json
 
 from marjax import config as config_lib
-from marjax.commands.arguments import add_config, listed
+from marjax.commands.arguments import add_config, split_list
 from marjax.errors import UserError
 
 HELP = ("Compile a config's programs for a TPU slice that need not be there: do they fit, what do they send, how long "
@@ -37,7 +37,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.compile.programs import NAMES
     from marjax.compile.run import compile_for, search_batch
 
-    names = tuple(listed(given.programs)) if given.programs else NAMES
+    names = tuple(split_list(given.programs)) if given.programs else NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--programs has {unknown[0]!r}: give some of {','.join(NAMES)}")
     say = (lambda text: None) if given.json else functools.partial(print, flush=True)

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from marjax.commands.arguments import EVALUATE_FIELDS, join, listed
+from marjax.commands.arguments import EVALUATE_FIELDS, join, split_list
 from marjax.commands.next_step import plot_command, print_next
 
 HELP = "Sample from a work directory and measure: FID and more."
@@ -35,9 +35,9 @@ def run(given: argparse.Namespace) -> None:
     from marjax.evaluation.record import RECORD
 
     join(given)
-    settings = {name: listed(getattr(given, name)) for name in EVALUATE_FIELDS if getattr(given, name) is not None}
+    settings = {name: split_list(getattr(given, name)) for name in EVALUATE_FIELDS if getattr(given, name) is not None}
     entries = evaluate(given.workdir, Request(
-        num_images=given.num_images, seed=given.seed, weights=listed(given.weights) if given.weights else (None,),
+        num_images=given.num_images, seed=given.seed, weights=split_list(given.weights) if given.weights else (None,),
         step=given.step, settings=settings, batch_size=given.batch_size, extractor=given.extractor,
         extractor_path=given.extractor_path, reference=given.reference, tokenizer_path=given.tokenizer_path,
         save=given.save, out=given.out, overwrite=given.overwrite))

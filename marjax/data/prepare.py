@@ -28,14 +28,13 @@ from typing import Any
 
 from PIL import Image
 
-from marjax.class_names import listed
 from marjax.data.imagenet import IMAGENET
 from marjax.data.items import Item, Listing
 from marjax.data.listing import list_folder, list_imagenet
 from marjax.data.pictures import DOUBTS, read_bytes
 from marjax.data.shards import Record, Shard, features_of
 from marjax.data.workers import available_cores, write_shards
-from marjax.errors import TrainingError, UserError, shortened
+from marjax.errors import TrainingError, UserError, listed, shortened
 from marjax.files import write_text
 from marjax.json_file import read_json
 from marjax.lock import locked_folder
