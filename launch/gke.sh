@@ -19,7 +19,7 @@
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
-slip() {
+fail() {
     echo "usage: launch/gke.sh build | create COMMAND... | render FILE.yaml COMMAND... | list | delete" >&2
     echo "launch/gke.sh: error: $1" >&2
     exit 2
@@ -28,15 +28,15 @@ slip() {
 need() {
     local variable
     for variable in "$@"; do
-        [[ -n ${!variable-} ]] || slip "no $variable: set it"
+        [[ -n ${!variable-} ]] || fail "no $variable: set it"
     done
 }
 
 workload() {
     need PROJECT ZONE CLUSTER NAME TYPE IMAGE
-    [[ $# -gt 0 ]] || slip "no command, such as: marjax train --config NAME --workdir gs://..."
+    [[ $# -gt 0 ]] || fail "no command, such as: marjax train --config NAME --workdir gs://..."
     [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-        slip "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
+        fail "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
     local command
     printf -v command '%q ' "$@"
     # xpk restarts after 127 too; but what is not there will not be there the next time. `exec`: the wrapper signals the
@@ -55,7 +55,7 @@ workload() {
 
 extra=()
 action=${1-}
-[[ -n $action ]] || slip "say what to do"
+[[ -n $action ]] || fail "say what to do"
 shift
 case $action in
 build)
@@ -68,7 +68,7 @@ build)
     ;;
 create) workload "$@" ;;
 render)
-    [[ $# -gt 0 ]] || slip "render needs a file to write"
+    [[ $# -gt 0 ]] || fail "render needs a file to write"
     # The project's number is looked up otherwise, which needs an account.
     extra=(--dry-run --skip-validation --project-number="${PROJECT_NUMBER:-0}" --output-manifest-file="$1")
     workload "${@:2}"
@@ -80,5 +80,5 @@ list | delete)
     [[ $action == list ]] || where+=(--workload="$NAME")
     xpk workload "$action" "${where[@]}"
     ;;
-*) slip "unknown action $action" ;;
+*) fail "unknown action $action" ;;
 esac

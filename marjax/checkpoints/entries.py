@@ -1,6 +1,4 @@
-"""What lies in the folders of a checkpoint, before Orbax reads them: it waits for ever for a pipe, and reads files of
-any size whole.
-"""
+"""Checks the files of a checkpoint before Orbax reads them: Orbax blocks on a pipe and reads any file whole."""
 
 import os
 from collections.abc import Iterable
