@@ -59,14 +59,15 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh) -> 
       UserError: a source that is no work directory, has no such weights, does not fit the config, or is not the one
         that the run was started from.
     """
-    path, started = epath.Path(workdir), False
-    if (path / "config.json").exists():
-        config, started = _with_recorded(config, workdir), _has_checkpoints(path)
+    path = epath.Path(workdir)
+    is_new = not (path / "config.json").exists()
+    if not is_new:
+        config = _with_recorded(config, workdir)
     if not config.init.path:
         return Start(config, {})
-    if started:
-        return Start(_identified(config), {})
-    return _read(config, mesh)
+    if is_new or not _has_checkpoints(path):
+        return _read(config, mesh)
+    return Start(_identified(config), {})
 
 
 def _with_recorded(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
