@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from marjax import class_names
 from marjax import config as config_lib
+from marjax.commands.next_step import config_arguments
 from marjax.config import shipped
 from marjax.config.overrides import unquoted
 from marjax.errors import UserError
@@ -115,7 +116,7 @@ def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -
     from marjax.evaluation.missing import check_there
     from marjax.tokenizers import AUTOENCODERS
 
-    given = [source, *(f"--config.{key}={value}" for key, value in overrides.items())]
+    given = config_arguments(source, overrides)
     name, path = config.tokenizer.name, config.tokenizer.path
     own = name == "codebook" or (name in AUTOENCODERS and AUTOENCODERS[name].preset is None)
     if own and path and not epath.Path(path).exists():

@@ -5,7 +5,7 @@ import shlex
 
 from marjax import progress
 from marjax.commands.arguments import add_config, check_files, join, load_config, parse_range
-from marjax.commands.next_step import print_next, sample_command
+from marjax.commands.next_step import config_arguments, print_next, sample_command
 
 HELP = "Train, or resume, in a work directory."
 EXAMPLE = "marjax train --config digits --workdir runs/digits"
@@ -25,7 +25,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     from marjax.workdir import refuse_weights_alone
 
     refuse_weights_alone(given.workdir, shlex.join(
-        ["marjax", "train", "--config", given.config, *(f"--config.{key}={value}" for key, value in overrides.items()),
+        ["marjax", "train", "--config", *config_arguments(given.config, overrides),
          "--init_from", given.workdir, "--workdir", f"{given.workdir}_finetuned"]))
     config = load_config(given.config, overrides)
     profile = None if given.profile is None else parse_range(given.profile)
