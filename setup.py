@@ -2,5 +2,7 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["marjax", "marjax.*"]), "marjax.configs"],
-      package_dir={"marjax.configs": "configs"})
+setup(
+    packages=[*find_packages(include=["marjax", "marjax.*"]), "marjax.configs"],
+    package_dir={"marjax.configs": "configs"},
+)

@@ -19,17 +19,31 @@ STEP_TOKENS = {"tiny": 2048, "small": 8192, "mar_base": 16384, "mar_large": 8192
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = config_lib.parse_arg(arg, name="", size=32, model=tuple(STEP_TOKENS), variant=("mar", "ar", "random_ar"),
-                                tokenizer=("pixels", "kl16"), debug=False)
+    args = config_lib.parse_arg(
+        arg,
+        name="",
+        size=32,
+        model=tuple(STEP_TOKENS),
+        variant=("mar", "ar", "random_ar"),
+        tokenizer=("pixels", "kl16"),
+        debug=False,
+    )
     if not args.name and not args.debug:
-        raise UserError("config argument 'name' is missing: give folder:name=NAME, the NAME that marjax prepare has "
-                        "printed")
+        raise UserError(
+            "config argument 'name' is missing: give folder:name=NAME, the NAME that marjax prepare has printed"
+        )
     if args.size < 16 or args.size % 16:
         raise UserError(f"config argument size={args.size}: give a multiple of 16 pixels")
     tiny = args.model == "tiny"
     config = config_lib.base()
-    config.data.update(source=f"tfds:{args.name}" if args.name else "digits", split="train", image_size=args.size,
-                       channels=3, flip=True, workers=0 if tiny else 4)
+    config.data.update(
+        source=f"tfds:{args.name}" if args.name else "digits",
+        split="train",
+        image_size=args.size,
+        channels=3,
+        flip=True,
+        workers=0 if tiny else 4,
+    )
     side = args.size // 16 if args.tokenizer == "kl16" else 8 if tiny or args.size < 64 else 16
     if args.tokenizer == "pixels":
         # The mean colour of a patch then has a variance of about 1, as the noise (see marjax/tokenizers/pixels.py).
@@ -58,8 +72,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.checkpoint.update(every=1000, keep_every=20_000)
         config.log.update(every=100, samples_every=5000)
     # "ddim25": see configs/digits.py. A low temperature and strong guidance hide what a young model gets wrong.
-    config.sample.update(num_iter=32 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim25", cfg=5.0,
-                         temperature=0.65, batch_size=24, max_stages=3)
+    config.sample.update(
+        num_iter=32 if VARIANTS[args.variant].many else None,
+        num_sampling_steps="ddim25",
+        cfg=5.0,
+        temperature=0.65,
+        batch_size=24,
+        max_stages=3,
+    )
     if args.debug:
         config.data.workers = 0
         config.model.update(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=4)
@@ -67,6 +87,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(batch_size=16, steps=20, warmup_steps=5)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim5",
-                             batch_size=20)
+        config.sample.update(
+            num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim5", batch_size=20
+        )
     return config

@@ -11,11 +11,20 @@ from marjax.variants import VARIANTS
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = config_lib.parse_arg(arg, model=tuple(config_lib.MODEL_SIZES),
-                                variant=("mar", "ar", "random_ar"), debug=False)
+    args = config_lib.parse_arg(
+        arg, model=tuple(config_lib.MODEL_SIZES), variant=("mar", "ar", "random_ar"), debug=False
+    )
     config = config_lib.base()
-    config.data.update(source="tfds:imagenet2012", split="train", image_size=256, channels=3, num_classes=1000,
-                       num_examples=1_281_167, flip=True, workers=8)
+    config.data.update(
+        source="tfds:imagenet2012",
+        split="train",
+        image_size=256,
+        channels=3,
+        num_classes=1000,
+        num_examples=1_281_167,
+        flip=True,
+        workers=8,
+    )
     config.tokenizer.update(name="kl16", patch_size=1)
     config_lib.set_model_size(config.model, args.model)
     config.model.variant = args.variant
@@ -29,8 +38,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(warmup_epochs=100.0)
     config.checkpoint.update(every=5000, keep_every=50_000)
     config.log.update(every=100, samples_every=10_000)
-    config.sample.update(num_iter=256, num_sampling_steps="100", temperature=1.0,
-                         cfg=config_lib.MODEL_SIZES[args.model]["cfg"])
+    config.sample.update(
+        num_iter=256, num_sampling_steps="100", temperature=1.0, cfg=config_lib.MODEL_SIZES[args.model]["cfg"]
+    )
     if args.debug:
         config.data.update(source="digits", image_size=32, num_classes=10, num_examples=1797, workers=0)
         config.tokenizer.update(name="pixels", patch_size=8)
@@ -41,6 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(warmup_epochs=None, warmup_steps=5, ema_warmup=True)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim5",
-                             batch_size=20)
+        config.sample.update(
+            num_iter=4 if VARIANTS[args.variant].many else None, num_sampling_steps="ddim5", batch_size=20
+        )
     return config

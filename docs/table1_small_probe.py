@@ -43,11 +43,13 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
     def draw(params: Any) -> tuple[jax.Array, jax.Array]:
         latent = tokenizer.encode(tokenizer.params, images, numerics.key(0))
         real = tokens.patchify(latent)
-        z = generator.apply({"params": params}, real, labels, jnp.zeros(NUM_IMAGES, bool), rand.order, num_known,
-                            method="condition")
+        z = generator.apply(
+            {"params": params}, real, labels, jnp.zeros(NUM_IMAGES, bool), rand.order, num_known, method="condition"
+        )
         head: Any = generator.bind({"params": params}).head
-        return real, head.sample(z, rand.head, None, num_sampling_steps="ddim25", temperature=temperature,
-                                 codebook=codebook)
+        return real, head.sample(
+            z, rand.head, None, num_sampling_steps="ddim25", temperature=temperature, codebook=codebook
+        )
 
     real, drawn = (is_background(np.asarray(x)) for x in draw(params))
     unknown = np.argsort(np.asarray(rand.order), axis=1) >= np.asarray(num_known)[:, None]
@@ -60,8 +62,11 @@ def main() -> None:
         for name in ("mar", "mar_ce", "mar_quantised", "mar_cosine", "mar_wide", "random_ar", "random_ar_ce"):
             for step in steps if name in ("mar", "mar_ce") else [5000]:
                 real, drawn, right = probe(root / name, step, known)
-                print(f"{known:.0%} known, {name}, step {step}: background {real:.1%} real, {drawn:.1%} drawn; "
-                      f"{right:.1%} drawn as what they are", flush=True)
+                print(
+                    f"{known:.0%} known, {name}, step {step}: background {real:.1%} real, {drawn:.1%} drawn; "
+                    f"{right:.1%} drawn as what they are",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,17 @@ def draw_data(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndarray, np.ndarray]:
     """n samples (n, 2) of a model with that head trained on the data, and their classes (n,)."""
     config = config_lib.base()
-    config.model.update(variant="ar", head=head, width=64, encoder_depth=1, decoder_depth=1, num_heads=2,
-                        attn_dropout=0.0, proj_dropout=0.0, dtype="float32")
+    config.model.update(
+        variant="ar",
+        head=head,
+        width=64,
+        encoder_depth=1,
+        decoder_depth=1,
+        num_heads=2,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+        dtype="float32",
+    )
     config.model.denoiser.update(depth=3, width=64)
     generator = generator_lib.build(config.model, num_tokens=1, token_dim=2, num_classes=2)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.0)
@@ -59,8 +68,16 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
     @jax.jit
     def sample(params):
         rand = draw_randomness(generator, 0, jnp.arange(n), "ddim25")
-        return generate(generator, params, labels, rand, None, jnp.float32(1.0), stages=(Stage(0, (0,), (1,), 1),),
-                        num_sampling_steps="ddim25")
+        return generate(
+            generator,
+            params,
+            labels,
+            rand,
+            None,
+            jnp.float32(1.0),
+            stages=(Stage(0, (0,), (1,), 1),),
+            num_sampling_steps="ddim25",
+        )
 
     return np.asarray(sample(params)[:, 0]), np.asarray(labels)
 
@@ -87,8 +104,12 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     tokens, classes = draw_data(7, 1000)
-    panels = {"data": (tokens[:, 0], classes), "regression (L2)": fit_and_sample("regression"),
-              "one Gaussian": single_gaussian(), "diffusion": fit_and_sample("diffusion")}
+    panels = {
+        "data": (tokens[:, 0], classes),
+        "regression (L2)": fit_and_sample("regression"),
+        "one Gaussian": single_gaussian(),
+        "diffusion": fit_and_sample("diffusion"),
+    }
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharex=True, sharey=True, layout="constrained")
     for axis, (title, (points, labels)) in zip(axes, panels.items(), strict=True):
         for c, colour in enumerate(("tab:blue", "tab:orange")):

@@ -68,9 +68,16 @@ def environment(index: int, processes: int, devices: int, port: int, base: Mappi
     if any(name.lower() in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy") for name in base):
         hosts = [base.get("no_proxy") or base.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
         direct = dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, hosts)))
-    return {**base, **direct, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
-            "PYTHONUNBUFFERED": "1"}
+    return {
+        **base,
+        **direct,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(index),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def first_bad(codes: Sequence[int]) -> int:
@@ -109,8 +116,15 @@ class _Signals:
         self.stopped = True
 
 
-def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 90.0,
-        write: Callable[[str], None] | None = None, signals: _Signals | None = None) -> int:
+def run(
+    command: Sequence[str],
+    processes: int,
+    devices: int,
+    *,
+    grace: float = 90.0,
+    write: Callable[[str], None] | None = None,
+    signals: _Signals | None = None,
+) -> int:
     """Runs `command` in all processes at once, and returns when the last has ended.
 
     Once one has failed, the others have `grace` seconds to notice; those left get SIGTERM, then SIGKILL.
@@ -136,19 +150,30 @@ def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 
     children: list[subprocess.Popen[bytes]] = []
     readers: list[threading.Thread] = []
     # In a session of its own: it outlives whatever ends this launcher.
-    guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, bufsize=0,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD],
+        stdin=subprocess.PIPE,
+        bufsize=0,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     assert guard.stdin is not None
     watched = guard.stdin.fileno()
     try:
         for index in range(processes):
             # Sessions of their own: Ctrl-C in a terminal reaches them once, through here, and whatever a process has
             # started can be ended with it.
-            child = subprocess.Popen(command, env=environment(index, processes, devices, port, os.environ),
-                                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                     start_new_session=True,
-                                     # Before it becomes the command: there is no moment when it is not watched.
-                                     preexec_fn=lambda: os.write(watched, b"%d\n" % os.getpid()) and None)
+            child = subprocess.Popen(
+                command,
+                env=environment(index, processes, devices, port, os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Before it becomes the command: there is no moment when it is not watched.
+                preexec_fn=lambda: os.write(watched, b"%d\n" % os.getpid()) and None,
+            )
             children.append(child)
         for index, child in enumerate(children):
             readers.append(threading.Thread(target=_forward_lines, args=(child, f"[{index}] ", say), daemon=True))
@@ -165,8 +190,9 @@ def run(command: Sequence[str], processes: int, devices: int, *, grace: float = 
             reader.join(timeout=5.0)
 
 
-def _wait(children: Sequence["subprocess.Popen[bytes]"], grace: float, say: Callable[[str], None],
-          signals: _Signals) -> int:
+def _wait(
+    children: Sequence["subprocess.Popen[bytes]"], grace: float, say: Callable[[str], None], signals: _Signals
+) -> int:
     code, running, deadline = 0, dict(enumerate(children)), float("inf")
     asked = False
     while running:
@@ -182,8 +208,10 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], grace: float, say: Call
             code, deadline = bad, time.monotonic() + grace
             if bad != PREEMPTED:
                 index = next(i for i, value in ended.items() if bad in (value, 128 - value))
-                say(f"local: process {index} ended with {bad}"
-                    + (f"; the others have {grace:g} s to end" if running else ""))
+                say(
+                    f"local: process {index} ended with {bad}"
+                    + (f"; the others have {grace:g} s to end" if running else "")
+                )
         if running and time.monotonic() > deadline:
             if not asked:
                 say(f"local: {', '.join(map(str, running))} still running: ending them")
@@ -214,8 +242,15 @@ def _print(line: str) -> None:
         print(line, flush=True)
 
 
-def run_with_restarts(command: Sequence[str], processes: int, devices: int, *, restarts: int, grace: float = 90.0,
-                      write: Callable[[str], None] | None = None) -> int:
+def run_with_restarts(
+    command: Sequence[str],
+    processes: int,
+    devices: int,
+    *,
+    restarts: int,
+    grace: float = 90.0,
+    write: Callable[[str], None] | None = None,
+) -> int:
     """`run`, and again after an end that is retriable, at most `restarts` times; the exit code of the last.
 
     Not after SIGINT or SIGTERM to this launcher, which are meant for the run as a whole, nor when a loss of processes
@@ -247,23 +282,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the processes may print what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(prog="local.py", usage="local.py [options] -- COMMAND [ARGUMENT ...]",
-                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="local.py",
+        usage="local.py [options] -- COMMAND [ARGUMENT ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--processes", type=_count, default=2, help="default %(default)s")
     parser.add_argument("--devices", type=_count, default=2, help="CPU devices in each; default %(default)s")
-    parser.add_argument("--restarts", type=int, default=0, metavar="N",
-                        help="start again up to N times after exit code 42 (preempted) or one from 128 up (a process "
-                        "was lost); default %(default)s")
-    parser.add_argument("--grace", type=float, default=90.0, metavar="SECONDS",
-                        help="for the others to end in, once one has failed; default %(default)s")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again up to N times after exit code 42 (preempted) or one from 128 up (a process "
+        "was lost); default %(default)s",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=90.0,
+        metavar="SECONDS",
+        help="for the others to end in, once one has failed; default %(default)s",
+    )
     parser.add_argument("command", nargs="+", help="what to run, after --")
     given = parser.parse_args(arguments)
     if given.restarts < 0:
         parser.error(f"argument --restarts: {given.restarts}: give at least 0")
     try:
-        return run_with_restarts(given.command, given.processes, given.devices, restarts=given.restarts,
-                                 grace=given.grace)
+        return run_with_restarts(
+            given.command, given.processes, given.devices, restarts=given.restarts, grace=given.grace
+        )
     except OSError as error:
         print(f"local.py: error: {given.command[0]} cannot be started: {error.strerror}", file=sys.stderr)
         return 2

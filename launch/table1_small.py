@@ -55,13 +55,18 @@ ROWS: dict[str, tuple[tuple[str, str, str, str], Paper | None]] = {
 
 
 def get_sweep() -> Sweep:
-    points = [Point(f"{variant}{suffix}", f"mnist:variant={variant},head={head}")
-              for variant in ("mar", "random_ar", "ar") for head, suffix in (("diffusion", ""), ("categorical", "_ce"))]
-    points += [Point("mar_l2", "mnist:head=regression"),
-               Point("mar_quantised", "mnist:head=diffusion", {"tokenizer.name": "codebook"}),
-               # In search of what holds the diffusion head back at this scale.
-               Point("mar_cosine", "mnist:head=diffusion", {"train.schedule": "cosine"}),
-               Point("mar_wide", "mnist:head=diffusion", {"model.denoiser.width": 128})]
+    points = [
+        Point(f"{variant}{suffix}", f"mnist:variant={variant},head={head}")
+        for variant in ("mar", "random_ar", "ar")
+        for head, suffix in (("diffusion", ""), ("categorical", "_ce"))
+    ]
+    points += [
+        Point("mar_l2", "mnist:head=regression"),
+        Point("mar_quantised", "mnist:head=diffusion", {"tokenizer.name": "codebook"}),
+        # In search of what holds the diffusion head back at this scale.
+        Point("mar_cosine", "mnist:head=diffusion", {"train.schedule": "cosine"}),
+        Point("mar_wide", "mnist:head=diffusion", {"model.denoiser.width": 128}),
+    ]
     return Sweep(points, measure=measure, prepare=prepare, report=report)
 
 
@@ -98,11 +103,20 @@ def prepare(root: pathlib.Path) -> None:
     quantised = np.clip(np.round((quantised + 1.0) * 127.5), 0, 255).astype(np.uint8)
     # As many real images as there are samples in a row, against all others.
     rest = gaussian(classifier.extract(images[MEASURED_ON:]).features)
-    write_whole(root / "reference.json", json.dumps({
-        "accuracy": classifier.accuracy(images[4000:], labels[4000:]),
-        "distance_of_real": frechet_distance(gaussian(classifier.extract(images[:MEASURED_ON]).features), rest),
-        "distance_of_quantised": frechet_distance(gaussian(classifier.extract(quantised).features), rest),
-        "codes": config.tokenizer.num_codes, "psnr": read(path)[1].psnr}, indent=2) + "\n")
+    write_whole(
+        root / "reference.json",
+        json.dumps(
+            {
+                "accuracy": classifier.accuracy(images[4000:], labels[4000:]),
+                "distance_of_real": frechet_distance(gaussian(classifier.extract(images[:MEASURED_ON]).features), rest),
+                "distance_of_quantised": frechet_distance(gaussian(classifier.extract(quantised).features), rest),
+                "codes": config.tokenizer.num_codes,
+                "psnr": read(path)[1].psnr,
+            },
+            indent=2,
+        )
+        + "\n",
+    )
 
 
 def measure(workdir: pathlib.Path, root: pathlib.Path) -> list[dict[str, Any]]:
@@ -131,8 +145,9 @@ class Judge:
         return frechet_distance(gaussian(found.features), self.real), float((found.logits.argmax(1) == labels).mean())
 
 
-def draw(sampler: Any, params: Any, sample: Any, scale: float, temperature: float, seed: int,
-         n: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    sampler: Any, params: Any, sample: Any, scale: float, temperature: float, seed: int, n: int
+) -> tuple[np.ndarray, np.ndarray]:
     """n images, equally many of each class, and their labels."""
     sample = sample.copy_and_resolve_references()
     with sample.unlocked():
@@ -164,8 +179,12 @@ def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_ite
         scale, temperature = min(itertools.product(scales, TEMPERATURES), key=lambda key: tried[key])
         images, labels = draw(sampler, params, sample, scale, temperature, SEED, MEASURED_ON)
         distance, accuracy = judge(images, labels)
-        row |= {f"{kind}_distance": distance, f"{kind}_accuracy": accuracy, f"{kind}_temperature": temperature,
-                f"{kind}_scale": scale}
+        row |= {
+            f"{kind}_distance": distance,
+            f"{kind}_accuracy": accuracy,
+            f"{kind}_temperature": temperature,
+            f"{kind}_scale": scale,
+        }
         (root / "pictures").mkdir(exist_ok=True)
         write_png(root / "pictures" / f"{name.replace('/', '_')}_{kind}.png", grid(images[:60], 10))
     return row
@@ -181,27 +200,40 @@ def report(root: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     done = {row["row"]: row for row in rows if row.get("status") == "done"}
     reference = json.loads((root / "reference.json").read_text("utf-8"))
-    head = (f"Classifier: {reference['accuracy']:.1%} right on 1000 real digits it was not trained on. Distance of "
-            f"{MEASURED_ON} real digits to the others: {reference['distance_of_real']:.2f}; of the same digits "
-            f"quantised by {reference['codes']} codes ({reference['psnr']:.1f} dB): "
-            f"{reference['distance_of_quantised']:.2f}.\n\n")
+    head = (
+        f"Classifier: {reference['accuracy']:.1%} right on 1000 real digits it was not trained on. Distance of "
+        f"{MEASURED_ON} real digits to the others: {reference['distance_of_real']:.2f}; of the same digits "
+        f"quantised by {reference['codes']} codes ({reference['psnr']:.1f} dB): "
+        f"{reference['distance_of_quantised']:.2f}.\n\n"
+    )
     (folder / "table.md").write_text(head + table_of(done), "utf-8")
     draw_curves(root, done, folder / "curves.png")
     draw_samples(root, done, folder / "samples.png")
 
 
 def table_of(done: dict[str, dict[str, Any]]) -> str:
-    lines = ["| order | attention | tokens a step | head | distance | accuracy | T | guided: distance | accuracy | T | "
-             "scale | paper's FID | guided |", "|---|---|---|---|" + "---:|" * 9]
+    lines = [
+        "| order | attention | tokens a step | head | distance | accuracy | T | guided: distance | accuracy | T | "
+        "scale | paper's FID | guided |",
+        "|---|---|---|---|" + "---:|" * 9,
+    ]
     for name, (choices, paper) in ROWS.items():
         if name not in done:
             continue
         row = done[name]
-        plain_t, guided_t = ("-" if choices[3] == "regression" else f"{row[f'{kind}_temperature']:g}"
-                             for kind in ("plain", "guided"))  # a mean has no temperature
-        values = [f"{row['plain_distance']:.1f}", f"{row['plain_accuracy']:.1%}", plain_t,
-                  f"{row['guided_distance']:.1f}", f"{row['guided_accuracy']:.1%}", guided_t,
-                  f"{row['guided_scale']:g}", *((f"{paper.plain}", f"{paper.guided}") if paper else ("", ""))]
+        plain_t, guided_t = (
+            "-" if choices[3] == "regression" else f"{row[f'{kind}_temperature']:g}" for kind in ("plain", "guided")
+        )  # a mean has no temperature
+        values = [
+            f"{row['plain_distance']:.1f}",
+            f"{row['plain_accuracy']:.1%}",
+            plain_t,
+            f"{row['guided_distance']:.1f}",
+            f"{row['guided_accuracy']:.1%}",
+            guided_t,
+            f"{row['guided_scale']:g}",
+            *((f"{paper.plain}", f"{paper.guided}") if paper else ("", "")),
+        ]
         lines.append("| " + " | ".join((*choices, *values)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -220,8 +252,12 @@ def draw_curves(root: pathlib.Path, done: dict[str, dict[str, Any]], path: pathl
         if log.exists():
             values = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
             axis = axes[1 if point.name.endswith("_ce") else 0]
-            axis.plot([v["step"] for v in values], [v["train/loss"] for v in values], label=point.name,
-                      color=colours[point.name])
+            axis.plot(
+                [v["step"] for v in values],
+                [v["train/loss"] for v in values],
+                label=point.name,
+                color=colours[point.name],
+            )
     for axis, title in zip(axes, ("diffusion loss (and L2)", "cross-entropy, nats a token"), strict=False):
         axis.set(title=title, xlabel="step", yscale="log")
     for name in done:

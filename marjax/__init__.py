@@ -27,8 +27,12 @@ __all__ = ["config", "evaluate", "load", "loggers", "register", "sample", "train
 __version__ = "0.1.0"
 
 # Imported on first use: a config file or `--help` should not have to wait for JAX.
-_LAZY = {"train": "marjax.training.loop", "sample": "marjax.generation.sample", "load": "marjax.generation.loaded",
-         "evaluate": "marjax.evaluation.evaluate"}
+_LAZY = {
+    "train": "marjax.training.loop",
+    "sample": "marjax.generation.sample",
+    "load": "marjax.generation.loaded",
+    "evaluate": "marjax.evaluation.evaluate",
+}
 
 
 def __getattr__(name: str) -> Any:

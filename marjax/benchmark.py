@@ -53,7 +53,10 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):
         raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     result: dict[str, Any] = {
-        "what": what, "device": jax.devices()[0].device_kind, "devices": mesh.size, "dtype": config.model.dtype,
+        "what": what,
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "dtype": config.model.dtype,
         "parameters": int(parameter_overview.count_parameters(state_lib.abstract_params(generator, mesh))),
         "batch_size": config.train.batch_size if what == "train" else config.sample.batch_size,
     }
@@ -88,21 +91,32 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         per_image = flops.train_flops(generator)
     else:
         sample = config.sample
-        per_image = flops.sample_flops(generator, orders.generation_plan(tokens.num_tokens, sample.num_iter),
-                                       sample.num_sampling_steps, sample.cfg != 1.0, sample.confidence_order)
+        per_image = flops.sample_flops(
+            generator,
+            orders.generation_plan(tokens.num_tokens, sample.num_iter),
+            sample.num_sampling_steps,
+            sample.cfg != 1.0,
+            sample.confidence_order,
+        )
     # On CPU every device is a share of the same cores; elsewhere each brings its own.
     machine = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size)
     median = float(np.median(seconds[1:]))
     images_per_sec = result["batch_size"] / median
     if steps:
         slow = float(np.median(steps)) * tokens.num_tokens
-        result |= {"recompute_seconds_a_step": round(float(np.median(steps)), 4),
-                   "recompute_images_per_sec": result["batch_size"] / slow, "kv_cache_speedup": slow / median}
+        result |= {
+            "recompute_seconds_a_step": round(float(np.median(steps)), 4),
+            "recompute_images_per_sec": result["batch_size"] / slow,
+            "kv_cache_speedup": slow / median,
+        }
     return result | {
-        "seconds": round(median, 4), "images_per_sec": images_per_sec,
+        "seconds": round(median, 4),
+        "images_per_sec": images_per_sec,
         "peak_memory_gib": round(_peak_memory() / 2**30, 2),
-        "model_tflops_per_image": per_image / 1e12, "model_gflops_per_sec": images_per_sec * per_image / 1e9,
-        "matmul_gflops_per_sec": machine / 1e9, "ratio": images_per_sec * per_image / machine,
+        "model_tflops_per_image": per_image / 1e12,
+        "model_gflops_per_sec": images_per_sec * per_image / 1e9,
+        "matmul_gflops_per_sec": machine / 1e9,
+        "ratio": images_per_sec * per_image / machine,
     }
 
 
@@ -131,9 +145,13 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
     step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
-    batch = sharding.cut_batch({
-        "image": rng.integers(0, 256, (size, side, side, tokens.channels), np.uint8),
-        "label": rng.integers(0, config.data.num_classes, size, np.int32)}, mesh)
+    batch = sharding.cut_batch(
+        {
+            "image": rng.integers(0, 256, (size, side, side, tokens.channels), np.uint8),
+            "label": rng.integers(0, config.data.num_classes, size, np.int32),
+        },
+        mesh,
+    )
 
     def make_run(compiled: Any) -> Callable[[], None]:
         state = [state_lib.create(generator, optimizer, abstract, config.seed)]
@@ -169,16 +187,29 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     sample, size = config.sample, config.sample.batch_size
     labels = np.arange(size) % config.data.num_classes
     rand = jax.jit(lambda index: draw_randomness(generator, config.seed, index, sample.num_sampling_steps))(
-        np.arange(size))
+        np.arange(size)
+    )
     params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(numerics.key(config.seed))
     codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
 
     @jax.jit
     def step(params: Any, state: Any, start: Any, noise: Any) -> Any:
-        return generator.apply({"params": params}, state, labels, labels < 0, start, 1, noise,
-                               None if sample.cfg == 1.0 else sample.cfg, known_slots=generator.num_tokens, new_slots=1,
-                               codebook=codebook, num_sampling_steps=sample.num_sampling_steps,
-                               temperature=sample.temperature, method="generate_step")
+        return generator.apply(
+            {"params": params},
+            state,
+            labels,
+            labels < 0,
+            start,
+            1,
+            noise,
+            None if sample.cfg == 1.0 else sample.cfg,
+            known_slots=generator.num_tokens,
+            new_slots=1,
+            codebook=codebook,
+            num_sampling_steps=sample.num_sampling_steps,
+            temperature=sample.temperature,
+            method="generate_step",
+        )
 
     seconds, state = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
     for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):

@@ -89,8 +89,10 @@ def class_of(text: str, names: Names, num_classes: int | None = None) -> int:
         return NO_CLASS
     known = [each for each in names if each is not None]
     if not known:
-        raise UserError(f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; the names of the classes "
-                        f"are not known: {FILE} of the work directory would hold them, {{\"names\": [\"cat\"]}}")
+        raise UserError(
+            f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; the names of the classes "
+            f'are not known: {FILE} of the work directory would hold them, {{"names": ["cat"]}}'
+        )
     folded = {each.casefold(): each for each in known}
     close = difflib.get_close_matches(name.casefold()[:100], folded, 1, 0.5)
     meant = f"; the closest is {folded[close[0]]!r}" if close else ""

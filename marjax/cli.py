@@ -18,8 +18,24 @@ from marjax.interrupts import never_lost
 from marjax.paths import normalised
 
 # Arguments that are paths; those that may have an ARG after a colon (`--config`) are left to `config.load`.
-PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "init_from", "npz", "out",
-         "path", "reference", "root", "tokenizer", "tokenizer_path", "workdir"}
+PATHS = {
+    "checkpoint",
+    "extractor_path",
+    "file",
+    "hlo",
+    "imagenet",
+    "images",
+    "inception",
+    "init_from",
+    "npz",
+    "out",
+    "path",
+    "reference",
+    "root",
+    "tokenizer",
+    "tokenizer_path",
+    "workdir",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag in PATHS & vars(given).keys():
             value = getattr(given, flag)
             if value is not None:
-                setattr(given, flag, [normalised(each, f"--{flag}") for each in value] if isinstance(value, list)
-                        else normalised(value, f"--{flag}"))
+                setattr(
+                    given,
+                    flag,
+                    [normalised(each, f"--{flag}") for each in value]
+                    if isinstance(value, list)
+                    else normalised(value, f"--{flag}"),
+                )
         for path in (*vars(given).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
@@ -110,13 +131,21 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
 
 def _parser() -> Parser:
     """The parser of all commands, for help and completion."""
-    parser = Parser(prog="marjax", description="Autoregressive image generation with continuous tokens. See README.md.",
-                    epilog="marjax COMMAND --help lists the arguments of a command, with an example. To begin, two "
-                    "minutes on a laptop: marjax train --config digits --workdir runs/digits")
+    parser = Parser(
+        prog="marjax",
+        description="Autoregressive image generation with continuous tokens. See README.md.",
+        epilog="marjax COMMAND --help lists the arguments of a command, with an example. To begin, two "
+        "minutes on a laptop: marjax train --config digits --workdir runs/digits",
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of marjax, Python and JAX")
-    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
-                        help=f"print the completion script of {', '.join(SHELLS)}: eval \"$(marjax --print-completion "
-                        f"bash)\" in ~/.bashrc")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f'print the completion script of {", ".join(SHELLS)}: eval "$(marjax --print-completion '
+        f'bash)" in ~/.bashrc',
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)

@@ -20,11 +20,31 @@ _DASHES = "-‐‑‒–—―−﹣-"  # those that web pages and word processo
 _NUMBER = re.compile(r"-\.?\d.*")  # a value, no flag
 _ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
 # Of files that somebody may name where a folder is expected.
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf", ".npz", ".npy", ".json", ".csv", ".md", ".txt",
-             ".safetensors", ".zip", ".tar"}
+_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".svg",
+    ".pdf",
+    ".npz",
+    ".npy",
+    ".json",
+    ".csv",
+    ".md",
+    ".txt",
+    ".safetensors",
+    ".zip",
+    ".tar",
+}
 # Sections whose field is meant by a name that several have.
-_SECTIONS = {"train-tokenizer": ("tokenizer.train.", "tokenizer."), "stats": ("eval.", "data."),
-             "train-classifier": ("data.", "eval."), "cache-latents": ("data.", "tokenizer.")}
+_SECTIONS = {
+    "train-tokenizer": ("tokenizer.train.", "tokenizer."),
+    "stats": ("eval.", "data."),
+    "train-classifier": ("data.", "eval."),
+    "cache-latents": ("data.", "tokenizer."),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,8 +70,9 @@ class Parser(argparse.ArgumentParser):
         if found := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
             choices = found[3].replace("'", "").split(", ")
             given = found[2].strip("'\"")
-            raise UserError(f"{found[1]} is {shortened(found[2])}{_closest(given, choices)}; give one of "
-                            f"{', '.join(choices)}")
+            raise UserError(
+                f"{found[1]} is {shortened(found[2])}{_closest(given, choices)}; give one of {', '.join(choices)}"
+            )
         raise UserError(re.sub(r"^argument (\S+): =", r"\1=", message))
 
 
@@ -63,12 +84,12 @@ def _number(kind: type) -> Callable[[str], Any]:
             return parse_value("", text, kind)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+
     return parse
 
 
 def check_command(arguments: Sequence[str], names: Sequence[str], options: Sequence[str]) -> None:
-    """Raises UserError: the first argument is neither a command nor one of the options of `marjax`, naming the closest.
-    """
+    """Raises UserError: the first argument is neither a command nor an option of `marjax`, naming the closest."""
     given = arguments[0]
     if given in names:
         return
@@ -79,12 +100,14 @@ def check_command(arguments: Sequence[str], names: Sequence[str], options: Seque
         raise UserError(f"unknown argument {shortened(repr(given))}{close}; marjax --help lists the commands")
     name = given.lower().replace("_", "-")
     match = [each for each in names if len(name) > 1 and each.startswith(name)]
-    raise UserError(f"unknown command {shortened(repr(given))}{_closest(name, match or names)}; marjax --help lists "
-                    f"all")
+    raise UserError(
+        f"unknown command {shortened(repr(given))}{_closest(name, match or names)}; marjax --help lists all"
+    )
 
 
-def read(arguments: Sequence[str], command: str, parser: Parser, *, takes_fields: bool) -> tuple[
-        list[str], dict[str, str]]:
+def read(
+    arguments: Sequence[str], command: str, parser: Parser, *, takes_fields: bool
+) -> tuple[list[str], dict[str, str]]:
     """The arguments of a command as argparse takes them, and the fields of the config that they set.
 
     Args:
@@ -119,8 +142,10 @@ def read(arguments: Sequence[str], command: str, parser: Parser, *, takes_fields
             flag, has_value, value = argument.partition("=")
             action = reader.find(flag)
             if action is None and kept and (before := reader.find(kept[-1])) is not None and before.nargs != 0:
-                raise UserError(f"{kept[-1]} needs a value; one that starts with a dash is written {kept[-1]}="
-                                f"{shlex.quote(shortened(argument))}")
+                raise UserError(
+                    f"{kept[-1]} needs a value; one that starts with a dash is written {kept[-1]}="
+                    f"{shlex.quote(shortened(argument))}"
+                )
             if action is None:
                 raise reader.unknown(argument, remaining)
             if action.nargs == 0:
@@ -174,18 +199,23 @@ def _check_split(arguments: Sequence[str], reader: "_Reader") -> None:
         if first.endswith(",") or second.startswith(","):
             start = index if is_flag(first) or not index else index - 1
             end = index + 1
-            while end + 1 < len(arguments) and not is_flag(arguments[end + 1]) and (
-                    arguments[end].endswith(",") or arguments[end + 1].startswith(",")):
+            while (
+                end + 1 < len(arguments)
+                and not is_flag(arguments[end + 1])
+                and (arguments[end].endswith(",") or arguments[end + 1].startswith(","))
+            ):
                 end += 1
-            flag, values = arguments[start].partition("=")[0], "".join(arguments[index:end + 1])
+            flag, values = arguments[start].partition("=")[0], "".join(arguments[index : end + 1])
             action = reader.find(flag)
             if action is not None and action.nargs == "+":
                 values, advice = values.replace(",", " "), "separate the values by blanks alone"
             else:
                 advice = "leave out the blank beside the comma, or quote the value"
             meant = values if start == index else f"{flag} {values}"
-            raise UserError(f"{shortened(repr(first))} and {shortened(repr(second))} are two arguments: {advice}: "
-                            f"{shortened(meant, 200)}")
+            raise UserError(
+                f"{shortened(repr(first))} and {shortened(repr(second))} are two arguments: {advice}: "
+                f"{shortened(meant, 200)}"
+            )
 
 
 class _Reader:
@@ -194,7 +224,8 @@ class _Reader:
     def __init__(self, command: str, parser: Parser, takes_fields: bool) -> None:
         self._command, self._takes_fields = command, takes_fields
         self._actions: Mapping[str, argparse.Action] = {
-            option: action for action in parser._actions for option in action.option_strings}
+            option: action for action in parser._actions for option in action.option_strings
+        }
         self._required = [action for action in parser._actions if action.required and action.option_strings]
 
     def find(self, flag: str) -> argparse.Action | None:
@@ -258,11 +289,17 @@ class _Reader:
         from marjax.config.overrides import known_fields
 
         first = _SECTIONS.get(self._command, ("train.", "model.", "data.", "sample."))
-        fields = sorted(known_fields(), key=lambda key: (
-            next((rank for rank, section in enumerate(first) if key.startswith(section)), len(first)), key.count(".")))
+        fields = sorted(
+            known_fields(),
+            key=lambda key: (
+                next((rank for rank, section in enumerate(first) if key.startswith(section)), len(first)),
+                key.count("."),
+            ),
+        )
         key = name.removeprefix("config.")
         names = {_plain(each): each for each in reversed(fields)} | {
-            _plain(each.rpartition(".")[2]): each for each in reversed(fields)}
+            _plain(each.rpartition(".")[2]): each for each in reversed(fields)
+        }
         match = [_plain(key)] if exact and _plain(key) in names else []
         if not exact:
             match = difflib.get_close_matches(_plain(key), names, 1, 0.7)
@@ -284,8 +321,10 @@ def _check_out(path: str, kinds: Sequence[str]) -> None:
     if folder and not os.path.isdir(path) and f"FILE{suffix}" not in kinds and (is_file or suffix in _SUFFIXES):
         others = "".join(f", or {kind}" for kind in kinds if kind != "DIR")
         meant = path.removesuffix(suffix) if suffix in _SUFFIXES else f"{path}_out"
-        raise UserError(f"--out {path} is {'a file' if is_file else 'the name of a file'}: give a folder, such as "
-                        f"{shlex.quote(meant)}{others}")
+        raise UserError(
+            f"--out {path} is {'a file' if is_file else 'the name of a file'}: give a folder, such as "
+            f"{shlex.quote(meant)}{others}"
+        )
     if kinds[0].startswith("FILE") and (os.path.isdir(path) or path.endswith("/")):
         meant = os.path.join(path, f"NAME{os.path.splitext(kinds[0])[1]}")
         raise UserError(f"--out {path} is a folder: give a file, such as {shlex.quote(meant)}")

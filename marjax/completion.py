@@ -13,8 +13,13 @@ _CONFIGS = "_marjax_config_files"
 class PrintCompletion(argparse.Action):
     """The action of --print-completion: prints the script for a shell, and exits."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         print(script(parser, values))
         parser.exit()
 
@@ -35,7 +40,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
                 vars(action)["complete"] = shtab.FILE
     words, lines = " ".join(shipped.names()), "\\n".join(shipped.names())  # some versions split at line breaks alone
     preamble = {
-        "bash": f"{_CONFIGS}() {{\n  compgen -W $'{lines}' -- \"$1\"\n  compgen -f -- \"$1\"\n}}\n",
+        "bash": f'{_CONFIGS}() {{\n  compgen -W $\'{lines}\' -- "$1"\n  compgen -f -- "$1"\n}}\n',
         "zsh": f"{_CONFIGS}() {{\n  _alternative 'configs:config:({words})' 'files:file:_files'\n}}\n",
     }.get(shell, "")
     return str(complete(parser, shell, preamble=preamble))

@@ -84,12 +84,15 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
     waiting.start()
     try:
         with _without_proxies():
-            jax.distributed.initialize(**given, heartbeat_timeout_seconds=_heartbeat(),
-                                       shutdown_timeout_seconds=_PATIENCE)
+            jax.distributed.initialize(
+                **given, heartbeat_timeout_seconds=_heartbeat(), shutdown_timeout_seconds=_PATIENCE
+            )
     except ValueError as error:
         if given or "should be defined" not in str(error):
-            raise UserError(f"the processes of this run cannot be started: {first_line(error)[:300]}. Give "
-                            f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
+            raise UserError(
+                f"the processes of this run cannot be started: {first_line(error)[:300]}. Give "
+                f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ) from None
         if stops_at_steps:
             _listen()
     except RuntimeError as error:
@@ -97,8 +100,10 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
             if stops_at_steps:
                 _listen()
             return
-        raise LostPeerError(f"the processes of this run do not find each other ({first_line(error)[:300]}): start all "
-                            f"of them, within five minutes") from None
+        raise LostPeerError(
+            f"the processes of this run do not find each other ({first_line(error)[:300]}): start all "
+            f"of them, within five minutes"
+        ) from None
     finally:
         waiting.cancel()
 
@@ -122,8 +127,12 @@ def _without_proxies() -> Iterator[None]:
 
 def _tell_waiting(given: Mapping[str, Any]) -> None:
     said = ", ".join(f"{name} {value}" for name, value in given.items())
-    print(f"marjax: waiting for the other processes of this run{f' ({said})' if said else ''}: all must start within "
-          f"five minutes", file=sys.stderr, flush=True)
+    print(
+        f"marjax: waiting for the other processes of this run{f' ({said})' if said else ''}: all must start within "
+        f"five minutes",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _settings() -> dict[str, Any]:
@@ -143,10 +152,16 @@ def _settings() -> dict[str, Any]:
         if address is not None and size in os.environ and rank in os.environ:
             given.setdefault("num_processes", int(os.environ[size]))
             given.setdefault("process_id", int(os.environ[rank]))
-        elif (int(os.environ.get(size, "1")) > 1 and "OMPI_MCA_orte_hnp_uri" not in os.environ
-              and "SLURM_STEP_NODELIST" not in os.environ and not given):
-            raise UserError(f"{size} says that there are {os.environ[size]} processes of this kind of MPI, whose first "
-                            f"host is not known: give all of them JAX_COORDINATOR_ADDRESS=host:port")
+        elif (
+            int(os.environ.get(size, "1")) > 1
+            and "OMPI_MCA_orte_hnp_uri" not in os.environ
+            and "SLURM_STEP_NODELIST" not in os.environ
+            and not given
+        ):
+            raise UserError(
+                f"{size} says that there are {os.environ[size]} processes of this kind of MPI, whose first "
+                f"host is not known: give all of them JAX_COORDINATOR_ADDRESS=host:port"
+            )
     if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
         given.setdefault("num_processes", int(os.environ["SLURM_STEP_NUM_TASKS"]))  # JAX takes those of the whole job
     return given
@@ -273,20 +288,26 @@ def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
     digests = [text for _, text in _texts(digest)]
     odd = [index for index, each in enumerate(digests) if each != digests[0]]
     if odd:
-        raise UserError(f"process {', '.join(map(str, odd))} of {len(digests)} has another config, or other versions "
-                        f"of marjax or JAX, than process 0: start the same command, from the same installation")
+        raise UserError(
+            f"process {', '.join(map(str, odd))} of {len(digests)} has another config, or other versions "
+            f"of marjax or JAX, than process 0: start the same command, from the same installation"
+        )
     count, axes = mesh.size, tuple(mesh.axis_names)
     cut, whole = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
     numbers = jax.make_array_from_callback((count,), cut, lambda index: np.arange(count, dtype=np.int32)[index])
     total = int(jax.jit(lambda x: jnp.sum(x, dtype=jnp.int32), out_shardings=whole)(numbers))
     if total != count * (count - 1) // 2:
-        raise RuntimeError(f"the self-check failed: {count} devices added up to {total} instead of "
-                           f"{count * (count - 1) // 2}; look for a faulty chip or link")
+        raise RuntimeError(
+            f"the self-check failed: {count} devices added up to {total} instead of "
+            f"{count * (count - 1) // 2}; look for a faulty chip or link"
+        )
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return (f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {count} devices "
-            f"({jax.devices()[0].device_kind}), mesh {shape}, "
-            + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-            + f"; all agree after {time.perf_counter() - begun:.1f} s")
+    return (
+        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {count} devices "
+        f"({jax.devices()[0].device_kind}), mesh {shape}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"; all agree after {time.perf_counter() - begun:.1f} s"
+    )
 
 
 def _version(name: str) -> str:
@@ -302,7 +323,7 @@ def _texts(text: str) -> list[tuple[int, str]]:
         return [(0, text)]
     line = np.zeros(_WIDTH, np.uint8)
     encoded = np.frombuffer(text.encode()[:_WIDTH], np.uint8)
-    line[:encoded.size] = encoded
+    line[: encoded.size] = encoded
     lines = np.asarray(multihost_utils.process_allgather(line)).reshape(-1, _WIDTH)
     return [(index, bytes(each).rstrip(b"\0").decode(errors="replace")) for index, each in enumerate(lines)]
 
@@ -314,7 +335,8 @@ def is_lost_peer(error: BaseException) -> bool:
             return True
         text = str(each)
         if isinstance(each, jax.errors.JaxRuntimeError) and not re.match(
-                r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|FAILED_PRECONDITION|NOT_FOUND)", text):
+            r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|FAILED_PRECONDITION|NOT_FOUND)", text
+        ):
             return True
         if re.search(r"DEADLINE_EXCEEDED|Barrier|heartbeat|coordination service|Connection (closed|reset)", text):
             return True

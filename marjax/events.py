@@ -34,8 +34,8 @@ class Events(Logger):
 
     def __init__(self, folder: str | os.PathLike[str], start_step: int) -> None:
         """Args:
-          folder: local or gs://; made if need be.
-          start_step: events of later steps in other files of the folder are not shown any more.
+        folder: local or gs://; made if need be.
+        start_step: events of later steps in other files of the folder are not shown any more.
         """
         self._folder = epath.Path(folder)
         self._remote = is_remote(folder)
@@ -104,5 +104,6 @@ class Events(Logger):
         try:
             yield
         except OSError as error:
-            raise TrainingError(f"{self._local} cannot be written ({error.strerror or error}): make room, then start "
-                                f"the same again") from None
+            raise TrainingError(
+                f"{self._local} cannot be written ({error.strerror or error}): make room, then start the same again"
+            ) from None

@@ -53,8 +53,9 @@ def write_text(path: str, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        raise TrainingError(f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}, then "
-                            f"start the same again") from None
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}, then start the same again"
+        ) from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -66,5 +66,5 @@ def _page_cache(path: pathlib.Path, prefix: str) -> int:
 
 
 def gib(size: float) -> str:
-    """"1.50 GiB"; "" of what is not known, NaN."""
+    """ "1.50 GiB"; "" of what is not known, NaN."""
     return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"

@@ -29,12 +29,25 @@ _MAX_DEPTH = 100  # arrays and objects in each other; recursive code fails at so
 _MAX_INT = 1 << 64
 REQUIRED = object()
 _NAMES: dict[Any, str] = {
-    int: "an integer", float: "a finite number", bool: "true or false", str: "a string", dict: "an object",
-    list: "an array", None: "null"}
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+    list: "an array",
+    None: "null",
+}
 
 
-def read_json(path: str | os.PathLike[str], shape: Any = object, *, advice: str, missing: Any = REQUIRED,
-              allow_nan: bool = False, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(
+    path: str | os.PathLike[str],
+    shape: Any = object,
+    *,
+    advice: str,
+    missing: Any = REQUIRED,
+    allow_nan: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
     """Reads a JSON file, local or gs://, and checks it.
 
     Args:
@@ -76,6 +89,7 @@ def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: st
     Raises:
       UserError: see `read_json`.
     """
+
     def constant(name: str) -> float:
         if not allow_nan:
             raise ValueError(f"{name} is no JSON number")
@@ -89,8 +103,9 @@ def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: st
 
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        content = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=constant,
-                             object_pairs_hook=_object)
+        content = json.loads(
+            text, parse_int=_integer, parse_float=number, parse_constant=constant, object_pairs_hook=_object
+        )
         _check_all(content)
     except RecursionError:
         raise UserError(f"{where} is nested deeper than {_MAX_DEPTH} levels; {advice}") from None
@@ -204,8 +219,12 @@ def _check_all(content: Any) -> None:
         for value in level:
             if isinstance(value, str):
                 value.encode("utf-8", "surrogateescape")
-        level = [each for value in level if isinstance(value, dict | list)
-                 for each in ((*value, *value.values()) if isinstance(value, dict) else value)]
+        level = [
+            each
+            for value in level
+            if isinstance(value, dict | list)
+            for each in ((*value, *value.values()) if isinstance(value, dict) else value)
+        ]
         if not level:
             return
     raise RecursionError

@@ -48,8 +48,9 @@ def locked_folder(folder: str | os.PathLike[str], command: str, name: str = NAME
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be created ({error.strerror or error}): give one that can be "
-                        f"written") from None
+        raise UserError(
+            f"folder {folder} cannot be created ({error.strerror or error}): give one that can be written"
+        ) from None
     try:
         with locked(path / name, folder, command) as held:
             yield held
@@ -119,8 +120,9 @@ class _Holder:
     @classmethod
     def here(cls, command: str) -> "_Holder":
         now = time.time()
-        return cls(command, socket.gethostname(), os.getpid(), now, *_machine(), _started(os.getpid()),
-                   uuid.uuid4().hex, now)
+        return cls(
+            command, socket.gethostname(), os.getpid(), now, *_machine(), _started(os.getpid()), uuid.uuid4().hex, now
+        )
 
     def to_bytes(self) -> bytes:
         return json.dumps({"marjax_lock": 1, **dataclasses.asdict(self)}).encode() + b"\n"
@@ -211,8 +213,9 @@ def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | N
                     with contextlib.suppress(OSError):
                         os.unlink(path)
                 return None
-            raise UserError(f"{path} cannot be locked ({error.strerror}): give a folder of another file "
-                            f"system") from None
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}): give a folder of another file system"
+            ) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -277,8 +280,9 @@ def _leased(cell: _Cell, target: str | os.PathLike[str], command: str) -> Iterat
     except Exception as error:
         told = explain(error)
         if told is None and isinstance(error, OSError):
-            told = UserError(f"{cell.path} cannot be created ({error.strerror or error}): give a folder that can be "
-                             f"written")
+            told = UserError(
+                f"{cell.path} cannot be created ({error.strerror or error}): give a folder that can be written"
+            )
         raise (told or error) from None
     try:
         yield
@@ -305,17 +309,26 @@ def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
             if seen is not None and other is not None and other.token == seen[1]:
                 raise _refuse(target, other)  # it was written anew: its holder lives
             seen, since = (version, other.token if other else ""), now
-        stale = now - since >= _STALE or (other is not None and (
-            other.is_dead() or time.time() - other.time >= _SURELY_STALE))
+        stale = now - since >= _STALE or (
+            other is not None and (other.is_dead() or time.time() - other.time >= _SURELY_STALE)
+        )
         if stale and (taken := cell.write(holder.to_bytes(), version)) is not None:
             return taken
-        if other is not None and not stale and now > patience and (
-                (other.host, *_machine()) == (socket.gethostname(), other.boot, other.space)):
+        if (
+            other is not None
+            and not stale
+            and now > patience
+            and ((other.host, *_machine()) == (socket.gethostname(), other.boot, other.space))
+        ):
             raise _refuse(target, other)  # it lives, on this machine
         if not announced and now > patience:
             announced = True
-            print(f"marjax: {os.fspath(target)} is locked by {other or 'another process'}: waiting whether that is "
-                  f"still alive, for at most {_STALE:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"marjax: {os.fspath(target)} is locked by {other or 'another process'}: waiting whether that is "
+                f"still alive, for at most {_STALE:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(_POLL)
 
 
@@ -348,8 +361,12 @@ class _Lease:
             except Exception:
                 continue  # the storage does not answer; the run itself finds that out
             if version is None:
-                print(f"marjax: error: {self._cell.path} was taken over by {other or 'another process'}, since this "
-                      f"process could not refresh it: ended, so that only one writes", file=sys.stderr, flush=True)
+                print(
+                    f"marjax: error: {self._cell.path} was taken over by {other or 'another process'}, since this "
+                    f"process could not refresh it: ended, so that only one writes",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
             self._version = version
 
@@ -425,8 +442,16 @@ class _Object:
     def write(self, data: bytes, version: str | None) -> str | None:
         path = f"{self._client._location}/upload/storage/v1/b/{{}}/o"
         try:
-            made = self._call("POST", path, self._bucket, uploadType="media", name=self._key,
-                              ifGenerationMatch=version or "0", data=data, json_out=True)
+            made = self._call(
+                "POST",
+                path,
+                self._bucket,
+                uploadType="media",
+                name=self._key,
+                ifGenerationMatch=version or "0",
+                data=data,
+                json_out=True,
+            )
         except FileExistsError:  # what the client makes of "precondition failed"
             return None
         return str(made["generation"])

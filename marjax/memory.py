@@ -60,9 +60,9 @@ class Checked:
 
     def __init__(self, program: Any, what: str, batch: Callable[..., Batch | None] = lambda *_: None) -> None:
         """Args:
-          program: made by `jax.jit`.
-          what: a name for it, such as "the sampler".
-          batch: what memory grows with, from the arguments; None if users cannot set it.
+        program: made by `jax.jit`.
+        what: a name for it, such as "the sampler".
+        batch: what memory grows with, from the arguments; None if users cannot set it.
         """
         self.program, self.what, self.batch = program, what, batch
         self.compiled: dict[Any, jax.stages.Compiled] = {}
@@ -72,8 +72,9 @@ class Checked:
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((np.shape(leaf), _dtype(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
         if key not in self.compiled:
-            compiled, problem = compile_checked(self.program, *arguments, what=self.what,
-                                                batch=self.batch(*arguments), resident=True)
+            compiled, problem = compile_checked(
+                self.program, *arguments, what=self.what, batch=self.batch(*arguments), resident=True
+            )
             if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
                 problem = distributed.agree(problem)
             if problem:
@@ -82,8 +83,9 @@ class Checked:
         return self.compiled[key](*arguments)
 
 
-def compile_checked(program: Any, *arguments: Any, what: str, batch: Batch | None,
-                    resident: bool = False, freed: float = 0.0) -> tuple[Any, str]:
+def compile_checked(
+    program: Any, *arguments: Any, what: str, batch: Batch | None, resident: bool = False, freed: float = 0.0
+) -> tuple[Any, str]:
     """The compiled program, and in one line why it does not fit, or "".
 
     Args:
@@ -107,15 +109,18 @@ def compile_checked(program: Any, *arguments: Any, what: str, batch: Batch | Non
     return compiled, problem_of(compiled, what, batch, limit, resident)
 
 
-def problem_of(compiled: jax.stages.Compiled, what: str, batch: Batch | None, limit: float,
-               resident: bool = False) -> str:
+def problem_of(
+    compiled: jax.stages.Compiled, what: str, batch: Batch | None, limit: float, resident: bool = False
+) -> str:
     """What `compile_checked` says of a compiled program, given the bytes that were available before."""
     stats = compiled.memory_analysis()
     if stats is None:
         return ""
-    need = Need(stats.argument_size_in_bytes,
-                max(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-                + stats.generated_code_size_in_bytes)
+    need = Need(
+        stats.argument_size_in_bytes,
+        max(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+        + stats.generated_code_size_in_bytes,
+    )
     return problem(what, need, limit + (need.arguments if resident else 0.0), batch)
 
 
@@ -127,9 +132,11 @@ def problem(what: str, need: Need, limit: float, batch: Batch | None = None) -> 
     needed = need.arguments + need.temporaries
     if needed <= limit:
         return ""
-    text = (f"{what} needs {_size(needed)} of memory, but {_size(max(limit, 0.0))} is available "
-            f"({_size(need.arguments)} for its arguments, such as parameters and optimizer, {_size(need.temporaries)} "
-            f"for activations and other intermediate values); ")
+    text = (
+        f"{what} needs {_size(needed)} of memory, but {_size(max(limit, 0.0))} is available "
+        f"({_size(need.arguments)} for its arguments, such as parameters and optimizer, {_size(need.temporaries)} "
+        f"for activations and other intermediate values); "
+    )
     if batch is None:
         return text + "free memory, or use a machine or devices with more"
     fixed = min(need.arguments + batch.fixed, needed)

@@ -43,8 +43,17 @@ class MetricWriter(Closing):
       loggers: further ones to report to, which are closed with the writer.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, start_step: int, total_steps: int, tensorboard: bool = True,
-                 progress: bool = True, active: bool = True, loggers: Sequence[Guarded] = ()) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        start_step: int,
+        total_steps: int,
+        tensorboard: bool = True,
+        progress: bool = True,
+        active: bool = True,
+        loggers: Sequence[Guarded] = (),
+    ) -> None:
         self.active = active
         self._root = epath.Path(workdir)
         self._events: Events | None = None
@@ -83,8 +92,11 @@ class MetricWriter(Closing):
         new = {name: value for name, value in finite.items() if (step, name) not in self._sent}
         for logger in self._loggers if new else ():
             logger.scalars(step, new)
-        shown = {"loss": finite.get("train/loss"), "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
-                 **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")}}
+        shown = {
+            "loss": finite.get("train/loss"),
+            "img/s/chip": finite.get("perf/images_per_sec_per_chip"),
+            **{name.removeprefix("eval/"): value for name, value in finite.items() if name.startswith("eval/")},
+        }
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
         if self._bar is not None:
             self._bar.detail = text
@@ -104,8 +116,11 @@ class MetricWriter(Closing):
         """The run's config by dotted names, for TensorBoard and loggers; None is left out, lists become text."""
         if not self.active:
             return
-        values = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                  for name, value in config.items() if value is not None}
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in config.items()
+            if value is not None
+        }
         text = f"```json\n{json.dumps(values, indent=2)}\n```"
         if (events := self._events) is not None:
             self._queue(lambda: events.text("config", text))

@@ -56,8 +56,11 @@ def read_metrics(path: str | os.PathLike[str], *, warn: bool = True) -> MetricLi
             found.foreign.append(row)
             first = first or number
     if found.foreign and warn:
-        print(f"{where}: {len(found.foreign)} of {len(rows)} lines hold no metrics and are ignored, the first is line "
-              f"{first}", file=sys.stderr)
+        print(
+            f"{where}: {len(found.foreign)} of {len(rows)} lines hold no metrics and are ignored, the first is line "
+            f"{first}",
+            file=sys.stderr,
+        )
     found.lines.sort(key=lambda line: line["step"])
     return found
 
@@ -72,6 +75,9 @@ def _parse(row: bytes) -> dict[str, Any] | None:
     step = line["step"]
     if not 0 <= step < _MAX_STEP or int(step) != step:
         return None
-    values = {name: value for name, value in line.items()
-              if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))}
+    values = {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+    }
     return {**values, "step": int(step)}

@@ -27,8 +27,15 @@ _MAX_DIRECTORY = 4 << 20  # bytes of the list of members
 _MAX_HEADER = 10_000  # bytes, as in NumPy
 _MAX_AXIS, _MAX_DIMS = 1 << 48, 32
 _BLOCK = 1 << 20
-_KINDS = {"b": "booleans", "i": "integers", "u": "unsigned integers", "f": "floats", "U": "text", "S": "bytes",
-          "c": "complex numbers"}
+_KINDS = {
+    "b": "booleans",
+    "i": "integers",
+    "u": "unsigned integers",
+    "f": "floats",
+    "U": "text",
+    "S": "bytes",
+    "c": "complex numbers",
+}
 
 # What an array must be: the letters of `np.dtype.kind` that are allowed, and the number of dimensions or None for any.
 Kind = tuple[str, int | None]
@@ -46,8 +53,9 @@ class Header(NamedTuple):
     nbytes: int
 
 
-def read_npz(path: str | os.PathLike[str], arrays: Mapping[str, Kind] | None = None, *, advice: str,
-             max_ratio: int = MAX_RATIO) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | os.PathLike[str], arrays: Mapping[str, Kind] | None = None, *, advice: str, max_ratio: int = MAX_RATIO
+) -> dict[str, np.ndarray]:
     """Reads arrays of an npz file, local or gs://.
 
     Args:
@@ -67,9 +75,14 @@ def read_npz(path: str | os.PathLike[str], arrays: Mapping[str, Kind] | None = N
     """
     with NpzFile(path, advice=advice, max_ratio=max_ratio) as file:
         wanted = arrays if arrays is not None else dict.fromkeys(file.names, (PLAIN, None))
-        return {name: file.read(name, kind) for name, kind in
-                ((key.removesuffix("?"), kind) for key, kind in wanted.items()
-                 if not key.endswith("?") or key[:-1] in file.names)}
+        return {
+            name: file.read(name, kind)
+            for name, kind in (
+                (key.removesuffix("?"), kind)
+                for key, kind in wanted.items()
+                if not key.endswith("?") or key[:-1] in file.names
+            )
+        }
 
 
 def read_npy(path: str | os.PathLike[str], kind: Kind = (PLAIN, None), *, advice: str) -> np.ndarray:
@@ -109,8 +122,9 @@ class NpzFile:
     def __enter__(self) -> "NpzFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def header(self, name: str, kind: Kind = (PLAIN, None)) -> Header:
@@ -141,14 +155,17 @@ class NpzFile:
         if info.flag_bits & 1:
             raise UserError(f"{where} is encrypted; {advice}")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{where} is compressed by method {info.compress_type}, expected none or deflate, as in "
-                            f"np.savez; {advice}")
+            raise UserError(
+                f"{where} is compressed by method {info.compress_type}, expected none or deflate, as in "
+                f"np.savez; {advice}"
+            )
         stored = info.compress_type == zipfile.ZIP_STORED
         if info.header_offset + info.compress_size > self._size or (stored and info.compress_size != info.file_size):
             raise UserError(f"{where} is damaged (its size cannot be right); {advice}")
         if info.file_size > max(_SMALL, self._max_ratio * info.compress_size):
-            raise UserError(f"{where} is compressed more than {self._max_ratio} times, to {info.file_size} bytes; "
-                            f"{advice}")
+            raise UserError(
+                f"{where} is compressed more than {self._max_ratio} times, to {info.file_size} bytes; {advice}"
+            )
         with _explained(where, advice), self._archive.open(info) as file:
             yield file, _header(file, info.file_size, where, kind, advice)  # type: ignore[arg-type, misc]
 
@@ -161,7 +178,7 @@ def _check_directory(file: BinaryIO, size: int, path: str, advice: str) -> None:
     if end < 0 or len(tail) < end + 16:
         begins = "an npy file, one array" if _begins(file) == b"\x93NUMPY" else "no npz file, or its end is missing"
         raise UserError(f"{path} is {begins}; {advice}")
-    length, = struct.unpack_from("<L", tail, end + 12)
+    (length,) = struct.unpack_from("<L", tail, end + 12)
     if 0 <= end64 <= len(tail) - 48:
         length = max(0 if length == 0xFFFFFFFF else length, *struct.unpack_from("<Q", tail, end64 + 40))
     if length > _MAX_DIRECTORY:
@@ -180,7 +197,7 @@ def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> H
     if start[:6] != b"\x93NUMPY" or len(start) < 12 or major not in (b"\1", b"\2", b"\3"):
         raise UserError(f"{where} is no array in NumPy's format; {advice}")
     prefix, format_ = (10, "<H") if major == b"\1" else (12, "<L")
-    length, = struct.unpack_from(format_, start, 8)
+    (length,) = struct.unpack_from(format_, start, 8)
     if length > _MAX_HEADER:
         raise UserError(f"{where} has a header of {length} bytes, expected at most {_MAX_HEADER}; {advice}")
     data = io.BytesIO(start + file.read(prefix + length - 12))
@@ -196,15 +213,22 @@ def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> H
         raise UserError(f"{where} cannot be read (it holds pickled objects, which could run code); {advice}")
     kinds, ndim = kind
     fits = dtype.kind in kinds and not dtype.names and dtype.itemsize > 0
-    if (not fits or len(shape) != (min(len(shape), _MAX_DIMS) if ndim is None else ndim)
-            or not all(0 <= axis < _MAX_AXIS for axis in shape)):
+    if (
+        not fits
+        or len(shape) != (min(len(shape), _MAX_DIMS) if ndim is None else ndim)
+        or not all(0 <= axis < _MAX_AXIS for axis in shape)
+    ):
         allowed = " or ".join(_KINDS[each] for each in kinds)
-        raise UserError(f"{where} is {shortened(f'{dtype} {shape}')}, expected {allowed}"
-                        f"{'' if ndim is None else f' with {ndim} axes'}; {advice}")
+        raise UserError(
+            f"{where} is {shortened(f'{dtype} {shape}')}, expected {allowed}"
+            f"{'' if ndim is None else f' with {ndim} axes'}; {advice}"
+        )
     nbytes = math.prod(shape) * dtype.itemsize
     if data.tell() + nbytes != size:
-        raise UserError(f"{where} is damaged: it has {size - data.tell()} bytes, its header says "
-                        f"{shortened(str(shape))} of {dtype}; {advice}")
+        raise UserError(
+            f"{where} is damaged: it has {size - data.tell()} bytes, its header says "
+            f"{shortened(str(shape))} of {dtype}; {advice}"
+        )
     return Header(tuple(map(int, shape)), dtype, bool(fortran), data.tell(), nbytes)
 
 
@@ -215,7 +239,7 @@ def _read(file: BinaryIO, header: Header, where: str, advice: str) -> np.ndarray
         block = file.read(min(_BLOCK, header.nbytes - done))
         if not block:
             raise UserError(f"{where} is damaged: it ends after {done} of {header.nbytes} bytes; {advice}")
-        view[done:done + len(block)] = block
+        view[done : done + len(block)] = block
         done += len(block)
     file.read(1)  # at its end, the member's checksum is compared
     if not header.nbytes:

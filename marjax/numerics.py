@@ -157,8 +157,9 @@ def recorded() -> dict[str, str]:
     for variable in _FLAGS:
         # The last of several values counts, and their order does not matter.
         flags = dict(_flag(text) for text in os.environ.get(variable, "").split())
-        settings |= {f"{variable} {name}": value for name, value in flags.items()
-                     if not name.startswith(_HARMLESS_FLAGS)}
+        settings |= {
+            f"{variable} {name}": value for name, value in flags.items() if not name.startswith(_HARMLESS_FLAGS)
+        }
     return settings
 
 
@@ -174,6 +175,9 @@ def differences(before: Any, now: Mapping[str, str]) -> str:
     """
     if not isinstance(before, dict) or not before:
         return ""
-    changed = [f"{name} (was {before.get(name, 'not set')}, now {now.get(name, 'not set')})"
-               for name in sorted({*map(str, before), *now}) if before.get(name) != now.get(name)]
+    changed = [
+        f"{name} (was {before.get(name, 'not set')}, now {now.get(name, 'not set')})"
+        for name in sorted({*map(str, before), *now})
+        if before.get(name) != now.get(name)
+    ]
     return f"results will not be the same to the bit, as settings have changed: {', '.join(changed)}" if changed else ""

@@ -67,8 +67,9 @@ class MaskRatio:
 
         low, total = cdf(self.minimum), cdf(1.0) - cdf(self.minimum)
         # ceil(L * ratio) <= u exactly when ratio <= u / L; known > k when unknown <= L - k - 1.
-        return sum((cdf((num_tokens - k - 1) / num_tokens) - low) / total
-                   for k in range(max_visible(num_tokens, self.minimum)))
+        return sum(
+            (cdf((num_tokens - k - 1) / num_tokens) - low) / total for k in range(max_visible(num_tokens, self.minimum))
+        )
 
 
 def generation_plan(num_tokens: int, num_iter: int) -> tuple[int, ...]:
@@ -122,8 +123,9 @@ class Stage:
         return max(self.start)
 
 
-def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int], float], *,
-                 all_unknown: bool = False) -> tuple[Stage, ...]:
+def group_stages(
+    plan: Sequence[int], max_stages: int, cost: Callable[[int, int], float], *, all_unknown: bool = False
+) -> tuple[Stage, ...]:
     """Cuts the plan into at most `max_stages` runs of steps so that the padded cost is least.
 
     `cost(known_slots, new_slots)` is what one step costs at that padded shape, and must not decrease in either.
@@ -165,8 +167,10 @@ def group_stages(plan: Sequence[int], max_stages: int, cost: Callable[[int, int]
         if end == 0:
             break
     bounds = bounds[::-1]
-    return tuple(Stage(a, tuple(known[a:b].tolist()), tuple(new[a:b].tolist()), int(needed[a:b].max()))
-                 for a, b in itertools.pairwise(bounds))
+    return tuple(
+        Stage(a, tuple(known[a:b].tolist()), tuple(new[a:b].tolist()), int(needed[a:b].max()))
+        for a, b in itertools.pairwise(bounds)
+    )
 
 
 @jax.custom_vjp

@@ -56,8 +56,10 @@ def normalised(path: Any, name: str = "path") -> str:
             return _address(text, scheme, name)
         text = _of_file_address(text, name)
     elif (lost := _LOST_SLASH.search(text)) is not None:  # made absolute, too
-        raise UserError(f"{name} {text} is a mangled address: give {_meant(lost[1], text[lost.end():])} as text, since "
-                        f"pathlib.Path loses a slash")
+        raise UserError(
+            f"{name} {text} is a mangled address: give {_meant(lost[1], text[lost.end() :])} as text, since "
+            f"pathlib.Path loses a slash"
+        )
     if text.startswith("~"):
         text = _at_home(text, name)
     encoded = os.fsencode(text)
@@ -71,6 +73,7 @@ def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     An argument with a default may be None or "", for no path.
     """
+
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         defaults = [name for name in names if signature.parameters[name].default is not inspect.Parameter.empty]
@@ -81,10 +84,15 @@ def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name in names:
                 if name in given.arguments:
                     value, understand = given.arguments[name], optional if name in defaults else normalised
-                    given.arguments[name] = ([normalised(each, name) for each in value]
-                                             if isinstance(value, list | tuple) else understand(value, name))
+                    given.arguments[name] = (
+                        [normalised(each, name) for each in value]
+                        if isinstance(value, list | tuple)
+                        else understand(value, name)
+                    )
             return function(*given.args, **given.kwargs)
+
         return call
+
     return decorate
 
 
@@ -94,15 +102,16 @@ def optional(path: Any, name: str = "path") -> str | None:
 
 
 def _address(text: str, scheme: str, name: str) -> str:
-    rest = text[len(scheme) + 1:]
+    rest = text[len(scheme) + 1 :]
     bucket = rest.removeprefix("//").partition("/")[0]
     if scheme not in ("gs", "gcs"):
         raise UserError(f"{name} {text} is on {scheme}://: give a local path or a gs:// address")
     if not rest.strip("/"):
         raise UserError(f"{name} {text} names no bucket: give gs://BUCKET/PATH")
     if not rest.startswith("//"):
-        raise UserError(f"{name} {text} is a mangled address: give {_meant('gs:', rest)} as text, since pathlib.Path "
-                        f"loses a slash")
+        raise UserError(
+            f"{name} {text} is a mangled address: give {_meant('gs:', rest)} as text, since pathlib.Path loses a slash"
+        )
     if not bucket:
         raise UserError(f"{name} {text} names no bucket: give gs://BUCKET/PATH, such as {_meant('gs:', rest)}")
     if not text.startswith("gs://"):
@@ -115,7 +124,7 @@ def _meant(scheme: str, rest: str) -> str:
 
 
 def _of_file_address(text: str, name: str) -> str:
-    rest = text[len("file:"):]
+    rest = text[len("file:") :]
     host, slash, tail = rest.removeprefix("//").partition("/")
     if not slash or (host and (host.lower() != "localhost" or not rest.startswith("//"))):
         raise UserError(f"{name} {text} is no address of a local file: give its path, or file:///PATH")

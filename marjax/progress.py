@@ -44,8 +44,9 @@ KEPT = "compiled programs are kept: the next start skips this"
 class Task(Closing):
     """Work without a count: its name and its elapsed time. A context manager, or to be closed."""
 
-    def __init__(self, console: "Console", what: str, *, show: bool = True, advice: str = "",
-                 is_command: bool = False) -> None:
+    def __init__(
+        self, console: "Console", what: str, *, show: bool = True, advice: str = "", is_command: bool = False
+    ) -> None:
         self.what, self.show, self.advice, self.is_command = what, show, advice, is_command
         self.printed = self.advised = False  # whether in a line
         self._console = console
@@ -81,8 +82,9 @@ class Task(Closing):
 class Bar(Task):
     """Counted work. Rate and ETA leave out the first update, which compiles, and pauses."""
 
-    def __init__(self, console: "Console", what: str, total: int | None, unit: str, start: int, *,
-                 show: bool = True) -> None:
+    def __init__(
+        self, console: "Console", what: str, total: int | None, unit: str, start: int, *, show: bool = True
+    ) -> None:
         self.n, self.start, self.total, self.unit = start, start, total, unit
         self.detail = ""  # after the numbers
         self._updated: float | None = None  # when the last update was, later by the pauses since
@@ -131,9 +133,18 @@ class Bar(Task):
         return f"{self.what}: {done} {self.unit}{later}{self.detail and f', {self.detail}'}"
 
     def live(self, width: int) -> str:
-        meter = tqdm.format_meter(self.n, self.total, self.seconds(), ncols=width, prefix=self.what,
-                                  ascii=not _has_blocks(self._console.stream), unit=f" {self.unit}", rate=self.rate(),
-                                  postfix=self.detail, initial=self.start)
+        meter = tqdm.format_meter(
+            self.n,
+            self.total,
+            self.seconds(),
+            ncols=width,
+            prefix=self.what,
+            ascii=not _has_blocks(self._console.stream),
+            unit=f" {self.unit}",
+            rate=self.rate(),
+            postfix=self.detail,
+            initial=self.start,
+        )
         return str(meter)
 
     def last(self) -> str:
@@ -143,13 +154,19 @@ class Bar(Task):
 class Console:
     """What prints: the tasks that are open, the innermost of which is shown, and notes."""
 
-    def __init__(self, stream: TextIO | None = None, *, live: bool | None = None,
-                 now: Callable[[], float] = time.monotonic, threads: bool = True) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+        now: Callable[[], float] = time.monotonic,
+        threads: bool = True,
+    ) -> None:
         """Args:
-          stream: to write to; standard error, as it is at each moment, by default.
-          live: whether to redraw a line; on terminals and in notebooks by default.
-          now: the clock, in seconds.
-          threads: whether a thread keeps the time; else `tick` has to be called.
+        stream: to write to; standard error, as it is at each moment, by default.
+        live: whether to redraw a line; on terminals and in notebooks by default.
+        now: the clock, in seconds.
+        threads: whether a thread keeps the time; else `tick` has to be called.
         """
         self._stream, self._live, self.now, self._threads = stream, live, now, threads
         self._lock = threading.RLock()
@@ -186,8 +203,9 @@ class Console:
                 self._print_task(task)
             if self._stop is None and self._threads and task.show:
                 self._stop = threading.Event()
-                threading.Thread(target=self._keep_time, args=(self._stop,), name="marjax-progress",
-                                 daemon=True).start()
+                threading.Thread(
+                    target=self._keep_time, args=(self._stop,), name="marjax-progress", daemon=True
+                ).start()
 
     def close(self, task: Task) -> None:
         """Ends a task."""
@@ -238,8 +256,9 @@ class Console:
             if self.live and not task.is_command:
                 if self.now() - self._drawn >= _TICK:
                     self._draw()
-            elif (quiet >= max(_SILENCE, _SHARE * self._tasks[0].seconds())
-                  or not (task.printed or task.is_command or task.seconds() < _MOMENT)):
+            elif quiet >= max(_SILENCE, _SHARE * self._tasks[0].seconds()) or not (
+                task.printed or task.is_command or task.seconds() < _MOMENT
+            ):
                 self._print_task(task)
 
     def _keep_time(self, stop: threading.Event) -> None:

@@ -4,8 +4,13 @@ import glob
 from collections.abc import MutableMapping
 
 # What libtpu would ask the machine for, and report as missing; and how much it prints.
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1",
-          "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # of TPUs, and maybe of others
 
 

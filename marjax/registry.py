@@ -35,7 +35,8 @@ V = TypeVar("V")
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 _builtin: dict[str, set[str]] = {
     "tokenizer": {"pixels", "codebook", "kl", "kl8", "kl16", "vq", "vq16", "vq_continuous", "vq16_continuous"},
-    "source": {"digits", "mnist", "tfds", "python"}}
+    "source": {"digits", "mnist", "tfds", "python"},
+}
 _loaded: set[str] = set()  # entries of MARJAX_PLUGINS
 
 
@@ -58,17 +59,23 @@ def register(kind: str, name: str, thing: Any) -> None:
     """
     if kind not in KINDS:
         raise UserError(f"register: kind is {shortened(repr(kind))}: give one of {', '.join(KINDS)}")
-    if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME or not all(
-            each.isascii() and (each.isalnum() or each in "_-.") for each in name):
-        raise UserError(f"register: name is {shortened(repr(name))}: give 1 to {_MAX_NAME} letters, digits, '_', '-' "
-                        f"or '.'")
+    if (
+        not isinstance(name, str)
+        or not 1 <= len(name) <= _MAX_NAME
+        or not all(each.isascii() and (each.isalnum() or each in "_-.") for each in name)
+    ):
+        raise UserError(
+            f"register: name is {shortened(repr(name))}: give 1 to {_MAX_NAME} letters, digits, '_', '-' or '.'"
+        )
     if name in _builtin.get(kind, ()):
         raise UserError(f"register: marjax has a {kind} {name!r} of its own: choose another name")
     _check(kind, name, thing)
     before = _registered[kind].get(name)
     if before is not None and not _same(before, thing):
-        raise UserError(f"register: the {kind} {name!r} is already registered, as {_described(before)}: choose another "
-                        f"name for {_described(thing)}")
+        raise UserError(
+            f"register: the {kind} {name!r} is already registered, as {_described(before)}: choose another "
+            f"name for {_described(thing)}"
+        )
     _registered[kind][name] = thing
 
 
@@ -83,14 +90,17 @@ def find(kind: str, name: str) -> Any:
     if name not in _registered[kind]:
         found = [point for point in _entry_points(kind) if point.name == name]
         if len({point.value for point in found}) > 1:
-            raise UserError(f"the {kind} {name!r} is provided by {' and by '.join(sorted(p.value for p in found))}: "
-                            f"uninstall one")
+            raise UserError(
+                f"the {kind} {name!r} is provided by {' and by '.join(sorted(p.value for p in found))}: uninstall one"
+            )
         if found:
             try:
                 thing = found[0].load()
             except Exception as error:
-                raise UserError(f"the {kind} {name!r} of {found[0].value} cannot be imported ({type(error).__name__}: "
-                                f"{first_line(error, '')}): repair or uninstall its package") from error
+                raise UserError(
+                    f"the {kind} {name!r} of {found[0].value} cannot be imported ({type(error).__name__}: "
+                    f"{first_line(error, '')}): repair or uninstall its package"
+                ) from error
             if name not in _registered[kind]:  # its import may have registered it
                 register(kind, name, thing)
     return _registered[kind].get(name)
@@ -106,9 +116,12 @@ def unknown(kind: str, name: str, known: Iterator[str] | Mapping[str, Any] | lis
     """The end of an error about a name that is not known: which there are, and how to add one."""
     listed = list(known)
     close = difflib.get_close_matches(name[:100], listed, 1, 0.6)
-    return (f"give one of {', '.join(listed)}" + (f" (did you mean {close[0]!r}?)" if close else "")
-            + f", or make your own {kind} known: marjax.register({kind!r}, {shortened(name)!r}, ...) before this, or "
-              f"{PLUGINS}=FILE.py with the file that calls it")
+    return (
+        f"give one of {', '.join(listed)}"
+        + (f" (did you mean {close[0]!r}?)" if close else "")
+        + f", or make your own {kind} known: marjax.register({kind!r}, {shortened(name)!r}, ...) before this, or "
+        f"{PLUGINS}=FILE.py with the file that calls it"
+    )
 
 
 class Choices(Mapping[str, V]):
@@ -116,9 +129,9 @@ class Choices(Mapping[str, V]):
 
     def __init__(self, kind: str, builtin: Mapping[str, V], convert: Callable[[str, Any], V]) -> None:
         """Args:
-          kind: a key of KINDS.
-          builtin: marjax's own; their names cannot be registered.
-          convert: the value of a registered name and object.
+        kind: a key of KINDS.
+        builtin: marjax's own; their names cannot be registered.
+        convert: the value of a registered name and object.
         """
         self.kind = kind
         self._own, self._convert = builtin, convert
@@ -145,8 +158,11 @@ class Choices(Mapping[str, V]):
 
 
 def _entry_points(kind: str) -> list[importlib.metadata.EntryPoint]:
-    return [point for point in importlib.metadata.entry_points(group=f"marjax.{kind}s")
-            if point.name not in _builtin.get(kind, ())]
+    return [
+        point
+        for point in importlib.metadata.entry_points(group=f"marjax.{kind}s")
+        if point.name not in _builtin.get(kind, ())
+    ]
 
 
 def _load_plugins() -> None:
@@ -164,8 +180,10 @@ def _load_plugins() -> None:
             raise
         except Exception as error:
             _loaded.discard(entry)  # a notebook that goes on is told again, not that the name is unknown
-            raise UserError(f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}): "
-                            f"give Python files or installed modules, with commas between") from error
+            raise UserError(
+                f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}): "
+                f"give Python files or installed modules, with commas between"
+            ) from error
 
 
 def _import_file(path: str) -> None:
@@ -181,17 +199,25 @@ def _import_file(path: str) -> None:
 def _check(kind: str, name: str, thing: Any) -> None:
     if kind != "source" and not isinstance(thing, type):
         raise UserError(f"register: the {kind} {name!r} is {_described(thing)}: give a class")
-    missing = [method for method in KINDS[kind] if getattr(thing, method, None) is None
-               or (method == "__call__" and not any("__call__" in vars(base) for base in thing.__mro__))]
+    missing = [
+        method
+        for method in KINDS[kind]
+        if getattr(thing, method, None) is None
+        or (method == "__call__" and not any("__call__" in vars(base) for base in thing.__mro__))
+    ]
     if missing:
-        raise UserError(f"register: {_described(thing)} has no {', '.join(missing)}, which a {kind} needs: see "
-                        f"docs/extending.md")
+        raise UserError(
+            f"register: {_described(thing)} has no {', '.join(missing)}, which a {kind} needs: see docs/extending.md"
+        )
     if kind == "backbone" and (order := getattr(thing, "order", "random")) not in ORDERS:
-        raise UserError(f"register: {_described(thing)} has order {shortened(repr(order))}: give one of "
-                        f"{', '.join(ORDERS)}")
+        raise UserError(
+            f"register: {_described(thing)} has order {shortened(repr(order))}: give one of {', '.join(ORDERS)}"
+        )
     if kind == "source" and not callable(thing) and not hasattr(thing, "__getitem__"):
-        raise UserError(f"register: the source {name!r} is {_described(thing)}: give (images, labels), an object with "
-                        f"__len__ and __getitem__, or a function that returns one")
+        raise UserError(
+            f"register: the source {name!r} is {_described(thing)}: give (images, labels), an object with "
+            f"__len__ and __getitem__, or a function that returns one"
+        )
 
 
 def _described(thing: Any) -> str:

@@ -45,8 +45,9 @@ class Parameter(jax.ShapeDtypeStruct):
 
     __slots__ = ["names", "undivided"]
 
-    def __init__(self, leaf: Any, names: tuple[str | None, ...], sharding: NamedSharding,
-                 undivided: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, leaf: Any, names: tuple[str | None, ...], sharding: NamedSharding, undivided: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(leaf.shape, leaf.dtype, sharding=sharding)
         self.names, self.undivided = names, undivided
 
@@ -67,14 +68,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
     if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
-                        f"are {len(devices)}: change config.mesh (-1 takes what is left)")
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
+            f"are {len(devices)}: change config.mesh (-1 takes what is left)"
+        )
     types = (AxisType.Auto,) * 3
     try:
         mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # an axis is no product of a slice's sides, such as 16 of the 8 x 8 chips of a v6e-64
-        mesh = Mesh(mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True), AXES,
-                    axis_types=types)
+        mesh = Mesh(
+            mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True), AXES, axis_types=types
+        )
     if not _spans_processes(mesh.devices):
         return mesh
     return Mesh(_within_processes(devices, tuple(sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -92,9 +96,11 @@ def _within_processes(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
         by_process.setdefault(device.process_index, []).append(device)
     for process, own in by_process.items():
         if len(own) % sizes[-1]:
-            raise UserError(f"config.mesh.tensor is {sizes[-1]}, but process {process} has {len(own)} devices, and a "
-                            f"tensor group must not span hosts: give a divisor of {len(own)}, and the rest to "
-                            f"config.mesh.fsdp or data")
+            raise UserError(
+                f"config.mesh.tensor is {sizes[-1]}, but process {process} has {len(own)} devices, and a "
+                f"tensor group must not span hosts: give a divisor of {len(own)}, and the rest to "
+                f"config.mesh.fsdp or data"
+            )
     ordered = np.empty(len(devices), object)
     ordered[:] = [device for own in by_process.values() for device in own]
     return ordered.reshape(sizes)
@@ -156,8 +162,10 @@ def map_rows(function: Callable[[jax.Array], jax.Array], rows: jax.Array, at_onc
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Raises UserError unless every microbatch can be cut over the mesh."""
     if batch_size % (batch_shards(mesh) * accumulate):
-        raise UserError(f"config.train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} times "
-                        f"the {batch_shards(mesh)} batch shards of mesh {dict(mesh.shape)}")
+        raise UserError(
+            f"config.train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} times "
+            f"the {batch_shards(mesh)} batch shards of mesh {dict(mesh.shape)}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -216,8 +224,10 @@ def overview(params: Any) -> str:
         if leaf.sharding.is_fully_replicated:
             whole.append(leaf)
             continue
-        axes = [f"{name or '-'}{f'>{axis}' if axis and mesh.shape[axis] > 1 else ''}"
-                for name, axis in zip(leaf.names, leaf.sharding.spec, strict=True)]
+        axes = [
+            f"{name or '-'}{f'>{axis}' if axis and mesh.shape[axis] > 1 else ''}"
+            for name, axis in zip(leaf.names, leaf.sharding.spec, strict=True)
+        ]
         rows.append((path, " x ".join(map(str, leaf.shape)), " ".join(axes), _mib(size), _mib(here)))
     size = sum(_bytes(leaf.shape, leaf) for leaf in whole)
     if whole:
@@ -226,8 +236,10 @@ def overview(params: Any) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if i < 3 else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, *warnings(params)])
 
@@ -242,18 +254,25 @@ def warnings(params: Any) -> list[str]:
     for axis, leaves in found.items():
         path, leaf = max(leaves, key=lambda item: math.prod(item[1].shape))
         size = leaf.sharding.mesh.shape[axis]
-        name, length = next((name, length) for name, length in zip(leaf.names, leaf.shape, strict=True)
-                            if dict(RULES).get(name or "") == axis and length % size)
+        name, length = next(
+            (name, length)
+            for name, length in zip(leaf.names, leaf.shape, strict=True)
+            if dict(RULES).get(name or "") == axis and length % size
+        )
         share = sum(_bytes(leaf.shape, leaf) for _, leaf in leaves)
-        lines.append(f"warning: mesh axis {axis}={size} cannot cut {len(leaves)} tensors of {_mib(share)}, among them "
-                     f"{path}, whose {length} {name} it does not divide: they stay whole along it")
+        lines.append(
+            f"warning: mesh axis {axis}={size} cannot cut {len(leaves)} tensors of {_mib(share)}, among them "
+            f"{path}, whose {length} {name} it does not divide: they stay whole along it"
+        )
     return lines
 
 
 def _named(params: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, as "backbone/encoder/..."."""
-    return [("/".join(str(entry.key) for entry in path), leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+    return [
+        ("/".join(str(entry.key) for entry in path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
 
 
 def _bytes(shape: tuple[int, ...], leaf: Any) -> int:

@@ -54,8 +54,10 @@ def check(path: str | os.PathLike[str]) -> None:
 def on_this_machine(path: str | os.PathLike[str], what: str) -> None:
     """Raises UserError if a path is an address: what lies there is read by a library that knows only files."""
     if is_remote(path):
-        raise UserError(f"{what} {os.fspath(path)} is read from files alone: copy it to a disk of every host "
-                        f"(gcloud storage cp -r), or mount the bucket with gcsfuse, and give that folder")
+        raise UserError(
+            f"{what} {os.fspath(path)} is read from files alone: copy it to a disk of every host "
+            f"(gcloud storage cp -r), or mount the bucket with gcsfuse, and give that folder"
+        )
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
@@ -118,8 +120,10 @@ def _reason(error: BaseException) -> str | None:
     text = " ".join(str(error).split())[:200]
     package = type(error).__module__.partition(".")[0]
     code: Any = getattr(error, "code", None)
-    login = ("run `gcloud auth application-default login`, or give the machine a service account that may read and "
-             "write the bucket")
+    login = (
+        "run `gcloud auth application-default login`, or give the machine a service account that may read and "
+        "write the bucket"
+    )
     if package == "google" or (package == "gcsfs" and str(code) in ("401", "403")):
         return f"the credentials are missing or refused ({text}): {login}"
     if isinstance(error, OSError) and text.startswith("Forbidden"):

@@ -22,16 +22,24 @@ class Variant:
 
 def _variant(name: str, backbone: Any) -> Variant:
     """That of a registered backbone, which is chosen by its name."""
-    return Variant(order=getattr(backbone, "order", "random"), attention=name, many=getattr(backbone, "many", False),
-                   any_next=getattr(backbone, "any_next", False))
+    return Variant(
+        order=getattr(backbone, "order", "random"),
+        attention=name,
+        many=getattr(backbone, "many", False),
+        any_next=getattr(backbone, "any_next", False),
+    )
 
 
-VARIANTS = Choices("backbone", {
-    "ar": Variant(order="raster", attention="causal", many=False, any_next=False),
-    "random_ar": Variant(order="random", attention="causal", many=False, any_next=False),
-    # One token at a time is `sample.num_iter` = number of tokens.
-    "mar": Variant(order="random", attention="bidirectional", many=True, any_next=True),
-}, _variant)
+VARIANTS = Choices(
+    "backbone",
+    {
+        "ar": Variant(order="raster", attention="causal", many=False, any_next=False),
+        "random_ar": Variant(order="random", attention="causal", many=False, any_next=False),
+        # One token at a time is `sample.num_iter` = number of tokens.
+        "mar": Variant(order="random", attention="bidirectional", many=True, any_next=True),
+    },
+    _variant,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +53,19 @@ class Head:
 
 def _head(name: str, head: Any) -> Head:
     del name
-    return Head(discrete=getattr(head, "discrete", False), ranks=hasattr(head, "sample_ranked"),
-                schedule=getattr(head, "schedule", "constant"))
+    return Head(
+        discrete=getattr(head, "discrete", False),
+        ranks=hasattr(head, "sample_ranked"),
+        schedule=getattr(head, "schedule", "constant"),
+    )
 
 
-HEADS = Choices("head", {
-    "diffusion": Head(discrete=False, ranks=False, schedule="constant"),
-    "categorical": Head(discrete=True, ranks=True, schedule="cosine"),
-    "regression": Head(discrete=False, ranks=False, schedule="constant"),
-}, _head)
+HEADS = Choices(
+    "head",
+    {
+        "diffusion": Head(discrete=False, ranks=False, schedule="constant"),
+        "categorical": Head(discrete=True, ranks=True, schedule="cosine"),
+        "regression": Head(discrete=False, ranks=False, schedule="constant"),
+    },
+    _head,
+)

@@ -24,18 +24,43 @@ from marjax.json_file import read_json
 from marjax.paths import takes_paths
 
 # What a second start in the same work directory may change: it does not alter what is trained.
-FREE_FIELDS = ("mesh.", "log.", "checkpoint.", "sample.", "eval.", "data.workers", "data.data_dir", "data.cache",
-               "model.remat", "model.denoiser.remat",
-               "tokenizer.path", "tokenizer.train.", "init.path")  # of a tokenizer and of weights the checksum counts
+FREE_FIELDS = (
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "sample.",
+    "eval.",
+    "data.workers",
+    "data.data_dir",
+    "data.cache",
+    "model.remat",
+    "model.denoiser.remat",
+    "tokenizer.path",
+    "tokenizer.train.",
+    "init.path",
+)  # of a tokenizer and of weights the checksum counts
 
 _CLOCK_SKEW = 86400.0  # seconds that the clocks of two machines may differ by
 
 # What counts in a second start of marjax train-tokenizer, and what of it does not.
 _TOKENIZER_FIELDS = ("seed", "data.", "tokenizer.")
-_TOKENIZER_FREE = ("data.workers", "data.data_dir", "data.cache", "tokenizer.path", "tokenizer.checksum",
-                   "tokenizer.posterior", "tokenizer.patch_size", "tokenizer.name", "tokenizer.autoencoder.scale",
-                   "tokenizer.train.remat", "tokenizer.train.log_every", "tokenizer.train.checkpoint_every",
-                   "tokenizer.train.pictures_every", "tokenizer.train.lpips.vgg", "tokenizer.train.lpips.linear")
+_TOKENIZER_FREE = (
+    "data.workers",
+    "data.data_dir",
+    "data.cache",
+    "tokenizer.path",
+    "tokenizer.checksum",
+    "tokenizer.posterior",
+    "tokenizer.patch_size",
+    "tokenizer.name",
+    "tokenizer.autoencoder.scale",
+    "tokenizer.train.remat",
+    "tokenizer.train.log_every",
+    "tokenizer.train.checkpoint_every",
+    "tokenizer.train.pictures_every",
+    "tokenizer.train.lpips.vgg",
+    "tokenizer.train.lpips.linear",
+)
 
 # What this program itself may have in a work directory before its config, such as locks.
 _OWN = re.compile(r"config\.json\.partial.*|.*\.(lock|lease)")
@@ -45,12 +70,15 @@ _OWN = re.compile(r"config\.json\.partial.*|.*\.(lock|lease)")
 _BYSTANDER = re.compile(
     _OWN.pattern + r"|\..*|thumbs\.db|desktop\.ini|lost\+found|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information"
     r"|.*\.(log|out|err|pid)(\.\d+)?|.*\.[eo]\d+|(.*(log|stdout|stderr|output|console).*|out|err|train|run)\.txt"
-    r"|logs?|stdout|stderr|output|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job|py)|__pycache__", re.IGNORECASE)
+    r"|logs?|stdout|stderr|output|wandb|core(\.\d+)?|.*~|.*\.(sh|sbatch|slurm|pbs|job|py)|__pycache__",
+    re.IGNORECASE,
+)
 
 
 @takes_paths("workdir")
-def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False,
-                  names: class_names.Names = ()) -> None:
+def claim_workdir(
+    workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False, names: class_names.Names = ()
+) -> None:
     """What `check_workdir` and then `write_config` do. Raises UserError."""
     check_workdir(workdir, config, tokenizer=tokenizer)
     write_config(workdir, config, names)
@@ -91,8 +119,9 @@ def _writing(workdir: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"work directory {workdir} cannot be written ({error.strerror or error}): "
-                        f"give a folder that can") from None
+        raise UserError(
+            f"work directory {workdir} cannot be written ({error.strerror or error}): give a folder that can"
+        ) from None
 
 
 def refuse_weights_alone(workdir: str | os.PathLike[str], command: str) -> None:
@@ -104,8 +133,10 @@ def refuse_weights_alone(workdir: str | os.PathLike[str], command: str) -> None:
             return
     except OSError:
         return  # which `claim_workdir` reports
-    raise UserError(f"work directory {workdir} has converted weights and no optimizer state to resume from: start a "
-                    f"new run from them: {command}")
+    raise UserError(
+        f"work directory {workdir} has converted weights and no optimizer state to resume from: start a "
+        f"new run from them: {command}"
+    )
 
 
 def _look_at_bystanders(folder: epath.Path) -> None:
@@ -113,26 +144,31 @@ def _look_at_bystanders(folder: epath.Path) -> None:
     found = sorted(storage.children(folder), key=lambda file: file.name)
     theirs = [file.name for file in found if not _BYSTANDER.fullmatch(file.name) and not _is_new_log(file)]
     if theirs:
-        raise UserError(f"work directory {folder} has files but no config.json: give an empty or new folder, or move "
-                        f"away {listed([shortened(name) for name in theirs], 5)}")
+        raise UserError(
+            f"work directory {folder} has files but no config.json: give an empty or new folder, or move "
+            f"away {listed([shortened(name) for name in theirs], 5)}"
+        )
     others = [file.name for file in found if not _OWN.fullmatch(file.name)]
     if others:
-        print(f"work directory {folder}: {len(others)} file{'s' if len(others) > 1 else ''} of others ignored: "
-              f"{listed([shortened(name) for name in others], 5)}", file=sys.stderr)
+        print(
+            f"work directory {folder}: {len(others)} file{'s' if len(others) > 1 else ''} of others ignored: "
+            f"{listed([shortened(name) for name in others], 5)}",
+            file=sys.stderr,
+        )
 
 
 def _is_new_log(path: epath.Path) -> bool:
     """Whether a file may be one that `tee` has just opened, whatever it is called."""
-    return (path.suffix in ("", ".txt") and not storage.is_remote(path) and path.is_file()
-            and not path.stat().length)
+    return path.suffix in ("", ".txt") and not storage.is_remote(path) and path.is_file() and not path.stat().length
 
 
 def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokenizer: bool) -> None:
     before, after = flatten(old), flatten(new)
     differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     if tokenizer:
-        differing = [key for key in differing
-                     if key.startswith(_TOKENIZER_FIELDS) and not key.startswith(_TOKENIZER_FREE)]
+        differing = [
+            key for key in differing if key.startswith(_TOKENIZER_FIELDS) and not key.startswith(_TOKENIZER_FREE)
+        ]
         if new.tokenizer.train.steps >= old.tokenizer.train.steps:
             differing = [key for key in differing if key != "tokenizer.train.steps"]
     else:
@@ -142,13 +178,17 @@ def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokeni
     if None in (before.get("data.fingerprint"), after.get("data.fingerprint")):
         differing = [key for key in differing if key != "data.fingerprint"]
     if "data.fingerprint" in differing:
-        raise UserError(f"work directory {workdir} was made with other data than these (data.fingerprint was "
-                        f"{before['data.fingerprint'][:12]}, now {after['data.fingerprint'][:12]}): give the data that "
-                        f"it was made with, in the same order, or another --workdir")
+        raise UserError(
+            f"work directory {workdir} was made with other data than these (data.fingerprint was "
+            f"{before['data.fingerprint'][:12]}, now {after['data.fingerprint'][:12]}): give the data that "
+            f"it was made with, in the same order, or another --workdir"
+        )
     if differing:
         listed = ", ".join(f"{key} (was {before.get(key)!r}, now {after.get(key)!r})" for key in differing)
-        raise UserError(f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "
-                        f"the config it was made with")
+        raise UserError(
+            f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "
+            f"the config it was made with"
+        )
 
 
 @takes_paths("workdir")
@@ -164,13 +204,15 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
     path = epath.Path(workdir)
     try:
         if not path.is_dir():
-            raise UserError(f"work directory {workdir} does not exist: give the --workdir of a training run"
-                            f"{suggestion(workdir)}")
+            raise UserError(
+                f"work directory {workdir} does not exist: give the --workdir of a training run{suggestion(workdir)}"
+            )
         if not (path / "config.json").exists():
             raise UserError(f"{workdir} has no config.json: give the --workdir of a training run{suggestion(workdir)}")
     except OSError as error:
-        raise UserError(f"work directory {workdir} cannot be read ({error.strerror or error}): give one that "
-                        f"can") from None
+        raise UserError(
+            f"work directory {workdir} cannot be read ({error.strerror or error}): give one that can"
+        ) from None
     where = f"{workdir}/config.json"
     content = read_json(path / "config.json", {str: object}, advice="restore it, or give another --workdir")
     try:
@@ -186,12 +228,13 @@ def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
 def no_checkpoints(workdir: str | os.PathLike[str]) -> UserError:
     """The error about a work directory whose run has not saved yet."""
     start = shlex.join(["marjax", "train", "--config", f"{workdir}/config.json", "--workdir", os.fspath(workdir)])
-    return UserError(f"{workdir} has no checkpoints yet: let the training run reach its first, or start it again: "
-                     f"{start}")
+    return UserError(
+        f"{workdir} has no checkpoints yet: let the training run reach its first, or start it again: {start}"
+    )
 
 
 def suggestion(workdir: str | os.PathLike[str]) -> str:
-    """", such as runs/digits" for an error about a path that is no work directory: those around it; "" without any."""
+    """ ", such as runs/digits" for an error about a path that is no work directory: those around it; "" without any."""
     if storage.is_remote(workdir):
         return ""
     path = pathlib.Path(workdir)
@@ -236,8 +279,10 @@ def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
         write_bytes(path, (json.dumps({"unix_seconds": now}) + "\n").encode())
         return now
     if not 0 <= found["unix_seconds"] <= now + _CLOCK_SKEW:
-        print(f"warning: {path}: unix_seconds is {found['unix_seconds']}, expected a time before now; {advice}",
-              file=sys.stderr)
+        print(
+            f"warning: {path}: unix_seconds is {found['unix_seconds']}, expected a time before now; {advice}",
+            file=sys.stderr,
+        )
         return now
     return min(now, float(found["unix_seconds"]))
 

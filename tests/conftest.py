@@ -36,11 +36,15 @@ def _add_compile_flags():
     given = os.environ.get("XLA_FLAGS", "")
     if "--xla_backend_optimization_level=0" in given:
         return
-    for flags in ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-                  "--xla_cpu_parallel_codegen_split_count=1", "--xla_backend_optimization_level=0"):
+    for flags in (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_optimization_level=0",
+    ):
         environment = {**os.environ, "XLA_FLAGS": f"{given} {flags}"}
-        if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment,
-                              capture_output=True).returncode:
+        if not subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True
+        ).returncode:
             os.environ["XLA_FLAGS"] = environment["XLA_FLAGS"]
             return
 
@@ -58,10 +62,29 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 
 
 # Files are handed to the workers whole; the longest go first, so that no worker is left with one at the end.
-LONGEST = ("test_preemption", "test_distributed", "test_launch_slurm", "test_sharding", "test_train", "test_quickstart",
-           "test_launch_colab", "test_train_autoencoder", "test_causal", "test_sample", "test_evaluate", "test_samples",
-           "test_sweep", "test_compile", "test_weak_scaling", "test_launch_gke", "test_storage", "test_two_modes",
-           "test_cache", "test_inception", "test_fuzz")
+LONGEST = (
+    "test_preemption",
+    "test_distributed",
+    "test_launch_slurm",
+    "test_sharding",
+    "test_train",
+    "test_quickstart",
+    "test_launch_colab",
+    "test_train_autoencoder",
+    "test_causal",
+    "test_sample",
+    "test_evaluate",
+    "test_samples",
+    "test_sweep",
+    "test_compile",
+    "test_weak_scaling",
+    "test_launch_gke",
+    "test_storage",
+    "test_two_modes",
+    "test_cache",
+    "test_inception",
+    "test_fuzz",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -69,8 +92,13 @@ def pytest_collection_modifyitems(items):
 
 
 # Every variant and every head at least once: what all of them must do is tested with these.
-MODELS = [("mar", "diffusion"), ("ar", "diffusion"), ("random_ar", "categorical"), ("mar", "categorical"),
-          ("ar", "regression")]
+MODELS = [
+    ("mar", "diffusion"),
+    ("ar", "diffusion"),
+    ("random_ar", "categorical"),
+    ("mar", "categorical"),
+    ("ar", "regression"),
+]
 
 
 ADVICE = "make it again"
@@ -135,8 +163,16 @@ TINY_AUTOENCODER = dict(width=32, channel_mults=(1, 1), num_res_blocks=1, latent
 def make_autoencoder(name, path, **overrides):
     """`make_digits` with the tokenizer `name`, "kl", "vq" or "vq_continuous", of TINY_AUTOENCODER in that file."""
     section = {f"tokenizer__autoencoder__{key}": value for key, value in TINY_AUTOENCODER.items()}
-    return make_digits(**{"tokenizer__name": name, "tokenizer__patch_size": 1, "tokenizer__num_codes": 16,
-                          "tokenizer__path": str(path), **section, **overrides})
+    return make_digits(
+        **{
+            "tokenizer__name": name,
+            "tokenizer__patch_size": 1,
+            "tokenizer__num_codes": 16,
+            "tokenizer__path": str(path),
+            **section,
+            **overrides,
+        }
+    )
 
 
 @pytest.fixture(scope="session")
@@ -153,15 +189,23 @@ def autoencoders(tmp_path_factory):
         spec = Spec(in_channels=1, embed_dim=4, num_codes=codes, **TINY_AUTOENCODER)
         flat = traverse_util.flatten_dict(autoencoder.abstract_params(spec), sep="/")
         params = {path: seeded_array(path.replace("scale", "weight"), leaf.shape) for path, leaf in flat.items()}
-        autoencoder_file.write(folder / f"{kind}.safetensors", spec, traverse_util.unflatten_dict(params, sep="/"),
-                               scale)
+        autoencoder_file.write(
+            folder / f"{kind}.safetensors", spec, traverse_util.unflatten_dict(params, sep="/"), scale
+        )
     return folder
 
 
 def make_digits(**overrides):
     """The debug form of the digits config, made smaller still; `train__steps=2` sets train.steps."""
-    small = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
-             "log.samples_every": 0, "log.tensorboard": False, "log.progress": False}
+    small = {
+        "train.steps": 4,
+        "train.warmup_steps": 1,
+        "checkpoint.every": 2,
+        "log.every": 1,
+        "log.samples_every": 0,
+        "log.tensorboard": False,
+        "log.progress": False,
+    }
     return config_lib.apply_overrides(config_lib.load(f"{DIGITS}:debug"), small | dotted(overrides))
 
 
@@ -186,8 +230,13 @@ def make_generator(num_codes=24, **overrides):
     config.model.update(width=32, encoder_depth=2, decoder_depth=2, num_heads=4, buffer_size=3, dtype="float32")
     config.model.denoiser.update(depth=2, width=32)
     config = config_lib.apply_overrides(config, {f"model.{key}": value for key, value in overrides.items()})
-    return generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=5,
-                               num_codes=num_codes if HEADS[config.model.head].discrete else 0)
+    return generator_lib.build(
+        config.model,
+        num_tokens=16,
+        token_dim=4,
+        num_classes=5,
+        num_codes=num_codes if HEADS[config.model.head].discrete else 0,
+    )
 
 
 def perturbed_params(generator, seed=0):

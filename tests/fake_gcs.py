@@ -51,9 +51,18 @@ class FakeGcs(server.ThreadingHTTPServer):
     def describe(self, name):
         data, generation, written = self.objects[name]
         date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(written))
-        return {"kind": "storage#object", "bucket": self.bucket, "name": name,
-                "id": f"{self.bucket}/{name}/{generation}", "generation": str(generation), "metageneration": "1",
-                "size": str(len(data)), "timeCreated": date, "updated": date, "contentType": "application/octet-stream"}
+        return {
+            "kind": "storage#object",
+            "bucket": self.bucket,
+            "name": name,
+            "id": f"{self.bucket}/{name}/{generation}",
+            "generation": str(generation),
+            "metageneration": "1",
+            "size": str(len(data)),
+            "timeCreated": date,
+            "updated": date,
+            "contentType": "application/octet-stream",
+        }
 
     def list(self, query):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -63,7 +72,7 @@ class FakeGcs(server.ThreadingHTTPServer):
             for name in sorted(self.objects):
                 if not name.startswith(prefix) or name < start or (end and name >= end):
                     continue
-                rest = name[len(prefix):]
+                rest = name[len(prefix) :]
                 if delimiter and delimiter in rest:
                     prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
                 else:
@@ -141,7 +150,7 @@ class _Handler(server.BaseHTTPRequestHandler):
         if first >= len(data):
             return self.fail(416, "beyond the end")
         headers.append(("Content-Range", f"bytes {first}-{last}/{len(data)}"))
-        return self.answer(206, data[first:last + 1], headers)
+        return self.answer(206, data[first : last + 1], headers)
 
     def do_POST(self):
         kind, name, query = self.parts()
@@ -155,16 +164,27 @@ class _Handler(server.BaseHTTPRequestHandler):
             return self.stored(query["name"], data, condition)
         if upload == "multipart":
             mark = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-            first, second = (part.split(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n", 1)[1]
-                             for part in data.split(b"--" + mark)[1:3])
+            first, second = (
+                part.split(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n", 1)[1]
+                for part in data.split(b"--" + mark)[1:3]
+            )
             end = b"\r\n" if second.endswith(b"\r\n") else b"\n"
             return self.stored(json.loads(first)["name"], second.removesuffix(end), condition)
         if upload == "resumable":
             id_ = uuid.uuid4().hex
             name = query.get("name") or json.loads(data)["name"]
             self.server.uploads[id_] = name, condition, b""
-            return self.answer(200, b"", [("Location", f"{self.server.address}/upload/storage/v1/b/{self.server.bucket}"
-                                                       f"/o?uploadType=resumable&upload_id={id_}")])
+            return self.answer(
+                200,
+                b"",
+                [
+                    (
+                        "Location",
+                        f"{self.server.address}/upload/storage/v1/b/{self.server.bucket}"
+                        f"/o?uploadType=resumable&upload_id={id_}",
+                    )
+                ],
+            )
         return self.fail(501, f"not imitated: {self.path}")
 
     def do_PUT(self):

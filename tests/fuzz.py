@@ -28,6 +28,7 @@ MEMORY = 2 << 30  # bytes that a reader may take
 CPU_SECONDS, SECONDS = 10, 120  # of one mutant
 BATCH = 250  # mutants a process
 
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A reader and the files it reads.
@@ -92,8 +93,9 @@ def mutant(target: Target, root: pathlib.Path, seed: int, index: int, folder: pa
     return str(path.relative_to(folder))
 
 
-def _batch(target: Target, root: pathlib.Path, scratch: str, seed: int, first: int, last: int,
-           made: dict[str, Any]) -> int:
+def _batch(
+    target: Target, root: pathlib.Path, scratch: str, seed: int, first: int, last: int, made: dict[str, Any]
+) -> int:
     """Reads some mutants in a process of its own, counts how they went, and returns the index of the next."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -138,8 +140,15 @@ def _read_all(target: Target, root: pathlib.Path, scratch: str, seed: int, first
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if not armed:
             return
-        if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class",
-                     "socket.connect") or (event == "import" and arguments[0] == CANARY):
+        if event in (
+            "os.system",
+            "subprocess.Popen",
+            "os.exec",
+            "os.posix_spawn",
+            "os.fork",
+            "pickle.find_class",
+            "socket.connect",
+        ) or (event == "import" and arguments[0] == CANARY):
             ran.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str) and arguments[2] & writes:
             path = os.path.realpath(arguments[0])
@@ -182,8 +191,11 @@ def outcome_of(target: Target, folder: pathlib.Path) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """A line for each target, then the failures."""
-    lines = [f"{name:<20} {made['works']:>6} read {made['refused']:>6} refused {len(made['failures']):>4} failed "
-             f"{made['seconds']:>6} s" for name, made in report.items()]
+    lines = [
+        f"{name:<20} {made['works']:>6} read {made['refused']:>6} refused {len(made['failures']):>4} failed "
+        f"{made['seconds']:>6} s"
+        for name, made in report.items()
+    ]
     total = Counter[str]()
     for made in report.values():
         total.update(read=made["works"], refused=made["refused"], failed=len(made["failures"]))

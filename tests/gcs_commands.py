@@ -9,9 +9,16 @@ from etils import epath
 
 from marjax import cli
 
-SMALL = ["--config.train.warmup_steps=1", "--config.checkpoint.every=2", "--config.log.every=1",
-         "--config.log.samples_every=0", "--config.log.tensorboard=False", "--config.log.progress=False",
-         "--config.train.schedule=constant", *flags(QUICK)]
+SMALL = [
+    "--config.train.warmup_steps=1",
+    "--config.checkpoint.every=2",
+    "--config.log.every=1",
+    "--config.log.samples_every=0",
+    "--config.log.tensorboard=False",
+    "--config.log.progress=False",
+    "--config.train.schedule=constant",
+    *flags(QUICK),
+]
 
 
 def main(file):

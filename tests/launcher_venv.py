@@ -26,8 +26,17 @@ def tool_venv(name: str, requirements: Sequence[str], no_deps: Sequence[str] = (
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
             # Not compiling what is never imported takes half the time off.
-            pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet",
-                   "--disable-pip-version-check", "--no-compile"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                str(folder / "bin" / "python"),
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-compile",
+            ]
             for arguments in [[*pip, "--no-deps", *no_deps]] * bool(no_deps) + [[*pip, *requirements]]:
                 installed = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
                 if installed.returncode:

@@ -14,9 +14,24 @@ CANARY = "marjax_fuzz_canary"  # a module whose import is a failure
 
 Mutator = Callable[[bytes, random.Random], bytes]
 
-_EDGES = [b"\0", b"\xff", b"\x7f", b"\xff\xff", b"\0\x80", b"\xff\xff\xff\x7f", b"\xff" * 4, b"\0\0\0\x80", b"\xff" * 8,
-          b"\xff" * 7 + b"\x7f", b"\0" * 8, b"\0\0\0\0\0\x10\0\0", b"\x7f" + b"\xff" * 3, b"\0\0\x10\0", b"9" * 12,
-          b"\x80" + b"\0" * 7]
+_EDGES = [
+    b"\0",
+    b"\xff",
+    b"\x7f",
+    b"\xff\xff",
+    b"\0\x80",
+    b"\xff\xff\xff\x7f",
+    b"\xff" * 4,
+    b"\0\0\0\x80",
+    b"\xff" * 8,
+    b"\xff" * 7 + b"\x7f",
+    b"\0" * 8,
+    b"\0\0\0\0\0\x10\0\0",
+    b"\x7f" + b"\xff" * 3,
+    b"\0\0\x10\0",
+    b"9" * 12,
+    b"\x80" + b"\0" * 7,
+]
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -31,21 +46,21 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
             case 0 if size:
                 made[at] ^= 1 << rng.randrange(8)
             case 1:
-                made[at:at + min(length, 64)] = rng.randbytes(min(length, 64, size - at))
+                made[at : at + min(length, 64)] = rng.randbytes(min(length, 64, size - at))
             case 2:
-                del made[rng.choice([at, max(0, size - length)]):]
+                del made[rng.choice([at, max(0, size - length)]) :]
             case 3:
-                del made[at:at + length]
+                del made[at : at + length]
             case 4:
-                made[at:at] = made[at:at + min(length, 1 << 16)] * rng.choice([1, 1, 2, 100])
+                made[at:at] = made[at : at + min(length, 1 << 16)] * rng.choice([1, 1, 2, 100])
             case 5:
                 edge = rng.choice(_EDGES)
-                made[at:at + len(edge)] = edge
+                made[at : at + len(edge)] = edge
             case 6 if size:
                 other = rng.randrange(size)
-                made[at:at + length] = made[other:other + length]
+                made[at : at + length] = made[other : other + length]
             case _:
-                made[at:at + length] = bytes(min(length, size - at))
+                made[at : at + length] = bytes(min(length, size - at))
     return bytes(made)
 
 
@@ -57,11 +72,62 @@ def _nested(depth: int) -> Any:
 
 
 _VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3.0, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**12, 10**15, 10**40, -10**40, 0.5,
-    -0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), "", "a", "0", "-1", "nan", "a\nb\x1b[2J", "\0", "\ud800",
-    "\udcff", "../../x", "/etc/passwd", "~", "gs://x/y", "x" * 5000, [], {}, [[]], [None], [0] * 1000, {"a": {}},
-    {"": []}, _nested(40), _nested(300), CANARY, f"{CANARY}.Canary", f"{CANARY}:Canary", "os.system", "float32", "int8",
-    "train", "train[:1]"]
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3.0,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**12,
+    10**15,
+    10**40,
+    -(10**40),
+    0.5,
+    -0.5,
+    1e308,
+    -1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "0",
+    "-1",
+    "nan",
+    "a\nb\x1b[2J",
+    "\0",
+    "\ud800",
+    "\udcff",
+    "../../x",
+    "/etc/passwd",
+    "~",
+    "gs://x/y",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    [0] * 1000,
+    {"a": {}},
+    {"": []},
+    _nested(40),
+    _nested(300),
+    CANARY,
+    f"{CANARY}.Canary",
+    f"{CANARY}:Canary",
+    "os.system",
+    "float32",
+    "int8",
+    "train",
+    "train[:1]",
+]
 
 
 def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -117,15 +183,45 @@ def mutate_lines(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         rng.shuffle(lines)
     if rng.random() < 0.3:
-        lines.insert(at, rng.choice([b"text", b"\xff\xfe\0", b"{}", b"[" * 100_000, b"", b"9" * 5000,
-                                     b"\xef\xbb\xbf{}"]))
+        lines.insert(
+            at, rng.choice([b"text", b"\xff\xfe\0", b"{}", b"[" * 100_000, b"", b"9" * 5000, b"\xef\xbb\xbf{}"])
+        )
     return rng.choice([b"\n", b"\n", b"\r\n", b"\r", b"\n\n"]).join(lines) + rng.choice([b"", b"\n"])
 
 
-_SHAPES = [b"", b"-1,", b"0,", b"1,", b"99999999999999999999,", b"1000000, 1000000000,", b"2, 2", b"True,", b"1.5,",
-           b"'a',", b"1,) * 99 + (1,", b"(1,),", b"[], "]
-_DTYPES = [b"<f8", b">f4", b"|O", b"<U4", b"<U99999999", b"|S0", b"|V8", b"<M8[s]", b"|b1", b"<f2", b"<c8", b"<g", b"x",
-           b"", b"<f8, <f8", b"O8"]
+_SHAPES = [
+    b"",
+    b"-1,",
+    b"0,",
+    b"1,",
+    b"99999999999999999999,",
+    b"1000000, 1000000000,",
+    b"2, 2",
+    b"True,",
+    b"1.5,",
+    b"'a',",
+    b"1,) * 99 + (1,",
+    b"(1,),",
+    b"[], ",
+]
+_DTYPES = [
+    b"<f8",
+    b">f4",
+    b"|O",
+    b"<U4",
+    b"<U99999999",
+    b"|S0",
+    b"|V8",
+    b"<M8[s]",
+    b"|b1",
+    b"<f2",
+    b"<c8",
+    b"<g",
+    b"x",
+    b"",
+    b"<f8, <f8",
+    b"O8",
+]
 
 
 def mutate_npy(data: bytes, rng: random.Random) -> bytes:
@@ -138,21 +234,22 @@ def mutate_npy(data: bytes, rng: random.Random) -> bytes:
     match rng.randrange(6):
         case 0 | 1:
             head, _, tail = header.partition(b"'shape': (")
-            header = head + b"'shape': (" + rng.choice(_SHAPES) + tail[tail.find(b")"):]
+            header = head + b"'shape': (" + rng.choice(_SHAPES) + tail[tail.find(b")") :]
         case 2 | 3:
             head, _, tail = header.partition(b"'descr': '")
-            header = head + b"'descr': '" + rng.choice(_DTYPES) + tail[tail.find(b"'"):]
+            header = head + b"'descr': '" + rng.choice(_DTYPES) + tail[tail.find(b"'") :]
         case 4:
             header = header.replace(b"False", rng.choice([b"True", b"None", b"[" * 3000, f"{CANARY}()".encode()]))
         case _:
             header = mutate_bytes(header, rng)
     length = len(header) if rng.random() < 0.8 else rng.choice([0, 1, 0xFFFF, len(header) + 64])
     prefix = data[:8] if rng.random() < 0.8 else b"\x93NUMPY" + rng.choice([b"\2\0", b"\3\0", b"\1\1", b"\4\0"])
-    return prefix + length.to_bytes(start - 8, "little", signed=False)[:start - 8] + header + data[end:]
+    return prefix + length.to_bytes(start - 8, "little", signed=False)[: start - 8] + header + data[end:]
 
 
 def mutate_zip(member: Mutator) -> Mutator:
     """A mutator of zip files: a member by `member`, written with its right checksum; or the archive itself."""
+
     def mutate(data: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.3:
             return mutate_bytes(data, rng)
@@ -181,14 +278,41 @@ def mutate_zip(member: Mutator) -> Mutator:
             entry = whole.find(b"PK\1\2")
             whole[entry + rng.choice([8, 10, 16, 20, 23, 24, 27, 42])] ^= rng.choice([1, 8, 255])
         return bytes(whole)
+
     return mutate
 
 
-_PICKLES = [b"cos\nsystem\n(S'true'\ntR0", b"cbuiltins\nexec\n(S'import " + CANARY.encode() + b"'\ntR0",
-            b"c" + CANARY.encode() + b"\nCanary\n)R0", b"(i" + CANARY.encode() + b"\nCanary\n0", b"cnumpy\nload\n0",
-            b"c__builtin__\neval\n0", b"2", b"0", b"(", b"N", b"}", b"]", b")", b"R", b"b", b"u", b"\x81", b"\x94",
-            b"Q", b"t", b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"r\xff\xff\xff\x7f",
-            b"X\xff\xff\xff\xff", b"h\0", b"a", b"ccollections\nOrderedDict\n)R", b"K\x01K\x02\x86", b"N" * 9]
+_PICKLES = [
+    b"cos\nsystem\n(S'true'\ntR0",
+    b"cbuiltins\nexec\n(S'import " + CANARY.encode() + b"'\ntR0",
+    b"c" + CANARY.encode() + b"\nCanary\n)R0",
+    b"(i" + CANARY.encode() + b"\nCanary\n0",
+    b"cnumpy\nload\n0",
+    b"c__builtin__\neval\n0",
+    b"2",
+    b"0",
+    b"(",
+    b"N",
+    b"}",
+    b"]",
+    b")",
+    b"R",
+    b"b",
+    b"u",
+    b"\x81",
+    b"\x94",
+    b"Q",
+    b"t",
+    b"J\xff\xff\xff\x7f",
+    b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
+    b"r\xff\xff\xff\x7f",
+    b"X\xff\xff\xff\xff",
+    b"h\0",
+    b"a",
+    b"ccollections\nOrderedDict\n)R",
+    b"K\x01K\x02\x86",
+    b"N" * 9,
+]
 
 
 def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
@@ -227,16 +351,34 @@ def mutate_tar(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return mutate_bytes(data, rng)
     made = bytearray(data)
-    at = rng.choice([place for place in range(0, len(made), 512) if made[place + 257:place + 262] == b"ustar"])
+    at = rng.choice([place for place in range(0, len(made), 512) if made[place + 257 : place + 262] == b"ustar"])
     field, length = rng.choice([(0, 100), (100, 8), (124, 12), (124, 12), (156, 1), (156, 1), (257, 8), (345, 155)])
-    value = rng.choice([b"\xff" * 12, b"\x80" + b"\0" * 3 + b"\x7f" * 8, b"0" * 11, b"7" * 11, b"-1", b"1", b"x", b"L",
-                        b"g", b"S", b"2", b"K", b"a\nb", b"../x", b"n01440764.tar",
-                        b"ILSVRC2012_val_00000001.JPEG", b""])
-    made[at + field:at + field + length] = value[:length].ljust(length, b"\0")
-    made[at + 148:at + 156] = b" " * 8
-    made[at + 148:at + 156] = b"%06o\0 " % sum(made[at:at + 512])
+    value = rng.choice(
+        [
+            b"\xff" * 12,
+            b"\x80" + b"\0" * 3 + b"\x7f" * 8,
+            b"0" * 11,
+            b"7" * 11,
+            b"-1",
+            b"1",
+            b"x",
+            b"L",
+            b"g",
+            b"S",
+            b"2",
+            b"K",
+            b"a\nb",
+            b"../x",
+            b"n01440764.tar",
+            b"ILSVRC2012_val_00000001.JPEG",
+            b"",
+        ]
+    )
+    made[at + field : at + field + length] = value[:length].ljust(length, b"\0")
+    made[at + 148 : at + 156] = b" " * 8
+    made[at + 148 : at + 156] = b"%06o\0 " % sum(made[at : at + 512])
     if rng.random() < 0.3:
-        made[at:at] = made[at:at + 512] * rng.choice([1, 100])
+        made[at:at] = made[at : at + 512] * rng.choice([1, 100])
     return bytes(made)
 
 
@@ -246,25 +388,40 @@ def mutate_picture(data: bytes, rng: random.Random) -> bytes:
         return mutate_bytes(data, rng)
     chunks, at = [], 8
     while at < len(data):
-        size = int.from_bytes(data[at:at + 4], "big")
-        chunks.append((data[at + 4:at + 8], data[at + 8:at + 8 + size]))
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
         at += 12 + size
     index = rng.randrange(len(chunks))
     name, content = chunks[index]
     if name == b"IHDR" and rng.random() < 0.7:
         width, height, *rest = struct.unpack(">IIBBBBB", content)
         sizes = [0, 1, 7, 8, 100, 9000, 13_000, 65_535, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFF]
-        content = struct.pack(">IIBBBBB", rng.choice([width, *sizes]), rng.choice([height, *sizes]),
-                              *(rng.choice([each, 0, 1, 3, 4, 8, 16]) for each in rest))
+        content = struct.pack(
+            ">IIBBBBB",
+            rng.choice([width, *sizes]),
+            rng.choice([height, *sizes]),
+            *(rng.choice([each, 0, 1, 3, 4, 8, 16]) for each in rest),
+        )
     elif name == b"IDAT" and rng.random() < 0.5:
         content = zlib.compress(bytes(rng.choice([1, 1 << 16, 1 << 24])))
     else:
         content = mutate_bytes(content, rng)
     chunks[index] = (name, content)
     if rng.random() < 0.3:
-        chunks.insert(index, rng.choice([(b"tEXt", b"a\0" + b"b" * 70_000),
-                                         (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 24))),
-                                         (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))), (b"acTL", bytes(8)),
-                                         (b"PLTE", bytes(5)), (b"tRNS", b"\0"), (b"eXIf", b"II*\0" + b"\xff" * 8)]))
-    return data[:8] + b"".join(len(each).to_bytes(4, "big") + kind + each + zlib.crc32(kind + each).to_bytes(4, "big")
-                               for kind, each in chunks)
+        chunks.insert(
+            index,
+            rng.choice(
+                [
+                    (b"tEXt", b"a\0" + b"b" * 70_000),
+                    (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 24))),
+                    (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))),
+                    (b"acTL", bytes(8)),
+                    (b"PLTE", bytes(5)),
+                    (b"tRNS", b"\0"),
+                    (b"eXIf", b"II*\0" + b"\xff" * 8),
+                ]
+            ),
+        )
+    return data[:8] + b"".join(
+        len(each).to_bytes(4, "big") + kind + each + zlib.crc32(kind + each).to_bytes(4, "big") for kind, each in chunks
+    )

@@ -14,9 +14,17 @@ import sys
 import time
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["marjax.cli", "marjax.training.loop", "marjax.training.train_autoencoder",
-                                "marjax.data.cache", "marjax.evaluation.evaluate", "marjax.distributed",
-                                "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(
+    [
+        "marjax.cli",
+        "marjax.training.loop",
+        "marjax.training.train_autoencoder",
+        "marjax.data.cache",
+        "marjax.evaluation.evaluate",
+        "marjax.distributed",
+        "sklearn.datasets",
+    ]
+)
 
 
 def free_port():
@@ -57,12 +65,16 @@ class Run:
         if not (count == 1 if alone is None else alone):
             address = f"localhost:{free_port()}"
             for index, given in enumerate(variables):
-                given |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-                          "JAX_PROCESS_ID": str(index)}
+                given |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(index),
+                }
         self.logs = [folder / f"process{index}.log" for index in range(count)]
         self.processes = [
             CONTEXT.Process(target=_run, args=(given, devices, log, target, ((index,) if each else ()) + arguments))
-            for index, (given, log) in enumerate(zip(variables, self.logs, strict=True))]
+            for index, (given, log) in enumerate(zip(variables, self.logs, strict=True))
+        ]
         for process in self.processes:
             process.start()
 
@@ -99,8 +111,9 @@ class Run:
 def steps_of(workdir):
     """The steps of the checkpoints that are complete."""
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(path.name) for path in (pathlib.Path(workdir) / "checkpoints").iterdir()
-                      if path.name.isdecimal())
+        return sorted(
+            int(path.name) for path in (pathlib.Path(workdir) / "checkpoints").iterdir() if path.name.isdecimal()
+        )
     return []
 
 

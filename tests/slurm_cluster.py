@@ -56,8 +56,9 @@ class Cluster:
 
     def call(self, *command: str | os.PathLike[str], **settings: str) -> str:
         """What a program of Slurm prints; `settings` are environment variables. Raises CalledProcessError."""
-        return subprocess.run(command, env={**self.environment, **settings}, check=True, capture_output=True,
-                              text=True, timeout=60).stdout
+        return subprocess.run(
+            command, env={**self.environment, **settings}, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     def submit(self, *arguments: str | os.PathLike[str], **settings: str) -> str:
         """sbatch with these arguments; the job's number."""
@@ -86,19 +87,30 @@ def slurm(folder: pathlib.Path) -> Iterator[Cluster]:
         pytest.skip(f"{', '.join(missing)} not installed: apt-get install slurm-wlm")
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
-    (folder / "slurm.conf").write_text(CONFIG.format(
-        folder=folder, host="localhost", user=getpass.getuser(), cpus=CPUS, controller=free_port(), node=free_port()))
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(
+            folder=folder, host="localhost", user=getpass.getuser(), cpus=CPUS, controller=free_port(), node=free_port()
+        )
+    )
     cluster = Cluster(folder)
     daemons = []
     try:
         for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
             with open(folder / f"{command[0]}.out", "wb") as out:
-                daemons.append(subprocess.Popen([programs[command[0]], *command[1:]], env=cluster.environment,
-                                                stdin=subprocess.DEVNULL, stdout=out, stderr=out))
+                daemons.append(
+                    subprocess.Popen(
+                        [programs[command[0]], *command[1:]],
+                        env=cluster.environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=out,
+                    )
+                )
         deadline = time.monotonic() + 60
         while not _is_up(cluster):
-            assert time.monotonic() < deadline and all(daemon.poll() is None for daemon in daemons), \
-                "\n".join(path.read_text() for path in sorted([*folder.glob("*.out"), *folder.glob("*.log")]))
+            assert time.monotonic() < deadline and all(daemon.poll() is None for daemon in daemons), "\n".join(
+                path.read_text() for path in sorted([*folder.glob("*.out"), *folder.glob("*.log")])
+            )
             time.sleep(0.2)
         yield cluster
     finally:

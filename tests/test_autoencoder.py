@@ -41,9 +41,18 @@ def reference(name):
     """The parity file's arrays, the network read off the names, and its parameters."""
     arrays, theirs = parity(name)
     attention = tuple(theirs["attn_resolutions"])
-    spec = Spec(3, theirs["ch"], tuple(theirs["ch_mult"]), theirs["num_res_blocks"],
-                theirs.get("z_channels", theirs["embed_dim"]), theirs["embed_dim"], attention,
-                attention if "n_embed" in theirs else (), theirs["resolution"], theirs.get("n_embed", 0))
+    spec = Spec(
+        3,
+        theirs["ch"],
+        tuple(theirs["ch_mult"]),
+        theirs["num_res_blocks"],
+        theirs.get("z_channels", theirs["embed_dim"]),
+        theirs["embed_dim"],
+        attention,
+        attention if "n_embed" in theirs else (),
+        theirs["resolution"],
+        theirs.get("n_embed", 0),
+    )
     found, params = from_state_dict(seeded(spec))
     assert found == spec
     return arrays, spec, params
@@ -65,8 +74,10 @@ def test_kl_agrees_with_the_reference():
 
 def test_vq_agrees_with_the_reference():
     arrays, spec, params = reference("vq_vae")
-    assert spec.differences(AUTOENCODERS["vq16"].preset) == ["width 32 instead of 128",
-                                                             "num_codes 512 instead of 16384"]
+    assert spec.differences(AUTOENCODERS["vq16"].preset) == [
+        "width 32 instead of 128",
+        "num_codes 512 instead of 16384",
+    ]
     codes, before = VQ(spec, params, discrete=True), VQ(spec, params, discrete=False, scale=0.5)
     image, key = last(arrays["in/images"]), jax.random.key(0)
     pre_quant = last(arrays["out/pre_quant"])
@@ -80,9 +91,15 @@ def test_vq_agrees_with_the_reference():
     assert relative_error(latent, pre_quant) > 1e-2
 
 
-@pytest.mark.parametrize("name, tokens, values, parameters, encoder", [
-    ("kl16", 256, 16, 66_456_019, 28_265_760), ("kl8", 1024, 4, 83_653_863, 34_163_592),
-    ("vq16", 256, 8, 69_593_371, 28_155_144), ("vq16_continuous", 256, 8, 69_593_371, 28_155_144)])
+@pytest.mark.parametrize(
+    "name, tokens, values, parameters, encoder",
+    [
+        ("kl16", 256, 16, 66_456_019, 28_265_760),
+        ("kl8", 1024, 4, 83_653_863, 34_163_592),
+        ("vq16", 256, 8, 69_593_371, 28_155_144),
+        ("vq16_continuous", 256, 8, 69_593_371, 28_155_144),
+    ],
+)
 def test_presets(name, tokens, values, parameters, encoder):
     shape = token_shape(name, image_size=256, channels=3, patch_size=1)
     assert (shape.num_tokens, shape.token_dim) == (tokens, values)
@@ -129,8 +146,11 @@ def test_rows_draw_their_own_noise(kl, digits):
     mean, logvar = kl_lib.split(moments)
     np.testing.assert_array_equal(kl_lib.mean(moments), mean)
     np.testing.assert_allclose(latent, 0.5 * (mean + np.exp(logvar / 2) * noise), atol=1e-5)
-    np.testing.assert_allclose(jax.jit(kl.decode)(kl.params, latent),
-                               kl.network.apply({"params": kl.params}, latent / 0.5, method="decode"), atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(kl.decode)(kl.params, latent),
+        kl.network.apply({"params": kl.params}, latent / 0.5, method="decode"),
+        atol=1e-4,
+    )
 
 
 def test_log_variances_are_clipped():
@@ -147,8 +167,9 @@ def test_vq_tokens_are_rows_of_the_codebook(vq, digits, autoencoders):
     index = np.asarray(jax.jit(vq.codes)(vq.params, digits))
     np.testing.assert_array_equal(latent, codebook[index])
     assert len(np.unique(index)) > 1
-    before = open_tokenizer(make_autoencoder("vq_continuous", autoencoders / "vq.safetensors",
-                                             tokenizer__autoencoder__scale=2.0).tokenizer)
+    before = open_tokenizer(
+        make_autoencoder("vq_continuous", autoencoders / "vq.safetensors", tokenizer__autoencoder__scale=2.0).tokenizer
+    )
     assert before.codebook(before.params) is None and before.checksum == vq.checksum
     raw = jax.jit(before.encode)(before.params, digits, jax.random.key(0))
     np.testing.assert_array_equal(nearest(raw / 2.0, codebook), index)
@@ -166,8 +187,11 @@ def test_codes_are_not_scaled():
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_chunks_of_rows_give_what_all_at_once_do(kl, vq, digits, monkeypatch, rows):
     key = jax.random.key(0)
-    cases = [(kl.moments, (kl.params, digits)), (vq.encode, (vq.params, digits, key)),
-             (kl.decode, (kl.params, digits.reshape(6, 4, 4, 4)))]
+    cases = [
+        (kl.moments, (kl.params, digits)),
+        (vq.encode, (vq.params, digits, key)),
+        (kl.decode, (kl.params, digits.reshape(6, 4, 4, 4))),
+    ]
     for function, arguments in cases:
         whole, text = jax.jit(lambda *given, function=function: function(*given)), "stablehlo.while"
         assert text not in whole.lower(*arguments).as_text()
@@ -240,8 +264,13 @@ for shape in ((8, 1, 1), (2, 2, 2)):
 def test_devices_keep_their_own_rows(autoencoders):
     """Chunks on a mesh: the same images, drawn with the same noise, and nothing is sent between devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, str(autoencoders / "kl.safetensors")], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(autoencoders / "kl.safetensors")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -281,8 +310,9 @@ def test_a_fresh_network_keeps_the_size_of_what_goes_through(digits):
     params = autoencoder.init_params(VQ_SPEC, jax.random.key(0))
     flat = traverse_util.flatten_dict(params, sep="/")
     assert {path: leaf.shape for path, leaf in flat.items()} == {
-        path: leaf.shape for path, leaf in
-        traverse_util.flatten_dict(autoencoder.abstract_params(VQ_SPEC), sep="/").items()}
+        path: leaf.shape
+        for path, leaf in traverse_util.flatten_dict(autoencoder.abstract_params(VQ_SPEC), sep="/").items()
+    }
     assert all(leaf.dtype == jnp.float32 for leaf in flat.values())
     codes = flat["codebook"]
     assert abs(codes).max() <= 1 / 16 and len(np.unique(codes)) == codes.size
@@ -291,8 +321,9 @@ def test_a_fresh_network_keeps_the_size_of_what_goes_through(digits):
 
 
 # Attention at both levels of one half each, a change of channels, and different sizes on both sides of the bottleneck.
-ODD = Spec(3, 32, (1, 2), 1, latent_channels=6, embed_dim=5, encoder_attn_resolutions=(256,),
-           decoder_attn_resolutions=(128,))
+ODD = Spec(
+    3, 32, (1, 2), 1, latent_channels=6, embed_dim=5, encoder_attn_resolutions=(256,), decoder_attn_resolutions=(128,)
+)
 
 
 @pytest.mark.parametrize("spec", [KL_SPEC, VQ_SPEC, ODD])
@@ -306,8 +337,11 @@ def test_names_round_trip(spec):
     assert again.keys() == state_dict.keys() == table(spec).keys()
     for name, array in state_dict.items():
         np.testing.assert_array_equal(again[name], array)
-    noise = {"loss.logvar": np.zeros(()), "loss.discriminator.main.0.weight": np.zeros(3),
-             "discriminator.x": np.zeros(1)}
+    noise = {
+        "loss.logvar": np.zeros(()),
+        "loss.discriminator.main.0.weight": np.zeros(3),
+        "discriminator.x": np.zeros(1),
+    }
     jax.tree.map(np.testing.assert_array_equal, from_state_dict(state_dict | noise)[1], params)
     jax.tree.map(np.testing.assert_array_equal, from_state_dict(state_dict, spec)[1], params)
 
@@ -319,33 +353,50 @@ def test_what_does_not_fit_is_listed():
     state_dict |= {"model_ema.decay": np.zeros(()), "lossy": np.zeros(1)}
     with pytest.raises(UserError) as caught:
         from_state_dict(state_dict)
-    for says in ("5 tensors", "decoder.mid.attn_1.q.bias is missing", "encoder.norm_out.weight is missing",
-                 "quant_conv.weight has shape (8, 8, 1) instead of (8, 8, 1, 1)", "model_ema.decay is not used",
-                 "lossy is not used"):
+    for says in (
+        "5 tensors",
+        "decoder.mid.attn_1.q.bias is missing",
+        "encoder.norm_out.weight is missing",
+        "quant_conv.weight has shape (8, 8, 1) instead of (8, 8, 1, 1)",
+        "model_ema.decay is not used",
+        "lossy is not used",
+    ):
         assert says in str(caught.value), says
     with pytest.raises(UserError, match="quantize.embedding.weight is not used"):
         from_state_dict(seeded(VQ_SPEC), KL_SPEC)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda given: {}, "encoder.conv_in.weight is missing .there are 0 tensors, such as none"),
-    (lambda given: {"model.x": np.zeros(1)}, "there are 1 tensors, such as model.x"),
-    (lambda given: given | {"encoder.conv_in.weight": np.zeros((24, 1, 3, 3))}, "no multiples of the first layer's 24"),
-    (lambda given: given | {"encoder.conv_in.weight": np.zeros((16, 1, 3, 3))}, "width is 16"),
-    (lambda given: given | {"post_quant_conv.weight": np.zeros(4)}, "post_quant_conv.weight has shape .4,."),
-    (lambda given: {k: v for k, v in given.items() if ".block." not in k}, "block.0.conv1.weight is missing"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda given: {}, "encoder.conv_in.weight is missing .there are 0 tensors, such as none"),
+        (lambda given: {"model.x": np.zeros(1)}, "there are 1 tensors, such as model.x"),
+        (
+            lambda given: given | {"encoder.conv_in.weight": np.zeros((24, 1, 3, 3))},
+            "no multiples of the first layer's 24",
+        ),
+        (lambda given: given | {"encoder.conv_in.weight": np.zeros((16, 1, 3, 3))}, "width is 16"),
+        (lambda given: given | {"post_quant_conv.weight": np.zeros(4)}, "post_quant_conv.weight has shape .4,."),
+        (lambda given: {k: v for k, v in given.items() if ".block." not in k}, "block.0.conv1.weight is missing"),
+    ],
+)
 def test_other_state_dicts(change, says):
     with pytest.raises(UserError, match=f"this is no LDM autoencoder.*{says}"):
         from_state_dict(change(seeded(KL_SPEC)))
 
 
-@pytest.mark.parametrize("fields, says", [
-    (dict(width=48), "multiple of 32"), (dict(width=0), "width is 0"), (dict(channel_mults=()), "channel_mults"),
-    (dict(channel_mults=(1, 0)), "channel_mults"), (dict(num_codes=-1), "num_codes is -1"),
-    (dict(resolution=100), "resolution 100 is not divisible by 16"),
-    (dict(encoder_attn_resolutions=(24,)), "has 24, but the levels .* are 256, 128, 64, 32, 16"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(width=48), "multiple of 32"),
+        (dict(width=0), "width is 0"),
+        (dict(channel_mults=()), "channel_mults"),
+        (dict(channel_mults=(1, 0)), "channel_mults"),
+        (dict(num_codes=-1), "num_codes is -1"),
+        (dict(resolution=100), "resolution 100 is not divisible by 16"),
+        (dict(encoder_attn_resolutions=(24,)), "has 24, but the levels .* are 256, 128, 64, 32, 16"),
+    ],
+)
 def test_impossible_networks(fields, says):
     with pytest.raises(ValueError, match=says):
         Spec(**fields)

@@ -31,8 +31,12 @@ def test_file_round_trip(autoencoders, tmp_path):
         assert path.read_bytes() == (autoencoders / f"{kind}.safetensors").read_bytes()
         # Others read it under the reference's names and layouts.
         tensors = safetensors.load_file(path)
-        assert {"encoder.down.0.block.0.norm1.weight", "decoder.mid.attn_1.q.weight",
-                "decoder.up.1.upsample.conv.bias", "post_quant_conv.weight"} <= tensors.keys()
+        assert {
+            "encoder.down.0.block.0.norm1.weight",
+            "decoder.mid.attn_1.q.weight",
+            "decoder.up.1.upsample.conv.bias",
+            "post_quant_conv.weight",
+        } <= tensors.keys()
         assert ("quantize.embedding.weight" in tensors) == (kind == "vq")
         assert tensors["encoder.conv_in.weight"].shape == (32, 1, 3, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["copy.safetensors"]
@@ -66,9 +70,19 @@ def test_what_a_free_network_is(autoencoders):
 
 def test_a_preset_fills_the_section():
     def preset(name, **overrides):
-        return config_lib.resolve(config_lib.apply_overrides(config_lib.base(), {
-            "tokenizer.name": name, "data.image_size": 256, "data.channels": 3, "train.steps": 1,
-            "train.warmup_steps": 0, **overrides}))
+        return config_lib.resolve(
+            config_lib.apply_overrides(
+                config_lib.base(),
+                {
+                    "tokenizer.name": name,
+                    "data.image_size": 256,
+                    "data.channels": 3,
+                    "train.steps": 1,
+                    "train.warmup_steps": 0,
+                    **overrides,
+                },
+            )
+        )
 
     config = preset("kl16")
     assert config.tokenizer.autoencoder.encoder_attn_resolutions == (16,) and config.tokenizer.num_codes is None
@@ -76,46 +90,60 @@ def test_a_preset_fills_the_section():
     config = preset("vq16", **{"model.head": "categorical"})
     assert config.tokenizer.num_codes == 16384 == config_lib.tokens_of(config).num_codes
     for name, overrides, says in (
-            ("kl16", {"tokenizer.autoencoder.width": 64}, "width is 64, but kl16 has 128: .*tokenizer.name=kl$"),
-            ("kl8", {"tokenizer.autoencoder.channel_mults": "1,2"}, r"channel_mults is \(1, 2\), but kl8 has"),
-            ("vq16", {"tokenizer.num_codes": 512}, "tokenizer.num_codes is 512, but vq16 has 16384: .*name=vq$"),
-            ("kl16", {"data.channels": 1}, "data.channels is 1, but tokenizer kl16 takes 3"),
-            ("kl16", {"data.image_size": 200}, "image size 200 is not divisible"),
-            ("kl16", {"model.head": "categorical"}, "tokens of config.tokenizer.name=kl16 are continuous")):
+        ("kl16", {"tokenizer.autoencoder.width": 64}, "width is 64, but kl16 has 128: .*tokenizer.name=kl$"),
+        ("kl8", {"tokenizer.autoencoder.channel_mults": "1,2"}, r"channel_mults is \(1, 2\), but kl8 has"),
+        ("vq16", {"tokenizer.num_codes": 512}, "tokenizer.num_codes is 512, but vq16 has 16384: .*name=vq$"),
+        ("kl16", {"data.channels": 1}, "data.channels is 1, but tokenizer kl16 takes 3"),
+        ("kl16", {"data.image_size": 200}, "image size 200 is not divisible"),
+        ("kl16", {"model.head": "categorical"}, "tokens of config.tokenizer.name=kl16 are continuous"),
+    ):
         with pytest.raises(UserError, match=says):
             preset(name, **overrides)
 
 
-@pytest.mark.parametrize("name, overrides, says", [
-    ("kl", {"autoencoder.width": "48"}, "multiple of 32"),
-    ("kl", {"autoencoder.channel_mults": "1,x"}, "expected whole numbers with commas, such as 1,2,4"),
-    ("kl", {"autoencoder.channel_mults": "1,0"}, "channel_mults"),
-    ("kl", {"autoencoder.encoder_attn_resolutions": "16"}, "has 16, but the levels .* are 256, 128"),
-    ("kl", {"autoencoder.scale": "0"}, "scale is 0.0: give a positive number"),
-    ("kl", {"autoencoder.scale": "nan"}, "scale is nan: give a positive number"),
-    ("kl", {"autoencoder.dtype": "float16"}, "one of float32, bfloat16"),
-    ("kl", {"autoencoder.in_channels": "3"}, "data.channels is 1, but tokenizer kl takes 3"),
-    ("vq", {"autoencoder.scale": "0.5"}, "gives codes, which are not scaled"),
-    ("vq", {"num_codes": "0"}, "num_codes is 0"),
-    ("vq", {"patch_size": "2"}, "a token of vq is one code: set it to 1"),
-])
+@pytest.mark.parametrize(
+    "name, overrides, says",
+    [
+        ("kl", {"autoencoder.width": "48"}, "multiple of 32"),
+        ("kl", {"autoencoder.channel_mults": "1,x"}, "expected whole numbers with commas, such as 1,2,4"),
+        ("kl", {"autoencoder.channel_mults": "1,0"}, "channel_mults"),
+        ("kl", {"autoencoder.encoder_attn_resolutions": "16"}, "has 16, but the levels .* are 256, 128"),
+        ("kl", {"autoencoder.scale": "0"}, "scale is 0.0: give a positive number"),
+        ("kl", {"autoencoder.scale": "nan"}, "scale is nan: give a positive number"),
+        ("kl", {"autoencoder.dtype": "float16"}, "one of float32, bfloat16"),
+        ("kl", {"autoencoder.in_channels": "3"}, "data.channels is 1, but tokenizer kl takes 3"),
+        ("vq", {"autoencoder.scale": "0.5"}, "gives codes, which are not scaled"),
+        ("vq", {"num_codes": "0"}, "num_codes is 0"),
+        ("vq", {"patch_size": "2"}, "a token of vq is one code: set it to 1"),
+    ],
+)
 def test_bad_fields(name, overrides, says):
     config = make_autoencoder(name, "")
     with pytest.raises(UserError, match=says):
         config_lib.resolve(config_lib.apply_overrides(config, {f"tokenizer.{k}": v for k, v in overrides.items()}))
 
 
-@pytest.mark.parametrize("name, overrides, says", [
-    ("kl", dict(path=""), "path is empty, but tokenizer 'kl' is a file: marjax convert makes it"),
-    ("kl", dict(path="nowhere"), "nowhere does not exist: marjax convert makes it"),
-    ("kl", dict(path="."), "is a folder"),
-    ("kl", dict(autoencoder__width=64), "kl.safetensors is another .* width 32 instead of 64"),
-    ("kl", dict(autoencoder__channel_mults=(1, 2), autoencoder__num_res_blocks=2),
-     r"channel_mults \(1, 1\) instead of \(1, 2\); num_res_blocks 1 instead of 2"),
-    ("kl", dict(autoencoder__decoder_attn_resolutions=(128,)), r"decoder attention at levels \[\] instead of \[1\]"),
-    ("vq", {}, "kl.safetensors holds a KL autoencoder, but config.tokenizer.name is vq"),
-    ("kl", dict(checksum="0" * 64), "the model was trained with another autoencoder .checksum 000000000000."),
-])
+@pytest.mark.parametrize(
+    "name, overrides, says",
+    [
+        ("kl", dict(path=""), "path is empty, but tokenizer 'kl' is a file: marjax convert makes it"),
+        ("kl", dict(path="nowhere"), "nowhere does not exist: marjax convert makes it"),
+        ("kl", dict(path="."), "is a folder"),
+        ("kl", dict(autoencoder__width=64), "kl.safetensors is another .* width 32 instead of 64"),
+        (
+            "kl",
+            dict(autoencoder__channel_mults=(1, 2), autoencoder__num_res_blocks=2),
+            r"channel_mults \(1, 1\) instead of \(1, 2\); num_res_blocks 1 instead of 2",
+        ),
+        (
+            "kl",
+            dict(autoencoder__decoder_attn_resolutions=(128,)),
+            r"decoder attention at levels \[\] instead of \[1\]",
+        ),
+        ("vq", {}, "kl.safetensors holds a KL autoencoder, but config.tokenizer.name is vq"),
+        ("kl", dict(checksum="0" * 64), "the model was trained with another autoencoder .checksum 000000000000."),
+    ],
+)
 def test_another_network_than_the_config_asks_for(autoencoders, name, overrides, says):
     given = {f"tokenizer__{key}": value for key, value in overrides.items()}
     config = resolve(name, **{"path": autoencoders / "kl.safetensors", **given})
@@ -143,7 +171,7 @@ def test_latents_before_quantisation_need_a_scale(autoencoders):
 def rewritten(path, out, change_tensors=None, change_meta=None):
     tensors = safetensors.load_file(path)
     data = path.read_bytes()
-    meta = json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["marjax"])
+    meta = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["marjax"])
     if change_tensors:
         change_tensors(tensors)
     text = json.dumps(meta if change_meta is None else change_meta(meta))
@@ -161,39 +189,53 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
             open_tokenizer(tokenizer)
         assert "\n" not in str(caught.value) and "damaged.safetensors" in str(caught.value)
 
-    for content in (data[:len(data) // 2], b"", b"text", data[:8], b"\xff" * 100):
+    for content in (data[: len(data) // 2], b"", b"text", data[:8], b"\xff" * 100):
         out.write_bytes(content)
         refused("is no safetensors file or is damaged")
     safetensors.save_file({"a": np.zeros(1)}, out)
     refused("not one of marjax .*marjax convert makes one")
-    for change in (lambda meta: [], lambda meta: {}, lambda meta: {**meta, "kind": "kl"},
-                   lambda meta: {**meta, "scale": -1}, lambda meta: {**meta, "scale": "a"},
-                   lambda meta: {**meta, "spec": {"depth": 3}},
-                   lambda meta: {**meta, "spec": {**meta["spec"], "width": "32"}},
-                   lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1.5]}}):
+    for change in (
+        lambda meta: [],
+        lambda meta: {},
+        lambda meta: {**meta, "kind": "kl"},
+        lambda meta: {**meta, "scale": -1},
+        lambda meta: {**meta, "scale": "a"},
+        lambda meta: {**meta, "spec": {"depth": 3}},
+        lambda meta: {**meta, "spec": {**meta["spec"], "width": "32"}},
+        lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1.5]}},
+    ):
         rewritten(path, out, change_meta=change)
         refused("does not say what network it holds")
     for change, says in (
-            (lambda t: t.pop(bias), f"1 tensors .*{bias} is missing"),
-            (lambda t: t.update(extra=np.zeros(1, np.float32)), "extra is not used"),
-            (lambda t: t.update({bias: t[bias].astype(np.float64)}), f"{bias} is float64"),
-            (lambda t: t.update({bias: t[bias] * np.float32("nan")}), f"{bias} is not finite"),
-            (lambda t: t.update({"quantize.embedding.weight": np.zeros((15, 4), np.float32)}),
-             r"weight has shape \(15, 4\) instead of \(16, 4\)")):
+        (lambda t: t.pop(bias), f"1 tensors .*{bias} is missing"),
+        (lambda t: t.update(extra=np.zeros(1, np.float32)), "extra is not used"),
+        (lambda t: t.update({bias: t[bias].astype(np.float64)}), f"{bias} is float64"),
+        (lambda t: t.update({bias: t[bias] * np.float32("nan")}), f"{bias} is not finite"),
+        (
+            lambda t: t.update({"quantize.embedding.weight": np.zeros((15, 4), np.float32)}),
+            r"weight has shape \(15, 4\) instead of \(16, 4\)",
+        ),
+    ):
         rewritten(path, out, change_tensors=change)
         refused(says)
     # Networks that would be traced for ever, by what the file says and by names; deep JSON; more bytes than it has.
     for change in ({"num_res_blocks": 10**6}, {"num_res_blocks": 60_000}, {"channel_mults": [1] * 12}):
-        rewritten(path, out, change_meta=lambda meta, change=change: {
-            **meta, "spec": {**meta["spec"], "resolution": 2048, **change}})
+        rewritten(
+            path,
+            out,
+            change_meta=lambda meta, change=change: {**meta, "spec": {**meta["spec"], "resolution": 2048, **change}},
+        )
         refused("does not say what network|do not fit a VQ autoencoder of [0-9]+ blocks")
     rewritten(path, out, change_meta=lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1] * 10**5}})
     refused("does not say what network it holds")
     head, again = struct.pack("<Q", 13), "its metadata has no 'marjax'"
-    for content, says in ((head + b'{"a": [1, 2]}', "a is an array"), (head + b"[1,2,3,4,5,6]", "an array, expected"),
-                          (struct.pack("<Q", 99_999) + b"[" * 99_999, "nested deeper"),
-                          (head + b"{" + b" " * 11 + b"}", again),
-                          (struct.pack("<Q", 1 << 60) + b"{}", "damaged .of 10 bytes")):
+    for content, says in (
+        (head + b'{"a": [1, 2]}', "a is an array"),
+        (head + b"[1,2,3,4,5,6]", "an array, expected"),
+        (struct.pack("<Q", 99_999) + b"[" * 99_999, "nested deeper"),
+        (head + b"{" + b" " * 11 + b"}", again),
+        (struct.pack("<Q", 1 << 60) + b"{}", "damaged .of 10 bytes"),
+    ):
         out.write_bytes(content)
         refused(says)
     deep = {"marjax": "[" * 100_000}
@@ -209,14 +251,27 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
     assert to_state_dict(stored.spec, stored.params).keys() == safetensors.load_file(out).keys()
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("kl", {}), pytest.param("vq", dict(model__head="categorical"), marks=pytest.mark.slow),
-    pytest.param("vq_continuous", dict(tokenizer__autoencoder__scale=0.25), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("kl", {}),
+        pytest.param("vq", dict(model__head="categorical"), marks=pytest.mark.slow),
+        pytest.param("vq_continuous", dict(tokenizer__autoencoder__scale=0.25), marks=pytest.mark.slow),
+    ],
+)
 def test_training_and_sampling(autoencoders, tmp_path, name, overrides):
     path = tmp_path / "tokenizer.safetensors"
     path.write_bytes((autoencoders / f"{name[:2]}.safetensors").read_bytes())
-    config = make_autoencoder(name, path, train__steps=2, sample__num_iter=3, sample__num_sampling_steps="ddim4",
-                              sample__max_stages=1, sample__batch_size=4, **overrides)
+    config = make_autoencoder(
+        name,
+        path,
+        train__steps=2,
+        sample__num_iter=3,
+        sample__num_sampling_steps="ddim4",
+        sample__max_stages=1,
+        sample__batch_size=4,
+        **overrides,
+    )
     config.train.schedule = None
     assert int(train(config, tmp_path / "run").step) == 2
     saved = read_workdir(tmp_path / "run")

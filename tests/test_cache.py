@@ -36,7 +36,8 @@ def cache(autoencoders, tmp_path_factory):
     made = cache_latents(make(autoencoders), folder, dtype="float32", batch_size=16, shard_examples=30)
     assert made.encoded == 100 and made.manifest.num_shards == 4 and made.manifest.shape == (4, 4, 8)
     assert sorted(os.listdir(folder)) == sorted(
-        ["manifest.json", *(f"latents.array_record-{i:05d}-of-00004" for i in range(4))])
+        ["manifest.json", *(f"latents.array_record-{i:05d}-of-00004" for i in range(4))]
+    )
     return folder
 
 
@@ -53,8 +54,11 @@ def losses(workdir):
 @pytest.mark.slow
 def test_training_from_the_cache_is_training_online(autoencoders, cache, tmp_path):
     config = make(autoencoders, train__steps=3, train__lr=1e-2)
-    runs = {"online": {}, "cached": {"data.cache": str(cache)},
-            "unflipped": {"data.cache": str(cache), "data.flip": False}}
+    runs = {
+        "online": {},
+        "cached": {"data.cache": str(cache)},
+        "unflipped": {"data.cache": str(cache), "data.flip": False},
+    }
     for name, changes in runs.items():
         train(config_lib.apply_overrides(config, changes), tmp_path / name)
     online, cached, unflipped = (losses(tmp_path / name) for name in runs)
@@ -63,15 +67,18 @@ def test_training_from_the_cache_is_training_online(autoencoders, cache, tmp_pat
     assert np.abs(unflipped[:, 1] / online[:, 1] - 1).min() > 2e-4
 
 
-@pytest.mark.parametrize("name, posterior", [("kl", "sample"), ("kl", "mean"), ("vq", "sample"),
-                                             ("vq_continuous", "sample")])
+@pytest.mark.parametrize(
+    "name, posterior", [("kl", "sample"), ("kl", "mean"), ("vq", "sample"), ("vq_continuous", "sample")]
+)
 def test_latents_of_a_cached_batch_are_those_of_its_images(autoencoders, tmp_path, name, posterior):
     config = config_lib.resolve(make(autoencoders, name, tokenizer__posterior=posterior))
     manifest = cache_latents(config, tmp_path / "cache", dtype="float32").manifest
     assert manifest.dtype == ("int32" if name == "vq" else "float32")
     tokenizer, key = open_tokenizer(config.tokenizer), jax.random.key(5)
-    with Batches(config.data, 32, 3) as images, \
-            Batches(config.data, 32, 3, examples=Latents(tmp_path / "cache", manifest, flip=True)) as cached:
+    with (
+        Batches(config.data, 32, 3) as images,
+        Batches(config.data, 32, 3, examples=Latents(tmp_path / "cache", manifest, flip=True)) as cached,
+    ):
         for online, ahead in itertools.islice(zip(images, cached, strict=True), 5):  # more than an epoch
             np.testing.assert_array_equal(ahead["label"], online["label"])
             wanted = tokenizer.encode(tokenizer.params, online["image"].astype(np.float32) / 127.5 - 1.0, key)
@@ -171,13 +178,16 @@ def test_two_processes_with_two_devices_each_make_what_one_makes(autoencoders, c
         assert label_a == label_b
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"data__split": "train[:101]", "data__num_examples": 101}, "split 'train[:100]' instead of 'train[:101]'"),
-    ({"data__image_size": 16}, "image_size 8 instead of 16"),
-    ({"data__source": "mnist"}, "source 'digits' instead of 'mnist'"),
-    ({"data__num_examples": 99}, "num_examples 100 instead of 99"),
-    ({"data__num_classes": 9}, "num_classes 10 instead of 9"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"data__split": "train[:101]", "data__num_examples": 101}, "split 'train[:100]' instead of 'train[:101]'"),
+        ({"data__image_size": 16}, "image_size 8 instead of 16"),
+        ({"data__source": "mnist"}, "source 'digits' instead of 'mnist'"),
+        ({"data__num_examples": 99}, "num_examples 100 instead of 99"),
+        ({"data__num_classes": 9}, "num_classes 10 instead of 9"),
+    ],
+)
 def test_a_cache_of_other_images_is_refused(autoencoders, cache, tmp_path, changes, said):
     with pytest.raises(UserError) as caught:
         train(make(autoencoders, data__cache=str(cache), **changes), tmp_path / "run")
@@ -199,13 +209,18 @@ def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache
     with pytest.raises(UserError, match="another latent cache .it has fingerprint"):
         cache_latents(make(autoencoders), copy, dtype="float32", batch_size=16)
     assert not (tmp_path / "run").exists() and len(list(copy.glob("latents*"))) == 3
+
     # Where the images are gone, the cache stands for itself.
     def gone(data):
         raise UserError("gone")
 
     monkeypatch.setattr("marjax.data.cache.open_source", gone)
-    assert open_fitting(resolve(make(autoencoders, data__cache=str(cache))), open_tokenizer(
-        make(autoencoders).tokenizer)).num_examples == 100
+    assert (
+        open_fitting(
+            resolve(make(autoencoders, data__cache=str(cache))), open_tokenizer(make(autoencoders).tokenizer)
+        ).num_examples
+        == 100
+    )
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}', "[" * 100_000, "\0"])
@@ -217,10 +232,27 @@ def test_a_manifest_that_is_none(autoencoders, cache, tmp_path, text):
         cache_latents(make(autoencoders), tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("num_examples", 0), ("num_examples", 10**15), ("num_examples", 1e3), ("shard_examples", 0), ("shape", []),
-    ("shape", [4, -4, 8]), ("shape", [1 << 20] * 3), ("shape", [1] * 40), ("shape", 4), ("flips", 1), ("format", 2),
-    ("dtype", "float64"), ("dtype", []), ("num_classes", True), ("checksum", None), ("split", "a\nb")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_examples", 0),
+        ("num_examples", 10**15),
+        ("num_examples", 1e3),
+        ("shard_examples", 0),
+        ("shape", []),
+        ("shape", [4, -4, 8]),
+        ("shape", [1 << 20] * 3),
+        ("shape", [1] * 40),
+        ("shape", 4),
+        ("flips", 1),
+        ("format", 2),
+        ("dtype", "float64"),
+        ("dtype", []),
+        ("num_classes", True),
+        ("checksum", None),
+        ("split", "a\nb"),
+    ],
+)
 def test_a_field_that_cannot_be_is_named(cache, tmp_path, name, value):
     fields = json.loads((cache / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(fields | {name: value}))
@@ -233,8 +265,12 @@ def test_sizes_that_the_files_do_not_have(cache, tmp_path):
     fields = json.loads((cache / "manifest.json").read_text())
     for path in cache.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    for changes in ({"num_examples": 10**12}, {"num_examples": 10**12, "shard_examples": 1},
-                    {"num_examples": 119}, {"shard_examples": 10**12}):
+    for changes in (
+        {"num_examples": 10**12},
+        {"num_examples": 10**12, "shard_examples": 1},
+        {"num_examples": 119},
+        {"shard_examples": 10**12},
+    ):
         (tmp_path / "manifest.json").write_text(json.dumps(fields | changes))
         with pytest.raises(UserError, match=str(tmp_path)):
             Latents(tmp_path, read_manifest(tmp_path), flip=False)
@@ -331,9 +367,15 @@ def test_a_folder_of_something_else_is_left_alone(autoencoders, tmp_path):
     assert read_manifest(tmp_path / "cache").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"dtype": "float16"}, "dtype is 'float16'"), ({"batch_size": 0}, "batch_size is 0"),
-    ({"shard_examples": 0}, "shard_examples is 0"), ({"out": "gs://bucket/cache"}, "not on this machine")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"shard_examples": 0}, "shard_examples is 0"),
+        ({"out": "gs://bucket/cache"}, "not on this machine"),
+    ],
+)
 def test_arguments_out_of_range_are_refused(autoencoders, tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
         cache_latents(make(autoencoders), **{"out": tmp_path / "out", **changes})

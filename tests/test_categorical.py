@@ -33,8 +33,9 @@ def test_the_target_is_the_code_of_the_token():
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
 
     def loss(params):
-        return generator.apply({"params": params}, CODEBOOK[index], jnp.arange(3), rand, True,
-                               codebook=CODEBOOK)["loss"][0]
+        return generator.apply({"params": params}, CODEBOOK[index], jnp.arange(3), rand, True, codebook=CODEBOOK)[
+            "loss"
+        ][0]
 
     before = loss(params)
     params["head"]["logits"]["bias"] = params["head"]["logits"]["bias"].at[7].add(0.5)
@@ -84,9 +85,20 @@ def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, gu
     plan = orders.generation_plan(L, num_iter)
     stages = orders.group_stages(plan, 2, lambda known, new: 1.0 + known + new, all_unknown=choice is not None)
     choices = None if choice is None else jnp.full(num_iter, choice)
-    return jax.jit(lambda params: generate(generator, params, jnp.array([0, 1, 2, -1]), rand, guidance_n,
-                                           jnp.float32(temperature), CODEBOOK, choices, stages=stages,
-                                           num_sampling_steps="4"))(params)
+    return jax.jit(
+        lambda params: generate(
+            generator,
+            params,
+            jnp.array([0, 1, 2, -1]),
+            rand,
+            guidance_n,
+            jnp.float32(temperature),
+            CODEBOOK,
+            choices,
+            stages=stages,
+            num_sampling_steps="4",
+        )
+    )(params)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +121,9 @@ def test_confident_order_takes_the_surest_first(mar):
     labels, drop = jnp.array([0, 1, 2, 0]), jnp.array([False, False, False, True])
     net = generator.bind({"params": params})
     tokens, known = np.zeros((4, L, D), np.float32), [[] for _ in range(4)]
-    look = jax.jit(lambda tokens, order, n: net.head.logits(net.condition(
-        tokens, labels, drop, order, jnp.full(4, n), slots=L)))
+    look = jax.jit(
+        lambda tokens, order, n: net.head.logits(net.condition(tokens, labels, drop, order, jnp.full(4, n), slots=L))
+    )
     for n in range(L):
         order = jnp.asarray([k + [p for p in range(L) if p not in k] for k in known])
         log_p = jax.nn.log_softmax(look(jnp.asarray(tokens), order, n), -1)

@@ -34,8 +34,9 @@ def z_in_order(case, tokens=None, order=None):
     """z by place in the order: row i predicts the i-th token."""
     condition, params, given, given_order = case
     order = given_order if order is None else order
-    z = condition({"params": params}, given if tokens is None else tokens, LABELS, NO_DROP, order,
-                  jnp.zeros(B, jnp.int32))
+    z = condition(
+        {"params": params}, given if tokens is None else tokens, LABELS, NO_DROP, order, jnp.zeros(B, jnp.int32)
+    )
     return jnp.take_along_axis(z, order[..., None], axis=1)
 
 
@@ -54,21 +55,21 @@ def test_z_sees_what_comes_before_and_nothing_else(cases, variant, i):
     rank = orders.ranks(order)
     z = z_in_order(case)
     later = z_in_order(case, jnp.where((rank >= i)[..., None], tokens + 1.0, tokens))
-    np.testing.assert_array_equal(later[:, :i + 1], z[:, :i + 1])
+    np.testing.assert_array_equal(later[:, : i + 1], z[:, : i + 1])
     if i < L - 1:
-        assert jnp.abs(later[:, i + 1:] - z[:, i + 1:]).max(-1).min() > 1e-4
+        assert jnp.abs(later[:, i + 1 :] - z[:, i + 1 :]).max(-1).min() > 1e-4
     for j in range(i):  # every single one of the tokens before matters
         earlier = z_in_order(case, jnp.where((rank == j)[..., None], tokens + 1.0, tokens))
         assert jnp.abs(earlier[:, i] - z[:, i]).max(-1).min() > 1e-5
-        np.testing.assert_array_equal(earlier[:, :j + 1], z[:, :j + 1])
+        np.testing.assert_array_equal(earlier[:, : j + 1], z[:, : j + 1])
 
 
 def test_z_does_not_depend_on_the_order_of_what_comes_after(cases):
     case = cases["random_ar"]
     order, z, i = case[3], z_in_order(case), 6
-    z_shuffled = z_in_order(case, order=jnp.concatenate([order[:, :i + 1], order[:, :i:-1]], axis=1))
-    np.testing.assert_array_equal(z_shuffled[:, :i + 1], z[:, :i + 1])
-    assert jnp.abs(z_shuffled[:, i + 1:] - z[:, i + 1:]).max() > 1e-3
+    z_shuffled = z_in_order(case, order=jnp.concatenate([order[:, : i + 1], order[:, :i:-1]], axis=1))
+    np.testing.assert_array_equal(z_shuffled[:, : i + 1], z[:, : i + 1])
+    assert jnp.abs(z_shuffled[:, i + 1 :] - z[:, i + 1 :]).max() > 1e-3
 
 
 def test_the_position_to_predict_matters(cases):
@@ -128,9 +129,15 @@ def test_every_token_is_in_the_loss(cases):
     assert generator.apply({"params": params}, tokens, LABELS, rand, True)["loss"][1].min() == 1.0
 
 
-@pytest.mark.parametrize("variant, head, guided", [
-    ("ar", "diffusion", True), ("ar", "categorical", False), ("random_ar", "diffusion", False),
-    ("random_ar", "categorical", True)])
+@pytest.mark.parametrize(
+    "variant, head, guided",
+    [
+        ("ar", "diffusion", True),
+        ("ar", "categorical", False),
+        ("random_ar", "diffusion", False),
+        ("random_ar", "categorical", True),
+    ],
+)
 def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
     generator = make_generator(variant=variant, head=head)
     params = perturbed_params(generator)
@@ -142,20 +149,40 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
 
     def run(generator):
         guidance = jnp.linspace(1.0, 3.0, L) if guided else None
-        return jax.jit(lambda params: generate(generator, params, labels, rand, guidance, jnp.float32(0.7), codebook,
-                                               stages=stages, num_sampling_steps="ddim4"))(params)
+        return jax.jit(
+            lambda params: generate(
+                generator,
+                params,
+                labels,
+                rand,
+                guidance,
+                jnp.float32(0.7),
+                codebook,
+                stages=stages,
+                num_sampling_steps="ddim4",
+            )
+        )(params)
 
     cached = run(generator)
-    np.testing.assert_allclose(cached, run(generator.clone(backbone=generator.backbone.clone(kv_cache=False))),
-                               atol=2e-4)
+    np.testing.assert_allclose(
+        cached, run(generator.clone(backbone=generator.backbone.clone(kv_cache=False))), atol=2e-4
+    )
     assert jnp.abs(cached).max(-1).min() > 0 and jnp.abs(cached[0] - cached[1]).max() > 0.1
     # And what was generated is what the training pass sees: z of the whole sequence, sampled again, gives it back.
     if guided:
         return
-    z = generator.apply({"params": params}, cached, jnp.maximum(labels, 0), labels < 0, rand.order,
-                        jnp.zeros(B, jnp.int32), method="condition")
+    z = generator.apply(
+        {"params": params},
+        cached,
+        jnp.maximum(labels, 0),
+        labels < 0,
+        rand.order,
+        jnp.zeros(B, jnp.int32),
+        method="condition",
+    )
     again = generator.bind({"params": params}).head.sample(
-        z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook)
+        z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook
+    )
     np.testing.assert_allclose(again, cached, atol=2e-4)
 
 
@@ -172,7 +199,9 @@ def test_the_cache_in_bfloat16():
         whole = backbone(tokens, order, jnp.zeros(B, jnp.int32), class_embed, deterministic=True)
         cache, steps = backbone.init_cache(B), []
         for i in range(L):
-            z, cache = backbone.step(cache, tokens, order, jnp.int32(i), order[:, i:i + 1], class_embed, known_slots=L)
+            z, cache = backbone.step(
+                cache, tokens, order, jnp.int32(i), order[:, i : i + 1], class_embed, known_slots=L
+            )
             steps.append(z)
         return jnp.take_along_axis(whole, order[..., None], axis=1), jnp.concatenate(steps, axis=1)
 

@@ -260,11 +260,19 @@ def test_the_one_before_a_damaged_one(run, states, caplog, damage):
     assert os.listdir(f"{run}-damaged") == ["3"]
 
 
-@pytest.mark.parametrize("error", [
-    ValueError("UNAVAILABLE: Error opening driver [gcs_key_value_store]: CURL error 7"), PermissionError(13, "denied"),
-    OSError(24, "Too many open files"), ValueError("RESOURCE_EXHAUSTED: no [os_error_code='24']"), TimeoutError()])
-@pytest.mark.parametrize(("handler", "part"), [("StandardCheckpointHandler", "params"),
-                                               ("JsonCheckpointHandler", "meta")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("UNAVAILABLE: Error opening driver [gcs_key_value_store]: CURL error 7"),
+        PermissionError(13, "denied"),
+        OSError(24, "Too many open files"),
+        ValueError("RESOURCE_EXHAUSTED: no [os_error_code='24']"),
+        TimeoutError(),
+    ],
+)
+@pytest.mark.parametrize(
+    ("handler", "part"), [("StandardCheckpointHandler", "params"), ("JsonCheckpointHandler", "meta")]
+)
 def test_one_that_is_out_of_reach_is_not_taken_for_damaged(run, states, monkeypatch, handler, part, error):
     before = files(run)
     with Checkpoints(run) as checkpoints:
@@ -378,9 +386,22 @@ def test_a_later_format_is_no_damage(run, states, step):
     assert files(run) == before and not os.path.exists(f"{run}-damaged")
 
 
-@pytest.mark.parametrize("change", [
-    {"arrays": []}, {"arrays": {"params/a": 3}}, {"arrays": {"params/a": {"shape": "x", "dtype": 1}}}, {"user": None},
-    {"format": "1"}, {"format": None}, "[]", "3", "[" * 100_000, "\0", '{"format": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrays": []},
+        {"arrays": {"params/a": 3}},
+        {"arrays": {"params/a": {"shape": "x", "dtype": 1}}},
+        {"user": None},
+        {"format": "1"},
+        {"format": None},
+        "[]",
+        "3",
+        "[" * 100_000,
+        "\0",
+        '{"format": ' + "9" * 5000 + "}",
+    ],
+)
 def test_metadata_of_another_shape_is_damage(run, states, caplog, change):
     path = run / "3" / "meta" / "metadata"
     body = json.loads(path.read_text())
@@ -395,8 +416,9 @@ def test_metadata_of_another_shape_is_damage(run, states, caplog, change):
     assert "3 is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"commit_timestamp_nsecs": "x"}', '{"init_timestamp_nsecs": {}}',
-                                  "[" * 9000])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", '{"commit_timestamp_nsecs": "x"}', '{"init_timestamp_nsecs": {}}', "[" * 9000]
+)
 def test_times_that_cannot_be_read_are_one_line(run, states, text):
     """Orbax sorts by them, and raises what it finds."""
     path = run / "3" / "_CHECKPOINT_METADATA"
@@ -408,8 +430,14 @@ def test_times_that_cannot_be_read_are_one_line(run, states, text):
         assert checkpoints.restore(abstract(states[3])).step == 3
 
 
-@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: os.symlink("/dev/zero", path),
-                                     lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40)])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        os.mkfifo,
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40),
+    ],
+)
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "meta/metadata", "ema/_METADATA", "ema/manifest.ocdbt"])
 def test_pipes_devices_and_endless_files_are_not_read(run, states, name, replace):
     """Orbax would wait for ever, or take all memory."""
@@ -541,7 +569,9 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path, limit, says):
             print(error)
         gc.collect()
         """,
-        tmp_path / "run", limit)
+        tmp_path / "run",
+        limit,
+    )
     assert says in failed.stdout and len(failed.stdout.splitlines()) == 1
     assert failed.returncode == 0 and "Traceback" not in failed.stderr and "Event loop" not in failed.stderr
 

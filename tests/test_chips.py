@@ -5,9 +5,19 @@ import pytest
 from marjax import chips, peak
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-    ("TPU7x", "tpu7x"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100")])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+    ],
+)
 def test_a_device_kind_names_its_chip(kind, name):
     assert chips.of_kind(kind).name == name
 
@@ -30,7 +40,10 @@ def test_numbers_are_of_one_kind():
         assert 0.96 * most <= chip.usable * chip.devices / 2**30 <= most, chip.name
     # Clocks that are known otherwise, in GHz.
     assert {chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.clock} == {
-        "v4": 1.05, "v5e": 1.5, "v5p": 1.75}
+        "v4": 1.05,
+        "v5e": 1.5,
+        "v5p": 1.75,
+    }
     assert chips.of_kind("TPU7x").device_flops == pytest.approx(2307e12 / 2)
 
 

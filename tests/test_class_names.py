@@ -20,11 +20,26 @@ from marjax.errors import UserError
 NAMES = ("flower", "Temple", "cat, tabby", "7", None, "FLOWER", "Ж", "t-shirt", "0-3", "x")
 
 
-@pytest.mark.parametrize("text, classes", [
-    ("Temple", [1]), ("temple", [1]), ("flower", [0]), ("FLOWER", [5]), (" x , 2", [9, 2]), ("7", [7]), ("'7'", [3]),
-    ('"x",0', [9, 0]), ("cat, tabby", [2]), ("x,cat, tabby,ж", [9, 2, 6]), ("t-shirt,1-3", [7, 1, 2, 3]),
-    ("0-3", [8]), ("none,1", [-1, 1]), ("[1, 2]", [1, 2]), ("4", [4]),
-])
+@pytest.mark.parametrize(
+    "text, classes",
+    [
+        ("Temple", [1]),
+        ("temple", [1]),
+        ("flower", [0]),
+        ("FLOWER", [5]),
+        (" x , 2", [9, 2]),
+        ("7", [7]),
+        ("'7'", [3]),
+        ('"x",0', [9, 0]),
+        ("cat, tabby", [2]),
+        ("x,cat, tabby,ж", [9, 2, 6]),
+        ("t-shirt,1-3", [7, 1, 2, 3]),
+        ("0-3", [8]),
+        ("none,1", [-1, 1]),
+        ("[1, 2]", [1, 2]),
+        ("4", [4]),
+    ],
+)
 def test_labels_by_name(text, classes):
     assert parse_labels(text, NAMES, 10) == classes
 
@@ -34,10 +49,16 @@ def test_a_number_that_no_class_has_may_be_a_name():
     assert parse_labels("12", ("1998", "1999"), 2) == [12]  # refused with the range, by sampling
 
 
-@pytest.mark.parametrize("text, says", [
-    ("tempel", "'Temple'"), ("Flower", "'flower'|'FLOWER'"), ("zzzzzzz", "'zzzzzzz'"), ("x,", "''"),
-    ("3-1", "backwards"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("tempel", "'Temple'"),
+        ("Flower", "'flower'|'FLOWER'"),
+        ("zzzzzzz", "'zzzzzzz'"),
+        ("x,", "''"),
+        ("3-1", "backwards"),
+    ],
+)
 def test_unknown_names(text, says):
     with pytest.raises(UserError, match=says) as error:
         parse_labels(text, NAMES, 10)
@@ -78,10 +99,21 @@ def test_data_from_python_name_their_classes():
     assert sources.class_names_of(python_source(Pictures())) == ()
 
 
-@pytest.mark.parametrize("content", [
-    {"names": ["a", "a"]}, {"names": ["a\nb"]}, {"names": ["x" * 201]}, {"names": [1]}, {"names": {}}, {}, [],
-    {"names": list("abcdefghijk")}, {"names": ["\x1b[2J"]}, {"names": [""]},
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"names": ["a", "a"]},
+        {"names": ["a\nb"]},
+        {"names": ["x" * 201]},
+        {"names": [1]},
+        {"names": {}},
+        {},
+        [],
+        {"names": list("abcdefghijk")},
+        {"names": ["\x1b[2J"]},
+        {"names": [""]},
+    ],
+)
 def test_a_foreign_file_is_checked(tmp_path, content):
     (tmp_path / class_names.FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match=class_names.FILE) as error:
@@ -98,8 +130,9 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_latent_cache_keeps_them():
-    manifest = Manifest("c", "s", "train", "f", 8, 1, "center", 5, 10, True, (2, 3), "bfloat16", "float32", 2,
-                        class_names=NAMES)
+    manifest = Manifest(
+        "c", "s", "train", "f", 8, 1, "center", 5, 10, True, (2, 3), "bfloat16", "float32", 2, class_names=NAMES
+    )
     assert Manifest.from_json(manifest.to_json()).class_names == NAMES
     older = json.loads(manifest.to_json())
     del older["class_names"]
@@ -122,8 +155,19 @@ def run(tmp_path_factory):
 
 
 def test_a_single_label_and_names_in_python(run):
-    for labels in (1, np.int64(1), np.array(1), jax.numpy.asarray(1), "temple", "1", [1], ["Temple"], ("temple",),
-                   np.array(["temple"]), np.array(["temple"], object)):
+    for labels in (
+        1,
+        np.int64(1),
+        np.array(1),
+        jax.numpy.asarray(1),
+        "temple",
+        "1",
+        [1],
+        ["Temple"],
+        ("temple",),
+        np.array(["temple"]),
+        np.array(["temple"], object),
+    ):
         assert np.asarray(class_names.classes_of(labels, run, 10)).tolist() == [1]
     assert class_names.classes_of(["temple", 0, "none"], run, 10) == [1, 0, -1]
     image = sample(run, "temple")

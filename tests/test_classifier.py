@@ -50,7 +50,8 @@ def test_the_same_seed_gives_the_same_network(digits):
     images, labels = digits
     one, same, other, unshifted = (
         train_classifier(images, labels, 10, steps=3, batch_size=16, **more).extract(images[:8]).logits
-        for more in ({"seed": 3}, {"seed": 3}, {"seed": 4}, {"seed": 3, "max_shift": 0}))
+        for more in ({"seed": 3}, {"seed": 3}, {"seed": 4}, {"seed": 3, "max_shift": 0})
+    )
     np.testing.assert_array_equal(one, same)
     assert (one != other).any() and (one != unshifted).any()
 
@@ -65,11 +66,24 @@ def test_shifts_move_whole_pixels_up_to_the_limit():
     assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
 
 
-@pytest.mark.parametrize("name, change", [
-    ("image_size", 9), ("image_size", 0), ("image_size", 1 << 40), ("image_size", [8]), ("image_size", 8.0),
-    ("channels", -1), ("num_classes", 11), ("num_classes", None), ("Dense_0/bias", np.zeros(3, np.float32)),
-    ("Dense_0/bias", np.full(64, np.nan, np.float32)), ("Dense_0/bias", np.array([{}], object)), ("Dense_0/bias", "x"),
-    ("other", 1)])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("image_size", 9),
+        ("image_size", 0),
+        ("image_size", 1 << 40),
+        ("image_size", [8]),
+        ("image_size", 8.0),
+        ("channels", -1),
+        ("num_classes", 11),
+        ("num_classes", None),
+        ("Dense_0/bias", np.zeros(3, np.float32)),
+        ("Dense_0/bias", np.full(64, np.nan, np.float32)),
+        ("Dense_0/bias", np.array([{}], object)),
+        ("Dense_0/bias", "x"),
+        ("other", 1),
+    ],
+)
 def test_a_file_with_another_array_names_it(trained, tmp_path, name, change):
     trained.save(tmp_path / "classifier.npz")
     arrays = dict(np.load(tmp_path / "classifier.npz")) | {name: change}
@@ -105,7 +119,10 @@ def test_refusals(trained, digits):
     with pytest.raises(ValueError, match="one label an image"):
         trained.accuracy(images, labels[:5])
     for wrong_images, wrong_labels, says in (
-            (images / 255, labels, "uint8"), (images[:, :4], labels, "S, S"), (images, labels[:5], "integers"),
-            (images, labels + 1, r"\[1, 10\]")):
+        (images / 255, labels, "uint8"),
+        (images[:, :4], labels, "S, S"),
+        (images, labels[:5], "integers"),
+        (images, labels + 1, r"\[1, 10\]"),
+    ):
         with pytest.raises(ValueError, match=says):
             train_classifier(wrong_images, wrong_labels, 10, steps=1)

@@ -24,8 +24,15 @@ NUM_CODES = 16
 
 
 def make_config(**overrides):
-    return make_digits(**{"tokenizer__name": "codebook", "tokenizer__patch_size": 2, "tokenizer__num_codes": NUM_CODES,
-                          "data__split": "train[:300]", **overrides})
+    return make_digits(
+        **{
+            "tokenizer__name": "codebook",
+            "tokenizer__patch_size": 2,
+            "tokenizer__num_codes": NUM_CODES,
+            "data__split": "train[:300]",
+            **overrides,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +56,14 @@ def digits(config):
 def patches_of(images, p=2):
     """Patches in raster order, values ordered (channel, row, column), by plain loops."""
     _, height, width, _ = images.shape
-    return np.stack([images[:, i:i + p, j:j + p].transpose(0, 3, 1, 2).reshape(len(images), -1)
-                     for i in range(0, height, p) for j in range(0, width, p)], 1)
+    return np.stack(
+        [
+            images[:, i : i + p, j : j + p].transpose(0, 3, 1, 2).reshape(len(images), -1)
+            for i in range(0, height, p)
+            for j in range(0, width, p)
+        ],
+        1,
+    )
 
 
 def test_latents_are_rows_of_the_codebook(made):
@@ -132,8 +145,11 @@ def test_same_seed_same_file(made, tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == contents(config.tokenizer.path)
     assert again["checksum"] == report["checksum"]
     other = train_codebook(make_config(), tmp_path / "other.npz", seed=1)
-    assert other["checksum"] != report["checksum"] == train_codebook(make_config(seed=1), tmp_path / "0.npz",
-                                                                     seed=0)["checksum"]
+    assert (
+        other["checksum"]
+        != report["checksum"]
+        == train_codebook(make_config(seed=1), tmp_path / "0.npz", seed=0)["checksum"]
+    )
 
 
 def test_flips_do_not_matter_but_data_do(made, tmp_path):
@@ -173,14 +189,14 @@ def test_checksum_is_of_values_and_shape():
 def damaged(path, how):
     data, arrays = path.read_bytes(), dict(np.load(path))
     if how == "cut":
-        path.write_bytes(data[:len(data) // 2])
+        path.write_bytes(data[: len(data) // 2])
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "text":
         path.write_text("no codebook")
     elif how == "bits":  # of the codes themselves
         at = data.index(arrays["codes"].tobytes())
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     else:
         if how == "other":
             arrays = {"images": np.zeros(3)}
@@ -204,8 +220,9 @@ def damaged(path, how):
         np.savez(path, **arrays)
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "text", "bits", "other", "nan", "double", "dim", "array", "text size",
-                                 "petabytes"])
+@pytest.mark.parametrize(
+    "how", ["cut", "empty", "text", "bits", "other", "nan", "double", "dim", "array", "text size", "petabytes"]
+)
 def test_damaged_files_are_told(made, tmp_path, how):
     path = tmp_path / "damaged.npz"
     path.write_bytes(contents(made[0].tokenizer.path))
@@ -217,17 +234,24 @@ def test_damaged_files_are_told(made, tmp_path, how):
     assert "marjax train-tokenizer" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes, says", [
-    (dict(path=""), "path is empty.*marjax train-tokenizer --config"),
-    (dict(path="nowhere.npz"), "nowhere.npz does not exist.*marjax train-tokenizer --config"),
-    (dict(num_codes=17), "num_codes is 17, but the codebook .* with 16"),
-    (dict(patch_size=4), "patch_size is 4, but the codebook .* with 2"),
-    (dict(checksum="0" * 64), "the model was trained with another codebook"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(path=""), "path is empty.*marjax train-tokenizer --config"),
+        (dict(path="nowhere.npz"), "nowhere.npz does not exist.*marjax train-tokenizer --config"),
+        (dict(num_codes=17), "num_codes is 17, but the codebook .* with 16"),
+        (dict(patch_size=4), "patch_size is 4, but the codebook .* with 2"),
+        (dict(checksum="0" * 64), "the model was trained with another codebook"),
+    ],
+)
 def test_another_codebook_than_the_config_asks_for(made, changes, says):
     config, report = made
-    changed = make_config(**{f"tokenizer__{key}": value for key, value in
-                             {"path": config.tokenizer.path, "checksum": report["checksum"], **changes}.items()})
+    changed = make_config(
+        **{
+            f"tokenizer__{key}": value
+            for key, value in {"path": config.tokenizer.path, "checksum": report["checksum"], **changes}.items()
+        }
+    )
     with pytest.raises(UserError, match=says) as caught:
         open_tokenizer(changed.tokenizer)
     assert "\n" not in str(caught.value)
@@ -235,8 +259,12 @@ def test_another_codebook_than_the_config_asks_for(made, changes, says):
     assert open_tokenizer(changed.tokenizer).checksum == report["checksum"]
 
 
-FLAGS = ["--config.tokenizer.name=codebook", "--config.tokenizer.patch_size=2",
-         f"--config.tokenizer.num_codes={NUM_CODES}", "--config.data.split=train[:300]"]
+FLAGS = [
+    "--config.tokenizer.name=codebook",
+    "--config.tokenizer.patch_size=2",
+    f"--config.tokenizer.num_codes={NUM_CODES}",
+    "--config.data.split=train[:300]",
+]
 
 
 def command(*arguments):
@@ -271,20 +299,31 @@ def test_same_settings_but_other_contents_are_kept(made, tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ([], "give --out FILE"),
-    (["--out", "/proc/no/c.npz"], "cannot be written"),
-    (["--out", "."], "is a folder"),
-    (["--out", "c.npz", "--config.tokenizer.name=pixels"], "give codebook"),
-    (["--out", "c.npz", "--config.tokenizer.name=kl16", "--config.data.image_size=64", "--config.data.channels=3"],
-     "ends in .safetensors"),
-    (["--out", "c.npz", "--config.tokenizer.num_codes=0"], "num_codes is 0"),
-    (["--out", "c.npz", "--config.tokenizer.num_codes=1000000"], "num_codes is 1000000, but the patches"),
-    (["--out", "c.npz", "--config.tokenizer.patch_size=3"], "not divisible"),
-    (["--out", "c.npz", "--config.seed=-1"], "config.seed is -1"),
-    (["--out", "c.npz", "--config.data.split=test"], "data.split='test'"),
-    (["--out", "c.npz", "--codes=3"], "unknown argument"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "give --out FILE"),
+        (["--out", "/proc/no/c.npz"], "cannot be written"),
+        (["--out", "."], "is a folder"),
+        (["--out", "c.npz", "--config.tokenizer.name=pixels"], "give codebook"),
+        (
+            [
+                "--out",
+                "c.npz",
+                "--config.tokenizer.name=kl16",
+                "--config.data.image_size=64",
+                "--config.data.channels=3",
+            ],
+            "ends in .safetensors",
+        ),
+        (["--out", "c.npz", "--config.tokenizer.num_codes=0"], "num_codes is 0"),
+        (["--out", "c.npz", "--config.tokenizer.num_codes=1000000"], "num_codes is 1000000, but the patches"),
+        (["--out", "c.npz", "--config.tokenizer.patch_size=3"], "not divisible"),
+        (["--out", "c.npz", "--config.seed=-1"], "config.seed is -1"),
+        (["--out", "c.npz", "--config.data.split=test"], "data.split='test'"),
+        (["--out", "c.npz", "--codes=3"], "unknown argument"),
+    ],
+)
 def test_slips_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     assert command(*arguments) == 2

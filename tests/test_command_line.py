@@ -32,36 +32,66 @@ def test_marjax_alone_prints_its_help(capsys, arguments):
     assert not error and all(f"\n    {name}" in out for name in commands.NAMES)
 
 
-@pytest.mark.parametrize("line, meant", [
-    ("trian", "'train'"), ("Train --config x", "'train'"), ("train_tokenizer", "'train-tokenizer'"),
-    ("cache", "'cache-latents'"), ("evalute", "'evaluate'"), ("smaple --workdir x", "'sample'"),
-    ("--workdir x train", "marjax train --workdir"), ("—help", "'--help'"), ("qqq", "marjax --help"),
-])
+@pytest.mark.parametrize(
+    "line, meant",
+    [
+        ("trian", "'train'"),
+        ("Train --config x", "'train'"),
+        ("train_tokenizer", "'train-tokenizer'"),
+        ("cache", "'cache-latents'"),
+        ("evalute", "'evaluate'"),
+        ("smaple --workdir x", "'sample'"),
+        ("--workdir x train", "marjax train --workdir"),
+        ("—help", "'--help'"),
+        ("qqq", "marjax --help"),
+    ],
+)
 def test_unknown_commands(capsys, line, meant):
     assert meant in failure(capsys, line)
 
 
-@pytest.mark.parametrize("flag, meant", [
-    ("-workdir x", "--workdir;"), ("--work_dir x", "--workdir;"), ("—workdir x", "--workdir;"),
-    ("––Workdir=x", "--workdir;"), ("--num-itr 3", "--num_iter;"), ("--temprature 1", "--temperature;"),
-    ("--label 3", "--labels;"), ("--config digits", "the config is in the work directory"),
-    ("--config.sample.cfg=3", "--cfg=3"), ("cfg=3", "--cfg;"), ("--qqqqq", "marjax sample --help"),
-])
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("-workdir x", "--workdir;"),
+        ("--work_dir x", "--workdir;"),
+        ("—workdir x", "--workdir;"),
+        ("––Workdir=x", "--workdir;"),
+        ("--num-itr 3", "--num_iter;"),
+        ("--temprature 1", "--temperature;"),
+        ("--label 3", "--labels;"),
+        ("--config digits", "the config is in the work directory"),
+        ("--config.sample.cfg=3", "--cfg=3"),
+        ("cfg=3", "--cfg;"),
+        ("--qqqqq", "marjax sample --help"),
+    ],
+)
 def test_unknown_flags_of_sample(capsys, flag, meant):
     assert meant in failure(capsys, f"sample --workdir w --out o {flag}")
 
 
-@pytest.mark.parametrize("flag, meant", [
-    ("--steps 100", "--config.train.steps=100\n"), ("--steps=1e3", "--config.train.steps=1e3\n"),
-    ("--batch-size 8", "--config.train.batch_size=8\n"), ("--lr 1e-3", "--config.train.lr=1e-3\n"),
-    ("--train.lr=1", "--config.train.lr=1\n"), ("--num_iter 3", "--config.sample.num_iter=3\n"),
-    ("train.lr=1e-3", "--config.train.lr=1e-3\n"), ("lr=1e-3", "--config.train.lr=1e-3\n"),
-    ("config.train.lr=1e-3", "--config.train.lr=1e-3\n"), ("–config.train.lr 1e-3", "--config.train.lr=1e-3\n"),
-    ("-config.train.lr=1", "--config.train.lr=1\n"), ("--image_sise 4", "--config.data.image_size=4\n"),
-    ("--config train.steps=5", "--config.train.steps=5 "), ("--config.train.stpes=5", "'train.steps'"),
-    ("--config.train.steps", "--config.train.steps=..."), ("--wrokdir w", "--workdir;"),
-    ("--qqqqq", "--config.key=value"),
-])
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("--steps 100", "--config.train.steps=100\n"),
+        ("--steps=1e3", "--config.train.steps=1e3\n"),
+        ("--batch-size 8", "--config.train.batch_size=8\n"),
+        ("--lr 1e-3", "--config.train.lr=1e-3\n"),
+        ("--train.lr=1", "--config.train.lr=1\n"),
+        ("--num_iter 3", "--config.sample.num_iter=3\n"),
+        ("train.lr=1e-3", "--config.train.lr=1e-3\n"),
+        ("lr=1e-3", "--config.train.lr=1e-3\n"),
+        ("config.train.lr=1e-3", "--config.train.lr=1e-3\n"),
+        ("–config.train.lr 1e-3", "--config.train.lr=1e-3\n"),
+        ("-config.train.lr=1", "--config.train.lr=1\n"),
+        ("--image_sise 4", "--config.data.image_size=4\n"),
+        ("--config train.steps=5", "--config.train.steps=5 "),
+        ("--config.train.stpes=5", "'train.steps'"),
+        ("--config.train.steps", "--config.train.steps=..."),
+        ("--wrokdir w", "--workdir;"),
+        ("--qqqqq", "--config.key=value"),
+    ],
+)
 def test_unknown_flags_of_train(capsys, flag, meant):
     assert meant in failure(capsys, f"train --config {{digits}}:debug --workdir w {flag}")
 
@@ -70,39 +100,62 @@ def test_fields_of_the_section_that_a_command_is_about(capsys):
     assert "--config.tokenizer.train.steps=3\n" in failure(capsys, "train-tokenizer --config {digits} --steps 3")
 
 
-@pytest.mark.parametrize("line, meant", [
-    ("train", "--config and --workdir"), ("train --config x", "--workdir missing"), ("sweep --root r", "FILE.py"),
-    ("benchmark", "marjax benchmark train"), ("sample --workdir", "--workdir needs a value"),
-    ("sample --workdir --out x", "--workdir needs a value"), ("sample --workdir w --out o --weights EMA", "'ema'"),
-    ("sweep a.py --root r --engine_args --partition=x", "--engine_args=--partition=x\n"),
-    ("train {digits} --workdir w", "write --config /"), ("sample runs/x --out o", "write --workdir runs/x"),
-    ("sweep a.py b.py --root r", "'b.py'"), ("sample --workdir w --out o --weights emaa", "'ema'"),
-    ("benchmark tran --config x", "'train'"), ("sample --workdir w --out o --num_iter 1.5", "--num_iter='1.5'"),
-    ("prepare --images x --out o --val_share ten", "--val_share='ten'"),
-])
+@pytest.mark.parametrize(
+    "line, meant",
+    [
+        ("train", "--config and --workdir"),
+        ("train --config x", "--workdir missing"),
+        ("sweep --root r", "FILE.py"),
+        ("benchmark", "marjax benchmark train"),
+        ("sample --workdir", "--workdir needs a value"),
+        ("sample --workdir --out x", "--workdir needs a value"),
+        ("sample --workdir w --out o --weights EMA", "'ema'"),
+        ("sweep a.py --root r --engine_args --partition=x", "--engine_args=--partition=x\n"),
+        ("train {digits} --workdir w", "write --config /"),
+        ("sample runs/x --out o", "write --workdir runs/x"),
+        ("sweep a.py b.py --root r", "'b.py'"),
+        ("sample --workdir w --out o --weights emaa", "'ema'"),
+        ("benchmark tran --config x", "'train'"),
+        ("sample --workdir w --out o --num_iter 1.5", "--num_iter='1.5'"),
+        ("prepare --images x --out o --val_share ten", "--val_share='ten'"),
+    ],
+)
 def test_missing_unexpected_and_wrong_values(capsys, line, meant):
     assert meant in failure(capsys, line)
 
 
-@pytest.mark.parametrize("line, meant", [
-    ("train --config {imagenet}:model=mar_base, variant=ar --workdir w", "imagenet256.py:model=mar_base,variant=ar\n"),
-    ("sample --workdir w --out o --labels 1, 2, 3", "--labels 1,2,3\n"),
-    ("sample --workdir w --out o --labels=1, 2", "--labels=1,2\n"),
-    ("sample --workdir w --labels 1 ,2", "--labels 1,2\n"),
-    ("evaluate --workdir w --cfg 1, 2.9 --seed 1", "--cfg 1,2.9\n"), ("plot --workdir a, b --out c", "--workdir a b\n"),
-    ("train --config {digits} --config.tokenizer.autoencoder.channel_mults=[1, 2]", "channel_mults=[1,2]\n"),
-])
+@pytest.mark.parametrize(
+    "line, meant",
+    [
+        (
+            "train --config {imagenet}:model=mar_base, variant=ar --workdir w",
+            "imagenet256.py:model=mar_base,variant=ar\n",
+        ),
+        ("sample --workdir w --out o --labels 1, 2, 3", "--labels 1,2,3\n"),
+        ("sample --workdir w --out o --labels=1, 2", "--labels=1,2\n"),
+        ("sample --workdir w --labels 1 ,2", "--labels 1,2\n"),
+        ("evaluate --workdir w --cfg 1, 2.9 --seed 1", "--cfg 1,2.9\n"),
+        ("plot --workdir a, b --out c", "--workdir a b\n"),
+        ("train --config {digits} --config.tokenizer.autoencoder.channel_mults=[1, 2]", "channel_mults=[1,2]\n"),
+    ],
+)
 def test_a_blank_beside_a_comma(capsys, line, meant):
     assert meant in failure(capsys, line)
 
 
-@pytest.mark.parametrize("line, meant", [
-    ("sample --workdir w --out x.jpg", "FILE.png"), ("sample --workdir w --out file", "file_out"),
-    ("plot --workdir w --out x.png", "such as x\n"), ("prepare --images i --out file", "such as file_out\n"),
-    ("evaluate --workdir w --out=x.json", "such as x\n"), ("stats --npz n --out folder", "such as folder/NAME.npz\n"),
-    ("export --workdir w --out folder", "folder/NAME.safetensors\n"),
-    ("train-classifier --config {digits} --out new/", "new/NAME.npz\n"),
-])
+@pytest.mark.parametrize(
+    "line, meant",
+    [
+        ("sample --workdir w --out x.jpg", "FILE.png"),
+        ("sample --workdir w --out file", "file_out"),
+        ("plot --workdir w --out x.png", "such as x\n"),
+        ("prepare --images i --out file", "such as file_out\n"),
+        ("evaluate --workdir w --out=x.json", "such as x\n"),
+        ("stats --npz n --out folder", "such as folder/NAME.npz\n"),
+        ("export --workdir w --out folder", "folder/NAME.safetensors\n"),
+        ("train-classifier --config {digits} --out new/", "new/NAME.npz\n"),
+    ],
+)
 def test_a_file_for_a_folder_and_the_reverse(tmp_path, monkeypatch, capsys, line, meant):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -114,12 +167,14 @@ def test_a_file_for_a_folder_and_the_reverse(tmp_path, monkeypatch, capsys, line
 @pytest.fixture
 def parsed(monkeypatch):
     """What a command is run with."""
+
     def parse(line):
         given = []
         name = shlex.split(line)[0]
         monkeypatch.setattr(commands.load(name), "run", lambda *arguments: given.extend(arguments))
         assert cli.main(shlex.split(line)) == 0
         return given
+
     return parse
 
 
@@ -132,17 +187,29 @@ def test_both_spellings_and_blanks_around_an_equals_sign(parsed):
     assert parsed("plot --workdir a b --out o --format png svg")[0].workdir == ["a", "b"]
 
 
-@pytest.mark.parametrize("text", ["--config.train.steps 100", "--config.train.steps = 100", "--config.train.steps= 100",
-                                  "--config.train.steps =100", "--config.train.steps=100"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--config.train.steps 100",
+        "--config.train.steps = 100",
+        "--config.train.steps= 100",
+        "--config.train.steps =100",
+        "--config.train.steps=100",
+    ],
+)
 def test_fields_and_blanks_around_an_equals_sign(parsed, text):
     assert parsed(f"train --config x --workdir w {text} --config.log.every 3")[1] == {
-        "train.steps": "100", "log.every": "3"}
+        "train.steps": "100",
+        "log.every": "3",
+    }
     assert parsed(f"benchmark {text} train --config x")[1] == {"train.steps": "100"}
 
 
 def test_a_field_may_be_empty_or_negative(parsed):
     assert parsed("train --workdir w --config.mesh.data -1 --config.data.cache= --config x")[1] == {
-        "mesh.data": "-1", "data.cache": ""}
+        "mesh.data": "-1",
+        "data.cache": "",
+    }
 
 
 def test_the_examples_are_right():
@@ -163,10 +230,22 @@ def test_no_two_flags_of_a_command_are_spelled_alike():
 
 def test_mistakes_do_not_wait_for_jax(tmp_path):
     """Importing it takes longer than all the rest."""
-    lines = ["trian", "train --steps 3", f"train --config {DIGITS} --workdir w --config.train.lr=x",
-             "sample --workdir gone --out o", "sample --workdir w --num_iter x"]
-    code = (f"import sys; from marjax.cli import main\n"
-            f"for line in {lines!r}: assert main(line.split()) == 2, line\n"
-            f"assert main([]) == 0 and 'jax' not in sys.modules")
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                   check=True, capture_output=True)
+    lines = [
+        "trian",
+        "train --steps 3",
+        f"train --config {DIGITS} --workdir w --config.train.lr=x",
+        "sample --workdir gone --out o",
+        "sample --workdir w --num_iter x",
+    ]
+    code = (
+        f"import sys; from marjax.cli import main\n"
+        f"for line in {lines!r}: assert main(line.split()) == 2, line\n"
+        f"assert main([]) == 0 and 'jax' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )

@@ -24,18 +24,35 @@ from marjax.errors import UserError
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: marjax[tpu]")
 
 
-@pytest.mark.parametrize("name, kind, shape", [
-    ("v5e:8x8", "v5e", (8, 8)), ("v5e-64", "v5e", (8, 8)), ("v5litepod-256", "v5e", (16, 16)),
-    ("v4-32", "v4", (2, 2, 4)),
-    ("v5e-1", "v5e", (1, 1)), ("v6e-1", "v6e", (1, 1)),
-    ("v5p-32", "v5p", (2, 2, 4)), ("v6e-8", "v6e", (2, 4)), ("v4:4x4x4", "v4", (4, 4, 4))])
+@pytest.mark.parametrize(
+    "name, kind, shape",
+    [
+        ("v5e:8x8", "v5e", (8, 8)),
+        ("v5e-64", "v5e", (8, 8)),
+        ("v5litepod-256", "v5e", (16, 16)),
+        ("v4-32", "v4", (2, 2, 4)),
+        ("v5e-1", "v5e", (1, 1)),
+        ("v6e-1", "v6e", (1, 1)),
+        ("v5p-32", "v5p", (2, 2, 4)),
+        ("v6e-8", "v6e", (2, 4)),
+        ("v4:4x4x4", "v4", (4, 4, 4)),
+    ],
+)
 def test_slices_are_named_as_google_does(name, kind, shape):
     assert topology._parse(name) == (kind, shape)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("v5e-63", "1, 4, 8, 16"), ("v4-24", "8, 16, 32"), ("v9:2x2", "no chip 'v9'"), ("h100:8", "no chip 'h100'"),
-    ("tpu", "give CHIP:SHAPE"), ("", "give CHIP:SHAPE")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v5e-63", "1, 4, 8, 16"),
+        ("v4-24", "8, 16, 32"),
+        ("v9:2x2", "no chip 'v9'"),
+        ("h100:8", "no chip 'h100'"),
+        ("tpu", "give CHIP:SHAPE"),
+        ("", "give CHIP:SHAPE"),
+    ],
+)
 def test_other_names_are_told(name, message):
     with pytest.raises(UserError, match=message):
         topology._parse(name)
@@ -48,8 +65,9 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'marjax[tpu]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--search", "--programs", "train"], "--search"), (["--programs", "train,sing"], "'sing'")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["--search", "--programs", "train"], "--search"), (["--programs", "train,sing"], "'sing'")]
+)
 def test_other_slips_are_told(arguments, message, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cli.main(["compile", "--topology", "v5e:2x2", "--config", f"{DIGITS}:debug", *arguments]) == 2
@@ -92,7 +110,9 @@ def test_an_estimate_adds_up_what_binds_each_instruction():
     chip = there.chip
     program = hlo.Program(
         (collective(50e9 * 0.5, 4, False), collective(100e9 * 0.25, 8, True), collective(1e20, 1, False)),
-        (operation(chip.flops, 1.0, 2, cycles=int(chip.clock)), operation(1.0, chip.hbm_bandwidth, 3)), ())
+        (operation(chip.flops, 1.0, 2, cycles=int(chip.clock)), operation(1.0, chip.hbm_bandwidth, 3)),
+        (),
+    )
     found = roofline.estimate(program, 8 * chip.flops, there, mesh)
     assert found.products == pytest.approx(2) and found.memory == pytest.approx(3)
     assert found.collectives == pytest.approx(0.5) and found.overlapped == pytest.approx(0.25)
@@ -112,9 +132,11 @@ def test_copies_that_start_ahead_are_waited_for_only_where_hbm_has_no_time():
     rate = there.chip.hbm_bandwidth
 
     def estimate(ahead):
-        operations = (hlo.Operation("a", "fusion", 0, 4 * there.chip.flops, rate, 0, 1, ""),
-                      hlo.Operation("b", "fusion", 0, 0, 2 * rate, 0, 1, ""),
-                      hlo.Operation("c", "copy-start", 0, 0, ahead * rate, 0, 1, "", True))
+        operations = (
+            hlo.Operation("a", "fusion", 0, 4 * there.chip.flops, rate, 0, 1, ""),
+            hlo.Operation("b", "fusion", 0, 0, 2 * rate, 0, 1, ""),
+            hlo.Operation("c", "copy-start", 0, 0, ahead * rate, 0, 1, "", True),
+        )
         return roofline.estimate(hlo.Program((), operations, ()), 1.0, there, mesh)
 
     # Four seconds of products leave HBM three.
@@ -124,11 +146,15 @@ def test_copies_that_start_ahead_are_waited_for_only_where_hbm_has_no_time():
 
 
 def test_out_of_memory_is_read_from_the_compiler_s_message():
-    message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
-               "HLO temporaries (19.89G) exceeds available HBM (15.75G). HLO module: jit_step.")
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (19.89G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
     assert programs.out_of_memory(message) == (19.89 * 2**30, 15.75 * 2**30)
-    message = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm "
-               "capacity by 768.00M. HLO module: jit_step.")
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm "
+        "capacity by 768.00M. HLO module: jit_step."
+    )
     assert programs.out_of_memory(message) == (16.5 * 2**30, 15.75 * 2**30)
     with pytest.raises(programs.CompilerError, match="gave up: INTERNAL: something"):
         programs.out_of_memory("INTERNAL: something\nelse")
@@ -159,9 +185,19 @@ def test_too_much_is_met_with_what_to_change():
     assert "model.remat=dots" in tips and "denoiser.remat=full" in tips and "mesh.fsdp" not in tips
 
 
-@pytest.mark.parametrize("shape, data, fsdp", [
-    ((16, 1, 1), -1, 16), ((8, 1, 2), -1, 8), ((4, 1, 4), -1, 4), ((4, 2, 2), 4, None), ((1, 16, 1), -1, None),
-    ((1, 64, 1), -1, None), ((2, 8, 4), 2, None), ((8, 1, 1), 8, None)])
+@pytest.mark.parametrize(
+    "shape, data, fsdp",
+    [
+        ((16, 1, 1), -1, 16),
+        ((8, 1, 2), -1, 8),
+        ((4, 1, 4), -1, 4),
+        ((4, 2, 2), 4, None),
+        ((1, 16, 1), -1, None),
+        ((1, 64, 1), -1, None),
+        ((2, 8, 4), 2, None),
+        ((8, 1, 1), 8, None),
+    ],
+)
 def test_the_state_is_cut_over_what_the_tensor_groups_and_a_given_data_axis_leave(shape, data, fsdp):
     config = config_lib.load("configs/imagenet256.py:model=mar_huge")
     config = config_lib.resolve(config_lib.apply_overrides(config, {"mesh.data": data}))
@@ -172,9 +208,17 @@ def test_the_state_is_cut_over_what_the_tensor_groups_and_a_given_data_axis_leav
     assert advised == ([] if fsdp is None else [f"cut the state over more devices: --config.mesh.fsdp={fsdp}"])
 
 
-@pytest.mark.parametrize("fixed, each, start, most", [
-    (3.0, 0.1, 32, 3), (3.0, 0.1, 128, 4), (3.0, 0.1, 1, 6), (3.0, 0.1, 1024, 4), (0.0, 0.012, 8, 5),
-    (14.0, 1.5, 64, 4)])
+@pytest.mark.parametrize(
+    "fixed, each, start, most",
+    [
+        (3.0, 0.1, 32, 3),
+        (3.0, 0.1, 128, 4),
+        (3.0, 0.1, 1, 6),
+        (3.0, 0.1, 1024, 4),
+        (0.0, 0.012, 8, 5),
+        (14.0, 1.5, 64, 4),
+    ],
+)
 def test_the_search_finds_the_largest_power_that_fits(fixed, each, start, most):
     compiles = []
 
@@ -225,8 +269,16 @@ def pretended(lowered, each=2**20):
 def test_the_search_serves_configs_that_do_not_run_as_they_are(one_device):
     one_device(pretended)
     # Batches of the search are larger than the data set, and the parts that accumulate may be as many as images.
-    config = config_lib.apply_overrides(make_digits(), {"data.num_examples": 100, "train.batch_size": 64,
-                                                        "train.steps": None, "train.epochs": 2, "train.accumulate": 64})
+    config = config_lib.apply_overrides(
+        make_digits(),
+        {
+            "data.num_examples": 100,
+            "train.batch_size": 64,
+            "train.steps": None,
+            "train.epochs": 2,
+            "train.accumulate": 64,
+        },
+    )
     said = []
     found = run.search_batch(config, "v5e:1x1", policies=("none", "full"), say=said.append)
     assert [each.batch for each in found] == [1024, 1024] and "1024" in said[-1]
@@ -250,12 +302,18 @@ def test_what_compiled_is_kept_when_the_compiler_gives_up_on_another(one_device,
     assert "dots   the compiler gave up" in told.out and "3 of 3 did not compile" in told.err
 
 
-@pytest.mark.parametrize("code, expected", [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"train: .*SIGSEGV"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"train: .*SIGKILL.*memory"),
-    ("import sys; sys.stdin.buffer.read(1); print('#0 0x1\\n' * 10**5, file=sys.stderr); sys.exit('fatal: why')",
-     r"train: .* 1 \(fatal: why\)"),
-    ("import os, sys; os.close(0); sys.exit(3)", r"train: .* 3 \(no message\)")])
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"train: .*SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"train: .*SIGKILL.*memory"),
+        (
+            "import sys; sys.stdin.buffer.read(1); print('#0 0x1\\n' * 10**5, file=sys.stderr); sys.exit('fatal: why')",
+            r"train: .* 1 \(fatal: why\)",
+        ),
+        ("import os, sys; os.close(0); sys.exit(3)", r"train: .* 3 \(no message\)"),
+    ],
+)
 def test_a_crash_of_the_compiler_is_one_line_that_names_the_program(code, expected, monkeypatch):
     monkeypatch.setattr(process, "_CHILD", code)
     lowered = programs.Lowered("train", 1, 1.0, None, 1)
@@ -268,9 +326,13 @@ def test_the_compiler_s_process_has_a_large_stack_and_nothing_of_the_current_fol
     (tmp_path / "difflib.py").write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_STACK)
-    monkeypatch.setattr(process, "_CHILD", "import difflib, resource, os, sys\n"
-                        "sys.exit(f'{resource.getrlimit(resource.RLIMIT_STACK)[0]} '\n"
-                        "         + os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'])")
+    monkeypatch.setattr(
+        process,
+        "_CHILD",
+        "import difflib, resource, os, sys\n"
+        "sys.exit(f'{resource.getrlimit(resource.RLIMIT_STACK)[0]} '\n"
+        "         + os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'])",
+    )
     with pytest.raises(programs.CompilerError, match=rf"\({min(process.STACK, before[1] % 2**63)} 1\)"):
         process.compile_program(programs.Lowered("train", 1, 1.0, None, 1), config_lib.base(), "v5e:1x1")
     assert resource.getrlimit(resource.RLIMIT_STACK) == before
@@ -279,8 +341,9 @@ def test_the_compiler_s_process_has_a_large_stack_and_nothing_of_the_current_fol
 def test_the_compiler_s_process_answers_with_user_errors_and_ends_with_its_parent():
     with pytest.raises(UserError, match="no chip 'v9'"):
         process.compile_program(programs.Lowered("train", 1, 1.0, None, 1), make_digits(), "v9:2x2")
-    child = subprocess.Popen([sys.executable, "-P", "-c", process._CHILD], stdin=subprocess.PIPE,
-                             env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", process._CHILD], stdin=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
     child.stdin.write(pickle.dumps((make_digits(), "v5e:2x2", "train", False, False)))
     child.stdin.close()  # as the kernel does for a parent that is killed
     assert child.wait(timeout=120) == 1
@@ -312,8 +375,24 @@ def test_pixels_have_no_latents_to_cache():
 def test_a_train_step_compiles_for_tpus_that_are_not_there(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     before = jax.config.jax_enable_compilation_cache
-    assert cli.main(["compile", "--topology", "v5e-4", "--config", f"{DIGITS}:debug", "--programs", "train", "--json",
-                     "--hlo", str(tmp_path), "--config.model.dtype=bfloat16"]) == 0
+    assert (
+        cli.main(
+            [
+                "compile",
+                "--topology",
+                "v5e-4",
+                "--config",
+                f"{DIGITS}:debug",
+                "--programs",
+                "train",
+                "--json",
+                "--hlo",
+                str(tmp_path),
+                "--config.model.dtype=bfloat16",
+            ]
+        )
+        == 0
+    )
     assert jax.config.jax_enable_compilation_cache == before
     made = json.loads(capsys.readouterr().out)
     (step,) = made["programs"]
@@ -341,8 +420,10 @@ def test_a_described_mesh_keeps_tensor_groups_on_a_host():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name, hosts", [("v5e-1", 1), ("v6e-1", 1), ("v5e-4", 1), ("v5litepod-8", 1), ("v6e-8", 1),
-                                         ("v5e-16", 4), ("v4-16", 2)])
+@pytest.mark.parametrize(
+    "name, hosts",
+    [("v5e-1", 1), ("v6e-1", 1), ("v5e-4", 1), ("v5litepod-8", 1), ("v6e-8", 1), ("v5e-16", 4), ("v4-16", 2)],
+)
 def test_machines_of_a_slice(name, hosts):
     """Eight chips of v5e or v6e are one machine, so that a tensor group may span them."""
     there = topology.describe(name)

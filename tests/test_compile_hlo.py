@@ -89,11 +89,16 @@ def test_a_counter_may_be_unsigned_start_late_and_take_long_steps():
     assert hlo.read(LOOP, 64).collectives[0].times == 4
 
 
-@pytest.mark.parametrize("old, new", [
-    ("compare(%i, %limit), direction=LT", "fusion(%i, %limit), kind=kLoop, calls=%region_0.1"),
-    ("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE"),
-    ("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[]{:T(128)} get-tuple-element(%arg), index=0"),
-    ("add(%i, %step)", "multiply(%i, %step)"), ("tuple(%zero, %w, %x)", "fusion(%w, %x), kind=kLoop, calls=%fused")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("compare(%i, %limit), direction=LT", "fusion(%i, %limit), kind=kLoop, calls=%region_0.1"),
+        ("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE"),
+        ("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[]{:T(128)} get-tuple-element(%arg), index=0"),
+        ("add(%i, %step)", "multiply(%i, %step)"),
+        ("tuple(%zero, %w, %x)", "fusion(%w, %x), kind=kLoop, calls=%fused"),
+    ],
+)
 def test_a_loop_that_cannot_be_read_counts_once_and_is_named(old, new):
     assert hlo.read(LOOP, 64).unread == ()
     program = hlo.read(LOOP.replace(old, new), 64)
@@ -102,26 +107,55 @@ def test_a_loop_that_cannot_be_read_counts_once_and_is_named(old, new):
 
 def test_a_window_s_numbers_are_of_the_axes_in_order_whatever_their_place():
     """A product of (140, 2 x 80) and (2 x 80, 16 x 80), as a TPU's compiler writes it."""
-    line = ("%r = bf16[1,140,16,80,1]{3,2,1,0,4} convolution(%l, %k), window={size=1x16x2 pad=0_0x15_15x0_0 "
-            "rhs_reversal=0x1x0}, dim_labels=b02f1_2i1o0->b01f2")
-    text = entry("%l = bf16[1,140,2,80,1]{3,2,1,0,4} parameter(1)",
-                 "%k = bf16[2,80,16,80,1]{3,2,1,0,4} parameter(2)", line)
+    line = (
+        "%r = bf16[1,140,16,80,1]{3,2,1,0,4} convolution(%l, %k), window={size=1x16x2 pad=0_0x15_15x0_0 "
+        "rhs_reversal=0x1x0}, dim_labels=b02f1_2i1o0->b01f2"
+    )
+    text = entry(
+        "%l = bf16[1,140,2,80,1]{3,2,1,0,4} parameter(1)", "%k = bf16[2,80,16,80,1]{3,2,1,0,4} parameter(2)", line
+    )
     assert hlo.read(text, 1).flops == 2 * 140 * (2 * 80) * (16 * 80)
 
 
-@pytest.mark.parametrize("line, kind, group, sent", [
-    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add", "all-reduce", 2, 2 / 2 * 512),
-    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add", "all-reduce", 8, 2 * 7 / 8 * 512),
-    ("%r = f32[32,16]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", 4, 3 / 4 * 2048),
-    ("%r = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]", "all-gather", 4,
-     3 / 4 * 2048),
-    ("%r = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", 4, 3 * 128),
-    ("%r = f32[8,16]{1,0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-to-all", 4, 3 / 4 * 512),
-    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 2, 512),
-    ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}", "collective-permute", 1, 0),
-    ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, to_apply=%add", "all-reduce", 2,
-     2 / 2 * 512),
-])
+@pytest.mark.parametrize(
+    "line, kind, group, sent",
+    [
+        (
+            "%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add",
+            "all-reduce",
+            2,
+            2 / 2 * 512,
+        ),
+        ("%r = f32[8,16]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add", "all-reduce", 8, 2 * 7 / 8 * 512),
+        (
+            "%r = f32[32,16]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}",
+            "all-gather",
+            4,
+            3 / 4 * 2048,
+        ),
+        (
+            "%r = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]",
+            "all-gather",
+            4,
+            3 / 4 * 2048,
+        ),
+        (
+            "%r = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%add",
+            "reduce-scatter",
+            4,
+            3 * 128,
+        ),
+        ("%r = f32[8,16]{1,0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-to-all", 4, 3 / 4 * 512),
+        ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 2, 512),
+        ("%r = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}", "collective-permute", 1, 0),
+        (
+            "%r = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, to_apply=%add",
+            "all-reduce",
+            2,
+            2 / 2 * 512,
+        ),
+    ],
+)
 def test_a_ring_sends(line, kind, group, sent):
     (found,) = hlo.read(entry(line), 8).collectives
     assert (found.kind, found.group) == (kind, group) and found.bytes == pytest.approx(sent)
@@ -129,8 +163,10 @@ def test_a_ring_sends(line, kind, group, sent):
 
 
 def test_the_second_half_of_an_asynchronous_collective_is_no_other():
-    text = entry("%s = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]",
-                 "%r = f32[32,16]{1,0} all-gather-done(%s)")
+    text = entry(
+        "%s = (f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]",
+        "%r = f32[32,16]{1,0} all-gather-done(%s)",
+    )
     assert len(hlo.read(text, 8).collectives) == 1
 
 
@@ -156,19 +192,28 @@ SUM = """%wrapped (p: f32[8,16]) -> f32[8,16] {
 
 
 def test_what_runs_asynchronously_counts_once_where_it_starts():
-    text = entry("%s = ((f32[8,16]{1,0}), f32[2,16]{1,0:T(2,128)S(1)}, s32[]{:S(2)}) async-start(%x), calls=%wrapped",
-                 "%r = f32[2,16]{1,0:T(2,128)S(1)} async-done(%s)", head=SLICE)
+    text = entry(
+        "%s = ((f32[8,16]{1,0}), f32[2,16]{1,0:T(2,128)S(1)}, s32[]{:S(2)}) async-start(%x), calls=%wrapped",
+        "%r = f32[2,16]{1,0:T(2,128)S(1)} async-done(%s)",
+        head=SLICE,
+    )
     (found,) = hlo.read(text, 4).operations
     assert found.bytes == 2 * 16 * 4 and found.overlapped  # read from HBM, written to the core's memory
     # The sparse cores are started before they are given what to gather.
-    text = entry("%i = s32[4]{0} parameter(1)",
-                 "%s = ((), (), (s32[99]{0:T(1)S(15)}, s32[0]{0})) async-start(), calls=%wrapped",
-                 "%u = ((f32[8,16]{1,0}, s32[4]{0}), f32[4,16]{1,0}, (s32[99]{0})) async-update(%s, %x, %i)",
-                 "%r = f32[4,16]{1,0} async-done(%u)", head=GATHER)
+    text = entry(
+        "%i = s32[4]{0} parameter(1)",
+        "%s = ((), (), (s32[99]{0:T(1)S(15)}, s32[0]{0})) async-start(), calls=%wrapped",
+        "%u = ((f32[8,16]{1,0}, s32[4]{0}), f32[4,16]{1,0}, (s32[99]{0})) async-update(%s, %x, %i)",
+        "%r = f32[4,16]{1,0} async-done(%u)",
+        head=GATHER,
+    )
     (found,) = hlo.read(text, 4).operations
     assert found.bytes == 2 * 4 * 16 * 4 and found.overlapped
-    text = entry("%s = ((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]) async-start(%x), calls=%wrapped",
-                 "%r = f32[8,16]{1,0} async-done(%s)", head=SUM)
+    text = entry(
+        "%s = ((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]) async-start(%x), calls=%wrapped",
+        "%r = f32[8,16]{1,0} async-done(%s)",
+        head=SUM,
+    )
     program = hlo.read(text, 4)
     (found,) = program.collectives
     assert found.overlapped and found.bytes == 2 * 3 / 4 * 512 and program.bytes == 0
@@ -176,31 +221,39 @@ def test_what_runs_asynchronously_counts_once_where_it_starts():
 
 @pytest.mark.parametrize("space", ["S(1)", "S(3)"])
 def test_what_lies_on_the_chip_is_no_traffic(space):
-    text = entry(f"%a = f32[8,16]{{1,0:T(8,128){space}}} add(%x, %x)",
-                 f"%b = f32[2,16]{{1,0:T(2,128){space}}} slice(%x), slice={{[0:2], [0:16]}}",
-                 "%c = f32[2,16]{1,0} slice(%a), slice={[0:2], [0:16]}",
-                 "%d = f32[8,16]{1,0} dynamic-update-slice(%x, %b, %x, %x)",
-                 f"%e = f32[8,16]{{1,0:T(8,128){space}}} dynamic-update-slice(%a, %b, %x, %x)")
+    text = entry(
+        f"%a = f32[8,16]{{1,0:T(8,128){space}}} add(%x, %x)",
+        f"%b = f32[2,16]{{1,0:T(2,128){space}}} slice(%x), slice={{[0:2], [0:16]}}",
+        "%c = f32[2,16]{1,0} slice(%a), slice={[0:2], [0:16]}",
+        "%d = f32[8,16]{1,0} dynamic-update-slice(%x, %b, %x, %x)",
+        f"%e = f32[8,16]{{1,0:T(8,128){space}}} dynamic-update-slice(%a, %b, %x, %x)",
+    )
     assert [each.bytes for each in hlo.read(text, 1).operations] == [512, 128, 128, 128, 0]
 
 
-@pytest.mark.parametrize("target, moved", [
-    ("AllocateBuffer", 0), ("ConcatBitcast", 0), ("AssumeGatherIndicesInBound", 0), ("tpu_custom_call", 2 * 512)])
+@pytest.mark.parametrize(
+    "target, moved",
+    [("AllocateBuffer", 0), ("ConcatBitcast", 0), ("AssumeGatherIndicesInBound", 0), ("tpu_custom_call", 2 * 512)],
+)
 def test_calls_that_only_name_buffers_are_free(target, moved):
     line = f'%r = f32[8,16]{{1,0}} custom-call(%x), custom_call_target="{target}"'
     assert hlo.read(entry(line), 1).bytes == moved
 
 
-@pytest.mark.parametrize("attributes", ["branch_computations={%small, %large, %small}",
-                                        "true_computation=%large, false_computation=%small"])
+@pytest.mark.parametrize(
+    "attributes", ["branch_computations={%small, %large, %small}", "true_computation=%large, false_computation=%small"]
+)
 def test_of_branches_the_dearest_counts(attributes):
     def branch(name, width):
-        return (f"%{name} (p: f32[{width},16]) -> f32[{width},{width}] {{\n  %p = f32[{width},16]{{1,0}} parameter(0)\n"
-                f"  ROOT %d = f32[{width},{width}]{{1,0}} dot(%p, %p), lhs_contracting_dims={{1}}, "
-                f"rhs_contracting_dims={{1}}\n}}\n\n")
+        return (
+            f"%{name} (p: f32[{width},16]) -> f32[{width},{width}] {{\n  %p = f32[{width},16]{{1,0}} parameter(0)\n"
+            f"  ROOT %d = f32[{width},{width}]{{1,0}} dot(%p, %p), lhs_contracting_dims={{1}}, "
+            f"rhs_contracting_dims={{1}}\n}}\n\n"
+        )
 
-    text = entry(f"%r = f32[8,8]{{1,0}} conditional(%x, %x, %x), {attributes}",
-                 head=branch("small", 4) + branch("large", 8))
+    text = entry(
+        f"%r = f32[8,8]{{1,0}} conditional(%x, %x, %x), {attributes}", head=branch("small", 4) + branch("large", 8)
+    )
     program = hlo.read(text, 1)
     assert program.flops == 2 * 8 * 8 * 16 and len(program.operations) == 1
 
@@ -210,20 +263,28 @@ def test_a_collective_spread_over_fusions_counts_once_and_a_written_out_reduce_s
         start = f"%{name} (p: f32[8,16]) -> f32[8,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n"
         return f"{start}  ROOT %c = {line}\n}}\n\n"
 
-    chain = ('f32[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1,2,3}}, '
-             'frontend_attributes={chain_id="2"}')
+    chain = (
+        'f32[8,16]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="2"}'
+    )
     reduce = "f32[8,16]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add"
     head = fused("first", chain) + fused("second", chain) + fused("all-reduce-scatter.3", reduce)
-    text = entry(*(f"%r{i} = f32[8,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
-                   for i, name in enumerate(("first", "second", "all-reduce-scatter.3"))), head=head)
+    text = entry(
+        *(
+            f"%r{i} = f32[8,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
+            for i, name in enumerate(("first", "second", "all-reduce-scatter.3"))
+        ),
+        head=head,
+    )
     found = hlo.read(text, 4).collectives
     assert [(each.kind, each.overlapped) for each in found] == [("all-gather", True), ("reduce-scatter", False)]
     assert found[1].bytes == pytest.approx(3 / 4 * 512)  # what goes in is whole
 
 
 def test_float32_products_take_as_many_passes_as_their_precision_says():
-    line = ("%r = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}, "
-            "operand_precision={highest,highest}")
+    line = (
+        "%r = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}, "
+        "operand_precision={highest,highest}"
+    )
     (product,) = hlo.read(entry(line), 1).products
     assert product.flops == 2 * 8 * 8 * 16 and product.passes == 6
     assert hlo.read(entry(line), 1).operations[0].passes == 6 * product.flops
@@ -266,12 +327,19 @@ def test_an_autoencoder_s_flops_by_hand_are_those_of_its_program():
     from marjax.tokenizers import autoencoder
     from marjax.tokenizers.spec import Spec
 
-    spec = Spec(width=32, channel_mults=(1, 2), num_res_blocks=1, latent_channels=4, embed_dim=8,
-                encoder_attn_resolutions=(128,))
+    spec = Spec(
+        width=32,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        latent_channels=4,
+        embed_dim=8,
+        encoder_attn_resolutions=(128,),
+    )
     params = autoencoder.abstract_params(spec)
     network = autoencoder.Autoencoder(spec)
-    for method, shape, by_hand in zip(("encode", "decode"), ((1, 16, 16, 3), (1, 8, 8, 8)),
-                                      flops.autoencoder_flops(spec, 16), strict=True):
+    for method, shape, by_hand in zip(
+        ("encode", "decode"), ((1, 16, 16, 3), (1, 8, 8, 8)), flops.autoencoder_flops(spec, 16), strict=True
+    ):
         given = jax.ShapeDtypeStruct(shape, jnp.float32)
         run = jax.jit(lambda params, x, method=method: network.apply({"params": params}, x, method=method))
         program = hlo.read(run.lower(params, given).compile().as_text(), 1)

@@ -30,10 +30,17 @@ def complete(script, tmp_path):
     (tmp_path / "script").write_text(f"{script}\n{TAB}")
 
     def press(*words):
-        printed = subprocess.run(["bash", "script", "marjax", *words], cwd=tmp_path, capture_output=True, text=True,
-                                 check=True, env={"PATH": os.environ["PATH"]})
+        printed = subprocess.run(
+            ["bash", "script", "marjax", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": os.environ["PATH"]},
+        )
         assert not printed.stderr
         return {each.strip() for each in printed.stdout.splitlines() if each.strip()}
+
     return press
 
 

@@ -23,12 +23,26 @@ from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 from marjax.workdir import claim_workdir, read_workdir
 
-FORMS = ["digits.py", "digits.py:debug", "imagenet256.py", "imagenet256.py:debug", "imagenet256.py:model=mar_large",
-         "imagenet256.py:model=mar_huge,debug=false", "imagenet256.py:variant=ar", "imagenet256.py:variant=ar,debug",
-         "mnist.py", "mnist.py:variant=ar,model=medium", "mnist.py:variant=random_ar,head=categorical",
-         "mnist.py:head=categorical,debug", "mnist.py:head=regression,model=large", "mnist.py:tokenizer=kl",
-         "mnist.py:tokenizer=vq,head=categorical,debug", "mnist.py:tokenizer=vq,debug", "folder.py:debug",
-         "folder.py:size=128,variant=random_ar,debug"]
+FORMS = [
+    "digits.py",
+    "digits.py:debug",
+    "imagenet256.py",
+    "imagenet256.py:debug",
+    "imagenet256.py:model=mar_large",
+    "imagenet256.py:model=mar_huge,debug=false",
+    "imagenet256.py:variant=ar",
+    "imagenet256.py:variant=ar,debug",
+    "mnist.py",
+    "mnist.py:variant=ar,model=medium",
+    "mnist.py:variant=random_ar,head=categorical",
+    "mnist.py:head=categorical,debug",
+    "mnist.py:head=regression,model=large",
+    "mnist.py:tokenizer=kl",
+    "mnist.py:tokenizer=vq,head=categorical,debug",
+    "mnist.py:tokenizer=vq,debug",
+    "folder.py:debug",
+    "folder.py:size=128,variant=random_ar,debug",
+]
 
 
 def load(form):
@@ -66,11 +80,15 @@ def test_every_config_traces(form):
     step = make_train_step(config, generator, tokenizer, shape, optimizer, abstract, mesh)
     size = config.train.batch_size
     image = jax.ShapeDtypeStruct((size, shape.height * shape.patch, shape.width * shape.patch, shape.channels), "uint8")
-    new, metrics = jax.eval_shape(step, abstract, {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")},
-                                  tokenizer.params)
+    new, metrics = jax.eval_shape(
+        step, abstract, {"image": image, "label": jax.ShapeDtypeStruct((size,), "int32")}, tokenizer.params
+    )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-    own = {"diffusion": {"train/mse", "train/vb", "train/loss_t_quarter4"}, "categorical": {"train/accuracy"},
-           "regression": set()}
+    own = {
+        "diffusion": {"train/mse", "train/vb", "train/loss_t_quarter4"},
+        "categorical": {"train/accuracy"},
+        "regression": set(),
+    }
     assert {"train/loss", "train/lr"} | own[config.model.head] <= metrics.keys()
 
 
@@ -83,18 +101,22 @@ def test_what_follows_from_variant_and_head():
     one_by_one = config_lib.resolve(config_lib.apply_overrides(config, {"sample.num_iter": 49}))
     assert one_by_one.sample.num_iter == 49
     assert config_lib.resolve(config_lib.apply_overrides(config, {"train.schedule": "constant"})).train.schedule == (
-        "constant")
+        "constant"
+    )
 
 
-@pytest.mark.parametrize("form, overrides, says", [
-    ("mnist.py:variant=ar", {"sample.num_iter": 16}, "'ar' predicts one token a step: give 49"),
-    ("mnist.py", {"model.head": "categorical"}, "continuous: choose a tokenizer with a codebook"),
-    ("mnist.py", {"sample.confidence_order": True}, "needs a head that ranks.*not diffusion with mar"),
-    ("mnist.py:variant=random_ar,head=categorical", {"sample.confidence_order": True}, "with random_ar"),
-    ("mnist.py:head=categorical", {"sample.choice_temperature": -1.0}, "choice_temperature is -1.0"),
-    ("mnist.py:head=categorical", {"tokenizer.num_codes": 0}, "num_codes is 0"),
-    ("mnist.py", {"model.variant": "rar"}, "give one of ar, random_ar, mar"),
-])
+@pytest.mark.parametrize(
+    "form, overrides, says",
+    [
+        ("mnist.py:variant=ar", {"sample.num_iter": 16}, "'ar' predicts one token a step: give 49"),
+        ("mnist.py", {"model.head": "categorical"}, "continuous: choose a tokenizer with a codebook"),
+        ("mnist.py", {"sample.confidence_order": True}, "needs a head that ranks.*not diffusion with mar"),
+        ("mnist.py:variant=random_ar,head=categorical", {"sample.confidence_order": True}, "with random_ar"),
+        ("mnist.py:head=categorical", {"sample.choice_temperature": -1.0}, "choice_temperature is -1.0"),
+        ("mnist.py:head=categorical", {"tokenizer.num_codes": 0}, "num_codes is 0"),
+        ("mnist.py", {"model.variant": "rar"}, "give one of ar, random_ar, mar"),
+    ],
+)
 def test_combinations_that_mean_nothing(form, overrides, says):
     with pytest.raises(UserError, match=says):
         config_lib.resolve(config_lib.apply_overrides(load(form), overrides))
@@ -117,13 +139,16 @@ def test_derived_fields_follow_overrides_and_give_way_to_them():
     assert config_lib.resolve(config_lib.apply_overrides(config, {"train.lr": "3"})).train.lr == 3.0
 
 
-@pytest.mark.parametrize("form, says", [
-    ("imagenet256.py:modle=mar_base", "unknown config argument 'modle'; the closest is 'model'"),
-    ("imagenet256.py:model=mar_giant", "give one of mar_base, mar_large, mar_huge"),
-    ("imagenet256.py:model", "needs a value"),
-    ("digits.py:debug=maybe", "expected bool"),
-    ("nothing.py", "does not exist"),
-])
+@pytest.mark.parametrize(
+    "form, says",
+    [
+        ("imagenet256.py:modle=mar_base", "unknown config argument 'modle'; the closest is 'model'"),
+        ("imagenet256.py:model=mar_giant", "give one of mar_base, mar_large, mar_huge"),
+        ("imagenet256.py:model", "needs a value"),
+        ("digits.py:debug=maybe", "expected bool"),
+        ("nothing.py", "does not exist"),
+    ],
+)
 def test_bad_arguments(form, says):
     with pytest.raises(UserError, match=says):
         load(form)
@@ -142,55 +167,73 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
         config_lib.load_function(str(file.rename(tmp_path / "points.txt")), "sweep", "get_sweep")
 
 
-@pytest.mark.parametrize("key, value, says", [
-    ("train.lrr", "1", "unknown config key 'train.lrr'; the closest is 'train.lr'"),
-    ("lr", "1", "the closest is 'train.lr'"),
-    ("mdel.width", "1", "the closest is 'model.width'"),
-    ("train", "1", "is a section"),
-    ("train.steps", "many", "expected int"),
-    ("train.steps", "1.5", "expected int"),
-    ("train.steps", "1,000", "expected int"),
-    ("train.steps", "1e-3", "expected int"),
-    ("train.steps", "15e-1", "expected int"),
-    ("train.steps", "1e999", "expected int"),
-    ("train.steps", "", "expected int"),
-    ("train.lr", "1/256", "expected float"),
-    ("train.lr", "inf", "train.lr"),
-    ("train.lr", "nan", "train.lr"),
-    ("seed", "none", "expected int"),
-    ("tokenizer.autoencoder.channel_mults", "(1, 2", "channel_mults"),
-    ("tokenizer.autoencoder.channel_mults", "1,,2", "channel_mults"),
-    ("data.flip", "2", "expected bool"),
-    ("model.width", 1.5, "expected int"),
-    ("model.width", "130", "not divisible by num_heads"),
-    ("data.image_size", "9", "multiple of 2"),
-    ("sample.num_iter", "17", "16 tokens: give 1 to 16"),
-    ("sample.num_sampling_steps", "0", "give 1 to 1000"),
-    ("sample.cfg_schedule", "cosine", "one of linear, constant"),
-    ("model.dtype", "float16", "one of float32, bfloat16"),
-    ("train.batch_size", "0", "give at least 1"),
-    ("train.accumulate", "3", "not divisible by train.accumulate"),
-    ("tokenizer.name", "vae", "one of codebook, kl, kl16, kl8, pixels, vq, vq16"),
-    ("train.steps", "0", "at least 1"),
-])
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("train.lrr", "1", "unknown config key 'train.lrr'; the closest is 'train.lr'"),
+        ("lr", "1", "the closest is 'train.lr'"),
+        ("mdel.width", "1", "the closest is 'model.width'"),
+        ("train", "1", "is a section"),
+        ("train.steps", "many", "expected int"),
+        ("train.steps", "1.5", "expected int"),
+        ("train.steps", "1,000", "expected int"),
+        ("train.steps", "1e-3", "expected int"),
+        ("train.steps", "15e-1", "expected int"),
+        ("train.steps", "1e999", "expected int"),
+        ("train.steps", "", "expected int"),
+        ("train.lr", "1/256", "expected float"),
+        ("train.lr", "inf", "train.lr"),
+        ("train.lr", "nan", "train.lr"),
+        ("seed", "none", "expected int"),
+        ("tokenizer.autoencoder.channel_mults", "(1, 2", "channel_mults"),
+        ("tokenizer.autoencoder.channel_mults", "1,,2", "channel_mults"),
+        ("data.flip", "2", "expected bool"),
+        ("model.width", 1.5, "expected int"),
+        ("model.width", "130", "not divisible by num_heads"),
+        ("data.image_size", "9", "multiple of 2"),
+        ("sample.num_iter", "17", "16 tokens: give 1 to 16"),
+        ("sample.num_sampling_steps", "0", "give 1 to 1000"),
+        ("sample.cfg_schedule", "cosine", "one of linear, constant"),
+        ("model.dtype", "float16", "one of float32, bfloat16"),
+        ("train.batch_size", "0", "give at least 1"),
+        ("train.accumulate", "3", "not divisible by train.accumulate"),
+        ("tokenizer.name", "vae", "one of codebook, kl, kl16, kl8, pixels, vq, vq16"),
+        ("train.steps", "0", "at least 1"),
+    ],
+)
 def test_bad_overrides(key, value, says):
     with pytest.raises(UserError, match=says):
         config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {key: value}))
 
 
-@pytest.mark.parametrize("key, text, value", [
-    ("train.steps", "1e3", 1000), ("train.steps", " 1_000 ", 1000), ("train.steps", "1.5E+3", 1500),
-    ("train.steps", "none", None), ("train.epochs", "NULL", None), ("train.clip", " None", None),
-    ("train.lr", ".5", 0.5), ("train.lr", "1e-3 ", 1e-3), ("train.lr", "1", 1.0),
-    *(("data.flip", text, True) for text in ("yes", "On", "TRUE", "1", " true ")),
-    *(("data.flip", text, False) for text in ("no", "off", "False", "0")),
-    *(("tokenizer.autoencoder.channel_mults", text, (1, 2, 4))
-      for text in ("1,2,4", "(1, 2, 4)", "[1,2,4]", " 1, 2, 4 ", "(1,2,4,)")),
-    ("tokenizer.autoencoder.channel_mults", "(3,)", (3,)), ("tokenizer.autoencoder.channel_mults", "()", ()),
-    ("model.variant", "'ar'", "ar"), ("model.variant", ' "ar" ', "ar"), ("model.variant", "“ar”", "ar"),
-    ("sample.num_sampling_steps", " ddim5", "ddim5"),
-    ("tokenizer.checksum", "none", None), ("tokenizer.path", " a 'b' ", " a 'b' "),
-])
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("train.steps", "1e3", 1000),
+        ("train.steps", " 1_000 ", 1000),
+        ("train.steps", "1.5E+3", 1500),
+        ("train.steps", "none", None),
+        ("train.epochs", "NULL", None),
+        ("train.clip", " None", None),
+        ("train.lr", ".5", 0.5),
+        ("train.lr", "1e-3 ", 1e-3),
+        ("train.lr", "1", 1.0),
+        *(("data.flip", text, True) for text in ("yes", "On", "TRUE", "1", " true ")),
+        *(("data.flip", text, False) for text in ("no", "off", "False", "0")),
+        *(
+            ("tokenizer.autoencoder.channel_mults", text, (1, 2, 4))
+            for text in ("1,2,4", "(1, 2, 4)", "[1,2,4]", " 1, 2, 4 ", "(1,2,4,)")
+        ),
+        ("tokenizer.autoencoder.channel_mults", "(3,)", (3,)),
+        ("tokenizer.autoencoder.channel_mults", "()", ()),
+        ("model.variant", "'ar'", "ar"),
+        ("model.variant", ' "ar" ', "ar"),
+        ("model.variant", "“ar”", "ar"),
+        ("sample.num_sampling_steps", " ddim5", "ddim5"),
+        ("tokenizer.checksum", "none", None),
+        ("tokenizer.path", " a 'b' ", " a 'b' "),
+    ],
+)
 def test_values_as_people_write_them(key, text, value):
     found = config_lib.flatten(config_lib.apply_overrides(config_lib.base(), {key: text}))[key]
     assert found == value and type(found) is type(value)
@@ -214,36 +257,39 @@ def get_config(arg=None):
 """
 
 
-@pytest.mark.parametrize("line, says", [
-    ("config.train.stpes = 10", "line 6: unknown config key 'train.stpes'; the closest is 'train.steps'"),
-    ("config.trian.steps = 10", "line 6: unknown config key 'trian'; the closest is 'train'"),
-    ("config.trian = dict(steps=10)", "'trian'; the closest is 'train'"),
-    ("config['train']['stpes'] = 10", "'train.stpes'; the closest is 'train.steps'"),
-    ("config.update(train=dict(stpes=10))", "'train.stpes'; the closest is 'train.steps'"),
-    ("config.tokenizer.train.disc.update(wieght=1.0)", "the closest is 'tokenizer.train.disc.weight'"),
-    ("config.train = dict(stpes=10)", "'train.stpes'; the closest is 'train.steps'"),
-    ("config.train = dict(steps=10)", "config.train.* is missing"),
-    ("config.unlock(); config.train.stpes = 10", "'train.stpes'; the closest is 'train.steps'"),
-    ("config.unlock(); config.trian = dict()", "'trian'; the closest is 'train'"),
-    ("config.unlock(); del config.train.steps", "config.train.steps is missing"),
-    ("config.unlock(); del config.train", "config.train is missing"),
-    ("config = ConfigDict(dict(train=dict(steps=10)))", "is missing"),
-    ("config = ConfigDict(config.to_dict() | dict(trian=1))", "'trian'; the closest is 'train'"),
-    ("config = ConfigDict(config.to_dict() | dict(train=1))", "config.train is 1: expected a section"),
-    ("config = ConfigDict(config.to_dict() | dict(seed=dict(a=1)))", "config.seed is"),
-    ("config = ConfigDict(config.to_dict() | dict(seed='1'))", "config.seed is '1': expected int"),
-    ("config.train.steps = '10'", "config.train.steps"),
-    ("config.train.steps = True", "config.train.steps is True: expected int"),
-    ("config.tokenizer.autoencoder.channel_mults = (1, 'a')", "channel_mults is .*: expected a tuple of int"),
-    ("config.data.data_dir = 'a' + chr(0)", "config.data.data_dir"),
-    ("config.data.data_dir = None", "config.data.data_dir is None"),
-    ("config.train.lr = 10**400", "config.train.lr"),
-    ("return 3", "returned int"),
-    ("1 / 0", "line 6: ZeroDivisionError"),
-    ("raise SystemExit", "line 6: SystemExit"),
-    ("import nothing_of_this_name", "line 6: ModuleNotFoundError"),
-    (")", "line 6: SyntaxError"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("config.train.stpes = 10", "line 6: unknown config key 'train.stpes'; the closest is 'train.steps'"),
+        ("config.trian.steps = 10", "line 6: unknown config key 'trian'; the closest is 'train'"),
+        ("config.trian = dict(steps=10)", "'trian'; the closest is 'train'"),
+        ("config['train']['stpes'] = 10", "'train.stpes'; the closest is 'train.steps'"),
+        ("config.update(train=dict(stpes=10))", "'train.stpes'; the closest is 'train.steps'"),
+        ("config.tokenizer.train.disc.update(wieght=1.0)", "the closest is 'tokenizer.train.disc.weight'"),
+        ("config.train = dict(stpes=10)", "'train.stpes'; the closest is 'train.steps'"),
+        ("config.train = dict(steps=10)", "config.train.* is missing"),
+        ("config.unlock(); config.train.stpes = 10", "'train.stpes'; the closest is 'train.steps'"),
+        ("config.unlock(); config.trian = dict()", "'trian'; the closest is 'train'"),
+        ("config.unlock(); del config.train.steps", "config.train.steps is missing"),
+        ("config.unlock(); del config.train", "config.train is missing"),
+        ("config = ConfigDict(dict(train=dict(steps=10)))", "is missing"),
+        ("config = ConfigDict(config.to_dict() | dict(trian=1))", "'trian'; the closest is 'train'"),
+        ("config = ConfigDict(config.to_dict() | dict(train=1))", "config.train is 1: expected a section"),
+        ("config = ConfigDict(config.to_dict() | dict(seed=dict(a=1)))", "config.seed is"),
+        ("config = ConfigDict(config.to_dict() | dict(seed='1'))", "config.seed is '1': expected int"),
+        ("config.train.steps = '10'", "config.train.steps"),
+        ("config.train.steps = True", "config.train.steps is True: expected int"),
+        ("config.tokenizer.autoencoder.channel_mults = (1, 'a')", "channel_mults is .*: expected a tuple of int"),
+        ("config.data.data_dir = 'a' + chr(0)", "config.data.data_dir"),
+        ("config.data.data_dir = None", "config.data.data_dir is None"),
+        ("config.train.lr = 10**400", "config.train.lr"),
+        ("return 3", "returned int"),
+        ("1 / 0", "line 6: ZeroDivisionError"),
+        ("raise SystemExit", "line 6: SystemExit"),
+        ("import nothing_of_this_name", "line 6: ModuleNotFoundError"),
+        (")", "line 6: SyntaxError"),
+    ],
+)
 def test_a_config_file_cannot_hold_what_no_config_has(tmp_path, line, says):
     file = tmp_path / "own.py"
     file.write_text(CONFIG_FILE.format(digits=f"{ROOT}/configs/digits.py", line=line))
@@ -260,8 +306,19 @@ def test_fields_to_set_are_a_dict(overrides):
 
 @pytest.mark.parametrize("profile", ["x", "1", "2:1", "0:1", "1:1e30", "1:2:3", "nan:2"])
 def test_steps_to_profile(tmp_path, capsys, profile):
-    assert cli.main(["train", "--config", f"{ROOT}/configs/digits.py:debug", "--workdir", str(tmp_path / "run"),
-                     f"--profile={profile}"]) == 2
+    assert (
+        cli.main(
+            [
+                "train",
+                "--config",
+                f"{ROOT}/configs/digits.py:debug",
+                "--workdir",
+                str(tmp_path / "run"),
+                f"--profile={profile}",
+            ]
+        )
+        == 2
+    )
     assert f"--profile '{profile}'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -270,8 +327,11 @@ def test_a_hand_made_config_with_all_fields_is_as_good():
     assert config_lib.resolve(given) == config_lib.resolve(load("digits.py:debug"))
     assert config_lib.apply_overrides(given, {"train.lr": "1"}).train.lr == 1.0
     given.trian = 1
-    for call in (config_lib.resolve, lambda config: config_lib.apply_overrides(config, {}),
-                 lambda config: marjax.train(config, "/proc/nothing")):
+    for call in (
+        config_lib.resolve,
+        lambda config: config_lib.apply_overrides(config, {}),
+        lambda config: marjax.train(config, "/proc/nothing"),
+    ):
         with pytest.raises(UserError, match="'trian'; the closest is 'train'"):
             call(given)
         with pytest.raises(UserError, match="config is None: expected a section"):
@@ -311,6 +371,7 @@ def test_workdir_keeps_its_config(tmp_path):
 @pytest.fixture
 def workdir(tmp_path):
     """Writes the config.json of a work directory, DIGITS with what `change` does to it, and returns the folder."""
+
     def write(change=lambda content: None, stamped=True):
         run = tmp_path / "run"
         (run / "config.json").unlink(missing_ok=True)
@@ -321,17 +382,20 @@ def workdir(tmp_path):
         change(content)
         (run / "config.json").write_text(json.dumps(content))
         return run
+
     return write
 
 
 def trained_on_digits(**fields):
     """The config that `train` writes, with the checksum of a tokenizer without weights."""
-    return config_lib.resolve(config_lib.apply_overrides(
-        load("digits.py:debug"), {"tokenizer.checksum": ""} | dotted(fields)))
+    return config_lib.resolve(
+        config_lib.apply_overrides(load("digits.py:debug"), {"tokenizer.checksum": ""} | dotted(fields))
+    )
 
 
 def test_configs_of_older_formats_are_migrated(workdir):
     """Those that do not say their format: as it was when it had a part of today's fields, and as it was last."""
+
     def first(content):
         del content["eval"], content["data"]["cache"], content["mesh"]["replicate_below"]
         content["model"]["mask_ratio"]["per"] = "batch"
@@ -341,7 +405,8 @@ def test_configs_of_older_formats_are_migrated(workdir):
         del content["sample"]["choice_temperature"], content["sample"]["confidence_order"]
 
     assert read_workdir(workdir(first, stamped=False)) == trained_on_digits(
-        model__mask_ratio_per="batch", eval__extractor_path="", eval__reference="", eval__extractor="inception")
+        model__mask_ratio_per="batch", eval__extractor_path="", eval__reference="", eval__extractor="inception"
+    )
     assert read_workdir(workdir(lambda content: [content.update(format=1), content.pop("init")])) == trained_on_digits()
     for older in (lambda content: None, lambda content: content.pop("eval")):
         run = workdir(older, stamped=False)
@@ -350,32 +415,35 @@ def test_configs_of_older_formats_are_migrated(workdir):
         assert "format" in json.loads((run / "config.json").read_text())
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda content: content.update(format=FORMAT + 1), f"format {FORMAT + 1}.*newer"),
-    (lambda content: content.update(format=10**15), "format 1000000000000000.*newer"),
-    (lambda content: content.update(format=-1), "format is -1"),
-    (lambda content: content.update(format="1"), "format is '1'"),
-    (lambda content: content.update(format=True), "format is True"),
-    (lambda content: content["train"].update(stpes=1), "'train.stpes'; the closest is 'train.steps'"),
-    (lambda content: content.update(trian={}), "'trian'; the closest is 'train'"),
-    (lambda content: content["train"].pop("b1"), "config.train.b1 is missing"),
-    (lambda content: content.pop("eval"), "config.eval is missing"),
-    (lambda content: content.update(train=[1]), r"config.train is \[1\]: expected a section"),
-    (lambda content: content.update(train=None), "config.train is None"),
-    (lambda content: content.update(tokenizer=3), "config.tokenizer is 3"),
-    (lambda content: content["train"].update(steps="many"), "config.train.steps is 'many'"),
-    (lambda content: content["train"].update(steps=1.5), "config.train.steps is 1.5"),
-    (lambda content: content["train"].update(lr=float("nan")), "NaN"),
-    (lambda content: content["train"].update(lr=None, base_lr=True), "config.train.base_lr is True"),
-    (lambda content: content["train"].update(steps=10**30), "integer"),
-    (lambda content: content["model"].update(dtype=["float32"]), "config.model.dtype"),
-    (lambda content: content["tokenizer"].update(path="a\0b"), "config.tokenizer.path"),
-    (lambda content: content["tokenizer"].update(path="\ud800"), "surrogate"),
-    (lambda content: content["tokenizer"].update(path={"a": 1}), "config.tokenizer.path"),
-    (lambda content: content["tokenizer"].update(path="a" * 10**5), "config.tokenizer.path has 100000 characters"),
-    (lambda content: content["tokenizer"].update(name="a" * 4000), "tokenizer.name is"),
-    (lambda content: content["train"].update({"stpes" * 10**5: 1}), "unknown config key 'train.stpes"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda content: content.update(format=FORMAT + 1), f"format {FORMAT + 1}.*newer"),
+        (lambda content: content.update(format=10**15), "format 1000000000000000.*newer"),
+        (lambda content: content.update(format=-1), "format is -1"),
+        (lambda content: content.update(format="1"), "format is '1'"),
+        (lambda content: content.update(format=True), "format is True"),
+        (lambda content: content["train"].update(stpes=1), "'train.stpes'; the closest is 'train.steps'"),
+        (lambda content: content.update(trian={}), "'trian'; the closest is 'train'"),
+        (lambda content: content["train"].pop("b1"), "config.train.b1 is missing"),
+        (lambda content: content.pop("eval"), "config.eval is missing"),
+        (lambda content: content.update(train=[1]), r"config.train is \[1\]: expected a section"),
+        (lambda content: content.update(train=None), "config.train is None"),
+        (lambda content: content.update(tokenizer=3), "config.tokenizer is 3"),
+        (lambda content: content["train"].update(steps="many"), "config.train.steps is 'many'"),
+        (lambda content: content["train"].update(steps=1.5), "config.train.steps is 1.5"),
+        (lambda content: content["train"].update(lr=float("nan")), "NaN"),
+        (lambda content: content["train"].update(lr=None, base_lr=True), "config.train.base_lr is True"),
+        (lambda content: content["train"].update(steps=10**30), "integer"),
+        (lambda content: content["model"].update(dtype=["float32"]), "config.model.dtype"),
+        (lambda content: content["tokenizer"].update(path="a\0b"), "config.tokenizer.path"),
+        (lambda content: content["tokenizer"].update(path="\ud800"), "surrogate"),
+        (lambda content: content["tokenizer"].update(path={"a": 1}), "config.tokenizer.path"),
+        (lambda content: content["tokenizer"].update(path="a" * 10**5), "config.tokenizer.path has 100000 characters"),
+        (lambda content: content["tokenizer"].update(name="a" * 4000), "tokenizer.name is"),
+        (lambda content: content["train"].update({"stpes" * 10**5: 1}), "unknown config key 'train.stpes"),
+    ],
+)
 @pytest.mark.parametrize("stamped", [True, False])
 def test_configs_that_no_work_directory_has(workdir, change, says, stamped):
     if "eval is missing" in says and not stamped:
@@ -389,8 +457,11 @@ def test_configs_that_no_work_directory_has(workdir, change, says, stamped):
     assert (run / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"train":' * 100_000, "\ud800", "1" + "0" * 5000, "[1]",
-                                  "null", '"x"'], ids=range(9))
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, '{"train":' * 100_000, "\ud800", "1" + "0" * 5000, "[1]", "null", '"x"'],
+    ids=range(9),
+)
 def test_config_files_that_are_no_json(workdir, text):
     run = workdir()
     (run / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -420,9 +491,26 @@ def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
         config_lib.resolve(config_lib.apply_overrides(load("digits.py"), {"data.num_classes": None, "data.cache": ""}))
 
 
-BYSTANDERS = [".gitkeep", ".DS_Store", "._run", ".nfs0000001", "Thumbs.db", "desktop.ini", "nohup.out",
-              "slurm-123_4.out", "slurm-123.err", "train.log", "train.log.1",
-              "log.txt", "out.txt", "stdout", "job.o4711", "run.sbatch", "run.pid", "config.py"]
+BYSTANDERS = [
+    ".gitkeep",
+    ".DS_Store",
+    "._run",
+    ".nfs0000001",
+    "Thumbs.db",
+    "desktop.ini",
+    "nohup.out",
+    "slurm-123_4.out",
+    "slurm-123.err",
+    "train.log",
+    "train.log.1",
+    "log.txt",
+    "out.txt",
+    "stdout",
+    "job.o4711",
+    "run.sbatch",
+    "run.pid",
+    "config.py",
+]
 
 
 @pytest.mark.parametrize("name", BYSTANDERS)
@@ -446,8 +534,19 @@ def test_many_bystanders_are_counted_and_what_is_ours_is_not(tmp_path, capsys):
     assert f"{len(BYSTANDERS) + 4} files" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "1.png", "data.npz", "metrics.jsonl", "checkpoints/", "photos/",
-                                  "notes.txt", "events.out.tfevents.1.host"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thesis.tex",
+        "1.png",
+        "data.npz",
+        "metrics.jsonl",
+        "checkpoints/",
+        "photos/",
+        "notes.txt",
+        "events.out.tfevents.1.host",
+    ],
+)
 def test_the_work_of_others_is_refused(tmp_path, capsys, name):
     for each in (name, "nohup.out"):
         (tmp_path / each).mkdir() if each.endswith("/") else (tmp_path / each).write_text("x")

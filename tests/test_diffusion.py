@@ -14,8 +14,13 @@ def test_tables_agree_with_the_reference(spacing):
     theirs, _ = parity("diffusion_tables")
     schedule = diffusion.respace(1000, spacing)
     np.testing.assert_array_equal(schedule.timestep_map, theirs[f"{spacing}/timestep_map"])
-    for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped", "posterior_mean_coef1",
-                 "posterior_mean_coef2"):
+    for name in (
+        "betas",
+        "alphas_cumprod",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    ):
         np.testing.assert_allclose(getattr(schedule, name), theirs[f"{spacing}/{name}"], rtol=1e-9, atol=0)
 
 
@@ -52,8 +57,12 @@ def test_sampler_recovers_a_gaussian(variance):
     full = diffusion.respace(1000, 1000)
     schedule = full
     key_init, key_step = jax.random.split(jax.random.key(0))
-    x = diffusion.sample(schedule, ideal(full, variance), jax.random.normal(key_init, (4000, 2)),
-                         jax.random.normal(key_step, (1000, 4000, 2)))
+    x = diffusion.sample(
+        schedule,
+        ideal(full, variance),
+        jax.random.normal(key_init, (4000, 2)),
+        jax.random.normal(key_step, (1000, 4000, 2)),
+    )
     assert abs(float(x.mean()) - 0.3) < 0.02 * max(1.0, variance**0.5 * 3)
     assert abs(float(x.std()) - variance**0.5) < 0.05 * variance**0.5
 
@@ -64,8 +73,9 @@ def test_steps_prepared_together_make_the_same_chain():
     noise = jax.random.normal(jax.random.key(1), (24, 5, 2))
     one = diffusion.sample(schedule, ideal(full, 0.5), init, noise)
     for ahead in (4, 24):
-        np.testing.assert_allclose(diffusion.sample(schedule, ideal(full, 0.5), init, noise, ahead=ahead), one,
-                                   rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            diffusion.sample(schedule, ideal(full, 0.5), init, noise, ahead=ahead), one, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("steps, rows, ahead", [(100, 16, 10), (100, 10, 25), (100, 1, 100), (25, 300, 1), (7, 40, 1)])

@@ -34,7 +34,7 @@ def test_images_are_judged_alone():
     network = Discriminator(32, 1)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     together, params = network.init_with_output(jax.random.key(1), images)
-    alone = jnp.concatenate([network.apply(params, images[i:i + 1]) for i in range(4)])
+    alone = jnp.concatenate([network.apply(params, images[i : i + 1]) for i in range(4)])
     np.testing.assert_allclose(together, alone, atol=1e-6)
     assert len(np.unique(np.asarray(together).round(6))) > 4
 

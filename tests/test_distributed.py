@@ -66,11 +66,14 @@ def test_mpi_that_jax_does_not_know(environment, monkeypatch):
     assert started(monkeypatch) == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
 
 
-@pytest.mark.parametrize("variables, says", [
-    ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost': give host:port"),
-    ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
-    ({"MARJAX_HEARTBEAT_SECONDS": "1"}, "MARJAX_HEARTBEAT_SECONDS is '1': give a number of seconds, at least 5"),
-])
+@pytest.mark.parametrize(
+    "variables, says",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost': give host:port"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
+        ({"MARJAX_HEARTBEAT_SECONDS": "1"}, "MARJAX_HEARTBEAT_SECONDS is '1': give a number of seconds, at least 5"),
+    ],
+)
 def test_slips(environment, monkeypatch, variables, says):
     environment(**variables)
     with pytest.raises(UserError, match=says):
@@ -127,8 +130,12 @@ def interleave():
 
     def interleaved(shape, names, *, devices, **more):
         half = len(devices) // 2
-        return make_mesh(shape, names, devices=[device for pair in zip(devices[:half], devices[half:], strict=True)
-                                                for device in pair], **more)
+        return make_mesh(
+            shape,
+            names,
+            devices=[device for pair in zip(devices[:half], devices[half:], strict=True) for device in pair],
+            **more,
+        )
 
     jax.make_mesh = interleaved
 
@@ -280,8 +287,9 @@ def work(folder, train_fields, cache_fields):
     if cache_fields is None:
         return distributed.end(0, None)
     opened = open_sampler(folder / "run", local=True)
-    plan = Plan(num_images=12, seed=3, num_classes=10, settings={}, weights="ema", step=4, digest="", tokenizer="",
-                batch_size=4)
+    plan = Plan(
+        num_images=12, seed=3, num_classes=10, settings={}, weights="ema", step=4, digest="", tokenizer="", batch_size=4
+    )
     samples = SampleSet(folder / "samples", plan, jax.process_index(), jax.process_count())
     samples.generate(opened.sampler, opened.params, False)
     cache_latents(make_autoencoder(**cache_fields), folder / "cache", dtype="float32", shard_examples=10)
@@ -291,8 +299,10 @@ def work(folder, train_fields, cache_fields):
 def save_params(folder, state):
     params = multihost_utils.process_allgather(state.params, tiled=True)
     if jax.process_index() == 0:
-        np.savez(folder / "params.npz", **{jax.tree_util.keystr(path): leaf for path, leaf in
-                                           jax.tree_util.tree_leaves_with_path(params)})
+        np.savez(
+            folder / "params.npz",
+            **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)},
+        )
 
 
 # Processes x devices, always four devices. Two processes that evaluate and encode are in the tests of these.
@@ -305,8 +315,15 @@ def made(tmp_path_factory, autoencoders):
     cache_fields = dict(name="kl", path=str(autoencoders / "kl.safetensors"), data__split="train[:40]")
     for name, (count, devices) in SHAPES.items():
         (folder / name).mkdir()
-        with Run(folder / name, work, str(folder / name), {"mesh__fsdp": 2}, None if name == "two" else cache_fields,
-                 count=count, devices=devices) as run:
+        with Run(
+            folder / name,
+            work,
+            str(folder / name),
+            {"mesh__fsdp": 2},
+            None if name == "two" else cache_fields,
+            count=count,
+            devices=devices,
+        ) as run:
             assert run.wait() == [0] * count, run.said()
     return folder
 
@@ -317,8 +334,11 @@ def lines(folder):
 
 
 def worst(a, b):
-    return max(float(np.linalg.norm(np.float64(a[name]) - b[name]) / (np.linalg.norm(np.float64(b[name])) + 1e-12))
-               for name in b if not name.endswith("['qkv']['bias']"))  # the key's: no gradient but rounding
+    return max(
+        float(np.linalg.norm(np.float64(a[name]) - b[name]) / (np.linalg.norm(np.float64(b[name])) + 1e-12))
+        for name in b
+        if not name.endswith("['qkv']['bias']")
+    )  # the key's: no gradient but rounding
 
 
 @pytest.mark.slow
@@ -335,14 +355,22 @@ def test_processes_share_samples_and_latents(made):
     one, two = (np.load(made / name / "images.npy") for name in ("one", "two"))
     assert np.abs(one.astype(int) - two).max() <= 1 and len({image.tobytes() for image in one}) == 12
     for folder in ("samples", "cache"):
-        a, b = ({path.relative_to(made / name).as_posix() for path in (made / name / folder).rglob("*")
-                 if path.is_file() and not path.name.startswith(("lock-", "timing-"))} for name in ("four", "one"))
+        a, b = (
+            {
+                path.relative_to(made / name).as_posix()
+                for path in (made / name / folder).rglob("*")
+                if path.is_file() and not path.name.startswith(("lock-", "timing-"))
+            }
+            for name in ("four", "one")
+        )
         assert a == b and len(a) >= 4
     for path in (made / "one" / "samples").rglob("batch-*"):
         other = np.load(made / "four" / path.relative_to(made / "one"))
         assert np.abs(other.astype(int) - np.load(path)).max() <= 1
-    one, four = (Latents(folder, read_manifest(folder), flip=False) for folder in (made / "one" / "cache",
-                                                                                   made / "four" / "cache"))
+    one, four = (
+        Latents(folder, read_manifest(folder), flip=False)
+        for folder in (made / "one" / "cache", made / "four" / "cache")
+    )
     rng = np.random.default_rng(0)
     assert len(one) == len(four) == 40
     for index in range(40):

@@ -13,10 +13,17 @@ from conftest import ROOT
 from marjax import registry
 from marjax.cli import main
 
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"),
-                    re.DOTALL | re.MULTILINE)
-QUICKER = {"steps=400": "steps=2", "steps=500": "steps=3", "every=50": "every=1", "encoder_depth=2": "encoder_depth=1",
-           "decoder_depth=2": "decoder_depth=1", "num_iter=16": "num_iter=4"}
+BLOCKS = re.findall(
+    r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)
+QUICKER = {
+    "steps=400": "steps=2",
+    "steps=500": "steps=3",
+    "every=50": "every=1",
+    "encoder_depth=2": "encoder_depth=1",
+    "decoder_depth=2": "decoder_depth=1",
+    "num_iter=16": "num_iter=4",
+}
 
 
 @pytest.fixture

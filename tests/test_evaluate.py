@@ -36,8 +36,18 @@ def measure(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluate") / "run"
-    train(make_digits(train__steps=40, train__lr=5e-3, checkpoint__every=40, log__every=40, sample__cfg=2.0,
-                      sample__batch_size=20, eval__reference=""), workdir)
+    train(
+        make_digits(
+            train__steps=40,
+            train__lr=5e-3,
+            checkpoint__every=40,
+            log__every=40,
+            sample__cfg=2.0,
+            sample__batch_size=20,
+            eval__reference="",
+        ),
+        workdir,
+    )
     return workdir
 
 
@@ -60,8 +70,18 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     assert metrics["accuracy"] == np.mean(found.logits.argmax(1) == np.arange(50) % 10)
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1 and metrics["kernel_classifier_distance"] > 0
     assert entry["settings"] == {
-        "num_iter": 4, "num_sampling_steps": "ddim5", "cfg": 2.0, "cfg_schedule": "linear", "temperature": 0.9,
-        "confidence_order": False, "weights": "ema", "step": 40, "num_images": 50, "seed": 0, "dtype": "float32"}
+        "num_iter": 4,
+        "num_sampling_steps": "ddim5",
+        "cfg": 2.0,
+        "cfg_schedule": "linear",
+        "temperature": 0.9,
+        "confidence_order": False,
+        "weights": "ema",
+        "step": 40,
+        "num_images": 50,
+        "seed": 0,
+        "dtype": "float32",
+    }
     assert entry["batch_size"] == 20
     assert entry["seconds_per_image"] > 0 and entry["reference"]["checksum"] == real.checksum
     assert entry["machine"]["hosts"] == 1 and entry["machine"]["jax"]
@@ -70,9 +90,27 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
 
 
 def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
-    arguments = ["evaluate", "--workdir", str(run), "--out", str(tmp_path), "--num_images", "50", "--cfg", "1,2",
-                 "--cfg_schedule", "linear,constant", "--temperature", "0.5,1", "--weights", "ema,raw",
-                 "--extractor_path", measure["extractor_path"], "--reference", measure["reference"]]
+    arguments = [
+        "evaluate",
+        "--workdir",
+        str(run),
+        "--out",
+        str(tmp_path),
+        "--num_images",
+        "50",
+        "--cfg",
+        "1,2",
+        "--cfg_schedule",
+        "linear,constant",
+        "--temperature",
+        "0.5,1",
+        "--weights",
+        "ema,raw",
+        "--extractor_path",
+        measure["extractor_path"],
+        "--reference",
+        measure["reference"],
+    ]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
@@ -88,7 +126,8 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
     (again,) = evaluate(run, ask(measure, tmp_path, overwrite=True, settings={"cfg": [1], "temperature": [0.5]}))
     kept = json.loads((tmp_path / "evaluation.json").read_text())["results"]
     assert len(kept) == 12 and again["metrics"] == next(
-        each["metrics"] for each in results if each["identity"] == again["identity"])
+        each["metrics"] for each in results if each["identity"] == again["identity"]
+    )
     (other,) = evaluate(run, ask(measure, tmp_path, seed=1, settings={"cfg": [1], "temperature": [0.5]}))
     assert other["metrics"]["frechet_classifier_distance"] != again["metrics"]["frechet_classifier_distance"]
 
@@ -119,33 +158,59 @@ def evaluate_together(run, fields, results):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(run, measure, tmp_path):
-    fields = {**measure, "num_images": 50, "batch_size": 8, "progress": False, "save": "npz",
-              "settings": {"cfg": [1, 2], "cfg_schedule": ["linear", "constant"]}}  # of which two are one
+    fields = {
+        **measure,
+        "num_images": 50,
+        "batch_size": 8,
+        "progress": False,
+        "save": "npz",
+        "settings": {"cfg": [1, 2], "cfg_schedule": ["linear", "constant"]},
+    }  # of which two are one
     one = evaluate(run, Request(**fields, out=tmp_path / "one"))
-    with Run(tmp_path, evaluate_together, run, fields | {"out": tmp_path / "two"}, tmp_path / "results.json",
-             count=2, devices=2) as both:
+    with Run(
+        tmp_path,
+        evaluate_together,
+        run,
+        fields | {"out": tmp_path / "two"},
+        tmp_path / "results.json",
+        count=2,
+        devices=2,
+    ) as both:
         assert both.wait() == [0, 0], both.said()
     two = json.loads((tmp_path / "results.json").read_text())
     for a, b in zip(one, two, strict=True):
-        images = [np.load(folder / each["samples"])["arr_0"].astype(int)
-                  for folder, each in ((tmp_path / "one", a), (tmp_path / "two", b))]
+        images = [
+            np.load(folder / each["samples"])["arr_0"].astype(int)
+            for folder, each in ((tmp_path / "one", a), (tmp_path / "two", b))
+        ]
         assert np.abs(images[0] - images[1]).max() <= 1  # rounding, which black and white would hide
         assert np.mean((images[0] > 0) & (images[0] < 255)) > 0.5
         assert a["metrics"] == pytest.approx(b["metrics"], rel=0.02)
         assert b["machine"]["hosts"] == 2 and b["seconds_per_image"] > 0
     assert sorted(path.name for path in (tmp_path / "two" / "evaluation").iterdir()) == sorted(
-        path.name for path in (tmp_path / "one" / "evaluation").iterdir())
+        path.name for path in (tmp_path / "one" / "evaluation").iterdir()
+    )
 
 
-@pytest.mark.parametrize("fields, says", [
-    ({"reference": None}, "no reference to measure against"), ({"reference": "gone.npz"}, "gone.npz does not exist"),
-    ({"extractor_path": "gone.npz"}, "gone.npz"), ({"extractor_path": ""}, "no weights of the class"),
-    ({"settings": {"cfg": ["much"]}}, "cfg"), ({"settings": {"steps": [1]}}, "steps is no setting"),
-    ({"settings": {"num_iter": [17]}}, "give 1 to 16"), ({"settings": {"cfg": 2.0}}, "cfg is 2.0: give a list"),
-    ({"save": "gif"}, "save is 'gif'"),
-    ({"weights": ["ema", "best"]}, "'ema' or 'raw'"), ({"step": 3}, "there are steps"), ({"seed": -1}, "seed is -1"),
-    ({"num_images": 1}, "at least 2"), ({"batch_size": 0}, "batch_size is 0"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"reference": None}, "no reference to measure against"),
+        ({"reference": "gone.npz"}, "gone.npz does not exist"),
+        ({"extractor_path": "gone.npz"}, "gone.npz"),
+        ({"extractor_path": ""}, "no weights of the class"),
+        ({"settings": {"cfg": ["much"]}}, "cfg"),
+        ({"settings": {"steps": [1]}}, "steps is no setting"),
+        ({"settings": {"num_iter": [17]}}, "give 1 to 16"),
+        ({"settings": {"cfg": 2.0}}, "cfg is 2.0: give a list"),
+        ({"save": "gif"}, "save is 'gif'"),
+        ({"weights": ["ema", "best"]}, "'ema' or 'raw'"),
+        ({"step": 3}, "there are steps"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_images": 1}, "at least 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
 def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
     request = Request(**{**measure, "num_images": 50, "out": tmp_path / "out", **fields})
     with pytest.raises(UserError, match=says):
@@ -159,8 +224,12 @@ def test_fields_of_a_request_as_arguments(run, measure, tmp_path, monkeypatch):
     monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # it has its entry
     assert evaluate(run, Request(**fields, settings={"cfg": [1.0]}, weights=("ema",))) == [one]
     assert evaluate(run, Request(**fields), cfg=[1.0]) == [one]
-    for wrong, says in (({"num_image": 5}, "'num_images'"), ({"cgf": 2.0}, "'cfg'"), ({"weights": "best"}, "'best'"),
-                        ({"cfg": "much"}, "cfg")):
+    for wrong, says in (
+        ({"num_image": 5}, "'num_images'"),
+        ({"cgf": 2.0}, "'cfg'"),
+        ({"weights": "best"}, "'best'"),
+        ({"cfg": "much"}, "cfg"),
+    ):
         with pytest.raises(UserError, match=says):
             evaluate(run, **{**fields, **wrong})
 
@@ -220,8 +289,17 @@ def test_one_command_at_a_time_writes_a_record(run, measure, tmp_path, monkeypat
 
 def test_statistics_a_second_time(measure, tmp_path, capsys):
     images, out = _images(tmp_path, 8, 20), tmp_path / "stats.npz"
-    argv = ["stats", "--npz", str(images), "--out", str(out), "--extractor", "classifier", "--extractor_path",
-            measure["extractor_path"]]
+    argv = [
+        "stats",
+        "--npz",
+        str(images),
+        "--out",
+        str(out),
+        "--extractor",
+        "classifier",
+        "--extractor_path",
+        measure["extractor_path"],
+    ]
     assert main(argv) == 0
     before = out.read_bytes()
     assert main(argv) == 0 and "20 images of" in capsys.readouterr().out
@@ -238,8 +316,16 @@ def test_statistics_a_second_time(measure, tmp_path, capsys):
 
 
 def test_references_that_do_not_suffice(run, measure, tmp_path):
-    few = [make_statistics(tmp_path / f"{kept}.npz", npz=_images(tmp_path, 8, 20), keep_features=kept,
-                           extractor="classifier", extractor_path=measure["extractor_path"]) for kept in (0, 3)]
+    few = [
+        make_statistics(
+            tmp_path / f"{kept}.npz",
+            npz=_images(tmp_path, 8, 20),
+            keep_features=kept,
+            extractor="classifier",
+            extractor_path=measure["extractor_path"],
+        )
+        for kept in (0, 3)
+    ]
     assert few[0].features is None and len(few[1].features) == 3
     for reference in few:  # which have no neighbours for precision and recall
         (entry,) = evaluate(run, ask(measure, tmp_path / "out", reference=reference.path))
@@ -256,8 +342,14 @@ def _images(folder, size, count):
 def test_evaluations_during_training(measure, tmp_path):
     """Every so many steps and after the last, without guidance and with, once the step is saved; and one that a kill
     left out is made up."""
-    fields = {"train__steps": 4, "checkpoint__every": 1000, "eval__every": 3, "eval__num_images": 30,
-              "sample__cfg": 2.0, **{f"eval__{key}": value for key, value in measure.items()}}
+    fields = {
+        "train__steps": 4,
+        "checkpoint__every": 1000,
+        "eval__every": 3,
+        "eval__num_images": 30,
+        "sample__cfg": 2.0,
+        **{f"eval__{key}": value for key, value in measure.items()},
+    }
     train(make_digits(**fields), tmp_path / "run")
     assert steps_of(tmp_path / "run") == [3, 4]
     path = tmp_path / "run" / "metrics.jsonl"
@@ -300,18 +392,23 @@ def test_a_record_that_is_none(run, measure, tmp_path):
             evaluate(run, ask(measure, tmp_path))
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["stats", "--out", "x.npz"], "one source"), (["stats", "--dataset", "DIGITS", "--images", "."], "one source"),
-    (["stats", "--npz", "gone.npz"], "no file to write"),
-    (["stats", "--npz", "gone.npz", "--config.seed=1"], "give --dataset"),
-    (["stats", "--npz", "gone.npz", "--out", "x.npz", "--image_size", "8"], "image_size crops"),
-    (["stats", "--dataset", "DIGITS", "--out", "x.npz", "--extractor", "inception"], "MARJAX_INCEPTION"),
-    (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out is 1.0"),
-    (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
-    (["plot", "--workdir", "gone", "--out", "x"], "no directory"), (["convert"], "no --out"),
-    (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),
-    (["evaluate", "--workdir", "gone"], "does not exist"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["stats", "--out", "x.npz"], "one source"),
+        (["stats", "--dataset", "DIGITS", "--images", "."], "one source"),
+        (["stats", "--npz", "gone.npz"], "no file to write"),
+        (["stats", "--npz", "gone.npz", "--config.seed=1"], "give --dataset"),
+        (["stats", "--npz", "gone.npz", "--out", "x.npz", "--image_size", "8"], "image_size crops"),
+        (["stats", "--dataset", "DIGITS", "--out", "x.npz", "--extractor", "inception"], "MARJAX_INCEPTION"),
+        (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out is 1.0"),
+        (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
+        (["plot", "--workdir", "gone", "--out", "x"], "no directory"),
+        (["convert"], "no --out"),
+        (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),
+        (["evaluate", "--workdir", "gone"], "does not exist"),
+    ],
+)
 def test_slips_of_the_commands(tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARJAX_INCEPTION", raising=False)

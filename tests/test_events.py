@@ -17,7 +17,7 @@ def read(file):
     data, at, found = file.read_bytes(), 0, []
     while at < len(data):
         (size,) = struct.unpack_from("<Q", data, at)
-        found.append(Event.FromString(data[at + 12:at + 12 + size]))
+        found.append(Event.FromString(data[at + 12 : at + 12 + size]))
         at += size + 16
     return found
 
@@ -33,7 +33,10 @@ def test_what_is_written(tmp_path):
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (5, SessionLog.START)  # events from 5 on, of an earlier start, go
     assert [(event.step, event.summary.value[0].tag) for event in rest] == [
-        (5, "train/loss"), (5, "perf/mfu"), (6, "raw_and_ema")]
+        (5, "train/loss"),
+        (5, "perf/mfu"),
+        (6, "raw_and_ema"),
+    ]
     assert rest[0].summary.value[0].simple_value == 1.5
     image = rest[2].summary.value[0].image
     assert (image.height, image.width) == (4, 6) and image.encoded_image_string.startswith(b"\x89PNG")

@@ -9,8 +9,10 @@ from marjax import cli, failures
 from marjax.commands import plot
 from marjax.errors import TrainingError, UserError
 
-TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 16.50G of "
-       "15.75G hbm.")
+TPU = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 16.50G of "
+    "15.75G hbm."
+)
 FAILURES = {
     "memory": (MemoryError("Unable to allocate 9 PiB"), "out of memory"),
     "device memory": (RuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nBuffers:\n..."), "on the device"),
@@ -26,7 +28,8 @@ FAILURES = {
     "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
     "devices": (RuntimeError("Unable to initialize backend 'x': it is not\nknown"), "JAX_PLATFORMS.*not known"),
     "TensorStore": (ValueError("UNKNOWN: Error opening x [os_error_code='28']"), "No space left on device"),
-    "two lines": (UserError("one\ntwo\x1b[2J"), r"one\\ntwo\\x1b\[2J$"), "also two": (TrainingError("one\ntwo"), "one"),
+    "two lines": (UserError("one\ntwo\x1b[2J"), r"one\\ntwo\\x1b\[2J$"),
+    "also two": (TrainingError("one\ntwo"), "one"),
 }
 
 
@@ -52,8 +55,13 @@ def test_one_line(monkeypatch, capsys, name):
 
 
 def test_what_to_lower_depends_on_the_command():
-    for command, field in (("train", "config.train.batch_size"), ("sample", "--batch_size"), ("stats", "--batch_size"),
-                           ("train-tokenizer", "config.tokenizer.train.batch_size"), ("prepare", "--workers")):
+    for command, field in (
+        ("train", "config.train.batch_size"),
+        ("sample", "--batch_size"),
+        ("stats", "--batch_size"),
+        ("train-tokenizer", "config.tokenizer.train.batch_size"),
+        ("prepare", "--workers"),
+    ):
         text = str(failures.explain(MemoryError("Unable to allocate 9 PiB"), command))
         assert field in text and "9 PiB" in text and "GiB of this machine's is available" in text
 
@@ -81,8 +89,9 @@ def test_what_passes_says_nothing_about_a_file():
     assert os.strerror(errno.ENOSPC) == "No space left on device"
 
 
-@pytest.mark.parametrize("platforms, extra", [("tpu", "marjax[tpu]"), ("cuda", "marjax[cuda13]"), ("gpu", "cuda12"),
-                                              ("rocm", "")])
+@pytest.mark.parametrize(
+    "platforms, extra", [("tpu", "marjax[tpu]"), ("cuda", "marjax[cuda13]"), ("gpu", "cuda12"), ("rocm", "")]
+)
 def test_devices_that_are_not_there_name_the_extra(monkeypatch, platforms, extra):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     text = str(failures.explain(RuntimeError(f"Unable to initialize backend '{platforms}'")))

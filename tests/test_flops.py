@@ -13,8 +13,16 @@ from marjax.training import state as state_lib
 def build(variant="mar", head="diffusion", num_codes=0):
     """One block a stack, since XLA counts a scan's body once; wide, so that matmuls outweigh the rest."""
     config = config_lib.base()
-    config.model.update(variant=variant, head=head, width=128, encoder_depth=1, decoder_depth=1, num_heads=2,
-                        buffer_size=4, dtype="float32")
+    config.model.update(
+        variant=variant,
+        head=head,
+        width=128,
+        encoder_depth=1,
+        decoder_depth=1,
+        num_heads=2,
+        buffer_size=4,
+        dtype="float32",
+    )
     config.model.denoiser.update(depth=1, width=128)
     return generator_lib.build(config.model, num_tokens=16, token_dim=8, num_classes=3, num_codes=num_codes)
 
@@ -33,8 +41,16 @@ def test_forward_pass_agrees_with_xla(variant, known):
 
     def z(params):
         order, no = jnp.arange(16)[None], jnp.zeros(1, jnp.int32)
-        return generator.apply({"params": params}, jnp.ones((1, 16, 8)), no, no > 0, order, jnp.full(1, known),
-                               slots=known, method="condition")
+        return generator.apply(
+            {"params": params},
+            jnp.ones((1, 16, 8)),
+            no,
+            no > 0,
+            order,
+            jnp.full(1, known),
+            slots=known,
+            method="condition",
+        )
 
     backbone = generator.backbone
     ours = backbone.step_flops(known) if variant == "mar" else backbone.train_flops()
@@ -49,8 +65,14 @@ def test_cached_step_agrees_with_xla():
     def z(params):
         order = jnp.arange(16)[None]
         return generator.bind({"params": params}).backbone.step(
-            backbone.init_cache(1), jnp.ones((1, 16, 8)), order, jnp.int32(3), order[:, 3:4], jnp.ones((1, 128)),
-            known_slots=16)[0]
+            backbone.init_cache(1),
+            jnp.ones((1, 16, 8)),
+            order,
+            jnp.int32(3),
+            order[:, 3:4],
+            jnp.ones((1, 128)),
+            known_slots=16,
+        )[0]
 
     assert backbone.padded_step_flops(3) == pytest.approx(count(z, abstract(generator)), rel=0.1)
     # A step with the cache does a small part of what the whole sequence takes, and all steps together about as much.
@@ -77,14 +99,17 @@ def test_totals():
     once, each = head.denoiser_flops()
     known = orders.MaskRatio().expected_known(16)
     assert flops.train_flops(generator) == pytest.approx(
-        3 * (backbone.step_flops(known) + (16 - known) * (once + 4 * each)))
+        3 * (backbone.step_flops(known) + (16 - known) * (once + 4 * each))
+    )
     plan = orders.generation_plan(16, 4)
     expected = sum(backbone.step_flops(k) for k in plan[:-1]) + 16 * (once + 7 * each)
     assert flops.sample_flops(generator, plan, "7", False) == pytest.approx(expected)
     assert flops.sample_flops(generator, plan, "7", True) == pytest.approx(2 * expected)
     seen = sum(16 - k for k in plan[:-1])
     assert flops.sample_flops(generator, plan, "7", False, True) == pytest.approx(
-        expected + (seen - 16) * (once + 7 * each))
+        expected + (seen - 16) * (once + 7 * each)
+    )
     causal = build("ar")
     assert flops.train_flops(causal) == pytest.approx(
-        3 * (causal.backbone.train_flops() + 16 * causal.head.loss_flops()))
+        3 * (causal.backbone.train_flops() + 16 * causal.head.loss_flops())
+    )

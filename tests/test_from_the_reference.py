@@ -13,23 +13,30 @@ from marjax import config as config_lib
 TEXT = (ROOT / "docs" / "from_the_reference.md").read_text()
 
 # Of LTH14/mar at fe470ac.
-MAIN_MAR = re.findall(r"\w+", """
+MAIN_MAR = re.findall(
+    r"\w+",
+    """
     batch_size epochs model img_size vae_path vae_embed_dim vae_stride patch_size num_iter num_images cfg
     cfg_schedule label_drop_prob eval_freq save_last_freq online_eval evaluate eval_bsz weight_decay
     grad_checkpointing lr blr min_lr lr_schedule warmup_epochs ema_rate mask_ratio_min grad_clip
     attn_dropout proj_dropout buffer_size diffloss_d diffloss_w num_sampling_steps diffusion_batch_mul
     temperature data_path class_num output_dir log_dir device seed resume start_epoch num_workers pin_mem
-    no_pin_mem world_size local_rank dist_on_itp dist_url use_cached cached_path""")
-MAIN_CACHE = re.findall(r"\w+", """
+    no_pin_mem world_size local_rank dist_on_itp dist_url use_cached cached_path""",
+)
+MAIN_CACHE = re.findall(
+    r"\w+",
+    """
     batch_size img_size vae_path vae_embed_dim data_path device seed num_workers pin_mem no_pin_mem
-    world_size local_rank dist_on_itp dist_url cached_path""")
+    world_size local_rank dist_on_itp dist_url cached_path""",
+)
 
 
 def rows(script):
     """The table below a heading, as lists of five cells."""
     section = TEXT.split(f"\n## {script}\n")[1].split("\n## ")[0]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()
-             if line.startswith("| `")]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")
+    ]
     assert all(len(row) == 5 for row in table)
     return table
 
@@ -38,8 +45,10 @@ def options():
     """The options of every command: {"train": {"--workdir": its default, ...}}."""
     parser = cli._parser()
     commands = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction)).choices
-    return {name: {option: action.default for action in sub._actions for option in action.option_strings}
-            for name, sub in commands.items()}
+    return {
+        name: {option: action.default for action in sub._actions for option in action.option_strings}
+        for name, sub in commands.items()
+    }
 
 
 @pytest.mark.parametrize("script, names", [("main_mar.py", MAIN_MAR), ("main_cache.py", MAIN_CACHE)])

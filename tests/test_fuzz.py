@@ -54,8 +54,9 @@ def get_sweep():
     yield "a", {{"seed": 1}}
     yield "b", {{"seed": 2}}
 """
-PLAN = SamplePlan(num_images=8, seed=0, num_classes=10, settings={}, weights="ema", step=1, digest="d", tokenizer="",
-                  batch_size=4)
+PLAN = SamplePlan(
+    num_images=8, seed=0, num_classes=10, settings={}, weights="ema", step=1, digest="d", tokenizer="", batch_size=4
+)
 MANIFEST = Manifest("c", "digits", "train", "f", 8, 1, "center", 6, 10, True, (2, 2, 4), "float32", "float32", 3)
 CLASS = "n01440764"
 
@@ -155,15 +156,24 @@ TARGETS = [
     Target("evaluation", ("evaluation.json",), mutators.mutate_json, read_evaluation),
     Target("workdir", ("*.json",), mutators.mutate_json, read_run),
     Target("sweep", ("*/*.json",), mutators.mutate_json, read_sweep),
-    Target("checkpoint", ("1/**/*",), lambda data, rng: (
-        mutators.mutate_json if data[:1] == b"{" else mutators.mutate_bytes)(data, rng), read_checkpoint, 0.4),
+    Target(
+        "checkpoint",
+        ("1/**/*",),
+        lambda data, rng: (mutators.mutate_json if data[:1] == b"{" else mutators.mutate_bytes)(data, rng),
+        read_checkpoint,
+        0.4,
+    ),
     Target("statistics", ("*.npz",), npz, read_statistics, 1.5, alone=True),
     Target("samples", ("*/*.npy",), mutators.mutate_npy, read_samples),
     Target("sample_plans", ("*/*.json",), mutators.mutate_json, read_samples, 0.5),
     Target("classifier", ("*.npz",), npz, lambda folder: Classifier.load(folder / "classifier.npz")),
     Target("codebook", ("*.npz",), npz, lambda folder: codebook.read(folder / "codebook.npz")),
-    Target("tokenizer", ("*.safetensors",), mutators.mutate_safetensors,
-           lambda folder: autoencoder_file.read(folder / "kl.safetensors")),
+    Target(
+        "tokenizer",
+        ("*.safetensors",),
+        mutators.mutate_safetensors,
+        lambda folder: autoencoder_file.read(folder / "kl.safetensors"),
+    ),
     Target("pth", ("*.pth",), pth, read_weights, 2),
     Target("legacy_pth", ("*.pth",), mutators.mutate_pickle, read_weights),
     Target("safetensors", ("*.safetensors",), mutators.mutate_safetensors, read_weights),
@@ -191,12 +201,22 @@ def make_sound_files(root, autoencoders):
     lines = [{"step": step, "train/loss": step / 3, "perf/mfu": 0.5} for step in range(1, 6)]
     (root / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     network = {"name": "classifier", "checksum": "ab" * 32}
-    entries = [{"identity": f"{cfg}", "settings": {"cfg": cfg, "num_images": 8, "weights": "ema"},
-                "metrics": {"fid": 3.0 + cfg}, "seconds_per_image": 0.1, "samples": None, "extractor": network,
-                "reference": network} for cfg in (1.0, 2.0)]
+    entries = [
+        {
+            "identity": f"{cfg}",
+            "settings": {"cfg": cfg, "num_images": 8, "weights": "ema"},
+            "metrics": {"fid": 3.0 + cfg},
+            "seconds_per_image": 0.1,
+            "samples": None,
+            "extractor": network,
+            "reference": network,
+        }
+        for cfg in (1.0, 2.0)
+    ]
     (root / "evaluation" / "evaluation.json").write_text(json.dumps({"format": 1, "results": entries}))
 
     from marjax.workdir import claim_workdir
+
     config = config_lib.resolve(make_digits())
     claim_workdir(root / "workdir", config, names=("cat", None, "Ж"))
     first_start(root / "workdir", write=True)
@@ -225,27 +245,34 @@ def make_sound_files(root, autoencoders):
         for batch in range(2):
             np.save(folder / f"batch-{batch:06d}.npy", rng.integers(0, 256, (4, 8, 8, 1), np.uint8))
     from marjax.evaluation.classifier import train_classifier
+
     train_classifier(rng.integers(0, 256, (8, 8, 8, 1), np.uint8), np.arange(8), 8, steps=1, batch_size=2).save(
-        root / "classifier" / "classifier.npz")
+        root / "classifier" / "classifier.npz"
+    )
     made = codebook.Codebook(rng.standard_normal((16, 4)).astype(np.float32), 2, 1)
     np.savez(root / "codebook" / "codebook.npz", **codebook.arrays_of(made, codebook.Fit(0.1, 10.0, 5, 0, "x")))
     shutil.copy(autoencoders / "kl.safetensors", root / "tokenizer")
 
     data = rng.standard_normal(12).astype(np.float32)
-    weights = {"mask_token": tensor(storage("FloatStorage", "0", 12), 0, (3, 4), (4, 1)),
-               "encoder.bias": tensor(storage("FloatStorage", "0", 12), 4, (2,), (1,))}
+    weights = {
+        "mask_token": tensor(storage("FloatStorage", "0", 12), 0, (3, 4), (4, 1)),
+        "encoder.bias": tensor(storage("FloatStorage", "0", 12), 4, (2,), (1,)),
+    }
     ordered = Call(Global("collections", "OrderedDict"), (list(weights.items()),))
     checkpoint = {"model": weights, "model_ema": ordered, "epoch": 3, "args": {"lr": 0.5, "names": ["a", "b"]}}
     write_zip(root / "pth" / "a.pth", checkpoint, [data.tobytes()])
     write_legacy(root / "legacy_pth" / "a.pth", weights, [data])
     from safetensors.numpy import save_file
+
     tensors = {"mask_token": data.reshape(3, 4), "encoder.bias": data[:2].copy()}
     save_file(tensors, root / "safetensors" / "a.safetensors", {"format": "pt", "weights": "ema", "step": "3"})
     save_file(tensors, root / "sharded" / "model-00001.safetensor")
-    (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {"total_size": 56}, "weight_map": dict.fromkeys(tensors, "model-00001.safetensor")}))
+    (root / "sharded" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 56}, "weight_map": dict.fromkeys(tensors, "model-00001.safetensor")})
+    )
 
     from array_record.python.array_record_module import ArrayRecordWriter
+
     for name in ("latents", "latent_shards"):
         (root / name / "manifest.json").write_text(MANIFEST.to_json())
         for shard in range(MANIFEST.num_shards):
@@ -257,17 +284,34 @@ def make_sound_files(root, autoencoders):
     examples = [{"image": as_file(picture(i)), "label": i} for i in range(5)]
     write_tfds(root / "tfds", "plain", examples)
     shutil.copytree(root / "tfds", root / "tfds_shards", dirs_exist_ok=True)
-    (root / "shard_records" / "record.json").write_text(json.dumps(
-        Record(3, 99, {"JPEG": 2, "palette": 1}, [("a.png", "empty")], True)._asdict()))
+    (root / "shard_records" / "record.json").write_text(
+        json.dumps(Record(3, 99, {"JPEG": 2, "palette": 1}, [("a.png", "empty")], True)._asdict())
+    )
 
-    for kind, mode in (("png", "RGB"), ("png", "P"), ("png", "LA"), ("png", "I;16"), ("jpeg", "RGB"), ("jpeg", "CMYK"),
-                       ("bmp", "RGB"), ("gif", "P"), ("tiff", "RGB"), ("webp", "RGB"), ("ppm", "RGB")):
+    for kind, mode in (
+        ("png", "RGB"),
+        ("png", "P"),
+        ("png", "LA"),
+        ("png", "I;16"),
+        ("jpeg", "RGB"),
+        ("jpeg", "CMYK"),
+        ("bmp", "RGB"),
+        ("gif", "P"),
+        ("tiff", "RGB"),
+        ("webp", "RGB"),
+        ("ppm", "RGB"),
+    ):
         image = picture(1, "L" if mode == "I;16" else mode, side=9)
-        (root / "pictures" / f"{mode.replace(';', '')}.{kind}").write_bytes(as_file(
-            image.convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else image, kind))
+        (root / "pictures" / f"{mode.replace(';', '')}.{kind}").write_bytes(
+            as_file(
+                image.convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else image, kind
+            )
+        )
     jpeg = as_file(picture(2), "jpeg")
-    for name, members in (("ILSVRC2012_img_val.tar", ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"]),
-                          (f"{CLASS}.tar", [f"{CLASS}_1.JPEG", f"{CLASS}_2.JPEG"])):
+    for name, members in (
+        ("ILSVRC2012_img_val.tar", ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"]),
+        (f"{CLASS}.tar", [f"{CLASS}_1.JPEG", f"{CLASS}_2.JPEG"]),
+    ):
         (root / "files").mkdir(exist_ok=True)
         with tarfile.open(root / "tars" / name, "w", format=tarfile.GNU_FORMAT) as archive:
             for member in members:
@@ -287,9 +331,12 @@ def test_readers_of_foreign_files(autoencoders, tmp_path):
         shutil.copytree(root / target.name, tmp_path / "copy" / target.name)
         assert fuzz.outcome_of(target, tmp_path / "copy" / target.name) == "works"
     # A process that has touched no device, so that it can fork.
-    done = subprocess.run([sys.executable, __file__, str(root), str(tmp_path / "report.json")],
-                          capture_output=True, text=True, env=own_folder_first() | {
-                              "PYTHONDONTWRITEBYTECODE": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"})
+    done = subprocess.run(
+        [sys.executable, __file__, str(root), str(tmp_path / "report.json")],
+        capture_output=True,
+        text=True,
+        env=own_folder_first() | {"PYTHONDONTWRITEBYTECODE": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     report = json.loads((tmp_path / "report.json").read_text())
     print(fuzz.summary(report))
@@ -326,18 +373,27 @@ print(json.dumps(fuzz.run([target], pathlib.Path(sys.argv[1]), 40, 0)))
 def test_the_runner_notices_what_is_not_allowed(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x").write_bytes(b"\0")
-    done = subprocess.run([sys.executable, "-c", MISBEHAVING, str(tmp_path)], cwd=pathlib.Path(__file__).parent,
-                          env=own_folder_first(),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MISBEHAVING, str(tmp_path)],
+        cwd=pathlib.Path(__file__).parent,
+        env=own_folder_first(),
+        capture_output=True,
+        text=True,
+    )
     made = json.loads(done.stdout)["bad"]
     words = ("os.system", "KeyError", "MemoryError", "SIGABRT", "writes", "no line")
     assert {next(word for word in words if word in each["what"]) for each in made["failures"]} == set(words)
     assert made["works"] > 0 and made["works"] + len(made["failures"]) == 40
 
 
-@pytest.mark.parametrize("mutate, data", [
-    (mutators.mutate_bytes, b"abcdef" * 9), (mutators.mutate_json, b'{"a": [1, {"b": "x"}], "c": null}'),
-    (mutators.mutate_lines, b'{"step": 1}\n{"step": 2}\n')])
+@pytest.mark.parametrize(
+    "mutate, data",
+    [
+        (mutators.mutate_bytes, b"abcdef" * 9),
+        (mutators.mutate_json, b'{"a": [1, {"b": "x"}], "c": null}'),
+        (mutators.mutate_lines, b'{"step": 1}\n{"step": 2}\n'),
+    ],
+)
 def test_a_mutant_is_a_function_of_its_seed(mutate, data):
     made = [[mutate(data, random.Random(seed)) for seed in range(20)] for _ in range(2)]
     assert made[0] == made[1] and len(set(made[0])) > 10 and sum(each != data for each in made[0]) > 15

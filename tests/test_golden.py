@@ -26,9 +26,11 @@ def numbers(name, workdir):
     quiet = {"log.every": 1, "log.samples_every": 0, "log.tensorboard": False, "log.progress": False}
     marjax.train(config_lib.apply_overrides(config, quiet), workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {"loss": np.array([row["train/loss"] for row in rows]),
-            "grad_norm": np.array([row["train/grad_norm"] for row in rows]),
-            "images": marjax.sample(workdir, [0, 2, 4, 6, 8, -1] * 2, seed=3)}
+    return {
+        "loss": np.array([row["train/loss"] for row in rows]),
+        "grad_norm": np.array([row["train/grad_norm"] for row in rows]),
+        "images": marjax.sample(workdir, [0, 2, 4, 6, 8, -1] * 2, seed=3),
+    }
 
 
 def machine():

@@ -76,4 +76,4 @@ def test_tars_that_were_packed_again_are_read(tmp_path, form):
     items = list_imagenet([str(tmp_path / "x.tar")], progress=False).splits["train"]
     assert [item[:2] for item in items] == [(f"n01440764_{i}.JPEG", 0) for i in range(3)]
     data = (tmp_path / "x.tar").read_bytes()
-    assert all(data[item.offset:item.offset + item.size] == bytes([i]) * (700 + i) for i, item in enumerate(items))
+    assert all(data[item.offset : item.offset + item.size] == bytes([i]) * (700 + i) for i, item in enumerate(items))

@@ -41,11 +41,11 @@ def test_grid_has_room_for_row_labels_and_a_caption():
     assert labelled.shape[0] == plain.shape[0]
     left = labelled.shape[1] - plain.shape[1]
     np.testing.assert_array_equal(labelled[:, left:], plain)
-    labels = [labelled[row * 34:(row + 1) * 34, :left] for row in range(2)]
+    labels = [labelled[row * 34 : (row + 1) * 34, :left] for row in range(2)]
     assert all((label < 128).any() and (label[0] == 255).all() for label in labels)
     assert (labels[0] != labels[1]).any()
     captioned = images.grid(tiles, 2, rows=["cat", "Ж"], caption="cfg 2")
-    np.testing.assert_array_equal(captioned[:68, :labelled.shape[1]], labelled)
+    np.testing.assert_array_equal(captioned[:68, : labelled.shape[1]], labelled)
     assert (captioned[68:] < 128).any()
     longer = images.grid(tiles, 2, caption="cfg 2 " * 40)
     assert longer.shape[0] > captioned.shape[0]

@@ -37,8 +37,11 @@ def test_no_tensorflow_anywhere(tmp_path):
 def test_what_the_package_offers(tmp_path):
     """All is there to be completed, and nothing is imported until it is used."""
     offered = {"train", "sample", "evaluate", "load", "register", "config", "__version__"}
-    done = run(f"import marjax; assert set(dir(marjax)) >= {offered} and 'jax' not in sys.modules\n"
-               "for name in dir(marjax): assert getattr(marjax, name).__doc__, name", tmp_path)
+    done = run(
+        f"import marjax; assert set(dir(marjax)) >= {offered} and 'jax' not in sys.modules\n"
+        "for name in dir(marjax): assert getattr(marjax, name).__doc__, name",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
 
 

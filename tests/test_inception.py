@@ -25,24 +25,30 @@ LAYERS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 
 def view(place, shape):
     """A tensor over the first elements of a storage."""
-    return tensor(place, 0, shape, tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape))))
+    return tensor(place, 0, shape, tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))))
 
 
 def write_pth(path, arrays):
     """A PyTorch file as the projects ship it, with the counters that some versions have."""
-    each = {name: view(storage("FloatStorage", str(i), array.size), array.shape)
-            for i, (name, array) in enumerate(arrays.items())}
+    each = {
+        name: view(storage("FloatStorage", str(i), array.size), array.shape)
+        for i, (name, array) in enumerate(arrays.items())
+    }
     counter = tensor(storage("LongStorage", str(len(arrays)), 1), 0, (), ())
-    return write_zip(path, each | {"Conv2d_1a_3x3.bn.num_batches_tracked": counter},
-                     [*(array.tobytes() for array in arrays.values()), bytes(8)])
+    return write_zip(
+        path,
+        each | {"Conv2d_1a_3x3.bn.num_batches_tracked": counter},
+        [*(array.tobytes() for array in arrays.values()), bytes(8)],
+    )
 
 
 def write_names(path, shapes, value=1.0):
     """A smaller PyTorch file: tensors of these shapes that share a storage, in which all numbers are the same."""
     size = max(int(np.prod(shape)) for shape in shapes.values())
     place = storage("FloatStorage", "0", size)
-    return write_zip(path, {name: view(place, shape) for name, shape in shapes.items()},
-                     [np.full(size, value, np.float32).tobytes()])
+    return write_zip(
+        path, {name: view(place, shape) for name, shape in shapes.items()}, [np.full(size, value, np.float32).tobytes()]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def ours(state, theirs):
     """What `layers` gives for the reference's images, and the activations that enter Mixed_6d."""
+
     @jax.jit
     def run(params, images):
         x = (resize(images) - 128.0) / 128.0
@@ -105,7 +112,8 @@ def test_spatial_features_and_their_order(state, ours):
     found, before = ours
     weight, scale, shift, mean, variance = (
         state[f"Mixed_6d.branch1x1.{name}"].astype(np.float64)
-        for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"))
+        for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    )
     after = (before @ weight[..., 0, 0].T - mean) / np.sqrt(variance + 1e-3) * scale + shift
     after = np.maximum(0.0, after)[..., :7]
     assert after.shape == (3, 17, 17, 7)
@@ -116,6 +124,7 @@ def test_spatial_features_and_their_order(state, ours):
 @pytest.mark.parametrize("height, width", [(64, 64), (30, 47), (299, 299), (300, 640), (1, 2)])
 def test_resize(height, width):
     """Against tents around the pixels, in float64."""
+
     def tents(size):
         at = np.minimum(np.arange(299) * size / 299, size - 1)
         return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(size)))
@@ -155,8 +164,13 @@ def test_rows_depend_on_their_own_image_only(extractor, pth, theirs, tmp_path):
     # On two devices, whose last batch is not full either.
     np.save(tmp_path / "images.npy", images)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    done = subprocess.run([sys.executable, "-c", CHILD, str(pth), "images.npy", "found.npz"], capture_output=True,
-                          text=True, cwd=tmp_path, env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(pth), "images.npy", "found.npz"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     for name, array in np.load(tmp_path / "found.npz").items():
         assert relative_error(array, found[int(name.removeprefix("arr_"))]) < 1e-6
@@ -165,8 +179,9 @@ def test_rows_depend_on_their_own_image_only(extractor, pth, theirs, tmp_path):
 def test_grey_images_are_three_equal_channels(extractor, theirs):
     images = theirs[1]
     grey = extractor.extract(images[..., :1])
-    for one, three, colour in zip(grey, extractor.extract(images[..., :1].repeat(3, -1)), extractor.extract(images),
-                                  strict=True):
+    for one, three, colour in zip(
+        grey, extractor.extract(images[..., :1].repeat(3, -1)), extractor.extract(images), strict=True
+    ):
         np.testing.assert_array_equal(one, three)
         assert (one != colour).any()
 
@@ -237,11 +252,12 @@ def test_other_weights_are_refused(tmp_path):
     shapes = inception_file.shapes()
     less = {name: shape for name, shape in shapes.items() if name != "Mixed_7c.branch1x1.bn.bias"}
     for given, value, text in (
-            (less, 1.0, "InceptionV3: Mixed_7c.branch1x1.bn.bias is missing; get https"),
-            (shapes | {"AuxLogits.fc.weight": (2, 3)}, 1.0, "InceptionV3: AuxLogits.fc.weight is not used; get"),
-            (shapes | {"fc.bias": (1000,)}, 1.0, r"InceptionV3: fc.bias has shape \(1000,\) instead of \(1008,\); get"),
-            ({"x": (1,)}, 1.0, r"Conv2d_1a_3x3.conv.weight is missing; .*; and 453 others"),
-            (shapes, np.nan, "Conv2d_1a_3x3.conv.weight has values that are infinite or not a number")):
+        (less, 1.0, "InceptionV3: Mixed_7c.branch1x1.bn.bias is missing; get https"),
+        (shapes | {"AuxLogits.fc.weight": (2, 3)}, 1.0, "InceptionV3: AuxLogits.fc.weight is not used; get"),
+        (shapes | {"fc.bias": (1000,)}, 1.0, r"InceptionV3: fc.bias has shape \(1000,\) instead of \(1008,\); get"),
+        ({"x": (1,)}, 1.0, r"Conv2d_1a_3x3.conv.weight is missing; .*; and 453 others"),
+        (shapes, np.nan, "Conv2d_1a_3x3.conv.weight has values that are infinite or not a number"),
+    ):
         with pytest.raises(UserError, match=text):
             convert_inception(write_names(tmp_path / "x.pth", given, value), tmp_path / "x.safetensors")
     for content in ([1], {"fc.bias": 3}, {7: 1}):

@@ -11,7 +11,7 @@ def score(logits, order=None, batch=64, **arguments):
     sums = ScoreSums(len(logits), logits.shape[1], **arguments)
     order = np.arange(len(logits)) if order is None else order
     for start in range(0, len(order), batch):
-        some = order[start:start + batch]
+        some = order[start : start + batch]
         sums.add(some, logits[some])
     return sums.result()
 
@@ -41,7 +41,7 @@ def test_splits_of_uneven_sizes_by_the_definition():
     p = shuffled / shuffled.sum(1, keepdims=True)
     expected = []
     for i in range(10):
-        part = p[i * 47 // 10:(i + 1) * 47 // 10]
+        part = p[i * 47 // 10 : (i + 1) * 47 // 10]
         expected.append(np.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
     assert score(logits) == (pytest.approx(np.mean(expected), rel=1e-12), pytest.approx(np.std(expected), rel=1e-12))
 

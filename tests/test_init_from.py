@@ -26,8 +26,15 @@ from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.workdir import read_workdir
 
-TINY = {"model__width": 64, "model__encoder_depth": 2, "model__decoder_depth": 2, "model__num_heads": 4,
-        "model__buffer_size": 8, "model__denoiser__depth": 2, "model__denoiser__width": 64}
+TINY = {
+    "model__width": 64,
+    "model__encoder_depth": 2,
+    "model__decoder_depth": 2,
+    "model__num_heads": 4,
+    "model__buffer_size": 8,
+    "model__denoiser__depth": 2,
+    "model__denoiser__width": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +54,9 @@ def converted(tmp_path_factory):
 
 def prepare(config, workdir, **init):
     """What a run starts from: the config with `init` filled in, and the parameters that are taken."""
-    config = config_lib.resolve(config_lib.apply_overrides(config, {f"init.{key}": str(value)
-                                                                    for key, value in init.items()}))
+    config = config_lib.resolve(
+        config_lib.apply_overrides(config, {f"init.{key}": str(value) for key, value in init.items()})
+    )
     return init_from.prepare(config, workdir, sharding.make_mesh(1))
 
 
@@ -57,8 +65,9 @@ def start(config, taken):
     config = config_lib.resolve(config)
     mesh, optimizer = sharding.make_mesh(1), make_optimizer(config.train)
     generator = generator_lib.of(config, config_lib.tokens_of(config))
-    state = state_lib.create(generator, optimizer, state_lib.abstract_state(generator, optimizer, mesh), config.seed,
-                             taken)
+    state = state_lib.create(
+        generator, optimizer, state_lib.abstract_state(generator, optimizer, mesh), config.seed, taken
+    )
     assert int(state.step) == 0
     assert_same(state.ema, state.params)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -91,9 +100,12 @@ def test_released_weights(tmp_path, converted, capsys):
     found = start(config, taken)
     theirs, random = weights_of(converted, "ema"), start(config, {})
     fresh = fresh_in(said)
-    assert fresh == {"class_embedding", "backbone/z_proj/kernel", *(f"backbone/{name}_pos_embed" for name in (
-        "encoder", "decoder", "z")), *(f"head/denoiser/{name}" for name in (
-            "input_proj/kernel", "final_linear/kernel", "final_linear/bias"))}
+    assert fresh == {
+        "class_embedding",
+        "backbone/z_proj/kernel",
+        *(f"backbone/{name}_pos_embed" for name in ("encoder", "decoder", "z")),
+        *(f"head/denoiser/{name}" for name in ("input_proj/kernel", "final_linear/kernel", "final_linear/bias")),
+    }
     assert "class_embedding, (3, 64) here, (10, 64) there" in said and "trained with kl16" in said
     for path, value in found.items():
         np.testing.assert_array_equal(value, random[path] if path in fresh else theirs[path])
@@ -139,8 +151,11 @@ def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypa
     own = shutil.copytree(source, tmp_path / "source")
     config, begun, given = make_digits(**QUICK, seed=1), [], []
     real = state_lib.create
-    monkeypatch.setattr(loop.state_lib, "create", lambda *args: begun.append(flat((state := real(*args)).params))
-                        or given.append(args[-1]) or state)
+    monkeypatch.setattr(
+        loop.state_lib,
+        "create",
+        lambda *args: begun.append(flat((state := real(*args)).params)) or given.append(args[-1]) or state,
+    )
     whole = train(config, tmp_path / "run", init_from=own)
     theirs = weights_of(source, "ema")
     assert all((value == theirs[path]).all() for path, value in begun[0].items())
@@ -212,8 +227,17 @@ def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
         train(make_digits(), converted)
     assert main(["train", "--config", f"{DIGITS}:debug", "--config.train.lr=1e-5", "--workdir", str(converted)]) == 2
     command = shlex.split(capsys.readouterr().err.split(": ")[-1])
-    assert command == ["marjax", "train", "--config", f"{DIGITS}:debug", "--config.train.lr=1e-5", "--init_from",
-                       str(converted), "--workdir", f"{converted}_finetuned"]
+    assert command == [
+        "marjax",
+        "train",
+        "--config",
+        f"{DIGITS}:debug",
+        "--config.train.lr=1e-5",
+        "--init_from",
+        str(converted),
+        "--workdir",
+        f"{converted}_finetuned",
+    ]
     assert (converted / "config.json").read_bytes() == before
 
 
@@ -221,11 +245,16 @@ def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
 def test_the_commands_of_the_docs(tmp_path, monkeypatch, capsys):
     """Those in small of docs/finetuning.md; the others have the same arguments."""
     text = (ROOT / "docs" / "finetuning.md").read_text()
-    blocks = [[shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
-              for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    blocks = [
+        [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+    ]
     large, small = blocks
-    assert [command[0] for command in large] == [command[0] for command in small] == [
-        "convert", "prepare", "train", "sample"]
+    assert (
+        [command[0] for command in large]
+        == [command[0] for command in small]
+        == ["convert", "prepare", "train", "sample"]
+    )
     monkeypatch.chdir(tmp_path)
     pathlib.Path("tests").symlink_to(ROOT / "tests")
     rng = np.random.default_rng(0)
@@ -234,8 +263,18 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, capsys):
         for i in range(6):
             Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(f"pictures/{label}/{i}.png")
     for command in small:
-        short = [*command, *flags({"train__steps": 2, "train__warmup_steps": 1, "log__samples_every": 0,
-                                   "sample__num_iter": 4, "log__tensorboard": False})]
+        short = [
+            *command,
+            *flags(
+                {
+                    "train__steps": 2,
+                    "train__warmup_steps": 1,
+                    "log__samples_every": 0,
+                    "sample__num_iter": 4,
+                    "log__tensorboard": False,
+                }
+            ),
+        ]
         assert main(short if command[0] == "train" else command) == 0, capsys.readouterr().err
     said = capsys.readouterr().err
     assert "class_embedding" in fresh_in(said) and "backbone/encoder_pos_embed" not in fresh_in(said)

@@ -9,18 +9,38 @@ from conftest import ADVICE, failure
 
 from marjax.json_file import check_json, parse_json, read_json
 
-SHAPE = {"num_classes": range(1, 10), "kind": {"ema", "raw"}, "mean": float, "weights?": (str, None),
-         "rows": [{"step": int}], "sums": {str: re.compile("[a-z]+")}}
+SHAPE = {
+    "num_classes": range(1, 10),
+    "kind": {"ema", "raw"},
+    "mean": float,
+    "weights?": (str, None),
+    "rows": [{"step": int}],
+    "sums": {str: re.compile("[a-z]+")},
+}
 GOOD = {"num_classes": 2, "kind": "ema", "mean": 1, "rows": [{"step": 0, "other": 1}], "sums": {"a": "b"}, "more": []}
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"num_classes": 0}, "num_classes"), ({"num_classes": 10}, "num_classes"), ({"num_classes": True}, "num_classes"),
-    ({"num_classes": 2.0}, "num_classes"), ({"num_classes": "2"}, "num_classes"), ({"kind": "other"}, "kind"),
-    ({"kind": []}, "kind"), ({"mean": None}, "mean"), ({"mean": False}, "mean"), ({"weights": 1}, "weights"),
-    ({"rows": {}}, "rows"), ({"rows": [{"step": 1}, 3]}, "rows[1]"), ({"rows": [{}]}, "rows[0].step"),
-    ({"rows": [{"step": 2**63}]}, "rows[0].step"), ({"sums": {"x": "a\n"}}, "sums.x"),
-    ({"sums": {"x\ny": 3}}, r"sums.x\ny")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": 10}, "num_classes"),
+        ({"num_classes": True}, "num_classes"),
+        ({"num_classes": 2.0}, "num_classes"),
+        ({"num_classes": "2"}, "num_classes"),
+        ({"kind": "other"}, "kind"),
+        ({"kind": []}, "kind"),
+        ({"mean": None}, "mean"),
+        ({"mean": False}, "mean"),
+        ({"weights": 1}, "weights"),
+        ({"rows": {}}, "rows"),
+        ({"rows": [{"step": 1}, 3]}, "rows[1]"),
+        ({"rows": [{}]}, "rows[0].step"),
+        ({"rows": [{"step": 2**63}]}, "rows[0].step"),
+        ({"sums": {"x": "a\n"}}, "sums.x"),
+        ({"sums": {"x\ny": 3}}, r"sums.x\ny"),
+    ],
+)
 def test_a_value_of_another_shape_is_named(change, named):
     check_json(GOOD, SHAPE, where="file", advice=ADVICE)
     assert f"file: {named} is " in failure(check_json, GOOD | change, SHAPE, where="file")
@@ -39,11 +59,30 @@ def test_alternatives_name_what_is_wrong_inside():
     assert "null" in failure(check_json, 3, shape, where="file")
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"{", b"[1,]", b"nul", b"{} {}", b"\xff\xfe{}", b'"\xe4"', b"NaN", b"[-Infinity]", b"1e999",
-    b"[" + b"9" * 5000 + b"]", b"18446744073709551616", b'{"a": 1, "a": 2}', b"[" * 200_000, b"[" * 101 + b"]" * 101,
-    b'{"a":' * 900 + b"1" + b"}" * 900, b'"' + b"a" * 100, rb'["\ud800"]',
-    rb'{"\udfff": 1}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[1,]",
+        b"nul",
+        b"{} {}",
+        b"\xff\xfe{}",
+        b'"\xe4"',
+        b"NaN",
+        b"[-Infinity]",
+        b"1e999",
+        b"[" + b"9" * 5000 + b"]",
+        b"18446744073709551616",
+        b'{"a": 1, "a": 2}',
+        b"[" * 200_000,
+        b"[" * 101 + b"]" * 101,
+        b'{"a":' * 900 + b"1" + b"}" * 900,
+        b'"' + b"a" * 100,
+        rb'["\ud800"]',
+        rb'{"\udfff": 1}',
+    ],
+)
 def test_what_is_no_json_is_one_line(tmp_path, data):
     (tmp_path / "x.json").write_bytes(data)
     assert "x.json" in failure(read_json, tmp_path / "x.json")

@@ -8,6 +8,7 @@ from marjax.evaluation.kernel_distance import kernel_distance
 
 def direct(x, y):
     """Equation 4 of Binkowski et al., one pair at a time."""
+
     def mean(pairs):
         return np.mean([(float(np.dot(a, b)) / len(a) + 1.0) ** 3 for a, b in pairs])
 
@@ -51,8 +52,9 @@ def test_a_set_and_itself():
 
 
 def test_two_sets_of_one_distribution_are_at_no_distance_on_average():
-    estimates = [kernel_distance([normal(100 + seed, 50)], [normal(900 + seed, 50)], subsets=1).mean
-                 for seed in range(200)]
+    estimates = [
+        kernel_distance([normal(100 + seed, 50)], [normal(900 + seed, 50)], subsets=1).mean for seed in range(200)
+    ]
     error = np.std(estimates) / np.sqrt(200)
     assert min(estimates) < 0 < max(estimates) and abs(np.mean(estimates)) < 3 * error
     apart = kernel_distance([normal(100, 50)], [normal(900, 50) + np.float32(0.5)], subsets=1).mean

@@ -22,8 +22,15 @@ from processes import Run, command
 CAMPAIGN = "MARJAX_KILLS" in os.environ
 KILLS = int(os.environ.get("MARJAX_KILLS", "1"))
 SEED = int(os.environ.get("MARJAX_KILL_SEED", "0"))
-SMALL = flags({"train.steps": 1, "train.warmup_steps": 1, "log.samples_every": 0, "log.tensorboard": "false",
-               "log.progress": "false"})
+SMALL = flags(
+    {
+        "train.steps": 1,
+        "train.warmup_steps": 1,
+        "log.samples_every": 0,
+        "log.tensorboard": "false",
+        "log.progress": "false",
+    }
+)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -32,13 +39,27 @@ def made(tmp_path_factory):
     """A trained work directory and its weights exported; in a campaign, what the other commands need."""
     folder = tmp_path_factory.mktemp("made")
     config = ["--config", f"{DIGITS}:debug"]
-    given = [["train", *config, "--workdir", "run", *SMALL],
-             ["export", "--workdir", "run", "--out", "exported.safetensors"]]
+    given = [
+        ["train", *config, "--workdir", "run", *SMALL],
+        ["export", "--workdir", "run", "--out", "exported.safetensors"],
+    ]
     if CAMPAIGN:
-        given += [["train", *config, "--workdir", "quick", *SMALL, *flags(QUICK)],
-                  ["train-classifier", *config, "--out", "classifier.npz", "--steps", "1"],
-                  ["stats", "--dataset", f"{DIGITS}:debug", "--out", "stats.npz", "--extractor", "classifier",
-                   "--extractor_path", "classifier.npz", "--config.data.split=train[:40]"]]
+        given += [
+            ["train", *config, "--workdir", "quick", *SMALL, *flags(QUICK)],
+            ["train-classifier", *config, "--out", "classifier.npz", "--steps", "1"],
+            [
+                "stats",
+                "--dataset",
+                f"{DIGITS}:debug",
+                "--out",
+                "stats.npz",
+                "--extractor",
+                "classifier",
+                "--extractor_path",
+                "classifier.npz",
+                "--config.data.split=train[:40]",
+            ],
+        ]
     paths = {"run", "quick", "exported.safetensors", "classifier.npz", "stats.npz"}
     for each in given:
         assert command(*(folder / part if part in paths else part for part in each)) == 0
@@ -55,11 +76,33 @@ def arguments(name, made, out):
     return {
         "prepare": ["prepare", "--images", made / "own", "--out", out, "--num_shards", 12, "--workers", 2],
         "export": ["export", "--workdir", made / "run", "--out", out / "x.safetensors"],
-        "convert": ["convert", "--checkpoint", made / "exported.safetensors", "--out", out / "run",
-                    *flags({"data.image_size": 8, "data.channels": 1})],
-        "evaluate": ["evaluate", "--workdir", made / "quick", "--out", out, "--num_images", 200, "--batch_size", 20,
-                     "--extractor", "classifier", "--extractor_path", made / "classifier.npz",
-                     "--reference", made / "stats.npz", "--save", "npz"],
+        "convert": [
+            "convert",
+            "--checkpoint",
+            made / "exported.safetensors",
+            "--out",
+            out / "run",
+            *flags({"data.image_size": 8, "data.channels": 1}),
+        ],
+        "evaluate": [
+            "evaluate",
+            "--workdir",
+            made / "quick",
+            "--out",
+            out,
+            "--num_images",
+            200,
+            "--batch_size",
+            20,
+            "--extractor",
+            "classifier",
+            "--extractor_path",
+            made / "classifier.npz",
+            "--reference",
+            made / "stats.npz",
+            "--save",
+            "npz",
+        ],
         "sweep": ["sweep", made / "sweep.py", "--root", out / "root"],
     }[name]
 
@@ -72,22 +115,34 @@ def contents(out):
         if path.is_dir():
             continue
         if path.name == "evaluation.json":
-            found[name] = [{key: value for key, value in entry.items() if key != "seconds_per_image"}
-                           for entry in json.loads(path.read_text())["results"]]
+            found[name] = [
+                {key: value for key, value in entry.items() if key != "seconds_per_image"}
+                for entry in json.loads(path.read_text())["results"]
+            ]
         elif path.name == "result.json":
             found[name] = json.loads(path.read_text())["rows"]
         elif path.name == "config.json":
             found[name] = path.read_text().replace(str(out), "OUT")
-        elif not set(path.relative_to(out).parts) & {"checkpoints", "logs", "jobs", "table.csv", "table.md",
-                                                    "metrics.jsonl", "started.json"}:
+        elif not set(path.relative_to(out).parts) & {
+            "checkpoints",
+            "logs",
+            "jobs",
+            "table.csv",
+            "table.md",
+            "metrics.jsonl",
+            "started.json",
+        }:
             found[name] = path.read_bytes()
     return found
 
 
 def left_over(out, temporary, mark):
     """Files and folders that only a command at work has, and processes that it has started."""
-    files = [path.name for path in out.rglob("*")
-             if any(each in path.name for each in (".partial", ".lock", ".preparing", ".old", "orbax-checkpoint-tmp"))]
+    files = [
+        path.name
+        for path in out.rglob("*")
+        if any(each in path.name for each in (".partial", ".lock", ".preparing", ".old", "orbax-checkpoint-tmp"))
+    ]
     processes = []
     for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -105,18 +160,34 @@ def marked(mark, temporary, began, *given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["export", "convert", *(
-    pytest.param(name, marks=pytest.mark.skipif(not CAMPAIGN, reason="takes minutes: set MARJAX_KILLS"))
-    for name in ("prepare", "evaluate", "sweep"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "export",
+        "convert",
+        *(
+            pytest.param(name, marks=pytest.mark.skipif(not CAMPAIGN, reason="takes minutes: set MARJAX_KILLS"))
+            for name in ("prepare", "evaluate", "sweep")
+        ),
+    ],
+)
 def test_killed_at_random_moments(made, tmp_path, name):
     rng = random.Random(f"{SEED} {name}")
     calm, killed, temporary, logs = (tmp_path / each for each in ("calm", "killed", "temporary", "logs"))
     for folder in (calm, killed, temporary, logs):
         folder.mkdir()
-    overlay = {"train.steps": 2, "train.warmup_steps": 1, "checkpoint.every": 1, "log.tensorboard": False,
-               "log.samples_every": 0, **dotted(QUICK)}
-    (made / "sweep.py").write_text(f"CONFIG = {DIGITS + ':debug'!r}\n\ndef get_sweep():\n    yield 'a', {overlay!r}\n"
-                                   "\ndef measure(workdir, root):\n    return [{'score': 0.5}]\n")
+    overlay = {
+        "train.steps": 2,
+        "train.warmup_steps": 1,
+        "checkpoint.every": 1,
+        "log.tensorboard": False,
+        "log.samples_every": 0,
+        **dotted(QUICK),
+    }
+    (made / "sweep.py").write_text(
+        f"CONFIG = {DIGITS + ':debug'!r}\n\ndef get_sweep():\n    yield 'a', {overlay!r}\n"
+        "\ndef measure(workdir, root):\n    return [{'score': 0.5}]\n"
+    )
     mark = f"mark-{uuid.uuid4().hex}"
 
     @contextlib.contextmanager
@@ -137,7 +208,7 @@ def test_killed_at_random_moments(made, tmp_path, name):
             if process.is_alive():
                 os.kill(process.pid, number)
                 hits.append(number)
-            code, = run.wait()
+            (code,) = run.wait()
             # What was done already is said by export in its own way.
             assert code in (-number, 0, 2, 128 + number, 42) and "Traceback" not in run.said(), run.said()
             if code in (0, 2):
@@ -145,7 +216,7 @@ def test_killed_at_random_moments(made, tmp_path, name):
                 for path in killed.iterdir():  # and once more from the start
                     path.rename(tmp_path / uuid.uuid4().hex)
     with start(killed) as run:
-        code, = run.wait()
+        (code,) = run.wait()
     assert code == 0 or (name == "export" and "is there already" in run.said()), run.said()
     assert contents(killed) == contents(calm), run.said()
     limit = time.monotonic() + 60

@@ -64,8 +64,11 @@ def test_the_install_cell_finds_marjax_where_it_is(tmp_path, monkeypatch):
 
 def output_of(cell):
     """(text, pictures)"""
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB"))
-                for output in cell.outputs if "image/png" in output.get("data", {})]
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB"))
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     return "".join(output.text for output in cell.outputs if output.output_type == "stream"), pictures
 
 
@@ -76,15 +79,23 @@ def test_it_trains_samples_and_shows_and_says_whether_the_official_weights_are_t
     Those are tiny ones of the same kind, from PyTorch: a MAR, and an autoencoder that fits it.
     """
     notebook = nbformat.read(FILE, as_version=4)
-    tagged(notebook, "settings").source += "\n" + "\n".join([
-        f"STEPS, WORKDIR, OFFICIAL = 8, {str(tmp_path / 'run')!r}, {str(tmp_path / 'official')!r}",
-        "CHECKPOINT = AUTOENCODER = 'http://127.0.0.1:9/nobody-listens'"])
+    tagged(notebook, "settings").source += "\n" + "\n".join(
+        [
+            f"STEPS, WORKDIR, OFFICIAL = 8, {str(tmp_path / 'run')!r}, {str(tmp_path / 'official')!r}",
+            "CHECKPOINT = AUTOENCODER = 'http://127.0.0.1:9/nobody-listens'",
+        ]
+    )
     model, autoencoder = (FILES / "mar_tiny.safetensors").as_uri(), (FILES / "kl_small.ckpt").as_uri()
-    again = nbformat.v4.new_code_cell("\n".join([
-        f"CHECKPOINT, AUTOENCODER, CLASSES, NUM_ITER = {model!r}, {autoencoder!r}, [1, 2], 4",
-        "OVERRIDES = {'model.dtype': 'float32', 'model.num_heads': 4, 'tokenizer.autoencoder.scale': 0.2325,",
-        "             'sample.max_stages': 2, 'sample.num_sampling_steps': '5'}",
-        notebook.cells[-1].source]))
+    again = nbformat.v4.new_code_cell(
+        "\n".join(
+            [
+                f"CHECKPOINT, AUTOENCODER, CLASSES, NUM_ITER = {model!r}, {autoencoder!r}, [1, 2], 4",
+                "OVERRIDES = {'model.dtype': 'float32', 'model.num_heads': 4, 'tokenizer.autoencoder.scale': 0.2325,",
+                "             'sample.max_stages': 2, 'sample.num_sampling_steps': '5'}",
+                notebook.cells[-1].source,
+            ]
+        )
+    )
     notebook.cells.append(again)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 

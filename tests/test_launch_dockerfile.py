@@ -38,8 +38,11 @@ def is_in_context(path):
             continue
         pattern, keeps = line.removeprefix("!"), line.startswith("!")
         names = [path, *map(str, pathlib.PurePath(path).parents)][:-1] or [path]
-        if any(fnmatch.fnmatchcase(name, pattern) or (pattern.startswith("**/") and fnmatch.fnmatchcase(
-                name.rsplit("/", 1)[-1], pattern[3:])) for name in names):
+        if any(
+            fnmatch.fnmatchcase(name, pattern)
+            or (pattern.startswith("**/") and fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern[3:]))
+            for name in names
+        ):
             kept = keeps
     return kept
 
@@ -64,8 +67,14 @@ def test_dockerignore_keeps_what_is_copied_and_no_more():
     for source in copied:
         assert (ROOT / source).exists() and is_in_context(source), source
     assert is_in_context("marjax/training/loop.py") and not is_in_context("marjax/__pycache__/cli.cpython-312.pyc")
-    for path in (".git", ".git/config", ".venv-test/bin/python", "runs/a/config.json", "tests/conftest.py",
-                 ".cache/jax/x"):
+    for path in (
+        ".git",
+        ".git/config",
+        ".venv-test/bin/python",
+        "runs/a/config.json",
+        "tests/conftest.py",
+        ".cache/jax/x",
+    ):
         assert not is_in_context(path), path
 
 
@@ -84,8 +93,9 @@ def test_the_image_runs_as_a_user_who_may_write_where_marjax_writes(tmp_path):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     script = re.sub(r"(?<=\s)/(?=\w)", f"{tmp_path}/", script)
-    subprocess.run(["sh", "-euc", script], check=True, cwd=tmp_path / "app",
-                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    subprocess.run(
+        ["sh", "-euc", script], check=True, cwd=tmp_path / "app", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    )
     settings = dict(part.split("=") for name, rest in found if name == "ENV" for part in rest.split())
     folders = [settings["HOME"], settings["JAX_COMPILATION_CACHE_DIR"], "/app", "/app/runs"]
     assert ("WORKDIR", "/app") in found
@@ -105,8 +115,21 @@ def test_what_is_copied_makes_the_package(tmp_path):
                     shutil.copytree(ROOT / source, to, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
                     shutil.copy(ROOT / source, to)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--disable-pip-version-check",
-                    "--wheel-dir", tmp_path / "wheels", tmp_path], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--wheel-dir",
+            tmp_path / "wheels",
+            tmp_path,
+        ],
+        check=True,
+    )
     [wheel] = (tmp_path / "wheels").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("marjax/") and name.endswith(".py")}

@@ -17,22 +17,55 @@ from marjax.errors import LOST_PEER, PREEMPTED
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with flax")
 
 LAUNCHER = str(ROOT / "launch" / "gke.sh")
-SETTINGS = {"PROJECT": "proj", "ZONE": "us-east5-b", "CLUSTER": "tpus", "NAME": "mar", "TYPE": "v5litepod-16",
-            "IMAGE": "us-docker.pkg.dev/proj/images/marjax:1"}
-ODD = ["train", "--config", "configs/x.py:model=mar_base,variant=ar", "--config.data.data_dir=a b/c,d=e",
-       "--x=$HOME `id`", "it's \"quoted\" \\ {x} {{y}} %s *", "two\nlines", "", "- |: #&!~", "a  b"]
+SETTINGS = {
+    "PROJECT": "proj",
+    "ZONE": "us-east5-b",
+    "CLUSTER": "tpus",
+    "NAME": "mar",
+    "TYPE": "v5litepod-16",
+    "IMAGE": "us-docker.pkg.dev/proj/images/marjax:1",
+}
+ODD = [
+    "train",
+    "--config",
+    "configs/x.py:model=mar_base,variant=ar",
+    "--config.data.data_dir=a b/c,d=e",
+    "--x=$HOME `id`",
+    'it\'s "quoted" \\ {x} {{y}} %s *',
+    "two\nlines",
+    "",
+    "- |: #&!~",
+    "a  b",
+]
 
 # What `xpk workload create` and `delete` and the manifest need; all that xpk asks for takes three times as long.
-XPK = ["argcomplete==3.6.3", "docker==7.1.0", "google-api-core[grpc]==2.24.1", "google-cloud-storage",
-       "google-cloud-filestore==1.12.0", "google-cloud-resource-manager", "Jinja2", "kubernetes==35.0.0",
-       "packaging==24.2", "ruamel.yaml==0.18.10", "tabulate==0.9.0", "pyyaml", "urllib3<2.6",
-       "kubernetes-validate==1.37.0"]
+XPK = [
+    "argcomplete==3.6.3",
+    "docker==7.1.0",
+    "google-api-core[grpc]==2.24.1",
+    "google-cloud-storage",
+    "google-cloud-filestore==1.12.0",
+    "google-cloud-resource-manager",
+    "Jinja2",
+    "kubernetes==35.0.0",
+    "packaging==24.2",
+    "ruamel.yaml==0.18.10",
+    "tabulate==0.9.0",
+    "pyyaml",
+    "urllib3<2.6",
+    "kubernetes-validate==1.37.0",
+]
 XPK_ITSELF = ["xpk==1.16.0", "setuptools_scm==10.2.1", "vcs-versioning==2.2.2"]
 
 
 def launch(path, *arguments, fails=0, **settings):
-    ended = subprocess.run([LAUNCHER, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                           env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **SETTINGS, **settings})
+    ended = subprocess.run(
+        [LAUNCHER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **SETTINGS, **settings},
+    )
     assert ended.returncode == fails, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
@@ -41,9 +74,11 @@ def launch(path, *arguments, fails=0, **settings):
 def recorder(tmp_path):
     """A folder with stand-ins for xpk and docker, which write their arguments to the file `calls`."""
     for name in ("xpk", "docker"):
-        (tmp_path / name).write_text(f"#!{sys.executable}\nimport json, sys\n"
-                                     f"with open('{tmp_path}/calls', 'a') as file:\n"
-                                     f"    print(json.dumps(['{name}', *sys.argv[1:]]), file=file)\n")
+        (tmp_path / name).write_text(
+            f"#!{sys.executable}\nimport json, sys\n"
+            f"with open('{tmp_path}/calls', 'a') as file:\n"
+            f"    print(json.dumps(['{name}', *sys.argv[1:]]), file=file)\n"
+        )
         (tmp_path / name).chmod(0o755)
     (tmp_path / "calls").touch()
     return tmp_path
@@ -68,15 +103,31 @@ def test_what_is_asked_of_xpk(recorder):
 def test_build_makes_and_pushes_the_image(recorder):
     launch(recorder, "build", "--build-arg=EXTRAS=cuda13,gcs")
     build, push = calls(recorder)
-    assert build == ["docker", "build", "--platform=linux/amd64", "--file=launch/Dockerfile",
-                     f"--tag={SETTINGS['IMAGE']}", "--build-arg=RUN_AS=root", "--build-arg=EXTRAS=cuda13,gcs", "."]
+    assert build == [
+        "docker",
+        "build",
+        "--platform=linux/amd64",
+        "--file=launch/Dockerfile",
+        f"--tag={SETTINGS['IMAGE']}",
+        "--build-arg=RUN_AS=root",
+        "--build-arg=EXTRAS=cuda13,gcs",
+        ".",
+    ]
     assert push == ["docker", "push", SETTINGS["IMAGE"]]
 
 
-@pytest.mark.parametrize(("arguments", "settings", "said"), [
-    ([], {}, "say what to do"), (["start"], {}, "unknown action start"), (["create"], {}, "no command, such as"),
-    (["render"], {}, "render needs a file"), (["create", "true"], {"TYPE": ""}, "no TYPE: set it"),
-    (["delete"], {"NAME": ""}, "no NAME: set it"), (["create", "true"], {"NAME": "My_run"}, "NAME is 'My_run': give")])
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        ([], {}, "say what to do"),
+        (["start"], {}, "unknown action start"),
+        (["create"], {}, "no command, such as"),
+        (["render"], {}, "render needs a file"),
+        (["create", "true"], {"TYPE": ""}, "no TYPE: set it"),
+        (["delete"], {"NAME": ""}, "no NAME: set it"),
+        (["create", "true"], {"NAME": "My_run"}, "NAME is 'My_run': give"),
+    ],
+)
 def test_slips_are_told_before_anything_is_asked_for(recorder, arguments, settings, said):
     assert f"launch/gke.sh: error: {said}" in launch(recorder, *arguments, fails=2, **settings)
     assert not calls(recorder)
@@ -109,8 +160,10 @@ def test_the_manifest_says_what_is_meant(rendered):
     pod = pod_of(manifest)
     [container] = pod["containers"]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
-    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-                                   "cloud.google.com/gke-tpu-topology": "4x4"}
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
     assert container["image"] == SETTINGS["IMAGE"]
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 300
     # One pod's end ends its Job (backoffLimit 0), and the JobSet starts again; but not after any other exit code, for
@@ -133,8 +186,11 @@ def test_kubernetes_would_take_the_job(rendered, tmp_path):
 
     def validate(job):
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-        return subprocess.run([xpk / "python", "-m", "kubernetes_validate", "--strict", tmp_path / "job.yaml"],
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [xpk / "python", "-m", "kubernetes_validate", "--strict", tmp_path / "job.yaml"],
+            capture_output=True,
+            text=True,
+        )
 
     checked = validate(job)
     assert not checked.returncode, checked.stdout + checked.stderr
@@ -152,7 +208,9 @@ def test_the_pod_runs_the_command_and_ends_with_its_code(rendered, tmp_path, end
     [container] = pod_of(rendered[0])["containers"]
     program, flag, script = container["command"]
     assert (program, flag) == ("bash", "-c")
-    (tmp_path / "marjax").write_text(f"#!{sys.executable}\n" + """
+    (tmp_path / "marjax").write_text(
+        f"#!{sys.executable}\n"
+        + """
 import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(42)))
 with open("partial", "w") as file:
@@ -161,16 +219,31 @@ os.rename("partial", "arguments")
 if os.environ["END"] != "SIGTERM":
     sys.exit(int(os.environ["END"]))
 time.sleep(60)
-""")
+"""
+    )
     (tmp_path / "marjax").chmod(0o755)
     if end == "missing":
         (tmp_path / "marjax").unlink()
     script, quicker = re.subn(r"sleep \d+", "sleep 0.1", script)
     assert quicker == 1  # what it waits between looks at the program
-    path = os.pathsep.join([str(tmp_path), *(folder for folder in os.environ["PATH"].split(os.pathsep)
-                                             if not os.path.exists(os.path.join(folder, "marjax")))])
-    pod = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, env={**os.environ, "PATH": path, "END": end})
+    path = os.pathsep.join(
+        [
+            str(tmp_path),
+            *(
+                folder
+                for folder in os.environ["PATH"].split(os.pathsep)
+                if not os.path.exists(os.path.join(folder, "marjax"))
+            ),
+        ]
+    )
+    pod = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PATH": path, "END": end},
+    )
     if end == "missing":
         output, _ = pod.communicate(timeout=60)
         assert pod.returncode == 2 and "there is no program marjax" in output

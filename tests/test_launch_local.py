@@ -46,8 +46,11 @@ while True:
 
 def test_processes_use_no_proxy_between_them():
     assert not {"no_proxy", "NO_PROXY"} & local.environment(0, 2, 1, 9, {"PATH": "x"}).keys()
-    for own, expected in (({}, "127.0.0.1,localhost"), ({"NO_PROXY": "a,.b"}, "a,.b,127.0.0.1,localhost"),
-                          ({"no_proxy": "c", "NO_PROXY": "a"}, "c,127.0.0.1,localhost")):
+    for own, expected in (
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "a,.b"}, "a,.b,127.0.0.1,localhost"),
+        ({"no_proxy": "c", "NO_PROXY": "a"}, "c,127.0.0.1,localhost"),
+    ):
         for name in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
             made = local.environment(0, 2, 1, 9, {name: "http://127.0.0.1:9", **own})
             assert made["no_proxy"] == made["NO_PROXY"] == expected and made[name] == "http://127.0.0.1:9"
@@ -75,17 +78,36 @@ def is_alive(pid):
 
 def start(*arguments, state):
     """The launcher with TRAINING in two processes, both of which have started; and their process ids."""
-    launcher = subprocess.Popen([sys.executable, str(LAUNCHER), "--processes", "2", "--grace", "20", *arguments, "--",
-                                 *python(TRAINING, state)], stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            str(LAUNCHER),
+            "--processes",
+            "2",
+            "--grace",
+            "20",
+            *arguments,
+            "--",
+            *python(TRAINING, state),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     wait_for(state / "pid0", state / "pid1", state / "started")
     return launcher, [int((state / f"pid{index}").read_text()) for index in range(2)]
 
 
 def test_every_process_is_told_where_the_others_are():
     lines = []
-    code = local.run(python("import os; print(*[os.environ['JAX_' + name] for name in ('COORDINATOR_ADDRESS', "
-                            "'NUM_PROCESSES', 'PROCESS_ID', 'PLATFORMS', 'NUM_CPU_DEVICES')]); print('end', end='')"),
-                     3, 4, write=lines.append)
+    code = local.run(
+        python(
+            "import os; print(*[os.environ['JAX_' + name] for name in ('COORDINATOR_ADDRESS', "
+            "'NUM_PROCESSES', 'PROCESS_ID', 'PLATFORMS', 'NUM_CPU_DEVICES')]); print('end', end='')"
+        ),
+        3,
+        4,
+        write=lines.append,
+    )
     assert code == 0
     first = [line for line in sorted(lines) if "127.0.0.1" in line]
     address = first[0].split()[1]
@@ -93,31 +115,36 @@ def test_every_process_is_told_where_the_others_are():
     assert sorted(line for line in lines if "end" in line) == [f"[{index}] end" for index in range(3)]
 
 
-@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((0, 3), 3), ((134, 2), 2), ((134, 134), 134),
-                                                 ((0, 134), 134), ((42, 42), 42)])
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((0, 0), 0), ((0, 3), 3), ((134, 2), 2), ((134, 134), 134), ((0, 134), 134), ((42, 42), 42)]
+)
 def test_the_code_that_tells_most_is_kept(codes, expected):
     assert local.first_bad(codes) == expected
 
 
 def test_the_first_failure_ends_the_others_and_gives_the_code(tmp_path):
     """Process 1 fails; 0 does not notice, ignores SIGTERM too and has a child of its own: all are gone afterwards."""
-    stubborn = ("import os, pathlib, signal, subprocess, sys, time\n"
-                "if os.environ['JAX_PROCESS_ID'] == '1':\n"
-                "    while not pathlib.Path(sys.argv[1], 'pids').exists(): time.sleep(0.02)\n"
-                "    sys.exit(3)\n"
-                "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                "child = subprocess.Popen(['sleep', '600'])\n"
-                "pathlib.Path(sys.argv[1], 'partial').write_text(f'{os.getpid()} {child.pid}')\n"
-                "os.rename(sys.argv[1] + '/partial', sys.argv[1] + '/pids')\n"
-                "time.sleep(600)\n")
+    stubborn = (
+        "import os, pathlib, signal, subprocess, sys, time\n"
+        "if os.environ['JAX_PROCESS_ID'] == '1':\n"
+        "    while not pathlib.Path(sys.argv[1], 'pids').exists(): time.sleep(0.02)\n"
+        "    sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "pathlib.Path(sys.argv[1], 'partial').write_text(f'{os.getpid()} {child.pid}')\n"
+        "os.rename(sys.argv[1] + '/partial', sys.argv[1] + '/pids')\n"
+        "time.sleep(600)\n"
+    )
     lines = []
     kill_seconds, local._KILL_SECONDS = local._KILL_SECONDS, 0.2
     try:
         assert local.run(python(stubborn, tmp_path), 2, 1, grace=0.2, write=lines.append) == 3
     finally:
         local._KILL_SECONDS = kill_seconds
-    assert lines == ["local: process 1 ended with 3; the others have 0.2 s to end",
-                     "local: 0 still running: ending them"]
+    assert lines == [
+        "local: process 1 ended with 3; the others have 0.2 s to end",
+        "local: 0 still running: ending them",
+    ]
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2 and not any(map(is_alive, pids))
 
@@ -162,9 +189,11 @@ def test_a_signal_to_the_launcher_goes_to_all_and_restarts_nothing(tmp_path, num
 
 
 def test_restarts_are_for_preemption_and_loss_and_have_an_end(tmp_path):
-    count = ("import os, pathlib, sys\n"
-             "if os.environ['JAX_PROCESS_ID'] == '0': open(sys.argv[1], 'a').write('x')\n"
-             "sys.exit(int(sys.argv[2]))")
+    count = (
+        "import os, pathlib, sys\n"
+        "if os.environ['JAX_PROCESS_ID'] == '0': open(sys.argv[1], 'a').write('x')\n"
+        "sys.exit(int(sys.argv[2]))"
+    )
     for code, restarts, starts in ((1, 2, 1), (2, 2, 1), (127, 2, 1), (42, 2, 3), (134, 2, 3), (134, 9, 4), (42, 5, 6)):
         file, lines = tmp_path / f"starts{code}-{restarts}", []
         assert local.run_with_restarts(python(count, file, code), 2, 1, restarts=restarts, write=lines.append) == code
@@ -182,15 +211,24 @@ def test_losses_of_a_run_that_has_lasted_do_not_add_up(tmp_path, monkeypatch):
 
 def test_a_slip_of_one_process_is_final(tmp_path):
     """The others lose it, and say so: the first code counts."""
-    code = ("import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    sys.exit(2)\n"
-            "time.sleep(0.5)\nsys.exit(134)")
+    code = (
+        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    sys.exit(2)\ntime.sleep(0.5)\nsys.exit(134)"
+    )
     lines = []
     assert local.run_with_restarts(python(code), 2, 1, restarts=5, write=lines.append) == 2
     assert not any("starting again" in line for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [["--processes", "0", "--", "true"], ["--restarts", "-1", "--", "true"], [],
-                                       ["--process", "2", "--", "true"], ["--", "no-such-program"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--processes", "0", "--", "true"],
+        ["--restarts", "-1", "--", "true"],
+        [],
+        ["--process", "2", "--", "true"],
+        ["--", "no-such-program"],
+    ],
+)
 def test_slips_are_told_in_a_line(arguments):
     ended = subprocess.run([sys.executable, str(LAUNCHER), *arguments], capture_output=True, text=True)
     assert ended.returncode == 2
@@ -199,9 +237,11 @@ def test_slips_are_told_in_a_line(arguments):
 
 def test_it_needs_only_python():
     """It must start where marjax is installed for another interpreter, and must not take an accelerator."""
-    code = f"import runpy, sys; sys.argv = ['local.py', '--', 'true']\ntry: runpy.run_path({str(LAUNCHER)!r}, " \
-           "run_name='__main__')\nexcept SystemExit as end: assert not end.code\n" \
-           "assert not [name for name in sys.modules if name.split('.')[0] in ('jax', 'marjax', 'numpy')]"
+    code = (
+        f"import runpy, sys; sys.argv = ['local.py', '--', 'true']\ntry: runpy.run_path({str(LAUNCHER)!r}, "
+        "run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('jax', 'marjax', 'numpy')]"
+    )
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
 
 
@@ -224,14 +264,17 @@ def test_a_launcher_that_goes_leaves_no_process(tmp_path, number):
 
 
 def test_what_does_not_listen_is_killed_and_so_are_its_own_processes(tmp_path):
-    code = ("import os, pathlib, signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "child = subprocess.Popen(['sleep', '600'], preexec_fn=lambda: signal.signal(signal.SIGTERM, "
-            "signal.SIG_IGN))\npathlib.Path(sys.argv[1], 'partial').write_text(f'{os.getpid()} {child.pid}')\n"
-            "os.rename(sys.argv[1] + '/partial', sys.argv[1] + '/pids')\ntime.sleep(600)\n")
+    code = (
+        "import os, pathlib, signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '600'], preexec_fn=lambda: signal.signal(signal.SIGTERM, "
+        "signal.SIG_IGN))\npathlib.Path(sys.argv[1], 'partial').write_text(f'{os.getpid()} {child.pid}')\n"
+        "os.rename(sys.argv[1] + '/partial', sys.argv[1] + '/pids')\ntime.sleep(600)\n"
+    )
     script = LAUNCHER.read_text().replace("(signal.SIGTERM, 15.0)", "(signal.SIGTERM, 0.2)")
     (tmp_path / "local.py").write_text(script)
-    launcher = subprocess.Popen([sys.executable, str(tmp_path / "local.py"), "--processes", "1", "--",
-                                 *python(code, tmp_path)])
+    launcher = subprocess.Popen(
+        [sys.executable, str(tmp_path / "local.py"), "--processes", "1", "--", *python(code, tmp_path)]
+    )
     wait_for(tmp_path / "pids")
     launcher.kill()
     launcher.wait()
@@ -242,14 +285,16 @@ def test_what_does_not_listen_is_killed_and_so_are_its_own_processes(tmp_path):
 def test_a_launcher_that_is_killed_while_it_starts(tmp_path, after):
     """There is no moment when a process is started and not yet watched."""
     mark = f"sleep-{os.getpid()}-{after}"
-    launcher = subprocess.Popen([sys.executable, str(LAUNCHER), "--processes", "4", "--",
-                                 *python("import time; time.sleep(600)", mark)])
+    launcher = subprocess.Popen(
+        [sys.executable, str(LAUNCHER), "--processes", "4", "--", *python("import time; time.sleep(600)", mark)]
+    )
     time.sleep(after)
     launcher.kill()
     launcher.wait()
 
-    wait_until_gone([int(path.parent.name) for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
-                     if mark in contents(path)])
+    wait_until_gone(
+        [int(path.parent.name) for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if mark in contents(path)]
+    )
 
 
 def contents(path):

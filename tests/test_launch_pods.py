@@ -51,11 +51,17 @@ def typed(tmp_path_factory):
     stand_in(folder / "launch", "tpu_vm.sh", "gke.sh")
     stand_in(folder / "bin", "gcloud", "marjax", "pip", "python3", "xpk", "sky", "tensorboard")
     # `source .venv/bin/activate`, of a virtual environment that python3 does not make here; xpk's has a pip of its own.
-    blocks = [block.replace("source .venv/bin/activate", "true").replace(".venv-xpk/bin/pip", "pip")
-              for block in BLOCKS]
+    blocks = [
+        block.replace("source .venv/bin/activate", "true").replace(".venv-xpk/bin/pip", "pip") for block in BLOCKS
+    ]
     script = "set -eu\n" + "".join(f"export CALLS={folder}/calls{i}\n{block}\n" for i, block in enumerate(blocks))
-    ran = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, env={
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "USER": "ada"})
+    ran = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "USER": "ada"},
+    )
     assert not ran.returncode, ran.stderr
     return [(*call, i) for i in range(len(blocks)) for call in recorded(folder / f"calls{i}")]
 
@@ -65,14 +71,17 @@ def inner(arguments):
     if arguments[0] in ("tpu_vm.sh", "gke.sh"):
         for action in ("run", "keep", "create"):
             if action in arguments:
-                return arguments[arguments.index(action) + 1:]
+                return arguments[arguments.index(action) + 1 :]
     return arguments
 
 
 def test_marjax_takes_its_commands(typed):
     commands = [inner(arguments) for arguments, _, _ in typed]
-    commands = [command[1:] if command[0] == "marjax" else command[2:] for command in commands
-                if command and command[0] in ("marjax", "env") and "marjax" in command]
+    commands = [
+        command[1:] if command[0] == "marjax" else command[2:]
+        for command in commands
+        if command and command[0] in ("marjax", "env") and "marjax" in command
+    ]
     assert {command[0] for command in commands} == {"compile", "convert", "train", "evaluate"}
     for command in commands:
         given, overrides = parse(command)
@@ -87,8 +96,11 @@ def test_what_the_hosts_read_was_put_there(typed):
     uploads = [arguments for arguments, _, _ in typed if arguments[:3] == ["gcloud", "storage", "cp"]]
     there = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://marjax-ada/data/" for name in upload}
     there |= {"imagenet_kl16", "kl16.safetensors"}  # of launch/imagenet_latents.sh: see below
-    runs = [(arguments, given) for arguments, given, _ in typed
-            if arguments[0] == "tpu_vm.sh" and {"train", "evaluate"} & set(arguments)]
+    runs = [
+        (arguments, given)
+        for arguments, given, _ in typed
+        if arguments[0] == "tpu_vm.sh" and {"train", "evaluate"} & set(arguments)
+    ]
     assert len(runs) == 3
     for arguments, given in runs:
         read = [word.rpartition("=")[2] for word in arguments if "../data" in word]
@@ -98,7 +110,9 @@ def test_what_the_hosts_read_was_put_there(typed):
     [encode] = [(arguments, given) for arguments, given, _ in typed if "launch/imagenet_latents.sh" in arguments]
     assert encode[0][-1] == "gs://marjax-ada" and encode[1]["FETCH"] == ""
     assert encode[1]["CREATE_FLAGS"].split() == [
-        "--internal-ips", "--data-disk=source=projects/marjax-ada/zones/us-west4-a/disks/imagenet,mode=read-write"]
+        "--internal-ips",
+        "--data-disk=source=projects/marjax-ada/zones/us-west4-a/disks/imagenet,mode=read-write",
+    ]
     raw = {os.path.basename(name) for upload in uploads if upload[-1] == "gs://marjax-ada/raw/" for name in upload}
     assert {"ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "kl16.ckpt"} <= raw
 
@@ -141,12 +155,18 @@ def test_the_latents_of_imagenet(tmp_path, found, formatted):
     disk = tmp_path / "disk"
     (tmp_path / "bin" / "lsblk").write_text(f"#!/bin/bash\nprintf '{found}'\n")
     (tmp_path / "bin" / "mountpoint").write_text('#!/bin/bash\n[[ -e "$2/mounted" ]]\n')
-    (tmp_path / "bin" / "sudo").write_text('#!/bin/bash\necho "$@" >>"$HOME/sudo"\ncase $1 in\nmkdir) "$@" ;;\n'
-                                           'mount) touch "$3/mounted" ;;\nesac\n')
+    (tmp_path / "bin" / "sudo").write_text(
+        '#!/bin/bash\necho "$@" >>"$HOME/sudo"\ncase $1 in\nmkdir) "$@" ;;\nmount) touch "$3/mounted" ;;\nesac\n'
+    )
     for name in ("lsblk", "mountpoint", "sudo"):
         (tmp_path / "bin" / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path),
-                   "CALLS": str(tmp_path / "calls"), "FOLDER": str(disk)}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "CALLS": str(tmp_path / "calls"),
+        "FOLDER": str(disk),
+    }
     command = [ROOT / "launch" / "imagenet_latents.sh", "gs://bucket/", "/dev/disk"]
     for _ in range(2):  # the second start finds it mounted
         subprocess.run(command, env=environment, check=True)
@@ -157,8 +177,11 @@ def test_the_latents_of_imagenet(tmp_path, found, formatted):
     calls = [arguments for arguments, _ in recorded(tmp_path / "calls")]
     assert calls[:5] == calls[5:]
     fetch, prepare, convert, encode, send = calls[:5]
-    assert fetch[-2:] == ["gs://bucket/raw/*", "raw/"] and send[-3:] == ["imagenet_kl16", "kl16.safetensors",
-                                                                        "gs://bucket/data/"]
+    assert fetch[-2:] == ["gs://bucket/raw/*", "raw/"] and send[-3:] == [
+        "imagenet_kl16",
+        "kl16.safetensors",
+        "gs://bucket/data/",
+    ]
     tars = ["raw/ILSVRC2012_img_train.tar", "raw/ILSVRC2012_img_val.tar"]
     assert parse(prepare[1:])[0].imagenet == tars
     assert parse(convert[1:])[0].out == "kl16.safetensors"

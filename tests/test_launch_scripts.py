@@ -11,8 +11,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted(path for pattern in ("launch/*.sh", "launch/*.sbatch", ".ci/*") for path in ROOT.glob(pattern)
-                 if path.suffix != ".py")
+SCRIPTS = sorted(
+    path
+    for pattern in ("launch/*.sh", "launch/*.sbatch", ".ci/*")
+    for path in ROOT.glob(pattern)
+    if path.suffix != ".py"
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -29,14 +33,23 @@ def header(script):
     return "\n".join(line[2:] for line in lines if line.startswith("# ") or line == "#")
 
 
-@pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"),
-                                           *ROOT.glob("launch/*.py")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script",
+    sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("launch/*.py")]),
+    ids=lambda path: path.name,
+)
 def test_help_prints_the_header_and_does_nothing_else(script, tmp_path):
     program = sys.executable if script.suffix == ".py" else "bash"
     texts = []
-    for flag in ("-h", "--help")[:1 if script.name == "table1_small.py" else 2]:  # which imports JAX
-        done = subprocess.run([program, script, flag], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    for flag in ("-h", "--help")[: 1 if script.name == "table1_small.py" else 2]:  # which imports JAX
+        done = subprocess.run(
+            [program, script, flag],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
         assert not done.returncode and not done.stderr and not os.listdir(tmp_path)
         texts.append(done.stdout)
     assert texts[0] == texts[-1] and header(script).strip() in texts[0] and len(header(script)) > 50
@@ -57,8 +70,12 @@ def test_what_is_started_can_be_started():
 
 def test_nothing_is_left_to_fill_in():
     """What a reader would have to replace is an argument or a variable instead."""
-    files = [path for pattern in ("*.md", "docs/*.md", "launch/*", "configs/*.py", "marjax/**/*.py")
-             for path in ROOT.glob(pattern) if path.is_file()]
+    files = [
+        path
+        for pattern in ("*.md", "docs/*.md", "launch/*", "configs/*.py", "marjax/**/*.py")
+        for path in ROOT.glob(pattern)
+        if path.is_file()
+    ]
     assert len(files) > 100
     placeholder = re.compile(r"\bYOUR[-_]\w+|<your\b|github\.com/(OWNER|USER|ORG)\b|\b0{6}-0{6}-0{6}\b", re.IGNORECASE)
     assert not [(path.name, found[0]) for path in files if (found := placeholder.search(path.read_text("utf-8")))]

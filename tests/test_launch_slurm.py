@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 STEPS = 12
-ODD = ["--config", "configs/x.py:model=mar_base,variant=ar", "a b", "$HOME `id` *", "it's \"quoted\"", ""]
+ODD = ["--config", "configs/x.py:model=mar_base,variant=ar", "a b", "$HOME `id` *", 'it\'s "quoted"', ""]
 
 # Ends as its first argument says, one word a start, "wait" until SIGTERM; then the second process takes longer to save.
 # "kill": the second is killed, which the first notices a little later; "slip": it has made a slip, likewise.
@@ -47,11 +47,13 @@ sys.exit(int(end))
 
 
 # Of the points of a sweep: the state of each at last, how often it was started again, and what it has printed then.
-ENDS = {"wait,0": ("COMPLETED", "1", {"saved 0": 2, "start 1": 2}),
-        "wait,0,0": ("CANCELLED", "0", {"saved 0": 2, "start 1": 0}),
-        "kill,0": ("COMPLETED", "1", {"noticed 0": 1, "start 1": 2}),
-        "42,kill,0": ("COMPLETED", "2", {"noticed 1": 1, "start 2": 2}),
-        "2,0": ("FAILED", "0", {"start 1": 0})}
+ENDS = {
+    "wait,0": ("COMPLETED", "1", {"saved 0": 2, "start 1": 2}),
+    "wait,0,0": ("CANCELLED", "0", {"saved 0": 2, "start 1": 0}),
+    "kill,0": ("COMPLETED", "1", {"noticed 0": 1, "start 1": 2}),
+    "42,kill,0": ("COMPLETED", "2", {"noticed 1": 1, "start 2": 2}),
+    "2,0": ("FAILED", "0", {"start 1": 0}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,9 @@ def array(cluster):
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         patch.setattr(Plan, "command", lambda *_: [sys.executable, str(cluster.task), ""])
         patch.setattr(engine, "RESTARTS", 1)
-        made = engine.submit(Plan.of(str(file), root), list(ENDS), prepare=False, at_once=None,
-                             arguments=["--ntasks=2"])
+        made = engine.submit(
+            Plan.of(str(file), root), list(ENDS), prepare=False, at_once=None, arguments=["--ntasks=2"]
+        )
         states = engine.states([*made.values(), Job("slurm", "999_0")])
         assert {id_ for id_, state in states.items() if state == ENDED} == {"999_0"}
         assert engine.states([Job("slurm", "999_0")])["999_0"] == ENDED  # of which alone squeue says that it is invalid
@@ -91,25 +94,65 @@ def jobs(cluster, array):
     "run" is marjax itself, with two CPU devices a process. It and "stopped" have got SIGTERM, and "cancelled" was
     cancelled.
     """
-    def submit(name, *command, **settings):
-        return cluster.submit("--ntasks=2", f"--job-name={name}", f"--output={cluster.folder}/{name}.log",
-                              f"--chdir={cluster.folder}", SCRIPT, *command, **settings)
 
-    ends = {"stopped": "wait,0", "killed": "kill,42,0", "hopeless": "42", "cancelled": "wait,0", "slip": "2,0",
-            "done": "0,1", "absent": "127,0", "uneven": "slip"}
-    numbers = {name: submit(name, sys.executable, cluster.task, end, *ODD,
-                            MAX_RESTARTS="1" if name == "hopeless" else "100", MAX_KILLS="1")
-               for name, end in ends.items()}
+    def submit(name, *command, **settings):
+        return cluster.submit(
+            "--ntasks=2",
+            f"--job-name={name}",
+            f"--output={cluster.folder}/{name}.log",
+            f"--chdir={cluster.folder}",
+            SCRIPT,
+            *command,
+            **settings,
+        )
+
+    ends = {
+        "stopped": "wait,0",
+        "killed": "kill,42,0",
+        "hopeless": "42",
+        "cancelled": "wait,0",
+        "slip": "2,0",
+        "done": "0,1",
+        "absent": "127,0",
+        "uneven": "slip",
+    }
+    numbers = {
+        name: submit(
+            name,
+            sys.executable,
+            cluster.task,
+            end,
+            *ODD,
+            MAX_RESTARTS="1" if name == "hopeless" else "100",
+            MAX_KILLS="1",
+        )
+        for name, end in ends.items()
+    }
     for name in ("stopped", "cancelled"):
         for index in range(2):
             log_of(cluster, name, until=f"{index}: start 0")
     stop(cluster, numbers["stopped"])
     cluster.call("scancel", numbers["cancelled"])
-    numbers["run"] = submit("run", sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir",
-                            cluster.folder / "run", f"--config.train.steps={STEPS}", "--config.train.warmup_steps=1",
-                            "--config.checkpoint.every=1000", "--config.log.every=1", "--config.log.samples_every=0",
-                            "--config.log.tensorboard=false", "--config.log.progress=false", *flags(QUICK),
-                            JAX_NUM_CPU_DEVICES="2")
+    numbers["run"] = submit(
+        "run",
+        sys.executable,
+        "-m",
+        "marjax",
+        "train",
+        "--config",
+        f"{DIGITS}:debug",
+        "--workdir",
+        cluster.folder / "run",
+        f"--config.train.steps={STEPS}",
+        "--config.train.warmup_steps=1",
+        "--config.checkpoint.every=1000",
+        "--config.log.every=1",
+        "--config.log.samples_every=0",
+        "--config.log.tensorboard=false",
+        "--config.log.progress=false",
+        *flags(QUICK),
+        JAX_NUM_CPU_DEVICES="2",
+    )
     log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
     stop(cluster, numbers["run"])
     return numbers
@@ -183,8 +226,9 @@ def test_a_slip_of_one_process_is_not_tried_without_end(cluster, jobs):
     assert not (cluster.folder / f"marjax-{jobs['uneven']}.kills").exists()
 
 
-@pytest.mark.parametrize(("name", "state", "code"), [("slip", "FAILED", 2), ("done", "COMPLETED", 0),
-                                                     ("absent", "FAILED", 127)])
+@pytest.mark.parametrize(
+    ("name", "state", "code"), [("slip", "FAILED", 2), ("done", "COMPLETED", 0), ("absent", "FAILED", 127)]
+)
 def test_other_ends_are_final(cluster, jobs, name, state, code):
     fields = cluster.wait(jobs[name], "COMPLETED", "FAILED")
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == (state, "0", f"{code}:0")

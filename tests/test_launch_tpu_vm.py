@@ -110,8 +110,15 @@ def cloud(tmp_path):
 
 def launch(cloud, *arguments, fails=None, launcher=LAUNCHER, **settings):
     """What it printed."""
-    environment = {**os.environ, "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}",
-                   "PROJECT": "proj", "ZONE": "us-east5-b", "NAME": "mar", "POLL_SECONDS": "0", **settings}
+    environment = {
+        **os.environ,
+        "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}",
+        "PROJECT": "proj",
+        "ZONE": "us-east5-b",
+        "NAME": "mar",
+        "POLL_SECONDS": "0",
+        **settings,
+    }
     ended = subprocess.run([launcher, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == (fails or 0), ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
@@ -139,9 +146,18 @@ def test_create_asks_for_a_slice_and_waits(cloud):
     asked = ["compute", "tpus", "queued-resources"]
     assert calls(cloud) == [
         [*asked, "describe", "mar", *WHERE, "--format=value(state.state)"],
-        [*asked, "create", "mar", *WHERE, "--node-id=mar", "--accelerator-type=v6e-16",
-         "--runtime-version=v2-alpha-tpuv6e", "--spot"],
-        *[[*asked, "describe", "mar", *WHERE, "--format=value(state.state)"]] * 4]
+        [
+            *asked,
+            "create",
+            "mar",
+            *WHERE,
+            "--node-id=mar",
+            "--accelerator-type=v6e-16",
+            "--runtime-version=v2-alpha-tpuv6e",
+            "--spot",
+        ],
+        *[[*asked, "describe", "mar", *WHERE, "--format=value(state.state)"]] * 4,
+    ]
     assert printed.count("WAITING_FOR_RESOURCES") == 1 and printed.endswith("mar is ACTIVE\n")
 
 
@@ -194,8 +210,16 @@ def test_setup_leaves_data_where_it_is(cloud, tmp_path):
     """Of what git does not know, only what may be code travels; and nothing that is too large."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch")
-    for name in ("setup.cfg", "marjax/a.py", "marjax/new.py", "configs/mine.py", "data/shard", "kl16.safetensors",
-                 "mine/known.py", "gone.py"):
+    for name in (
+        "setup.cfg",
+        "marjax/a.py",
+        "marjax/new.py",
+        "configs/mine.py",
+        "data/shard",
+        "kl16.safetensors",
+        "mine/known.py",
+        "gone.py",
+    ):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text(name)
     git = ["git", "-C", str(tree), "-c", "init.defaultBranch=main"]
@@ -208,7 +232,12 @@ def test_setup_leaves_data_where_it_is(cloud, tmp_path):
     launch(cloud, "setup", launcher=launcher)
     packed = subprocess.run(["tar", "-tzf", cloud / "worker0" / "marjax.tar.gz"], capture_output=True, text=True)
     assert {name for name in packed.stdout.split() if not name.startswith("launch/")} == {
-        "setup.cfg", "marjax/a.py", "marjax/new.py", "configs/mine.py", "mine/known.py"}
+        "setup.cfg",
+        "marjax/a.py",
+        "marjax/new.py",
+        "configs/mine.py",
+        "mine/known.py",
+    }
 
 
 def test_setup_needs_no_git(cloud, tmp_path):
@@ -225,8 +254,17 @@ def test_setup_needs_no_git(cloud, tmp_path):
 
 
 def test_arguments_arrive_as_they_are_and_the_run_goes_on_after_preemption_and_loss(cloud):
-    odd = ["--config", "configs/x.py:model=mar_base,variant=ar", "--config.data.data_dir=a folder/b,c=d",
-           "--x=$HOME `id`", "it's \"quoted\" \\ *", "two\nlines", "", "ä;|&<>(){}!#~", "a  b"]
+    odd = [
+        "--config",
+        "configs/x.py:model=mar_base,variant=ar",
+        "--config.data.data_dir=a folder/b,c=d",
+        "--x=$HOME `id`",
+        'it\'s "quoted" \\ *',
+        "two\nlines",
+        "",
+        "ä;|&<>(){}!#~",
+        "a  b",
+    ]
     for index, codes in enumerate(("42 137 0", "42 134 0")):
         (cloud / f"worker{index}" / "codes").write_text(codes)
     launch(cloud, "run", sys.executable, "-c", TRAINING, *odd, RESTART_SECONDS="0")
@@ -248,10 +286,18 @@ def ended(cloud):
     return [file.read_text().strip().partition(";")[0] for file in files]
 
 
-@pytest.mark.parametrize(("codes", "settings", "number"), [
-    ("2 0", {}, 1), ("1 0", {}, 1), ("127 0", {}, 1), ("42 137 42 0", {"MAX_RESTARTS": "2"}, 3),
-    ("134 134 42 134 134 134 137 0", {}, 7), ("134 134 0", {"MAX_QUICK": "1"}, 1),
-    ("134 134 134 134 134 134 0", {"QUICK_SECONDS": "0", "MAX_RESTARTS": "5"}, 6)])
+@pytest.mark.parametrize(
+    ("codes", "settings", "number"),
+    [
+        ("2 0", {}, 1),
+        ("1 0", {}, 1),
+        ("127 0", {}, 1),
+        ("42 137 42 0", {"MAX_RESTARTS": "2"}, 3),
+        ("134 134 42 134 134 134 137 0", {}, 7),
+        ("134 134 0", {"MAX_QUICK": "1"}, 1),
+        ("134 134 134 134 134 134 0", {"QUICK_SECONDS": "0", "MAX_RESTARTS": "5"}, 6),
+    ],
+)
 def test_what_is_no_preemption_or_too_much_of_it_ends_the_run(cloud, codes, settings, number):
     for index in range(WORKERS):
         (cloud / f"worker{index}" / "codes").write_text(codes)
@@ -300,9 +346,19 @@ def test_keeping_ends_with_the_run(cloud):
     (cloud / "worker1" / "codes").write_text("")
     launch(cloud, "run", *keep[1:])
     before = [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)]
-    watching = subprocess.Popen([LAUNCHER, *keep], stdout=subprocess.DEVNULL, env={
-        **os.environ, "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}", "PROJECT": "proj", "ZONE": "us-east5-b",
-        "NAME": "mar", "TYPE": "v4-8", "POLL_SECONDS": "0.1"})
+    watching = subprocess.Popen(
+        [LAUNCHER, *keep],
+        stdout=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}",
+            "PROJECT": "proj",
+            "ZONE": "us-east5-b",
+            "NAME": "mar",
+            "TYPE": "v4-8",
+            "POLL_SECONDS": "0.1",
+        },
+    )
     looks = len([call for call in calls(cloud) if call[3] == "describe"]) + 4
     wait_until(lambda: len([call for call in calls(cloud) if call[3] == "describe"]) >= looks)
     assert [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)] == before
@@ -329,17 +385,20 @@ def test_delete(cloud):
     assert calls(cloud) == [["compute", "tpus", "queued-resources", "delete", "mar", *WHERE, "--force", "--quiet"]]
 
 
-@pytest.mark.parametrize(("arguments", "settings", "said"), [
-    ([], {}, "say what to do"),
-    (["run"], {}, "run needs a command"),
-    (["start"], {}, "unknown action start"),
-    (["--zome", "a", "create"], {}, "unknown option --zome"),
-    (["--zone"], {}, "--zone needs a value"),
-    (["create"], {"ZONE": "", "TYPE": "v4-8"}, "no zone: give --zone, or set ZONE"),
-    (["create"], {"TYPE": ""}, "no type: give --type"),
-    (["keep", "true"], {"TYPE": ""}, "no type: give --type"),
-    (["--type", "v9-4", "create"], {}, "no runtime is known for v9-4: give --version"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        ([], {}, "say what to do"),
+        (["run"], {}, "run needs a command"),
+        (["start"], {}, "unknown action start"),
+        (["--zome", "a", "create"], {}, "unknown option --zome"),
+        (["--zone"], {}, "--zone needs a value"),
+        (["create"], {"ZONE": "", "TYPE": "v4-8"}, "no zone: give --zone, or set ZONE"),
+        (["create"], {"TYPE": ""}, "no type: give --type"),
+        (["keep", "true"], {"TYPE": ""}, "no type: give --type"),
+        (["--type", "v9-4", "create"], {}, "no runtime is known for v9-4: give --version"),
+    ],
+)
 def test_slips_are_told_before_anything_is_asked_for(cloud, arguments, settings, said):
     assert f"launch/tpu_vm.sh: error: {said}" in launch(cloud, *arguments, fails=2, **settings)
     assert not calls(cloud)

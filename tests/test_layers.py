@@ -23,7 +23,8 @@ def test_dropout_keeps_the_mean_and_treats_all_entries_alike(shape, rate):
         assert np.abs(means - (1 - rate)).max() < 6 * error * np.sqrt(kept.shape[axis])
         centred = kept - (1 - rate)
         neighbours = np.take(centred, range(1, kept.shape[axis]), axis) * np.take(
-            centred, range(kept.shape[axis] - 1), axis)
+            centred, range(kept.shape[axis] - 1), axis
+        )
         assert abs(neighbours.mean()) < 6 * rate * (1 - rate) / np.sqrt(neighbours.size)
     assert abs(np.mean((kept[0] - 1 + rate) * (kept[1] - 1 + rate))) < 6 * rate * (1 - rate) / np.sqrt(kept[0].size)
 
@@ -54,8 +55,9 @@ def test_lookup_and_its_gradient():
 
 
 def test_dense_draws_for_the_matrix_it_stands_for_and_not_for_its_shape():
-    kernel = nn.unbox(Dense((64,), (3, 4, 16), ("embed", None, "heads", "kv")).init(
-        jax.random.key(0), jnp.zeros((1, 64))))["params"]["kernel"]
+    kernel = nn.unbox(
+        Dense((64,), (3, 4, 16), ("embed", None, "heads", "kv")).init(jax.random.key(0), jnp.zeros((1, 64)))
+    )["params"]["kernel"]
     limit = np.sqrt(6 / (64 + 192))
     assert kernel.shape == (64, 3, 4, 16) and 0.95 * limit < np.abs(kernel).max() <= limit
 

@@ -20,7 +20,9 @@ BOTH = {"train": 2, "validation": 1}
 LAYOUTS = {
     "Training/a/1.png Training/b/2.png Testing/a/3.png": (["a", "b"], {"train": 2, "test": 1}),
     "seg_train/seg_train/a/1.png seg_train/seg_train/b/2.png seg_test/seg_test/a/3.png": (
-        ["a", "b"], {"train": 2, "test": 1}),
+        ["a", "b"],
+        {"train": 2, "test": 1},
+    ),
     "Train/a/1.png Train/b/2.png Val/b/3.png": (["a", "b"], BOTH),
     "TRAIN/a/1.png TRAIN/b/2.png VALIDATION/b/3.png": (["a", "b"], BOTH),
     "train/a/1.png train/b/2.png valid/b/3.png": (["a", "b"], BOTH),
@@ -47,12 +49,17 @@ def test_splits_and_classes_by_their_common_names(tmp_path, names):
         assert len(classes) == 1 or all(f"/{classes[item.label]}/" in item.name for item in items)
 
 
-@pytest.mark.parametrize("names, left_out", [
-    ("train/a/1.png train/b/2.png test/3.png test/4.png", "test/ holds 2 pictures without class folders"),
-    ("seg_train/seg_train/a/1.png seg_train/seg_train/b/2.png seg_pred/seg_pred/3.png seg_pred/seg_pred/4.png",
-     "seg_pred/ holds 2 pictures without class folders"),
-    ("train/a/images/1.png train/b/images/2.png val/images/3.png val/images/4.png", "val/images/ holds 2 pictures"),
-])
+@pytest.mark.parametrize(
+    "names, left_out",
+    [
+        ("train/a/1.png train/b/2.png test/3.png test/4.png", "test/ holds 2 pictures without class folders"),
+        (
+            "seg_train/seg_train/a/1.png seg_train/seg_train/b/2.png seg_pred/seg_pred/3.png seg_pred/seg_pred/4.png",
+            "seg_pred/ holds 2 pictures without class folders",
+        ),
+        ("train/a/images/1.png train/b/images/2.png val/images/3.png val/images/4.png", "val/images/ holds 2 pictures"),
+    ],
+)
 def test_pictures_of_no_class_are_left_out_with_a_warning(tmp_path, names, left_out):
     listing = list_folder(put(tmp_path / "own", names.split()))
     assert listing.classes == ["a", "b"] and {s: len(items) for s, items in listing.splits.items()} == {"train": 2}
@@ -65,13 +72,16 @@ def test_commands_in_warnings_can_be_pasted(tmp_path):
     assert shlex.split(warning.partition("--images ")[2]) == [str(tmp_path / "my pictures" / "dogs")]
 
 
-@pytest.mark.parametrize("names, classes, doubt", [
-    ("dogs/terrier/1.png dogs/poodle/2.png", ["dogs"], "dogs/ is the only class, with dogs/poodle/"),
-    ("images/1.png annotations/1.png", ["annotations", "images"], "images/ is taken for a class"),
-    ("test/1.png cats/1.png", ["cats", "test"], "test/ is taken for a class"),
-    ("trainA/1.png B/1.png", ["B", "trainA"], "trainA/ is taken for a class"),
-    ("images/a/1.png images/b/1.png", ["a", "b"], "classes are the folders in images/"),
-])
+@pytest.mark.parametrize(
+    "names, classes, doubt",
+    [
+        ("dogs/terrier/1.png dogs/poodle/2.png", ["dogs"], "dogs/ is the only class, with dogs/poodle/"),
+        ("images/1.png annotations/1.png", ["annotations", "images"], "images/ is taken for a class"),
+        ("test/1.png cats/1.png", ["cats", "test"], "test/ is taken for a class"),
+        ("trainA/1.png B/1.png", ["B", "trainA"], "trainA/ is taken for a class"),
+        ("images/a/1.png images/b/1.png", ["a", "b"], "classes are the folders in images/"),
+    ],
+)
 def test_what_is_doubtful_is_warned_about(tmp_path, names, classes, doubt):
     listing = list_folder(put(tmp_path / "own", names.split()))
     assert listing.classes == classes
@@ -79,14 +89,17 @@ def test_what_is_doubtful_is_warned_about(tmp_path, names, classes, doubt):
     assert doubt in warning and (f"--images {tmp_path}" in warning or len(classes) == 2)
 
 
-@pytest.mark.parametrize("names, says", [
-    ("val/a/1.png test/a/1.png", "test/, val/ but no train/.*--images"),
-    ("Validation/a/1.png", "Validation/ but no train/"),
-    ("train/a/1.png Train/a/2.png", "Train/ and train/ are both split train"),
-    ("train/a/1.png val/a/2.png valid/a/2.png", "val/ and valid/ are both split validation"),
-    ("Training/a/1.png Training/2.png", "Training/ holds pictures .Training/2.png. beside class folders"),
-    ("Training/a/1.png extra/1.png", "Training/ with folders inside, and extra/"),
-])
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ("val/a/1.png test/a/1.png", "test/, val/ but no train/.*--images"),
+        ("Validation/a/1.png", "Validation/ but no train/"),
+        ("train/a/1.png Train/a/2.png", "Train/ and train/ are both split train"),
+        ("train/a/1.png val/a/2.png valid/a/2.png", "val/ and valid/ are both split validation"),
+        ("Training/a/1.png Training/2.png", "Training/ holds pictures .Training/2.png. beside class folders"),
+        ("Training/a/1.png extra/1.png", "Training/ with folders inside, and extra/"),
+    ],
+)
 def test_what_is_wrong_is_refused_by_name(tmp_path, names, says):
     with pytest.raises(UserError, match=says) as caught:
         list_folder(put(tmp_path / "own", names.split()))

@@ -48,8 +48,15 @@ print(held, refused)
 
 @pytest.mark.parametrize(("what", "times"), [("flock", 150), ("lease", 8)])
 def test_processes_that_claim_in_a_tight_loop_never_hold_it_together(tmp_path, what, times):
-    processes = [subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path), str(times), what], stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOOP, str(tmp_path), str(times), what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.startswith(f"{times} "), err
@@ -67,8 +74,9 @@ with lock.locked_folder(sys.argv[1], "marjax train"):
 
 @contextlib.contextmanager
 def holder(folder, code=HOLD, **environment):
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    ) as process:
         assert process.stdout.readline() == "held\n"
         try:
             yield process
@@ -96,9 +104,16 @@ def test_the_error_names_who_holds_it_and_a_kill_frees_it_at_once(tmp_path, hast
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("make", [lambda path, other: path.symlink_to(other), lambda path, other: os.link(other, path),
-                                  lambda path, other: path.write_bytes(other.read_bytes()),
-                                  lambda path, other: path.mkdir(), lambda path, other: os.mkfifo(path)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, other: path.symlink_to(other),
+        lambda path, other: os.link(other, path),
+        lambda path, other: path.write_bytes(other.read_bytes()),
+        lambda path, other: path.mkdir(),
+        lambda path, other: os.mkfifo(path),
+    ],
+)
 def test_what_has_the_name_of_a_lock_and_is_none_is_left_alone(tmp_path, make):
     other = tmp_path / "precious"
     other.write_text("text")
@@ -161,8 +176,11 @@ def write_holder(path, **fields):
 
 def test_a_lease_of_this_machine(tmp_path, hasty, without_flock):
     ours = lock._Holder.here("marjax train")
-    with (lock.locked_folder(tmp_path, "marjax train"), pytest.raises(UserError, match=f"process {os.getpid()}"),
-          lock.locked_folder(tmp_path, "other")):
+    with (
+        lock.locked_folder(tmp_path, "marjax train"),
+        pytest.raises(UserError, match=f"process {os.getpid()}"),
+        lock.locked_folder(tmp_path, "other"),
+    ):
         pass
     write_holder(tmp_path / LEASE, started=f"{ours.started}0")  # another process had this number
     with lock.locked_folder(tmp_path, "marjax train"):
@@ -259,22 +277,38 @@ def get_sweep():
 """
 
 
-@pytest.mark.parametrize(("arguments", "locked"), [
-    (["train", "--config", f"{DIGITS}:debug", "--workdir", "OUT", *flags(QUICK)], "OUT/marjax.lock"),
-    (["train-tokenizer", "--config", f"{DIGITS}:debug", "--config.tokenizer.name=codebook", "--out", "OUT/x.npz",
-      "--config.tokenizer.num_codes=16", "--config.model.head=categorical"], "OUT/x.npz.lock"),
-    (["train-classifier", "--config", f"{DIGITS}:debug", "--out", "OUT/x.npz"], "OUT/x.npz.lock"),
-    (["sweep", "SWEEP", "--root", "OUT"], "OUT/sweep.lock")])
+@pytest.mark.parametrize(
+    ("arguments", "locked"),
+    [
+        (["train", "--config", f"{DIGITS}:debug", "--workdir", "OUT", *flags(QUICK)], "OUT/marjax.lock"),
+        (
+            [
+                "train-tokenizer",
+                "--config",
+                f"{DIGITS}:debug",
+                "--config.tokenizer.name=codebook",
+                "--out",
+                "OUT/x.npz",
+                "--config.tokenizer.num_codes=16",
+                "--config.model.head=categorical",
+            ],
+            "OUT/x.npz.lock",
+        ),
+        (["train-classifier", "--config", f"{DIGITS}:debug", "--out", "OUT/x.npz"], "OUT/x.npz.lock"),
+        (["sweep", "SWEEP", "--root", "OUT"], "OUT/sweep.lock"),
+    ],
+)
 def test_commands_that_write_are_refused_while_another_does(tmp_path, hasty, capsys, arguments, locked):
     """One line that says who holds it, and nothing written."""
     (tmp_path / "sweep.py").write_text(SWEEP)
-    given = [each.replace("OUT", str(tmp_path / "out")).replace("SWEEP", str(tmp_path / "sweep.py"))
-             for each in arguments]
+    given = [
+        each.replace("OUT", str(tmp_path / "out")).replace("SWEEP", str(tmp_path / "sweep.py")) for each in arguments
+    ]
     (tmp_path / "out").mkdir()
     held = tmp_path / locked.replace("OUT", "out")
     with lock.locked(lock.epath.Path(held), "x", "marjax test"):
         assert cli.main(given) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     for part in ("marjax test", socket.gethostname(), f"process {os.getpid()}", "since"):
         assert part in line
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -296,8 +330,10 @@ def test_what_a_killed_process_has_started_is_waited_for(tmp_path, hasty, monkey
         process.kill()
         process.wait()
         monkeypatch.setattr(lock, "_ORPHAN_PATIENCE", 0.0)
-        with (pytest.raises(UserError, match="a process that it started still runs"),
-              lock.locked_folder(tmp_path, "marjax sweep")):
+        with (
+            pytest.raises(UserError, match="a process that it started still runs"),
+            lock.locked_folder(tmp_path, "marjax sweep"),
+        ):
             pass
         (tmp_path / "go").touch()
         monkeypatch.setattr(lock, "_ORPHAN_PATIENCE", 60.0)

@@ -45,8 +45,14 @@ class Kept(Logger):
 
 
 def write(folder, steps, start, *loggers):
-    with MetricWriter(folder, start_step=start, total_steps=9, tensorboard=False, progress=False,
-                      loggers=[Guarded(logger) for logger in loggers]) as writer:
+    with MetricWriter(
+        folder,
+        start_step=start,
+        total_steps=9,
+        tensorboard=False,
+        progress=False,
+        loggers=[Guarded(logger) for logger in loggers],
+    ) as writer:
         writer.describe({"train.steps": 9, "log.progress": False, "train.lr": None})
         for step in steps:
             writer.scalars(step, {"train/loss": step / 2})
@@ -57,8 +63,14 @@ def test_a_resumed_run_sends_nothing_twice(tmp_path):
     first, second = Kept(), Kept()
     write(tmp_path, [1, 2, 3], 0, first)
     described = [("hparams", 9, False), ("text", "config", True)]
-    assert first.calls == [*described, ("scalars", 1, 0.5), ("scalars", 2, 1.0), ("scalars", 3, 1.5),
-                           ("image", 3, (4, 6, 3)), ("close",)]
+    assert first.calls == [
+        *described,
+        ("scalars", 1, 0.5),
+        ("scalars", 2, 1.0),
+        ("scalars", 3, 1.5),
+        ("image", 3, (4, 6, 3)),
+        ("close",),
+    ]
     write(tmp_path, [2, 3, 4], 1, second)
     assert second.calls == [*described, ("scalars", 4, 2.0), ("image", 4, (4, 6, 3)), ("close",)]
 
@@ -81,8 +93,9 @@ def test_a_logger_that_hangs_is_left_behind(tmp_path, capsys, monkeypatch):
     waits.set()
 
 
-@pytest.mark.parametrize("given, told", [([Kept], "a class"), ([object()], "no hparams"), (Kept(), "a list"),
-                                         ("wandb", "a list")])
+@pytest.mark.parametrize(
+    "given, told", [([Kept], "a class"), ([object()], "no hparams"), (Kept(), "a list"), ("wandb", "a list")]
+)
 def test_loggers_that_are_none(given, told):
     with pytest.raises(UserError, match=told):
         check_loggers(config_lib.base().log, given)
@@ -175,8 +188,13 @@ def test_a_run_in_both_services_and_its_resumption(tmp_path, monkeypatch):
     make_mlflow(monkeypatch, runs, uris)
     own = Kept()
     for steps in (1, 2):
-        marjax.train(make_digits(**QUICK, train__steps=steps, log__wandb="me/digits", log__mlflow="http://there",
-                                 log__samples_every=2), tmp_path / "run", loggers=[own])
+        marjax.train(
+            make_digits(
+                **QUICK, train__steps=steps, log__wandb="me/digits", log__mlflow="http://there", log__samples_every=2
+            ),
+            tmp_path / "run",
+            loggers=[own],
+        )
     assert [call[:2] for call in own.calls if call[0] == "scalars"] == [("scalars", 1), ("scalars", 2)]
     first, second = started
     assert (first["entity"], first["project"], first["name"], first["resume"]) == ("me", "digits", "run", "allow")

@@ -15,8 +15,10 @@ def files(tmp_path_factory):
     rng = np.random.default_rng(0)
 
     def draw(shapes, classifier):
-        arrays = {name: rng.standard_normal(shape).astype(np.float32) * np.sqrt(2.0 / max(1, np.prod(shape[1:])))
-                  for name, shape in shapes.items()}
+        arrays = {
+            name: rng.standard_normal(shape).astype(np.float32) * np.sqrt(2.0 / max(1, np.prod(shape[1:])))
+            for name, shape in shapes.items()
+        }
         return arrays | classifier
 
     folder = tmp_path_factory.mktemp("lpips")
@@ -33,9 +35,10 @@ def by_hand(params, one, other):
         for place, layer in enumerate(params["features"]):
             if place in (2, 4, 7, 10):
                 b, h, w, c = x.shape
-                x = x[:, :h // 2 * 2, :w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
-            windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3),
-                                                               axis=(1, 2))
+                x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+            windows = np.lib.stride_tricks.sliding_window_view(
+                np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
+            )
             x = np.maximum(0.0, np.einsum("bhwcij,ijco->bhwo", windows, layer["kernel"], optimize=True) + layer["bias"])
             if place in (1, 3, 6, 9, 12):
                 found.append(x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-20))
@@ -67,9 +70,11 @@ def test_other_files_are_refused(files, tmp_path):
     with pytest.raises(UserError, match=r"linear layers over VGG16: lin0\.model\.1\.weight is missing.*and others"):
         lpips.read(vgg, vgg)
     arrays = {name: np.ones(shape, np.float32) for name, shape in lpips.linear_names().items()}
-    for change, said in (({"lin0.model.1.weight": np.ones((1, 3, 1, 1), np.float32)}, r"is \(1, 3, 1, 1\) instead of"),
-                         ({"more": np.ones(1, np.float32)}, "more is unknown"),
-                         ({"lin1.model.1.weight": np.full((1, 128, 1, 1), np.nan, np.float32)}, "not a number")):
+    for change, said in (
+        ({"lin0.model.1.weight": np.ones((1, 3, 1, 1), np.float32)}, r"is \(1, 3, 1, 1\) instead of"),
+        ({"more": np.ones(1, np.float32)}, "more is unknown"),
+        ({"lin1.model.1.weight": np.full((1, 128, 1, 1), np.nan, np.float32)}, "not a number"),
+    ):
         save_file(arrays | change, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=said):
             lpips.read(vgg, tmp_path / "bad.safetensors")

@@ -23,8 +23,13 @@ TINY = 2**20
 
 def digits(**fields):
     config = config_lib.load(f"{DIGITS}:debug")
-    quiet = {"log.tensorboard": False, "log.progress": False, "log.samples_every": 0, "train.steps": 1,
-             "train.warmup_steps": 1}
+    quiet = {
+        "log.tensorboard": False,
+        "log.progress": False,
+        "log.samples_every": 0,
+        "train.steps": 1,
+        "train.warmup_steps": 1,
+    }
     return config_lib.apply_overrides(config, quiet | {key.replace("__", "."): each for key, each in fields.items()})
 
 
@@ -105,8 +110,11 @@ def test_weights_that_a_run_starts_from_do_not_count_twice(monkeypatch):
 
 def test_a_picture_that_does_not_fit_does_not_end_the_run(monkeypatch, tmp_path, capsys):
     problem = memory.problem
-    monkeypatch.setattr(memory, "problem", lambda what, need, limit, batch=None: problem(
-        what, need, 0.0 if what == "the sampler" else limit, batch))
+    monkeypatch.setattr(
+        memory,
+        "problem",
+        lambda what, need, limit, batch=None: problem(what, need, 0.0 if what == "the sampler" else limit, batch),
+    )
     state = marjax.train(digits(train__steps=2, log__samples_every=1), tmp_path / "run")
     assert int(state.step) == 2
     assert "no picture of step 1: the sampler needs" in capsys.readouterr().err
@@ -133,11 +141,27 @@ def test_what_is_available(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_one_line_under_a_limit_of_the_process(tmp_path):
     """At the command line: exit code 2, one line, nothing in the work directory."""
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30)); "
-            "from marjax.cli import main; sys.exit(main(sys.argv[1:]))")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30)); "
+        "from marjax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, "train", "--config", f"{DIGITS}:debug", "--workdir", tmp_path / "run",
-         "--config.train.batch_size=4000000", "--config.log.tensorboard=false"], capture_output=True, text=True)
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            code,
+            "train",
+            "--config",
+            f"{DIGITS}:debug",
+            "--workdir",
+            tmp_path / "run",
+            "--config.train.batch_size=4000000",
+            "--config.log.tensorboard=false",
+        ],
+        capture_output=True,
+        text=True,
+    )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("marjax train: error: ") and "config.train.batch_size from 4000000 to" in last

@@ -11,9 +11,23 @@ from marjax.metrics_file import read_metrics
 from marjax.plots.runs import read_runs
 from marjax.sweep.rows import last_metrics
 
-FOREIGN = [b"text", b"[1]", b"\xff\xfe", b'{"loss": 1}', b'{"step": "4", "train/loss": 1}', b'{"step": true}', b"null",
-           b'{"step": NaN}', b'{"step": -1}', b'{"step": 2.5}', b'{"step": 1e300}', b'{"step": 18446744073709551615}',
-           b'{"step": 9' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"step": 1, "step": 2}']
+FOREIGN = [
+    b"text",
+    b"[1]",
+    b"\xff\xfe",
+    b'{"loss": 1}',
+    b'{"step": "4", "train/loss": 1}',
+    b'{"step": true}',
+    b"null",
+    b'{"step": NaN}',
+    b'{"step": -1}',
+    b'{"step": 2.5}',
+    b'{"step": 1e300}',
+    b'{"step": 18446744073709551615}',
+    b'{"step": 9' + b"9" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"step": 1, "step": 2}',
+]
 
 
 def good(step, **more):
@@ -23,19 +37,29 @@ def good(step, **more):
 @pytest.fixture
 def folder(tmp_path):
     """Steps 1 to 4, out of order, with other lines between all of them."""
-    rows = [good(2), b"", good(1), b'{"step": 3.0, "train/loss": 0.75, "note": "x", "a": NaN, "b": 1e999, "c": [1]}',
-            good(4)]
-    (tmp_path / "metrics.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(
-        [*(row for pair in zip(rows[:4], FOREIGN[:4], strict=True) for row in pair), *FOREIGN[4:], rows[4]])
-        + b'\r\n{"step": 5, "tra')
+    rows = [
+        good(2),
+        b"",
+        good(1),
+        b'{"step": 3.0, "train/loss": 0.75, "note": "x", "a": NaN, "b": 1e999, "c": [1]}',
+        good(4),
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\xef\xbb\xbf"
+        + b"\n".join(
+            [*(row for pair in zip(rows[:4], FOREIGN[:4], strict=True) for row in pair), *FOREIGN[4:], rows[4]]
+        )
+        + b'\r\n{"step": 5, "tra'
+    )
     return tmp_path
 
 
 def test_a_bad_line_costs_no_other(folder, capsys):
     found = read_metrics(folder / "metrics.jsonl")
     assert found.foreign == FOREIGN
-    assert found.lines == [{"step": step, "train/loss": step / 4} | ({"note": "x"} if step == 3 else {})
-                           for step in (1, 2, 3, 4)]
+    assert found.lines == [
+        {"step": step, "train/loss": step / 4} | ({"note": "x"} if step == 3 else {}) for step in (1, 2, 3, 4)
+    ]
     assert f"{len(FOREIGN)} of 21 lines" in capsys.readouterr().err
     (run,) = read_runs([folder])
     assert [values.tolist() for values in run.series("train/loss")] == [[1, 2, 3, 4], [0.25, 0.5, 0.75, 1.0]]

@@ -63,7 +63,7 @@ class Network:
         weights = np.random.default_rng(9).normal(size=(pixels.shape[1], F + K + 3)).astype(np.float32)
         # Row by row, so that a row does not depend on the others, as the protocol has it.
         out = np.stack([row @ weights for row in pixels])
-        return Extracted(out[:, :F], out[:, F:F + K], out[:, F + K:])
+        return Extracted(out[:, :F], out[:, F : F + K], out[:, F + K :])
 
 
 def sets():
@@ -75,7 +75,7 @@ def sets():
 
 
 def cut(rows, size):
-    return [rows[start:start + size] for start in range(0, len(rows), size)]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
@@ -90,9 +90,12 @@ def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
         score.add(batches[batch], logits[batches[batch]])
     a, b = (each.merged(hosts).gaussian() for each in moments)
     blocks = cut(real[order], size), cut(generated[order], size)
-    return {"fid": frechet_distance(a, b), "is": score.merged(hosts).result(),
-            "precision": precision_recall(*blocks, hosts=hosts),
-            "kid": kernel_distance(*blocks, subsets=5, size=N, hosts=hosts)}
+    return {
+        "fid": frechet_distance(a, b),
+        "is": score.merged(hosts).result(),
+        "precision": precision_recall(*blocks, hosts=hosts),
+        "kid": kernel_distance(*blocks, subsets=5, size=N, hosts=hosts),
+    }
 
 
 @pytest.fixture
@@ -118,8 +121,13 @@ def test_hosts_batches_and_the_order_of_rows_change_nothing(small_tiles):
         same(on_hosts(4, lambda hosts, size=size: evaluate(hosts, size=size, **data)), whole)
     same(evaluate(order=np.random.default_rng(1).permutation(N), **data), whole)
     # One row more or less is seen by every one of them.
-    other = evaluate(**data | {"generated": np.concatenate([generated[:-1], generated[:1] + 9]),
-                               "logits": np.concatenate([logits[:-1], -logits[-1:]])})
+    other = evaluate(
+        **data
+        | {
+            "generated": np.concatenate([generated[:-1], generated[:1] + 9]),
+            "logits": np.concatenate([logits[:-1], -logits[-1:]]),
+        }
+    )
     assert all(other[name] != pytest.approx(value, rel=1e-6) for name, value in whole.items())
 
 
@@ -172,10 +180,17 @@ def made(hosts=None, size=50, total=40, keep=10, seed=0):
     hosts = hosts or Hosts()
     images = np.random.default_rng(2).integers(0, 256, (total, 4, 4, 3), np.uint8)
     batches = cut(np.arange(total), size)
-    found = make_reference([(batches[b], images[batches[b]]) for b in hosts.share(len(batches))], total, Network(),
-                           keep_features=keep, seed=seed, hosts=hosts)
-    numbers = np.concatenate([found.gaussian.mean, found.gaussian.cov.ravel(), found.spatial.mean,
-                              found.spatial.cov.ravel()])
+    found = make_reference(
+        [(batches[b], images[batches[b]]) for b in hosts.share(len(batches))],
+        total,
+        Network(),
+        keep_features=keep,
+        seed=seed,
+        hosts=hosts,
+    )
+    numbers = np.concatenate(
+        [found.gaussian.mean, found.gaussian.cov.ravel(), found.spatial.mean, found.spatial.cov.ravel()]
+    )
     return numbers.tolist(), found.features.tolist(), found.gaussian.count
 
 

@@ -52,8 +52,9 @@ def test_an_evaluation_without_its_files(folder, capsys):
 
 
 def test_an_evaluation_with_files_of_its_own(folder, capsys):
-    [made, stats], _ = commands_of(capsys, ["evaluate", "--workdir", "my runs/one", "--extractor_path", "a b.npz",
-                                            "--reference", "s.npz"])
+    [made, stats], _ = commands_of(
+        capsys, ["evaluate", "--workdir", "my runs/one", "--extractor_path", "a b.npz", "--reference", "s.npz"]
+    )
     assert (made[1].out, stats[1].out, stats[1].extractor_path) == ("a b.npz", "s.npz", "a b.npz")
     content = json.loads((folder / "my runs" / "one" / "config.json").read_text())
     content["eval"] |= {"extractor_path": "", "reference": ""}
@@ -64,8 +65,10 @@ def test_an_evaluation_with_files_of_its_own(folder, capsys):
     assert shlex.quote(f"--reference={stats[1].out}") in error
 
 
-@pytest.mark.parametrize("config, more", [(f"{MNIST}:head=categorical,debug", []),
-                                          (f"{MNIST}:tokenizer=kl,debug", ["--config.tokenizer.train.steps=2"])])
+@pytest.mark.parametrize(
+    "config, more",
+    [(f"{MNIST}:head=categorical,debug", []), (f"{MNIST}:tokenizer=kl,debug", ["--config.tokenizer.train.steps=2"])],
+)
 def test_training_without_its_tokenizer(folder, capsys, config, more):
     [[name, given, overrides]], error = commands_of(capsys, ["train", "--config", config, "--workdir", "w", *more])
     assert name == "train-tokenizer" and given.config == config and len(overrides) == len(more)
@@ -73,8 +76,7 @@ def test_training_without_its_tokenizer(folder, capsys, config, more):
 
 
 def test_training_without_what_it_is_measured_with(folder, capsys):
-    found, _ = commands_of(capsys, ["train", "--config", f"{DIGITS}:debug", "--workdir", "w",
-                                    "--config.eval.every=5"])
+    found, _ = commands_of(capsys, ["train", "--config", f"{DIGITS}:debug", "--workdir", "w", "--config.eval.every=5"])
     assert [name for name, _, _ in found] == ["train-classifier", "stats"]
     assert all(overrides == {"eval.every": "5"} for _, _, overrides in found)
 
@@ -87,10 +89,16 @@ def test_sampling_before_the_first_checkpoint(folder, capsys):
     assert not (folder / "o").exists()
 
 
-@pytest.mark.parametrize("given, meant", [
-    ("my runs/oen", "my runs/one"), ("my runs", "my runs/one, my runs/two"), ("my runs/two/checkpoints", "my runs/two"),
-    ("my runs/two/config.json", "my runs/two"), ("my runs/two/checkpoints/450/ema", "my runs/two"),
-])
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("my runs/oen", "my runs/one"),
+        ("my runs", "my runs/one, my runs/two"),
+        ("my runs/two/checkpoints", "my runs/two"),
+        ("my runs/two/config.json", "my runs/two"),
+        ("my runs/two/checkpoints/450/ema", "my runs/two"),
+    ],
+)
 @pytest.mark.parametrize("command", ["sample --out o", "evaluate", "export --out w.safetensors", "plot --out p"])
 def test_a_path_near_a_work_directory(folder, capsys, command, given, meant):
     (folder / "my runs" / "two" / "checkpoints" / "450" / "ema").mkdir(parents=True)

@@ -27,8 +27,16 @@ def case():
 def z_of(case, tokens=None, slots=6, **changes):
     generator, params, given, labels, rand = case
     rand = rand._replace(**changes)
-    return generator.apply({"params": params}, given if tokens is None else tokens, labels, rand.drop_label, rand.order,
-                           rand.num_known, slots=slots, method="condition")
+    return generator.apply(
+        {"params": params},
+        given if tokens is None else tokens,
+        labels,
+        rand.drop_label,
+        rand.order,
+        rand.num_known,
+        slots=slots,
+        method="condition",
+    )
 
 
 def test_unknown_tokens_do_not_matter_and_known_ones_do(case):
@@ -112,7 +120,8 @@ def test_bfloat16_is_close_and_its_matmuls_are_bfloat16(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads16))
     norm = sum((g**2).sum() for g in jax.tree.leaves(grads)) ** 0.5
     assert sum(((a - b) ** 2).sum() for a, b in zip(*map(jax.tree.leaves, (grads, grads16)), strict=True)) ** 0.5 < (
-        0.1 * norm)
+        0.1 * norm
+    )
     _, params, tokens, labels, rand = case
     jaxpr = jax.make_jaxpr(lambda p: generator.apply({"params": p}, tokens, labels, rand, True))(params)
     products = list(matmuls(jaxpr.jaxpr))
@@ -136,8 +145,12 @@ def test_compile_size_does_not_grow_with_depth(case):
         generator = make_generator(encoder_depth=depth, decoder_depth=depth, **{"denoiser.depth": depth})
         _, _, tokens, labels, rand = case
         params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
-        return len(jax.jit(jax.grad(lambda p: generator.apply({"params": p}, tokens, labels, rand, True)["loss"][0]
-                                    .sum())).lower(params).as_text().splitlines())
+        return len(
+            jax.jit(jax.grad(lambda p: generator.apply({"params": p}, tokens, labels, rand, True)["loss"][0].sum()))
+            .lower(params)
+            .as_text()
+            .splitlines()
+        )
 
     assert abs(lines(9) - lines(3)) < 0.01 * lines(3)
 

@@ -31,14 +31,27 @@ def write(path, members, method=zipfile.ZIP_STORED):
     return path
 
 
-@pytest.mark.parametrize("array", [
-    np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.arange(4, dtype=">i4"),
-    np.array("text"), np.array(b"bytes"), np.zeros((0, 3)), np.array(True), np.float16(3)], ids=repr)
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.arange(4, dtype=">i4"),
+        np.array("text"),
+        np.array(b"bytes"),
+        np.zeros((0, 3)),
+        np.array(True),
+        np.float16(3),
+    ],
+    ids=repr,
+)
 def test_arrays_come_as_numpy_reads_them(tmp_path, array):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "x.npz", a=array, b=np.arange(3))
-        for found in (read_npz(tmp_path / "x.npz", advice=ADVICE), read_npz(tmp_path / "x.npz", {"a": (PLAIN, None)},
-                                                                             advice=ADVICE)):
+        for found in (
+            read_npz(tmp_path / "x.npz", advice=ADVICE),
+            read_npz(tmp_path / "x.npz", {"a": (PLAIN, None)}, advice=ADVICE),
+        ):
             np.testing.assert_array_equal(found["a"], array)
             assert found["a"].dtype == array.dtype.newbyteorder("=") and found["a"].flags.c_contiguous
         assert sorted(read_npz(tmp_path / "x.npz", {"b": ("i", 1), "c?": ("i", 1)}, advice=ADVICE)) == ["b"]
@@ -100,8 +113,10 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
 
 def test_zeros_that_fill_the_memory_are_refused_unread(tmp_path):
     size = 65 << 20
-    with (zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-          archive.open("a.npy", "w") as file):
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("a.npy", "w") as file,
+    ):
         file.write(headed(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({size},)}}"))
         for _ in range(65):
             file.write(bytes(1 << 20))
@@ -114,8 +129,14 @@ def test_odd_members_are_one_line(tmp_path):
     array = npy(np.arange(3.0))
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         failure(read_npz, write(tmp_path / "x.npz", [("a.npy", array)], method))
-    for members in ([("a.npy", b"")], [("a.npy", b"text, no array")], [("a.npy", npy(np.array([{}], object)))],
-                    [("a.npy", array[:-1])], [("a.npy", array + b"x")], [("x\n\x1b[2J.npy", b"")]):
+    for members in (
+        [("a.npy", b"")],
+        [("a.npy", b"text, no array")],
+        [("a.npy", npy(np.array([{}], object)))],
+        [("a.npy", array[:-1])],
+        [("a.npy", array + b"x")],
+        [("x\n\x1b[2J.npy", b"")],
+    ):
         failure(read_npz, write(tmp_path / "x.npz", members))
     with pytest.warns(UserWarning, match="Duplicate"):
         write(tmp_path / "x.npz", [("a.npy", array), ("a.npy", array)])

@@ -15,14 +15,22 @@ from conftest import DIGITS, QUICK, ROOT, flags, make_digits
 from marjax import numerics, sample, train
 
 # Another value than the pinned one for every setting: the negation, or one of these.
-OTHERS = {"jax_default_prng_impl": "rbg", "jax_random_seed_offset": 1, "jax_legacy_prng_key": "error",
-          "jax_explicit_x64_dtypes": "allow", "jax_numpy_dtype_promotion": "strict",
-          "jax_default_matmul_precision": "BF16_BF16_F32", "jax_optimization_level": "O0",
-          "jax_exec_time_optimization_effort": -1.0, "jax_memory_fitting_effort": -1.0,
-          "jax_memory_fitting_level": "O0", "jax_numpy_rank_promotion": "raise",
-          "jax_array_garbage_collection_guard": "log",
-          **{name: "raise" for name in numerics.PINNED if name.startswith("jax_error_checking")},
-          **{name: "disallow_explicit" for name in numerics.PINNED if name.startswith("jax_transfer_guard")}}
+OTHERS = {
+    "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 1,
+    "jax_legacy_prng_key": "error",
+    "jax_explicit_x64_dtypes": "allow",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_default_matmul_precision": "BF16_BF16_F32",
+    "jax_optimization_level": "O0",
+    "jax_exec_time_optimization_effort": -1.0,
+    "jax_memory_fitting_effort": -1.0,
+    "jax_memory_fitting_level": "O0",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_array_garbage_collection_guard": "log",
+    **{name: "raise" for name in numerics.PINNED if name.startswith("jax_error_checking")},
+    **{name: "disallow_explicit" for name in numerics.PINNED if name.startswith("jax_transfer_guard")},
+}
 HOSTILE = {name: OTHERS.get(name, not value) for name, value in numerics.PINNED.items()}
 SMALL = QUICK | {"train__steps": 2, "log__progress": False, "log__tensorboard": False}
 
@@ -97,23 +105,51 @@ def test_keys_have_one_implementation():
 
 
 def test_the_command_line_ignores_and_names_them(usual, tmp_path):
-    given = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_ENABLE_X64": "1",
-             "JAX_RANDOM_SEED_OFFSET": "7", "JAX_TRANSFER_GUARD": "disallow_explicit", "JAX_NO_TRACING": "true",
-             "JAX_NUMPY_RANK_PROMOTION": "raise", "FLAX_FIX_RNG_SEPARATOR": "1", "JAX_DISABLE_JIT": "no sense"}
+    given = {
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_ENABLE_X64": "1",
+        "JAX_RANDOM_SEED_OFFSET": "7",
+        "JAX_TRANSFER_GUARD": "disallow_explicit",
+        "JAX_NO_TRACING": "true",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "FLAX_FIX_RNG_SEPARATOR": "1",
+        "JAX_DISABLE_JIT": "no sense",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "marjax", "train", "--config", f"{DIGITS}:debug", "--workdir", tmp_path / "run",
-         *flags({"train__warmup_steps": 1, "checkpoint__every": 2, "log__every": 1, "log__samples_every": 0, **SMALL})],
+        [
+            sys.executable,
+            "-m",
+            "marjax",
+            "train",
+            "--config",
+            f"{DIGITS}:debug",
+            "--workdir",
+            tmp_path / "run",
+            *flags(
+                {"train__warmup_steps": 1, "checkpoint__every": 2, "log__every": 1, "log__samples_every": 0, **SMALL}
+            ),
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUMPY_DTYPE_PROMOTION": "standard", **given},
-        capture_output=True, text=True, cwd=tmp_path)
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stderr for name in given) and "JAX_NUMPY_DTYPE_PROMOTION" not in done.stderr
     np.testing.assert_array_equal(sample(tmp_path / "run", [0, 7, -1], seed=3), usual[1][-1])
 
 
 def test_variables_are_dropped_and_those_that_differ_are_named():
-    environment = {"JAX_ENABLE_X64": "False", "JAX_DEBUG_NANS": "1", "JAX_DEFAULT_MATMUL_PRECISION": "",
-                   "JAX_NUMPY_RANK_PROMOTION": "ALLOW", "FLAX_RETURN_FROZENDICT": "yes", "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": "--a=b"}
+    environment = {
+        "JAX_ENABLE_X64": "False",
+        "JAX_DEBUG_NANS": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "",
+        "JAX_NUMPY_RANK_PROMOTION": "ALLOW",
+        "FLAX_RETURN_FROZENDICT": "yes",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--a=b",
+    }
     assert sorted(numerics.clean_environment(environment)) == ["FLAX_RETURN_FROZENDICT", "JAX_DEBUG_NANS"]
     assert environment == {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--a=b"}
 

@@ -37,7 +37,13 @@ def test_an_old_work_directory_is_sampled_from_and_resumed(old):
 
 @pytest.mark.slow
 def test_an_old_latent_cache_is_trained_from(old, autoencoders):
-    config = make_autoencoder("kl", autoencoders / "kl.safetensors", data__split="train[:40]", data__num_examples=40,
-                              data__cache=str(old / "latents"), train__steps=1)
+    config = make_autoencoder(
+        "kl",
+        autoencoders / "kl.safetensors",
+        data__split="train[:40]",
+        data__num_examples=40,
+        data__cache=str(old / "latents"),
+        train__steps=1,
+    )
     marjax.train(config, old / "run")
     assert steps(old / "run") == [1]

@@ -18,8 +18,13 @@ def test_learning_rate_agrees_with_the_reference():
     epoch = 100  # steps
     for schedule, at, expected in theirs["rows"]:
         train = config_lib.base().train
-        train.update(lr=theirs["lr"], min_lr=theirs["min_lr"], warmup_steps=theirs["warmup_epochs"] * epoch,
-                     steps=theirs["epochs"] * epoch, schedule=schedule)
+        train.update(
+            lr=theirs["lr"],
+            min_lr=theirs["min_lr"],
+            warmup_steps=theirs["warmup_epochs"] * epoch,
+            steps=theirs["epochs"] * epoch,
+            schedule=schedule,
+        )
         np.testing.assert_allclose(optimizer.learning_rate(train)(round(at * epoch)), expected, rtol=1e-5, atol=1e-12)
 
 
@@ -30,15 +35,28 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def test_what_decays():
-    tree = {"class_embedding": 0, "null_embedding": 0, "backbone": {
-        "mask_token": 0, "encoder_pos_embed": 0, "z_proj": {"kernel": 0, "bias": 0},
-        "z_proj_norm": {"scale": 0, "bias": 0},
-    }, "head": {"denoiser": {"input_proj": {"kernel": 0, "bias": 0}}}}
+    tree = {
+        "class_embedding": 0,
+        "null_embedding": 0,
+        "backbone": {
+            "mask_token": 0,
+            "encoder_pos_embed": 0,
+            "z_proj": {"kernel": 0, "bias": 0},
+            "z_proj_norm": {"scale": 0, "bias": 0},
+        },
+        "head": {"denoiser": {"input_proj": {"kernel": 0, "bias": 0}}},
+    }
     assert optimizer.decay_mask(tree) == {
-        "class_embedding": True, "null_embedding": True, "backbone": {
-            "mask_token": True, "encoder_pos_embed": True, "z_proj": {"kernel": True, "bias": False},
+        "class_embedding": True,
+        "null_embedding": True,
+        "backbone": {
+            "mask_token": True,
+            "encoder_pos_embed": True,
+            "z_proj": {"kernel": True, "bias": False},
             "z_proj_norm": {"scale": False, "bias": False},
-        }, "head": {"denoiser": {"input_proj": {"kernel": False, "bias": False}}}}
+        },
+        "head": {"denoiser": {"input_proj": {"kernel": False, "bias": False}}},
+    }
 
 
 @pytest.mark.parametrize("warmup", [False, True])

@@ -18,15 +18,33 @@ import marjax
 pytest.importorskip("setuptools", reason="of the extra test")
 
 FOLDERS = (".ci", "configs", "docs", "launch", "marjax", "tests")
-FILES = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "ruff.toml", "setup.cfg",
-         "setup.py", ".dockerignore", ".gitignore", ".skyignore")
+FILES = (
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "pyproject.toml",
+    "ruff.toml",
+    "setup.cfg",
+    "setup.py",
+    ".dockerignore",
+    ".gitignore",
+    ".skyignore",
+)
 LINK = re.compile(r"\]\(([^)#:]+?)(?:#[^)]*)?\)")  # of Markdown, without those that are addresses
 
 
 def tracked():
     """Every file of the project, relative to its root folder."""
-    return {*FILES, *(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")
-                      if path.is_file() and "__pycache__" not in path.parts)}
+    return {
+        *FILES,
+        *(
+            str(path.relative_to(ROOT))
+            for folder in FOLDERS
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +65,21 @@ def sdist(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--disable-pip-version-check",
-                    "--wheel-dir", folder, sdist], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--wheel-dir",
+            folder,
+            sdist,
+        ],
+        check=True,
+    )
     [path] = folder.iterdir()
     return path
 
@@ -81,17 +112,50 @@ def test_two_commands_to_the_first_picture(wheel, tmp_path):
     folder.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
     python = home / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps",
-                    "--disable-pip-version-check", wheel], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            wheel,
+        ],
+        check=True,
+    )
     [packages] = home.glob("lib/python*/site-packages")
     (packages / "zz_dependencies.pth").write_text("\n".join(site.getsitepackages()))  # no path of an editable install
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     done = subprocess.run(
-        [home / "bin" / "marjax", "train", "--config", "digits:debug", "--workdir", "run", "--config.train.steps=2",
-         "--config.train.warmup_steps=1", "--config.log.samples_every=2", "--config.sample.num_iter=1"],
-        cwd=folder, env=kept, capture_output=True, text=True)
+        [
+            home / "bin" / "marjax",
+            "train",
+            "--config",
+            "digits:debug",
+            "--workdir",
+            "run",
+            "--config.train.steps=2",
+            "--config.train.warmup_steps=1",
+            "--config.log.samples_every=2",
+            "--config.sample.num_iter=1",
+        ],
+        cwd=folder,
+        env=kept,
+        capture_output=True,
+        text=True,
+    )
     assert not done.returncode, done.stderr
     assert list((folder / "run" / "samples").glob("*.png")) and os.listdir(folder) == ["run"]
-    where = subprocess.run([python, "-P", "-c", "import marjax; print(marjax.__file__)"], cwd=folder, env=kept,
-                           capture_output=True, text=True, check=True).stdout
+    where = subprocess.run(
+        [python, "-P", "-c", "import marjax; print(marjax.__file__)"],
+        cwd=folder,
+        env=kept,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert pathlib.Path(where).is_relative_to(packages)

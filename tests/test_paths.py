@@ -37,34 +37,82 @@ from marjax.training.train_codebook import train_codebook
 from marjax.workdir import read_workdir
 
 
-@pytest.mark.parametrize("given, expected", [
-    ("a/b", "a/b"), ("./a", "./a"), ("../a", "../a"), ("a/", "a"), ("a///", "a"), ("/", "/"), ("//", "/"), (".", "."),
-    ("~", "/home/me"), ("~/a b", "/home/me/a b"), ("~/ä/图/", "/home/me/ä/图"), ("~root/a", "/root/a"),
-    ("a~b/~", "a~b/~"), ("./~/a", "./~/a"), (pathlib.Path("~/a"), "/home/me/a"), (pathlib.Path("a b"), "a b"),
-    ("name:with/colon", "name:with/colon"), ("C:/a", "C:/a"), ("gs/b", "gs/b"), ("gsx:/b", "gsx:/b"), (" a", " a"),
-    ("gs://b", "gs://b"), ("gs://b/x y/ä/", "gs://b/x y/ä"), (epath.Path("gs://b/x"), "gs://b/x"),
-    ("file:///a/b", "/a/b"), ("file:///a%20b/%C3%A4", "/a b/ä"), ("file://localhost/a/", "/a"), ("file:/a", "/a"),
-    ("FILE:///a", "/a"),
-])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("a/b", "a/b"),
+        ("./a", "./a"),
+        ("../a", "../a"),
+        ("a/", "a"),
+        ("a///", "a"),
+        ("/", "/"),
+        ("//", "/"),
+        (".", "."),
+        ("~", "/home/me"),
+        ("~/a b", "/home/me/a b"),
+        ("~/ä/图/", "/home/me/ä/图"),
+        ("~root/a", "/root/a"),
+        ("a~b/~", "a~b/~"),
+        ("./~/a", "./~/a"),
+        (pathlib.Path("~/a"), "/home/me/a"),
+        (pathlib.Path("a b"), "a b"),
+        ("name:with/colon", "name:with/colon"),
+        ("C:/a", "C:/a"),
+        ("gs/b", "gs/b"),
+        ("gsx:/b", "gsx:/b"),
+        (" a", " a"),
+        ("gs://b", "gs://b"),
+        ("gs://b/x y/ä/", "gs://b/x y/ä"),
+        (epath.Path("gs://b/x"), "gs://b/x"),
+        ("file:///a/b", "/a/b"),
+        ("file:///a%20b/%C3%A4", "/a b/ä"),
+        ("file://localhost/a/", "/a"),
+        ("file:/a", "/a"),
+        ("FILE:///a", "/a"),
+    ],
+)
 def test_what_a_path_means(monkeypatch, given, expected):
     monkeypatch.setenv("HOME", "/home/me")
     assert normalised(given) == expected == normalised(normalised(given))
     assert optional(given) == expected
 
 
-@pytest.mark.parametrize("given, says", [
-    (pathlib.Path("gs://b/x"), "gs:/b/x is a mangled address: give gs://b/x"), ("gs:/b/x", "give gs://b/x"),
-    ("gs:b/x", "give gs://b/x"), ("GS:/b", "give gs://b"), (os.path.abspath("gs://b/x"), "give gs://b/x"),
-    (pathlib.Path("gs://b/x").absolute(), "give gs://b/x"), ("runs/gs:/b/x", "give gs://b/x"),
-    ("gs:///b/x", "names no bucket: .*gs://b/x"), ("gs://", "names no bucket"), ("gs:", "names no bucket"),
-    ("gcs://b/x", "give gs://b/x"), ("Gs://b/x", "give gs://b/x"),
-    ("s3://", "s3://: give a local path or a gs:// address"), ("s3://b/x", "s3://"), ("s3:/b/x", "s3://"),
-    ("https://example.com/x.pth", "https://"), ("weird+x://b", r"weird\+x://"),
-    ("file://other/a", "file:///PATH"), ("file:a", "file:///PATH"), ("file://", "file:///PATH"),
-    ("~nobody_of_this_name/a", "no user 'nobody_of_this_name'"), ("", "empty"), ("a\0b", "null"),
-    ("x" * 256, "longer"), ("ä" * 128, "longer"), ("a/" * 2048 + "b", "longer"), ("\ud800", "no text"),
-    (b"a", "expected a path"), (3, "expected a path"), (None, "expected a path"), (["a"], "expected a path"),
-])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (pathlib.Path("gs://b/x"), "gs:/b/x is a mangled address: give gs://b/x"),
+        ("gs:/b/x", "give gs://b/x"),
+        ("gs:b/x", "give gs://b/x"),
+        ("GS:/b", "give gs://b"),
+        (os.path.abspath("gs://b/x"), "give gs://b/x"),
+        (pathlib.Path("gs://b/x").absolute(), "give gs://b/x"),
+        ("runs/gs:/b/x", "give gs://b/x"),
+        ("gs:///b/x", "names no bucket: .*gs://b/x"),
+        ("gs://", "names no bucket"),
+        ("gs:", "names no bucket"),
+        ("gcs://b/x", "give gs://b/x"),
+        ("Gs://b/x", "give gs://b/x"),
+        ("s3://", "s3://: give a local path or a gs:// address"),
+        ("s3://b/x", "s3://"),
+        ("s3:/b/x", "s3://"),
+        ("https://example.com/x.pth", "https://"),
+        ("weird+x://b", r"weird\+x://"),
+        ("file://other/a", "file:///PATH"),
+        ("file:a", "file:///PATH"),
+        ("file://", "file:///PATH"),
+        ("~nobody_of_this_name/a", "no user 'nobody_of_this_name'"),
+        ("", "empty"),
+        ("a\0b", "null"),
+        ("x" * 256, "longer"),
+        ("ä" * 128, "longer"),
+        ("a/" * 2048 + "b", "longer"),
+        ("\ud800", "no text"),
+        (b"a", "expected a path"),
+        (3, "expected a path"),
+        (None, "expected a path"),
+        (["a"], "expected a path"),
+    ],
+)
 def test_what_is_no_path(given, says):
     with pytest.raises(UserError, match=f"thing .*{says}") as raised:
         normalised(given, "thing")
@@ -92,12 +140,26 @@ def test_every_path_of_the_command_line_is_known():
     assert {action.dest for action in actions if action.metavar == shipped.METAVAR} == {"config", "dataset"}
 
 
-@pytest.mark.parametrize("command", [
-    "train --config {digits} --workdir", "prepare --out o --images", "prepare --out o --imagenet",
-    "convert --out o --checkpoint", "convert --out o --tokenizer", "stats --npz n.npz --out", "stats --out o.npz --npz",
-    "train-classifier --config {digits} --out", "train-tokenizer --config {digits} --out", "evaluate --workdir w --out",
-    "evaluate --workdir w --reference", "sample --workdir w --out o --tokenizer_path", "plot --out o --workdir",
-    "tokenizer check --out o --images", "tokenizer check --out o --config"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config {digits} --workdir",
+        "prepare --out o --images",
+        "prepare --out o --imagenet",
+        "convert --out o --checkpoint",
+        "convert --out o --tokenizer",
+        "stats --npz n.npz --out",
+        "stats --out o.npz --npz",
+        "train-classifier --config {digits} --out",
+        "train-tokenizer --config {digits} --out",
+        "evaluate --workdir w --out",
+        "evaluate --workdir w --reference",
+        "sample --workdir w --out o --tokenizer_path",
+        "plot --out o --workdir",
+        "tokenizer check --out o --images",
+        "tokenizer check --out o --config",
+    ],
+)
 def test_an_empty_path_is_not_one_left_out(tmp_path, monkeypatch, capsys, command):
     """As of a shell's variable that is not set."""
     monkeypatch.chdir(tmp_path)
@@ -121,8 +183,12 @@ def home(tmp_path, monkeypatch):
 
 
 def test_the_fields_of_a_config(home):
-    keys = [key for key, value in config_lib.flatten(config_lib.base()).items() if isinstance(value, str)
-            and key.rsplit(".", 1)[-1] in ("data_dir", "cache", "path", "vgg", "linear", "extractor_path", "reference")]
+    keys = [
+        key
+        for key, value in config_lib.flatten(config_lib.base()).items()
+        if isinstance(value, str)
+        and key.rsplit(".", 1)[-1] in ("data_dir", "cache", "path", "vgg", "linear", "extractor_path", "reference")
+    ]
     assert set(keys) == set(PATHS)
     for key in keys:
         resolved = config_lib.resolve(config_lib.apply_overrides(make_digits(), {key: "~/a b/"}))
@@ -145,6 +211,7 @@ def test_config_files(home, tmp_path):
 
 def test_a_work_directory_at_home(home, capsys, monkeypatch):
     """What writes it and what reads it finds the same one, whatever way it is called."""
+
     def claimed(*args, **kwargs):
         raise UserError("claimed")
 
@@ -161,24 +228,34 @@ def test_a_work_directory_at_home(home, capsys, monkeypatch):
     assert os.listdir(run) == ["config.json"] and not os.listdir(".")
 
 
-@pytest.mark.parametrize("arguments", [
-    ["train", "--config", f"{DIGITS}:debug", "--workdir", "ADDRESS"],
-    ["train", "--config", "ADDRESS", "--workdir", "run"],
-    ["train", "--config", f"{DIGITS}:debug", "--workdir", "run", "--config.data.cache=ADDRESS"],
-    ["train-tokenizer", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
-    ["tokenizer", "check", "--images", "ADDRESS", "--name", "pixels", "--out", "out"],
-    ["tokenizer", "check", "--config", f"{DIGITS}:debug", "--out", "out", "--config.tokenizer.path=ADDRESS"],
-    ["sample", "--workdir", "ADDRESS", "--out", "out"], ["sample", "--workdir", "run", "--out", "ADDRESS"],
-    ["convert", "--checkpoint", "ADDRESS", "--out", "out"], ["convert", "--tokenizer", "a", "--out", "ADDRESS"],
-    ["convert", "--inception", "ADDRESS"], ["export", "--workdir", "ADDRESS", "--out", "a.safetensors"],
-    ["prepare", "--images", "ADDRESS", "--out", "out"], ["prepare", "--imagenet", "a", "ADDRESS", "--out", "out"],
-    ["cache-latents", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
-    ["train-classifier", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
-    ["stats", "--npz", "ADDRESS", "--out", "out.npz"], ["stats", "--images", "ADDRESS", "--out", "out.npz"],
-    ["evaluate", "--workdir", "ADDRESS"], ["evaluate", "--workdir", "run", "--reference", "ADDRESS"],
-    ["plot", "--workdir", "a", "ADDRESS", "--out", "out"], ["sweep", "ADDRESS", "--root", "root"],
-    ["sweep", "file.py", "--root", "ADDRESS"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", f"{DIGITS}:debug", "--workdir", "ADDRESS"],
+        ["train", "--config", "ADDRESS", "--workdir", "run"],
+        ["train", "--config", f"{DIGITS}:debug", "--workdir", "run", "--config.data.cache=ADDRESS"],
+        ["train-tokenizer", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
+        ["tokenizer", "check", "--images", "ADDRESS", "--name", "pixels", "--out", "out"],
+        ["tokenizer", "check", "--config", f"{DIGITS}:debug", "--out", "out", "--config.tokenizer.path=ADDRESS"],
+        ["sample", "--workdir", "ADDRESS", "--out", "out"],
+        ["sample", "--workdir", "run", "--out", "ADDRESS"],
+        ["convert", "--checkpoint", "ADDRESS", "--out", "out"],
+        ["convert", "--tokenizer", "a", "--out", "ADDRESS"],
+        ["convert", "--inception", "ADDRESS"],
+        ["export", "--workdir", "ADDRESS", "--out", "a.safetensors"],
+        ["prepare", "--images", "ADDRESS", "--out", "out"],
+        ["prepare", "--imagenet", "a", "ADDRESS", "--out", "out"],
+        ["cache-latents", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
+        ["train-classifier", "--config", f"{DIGITS}:debug", "--out", "ADDRESS"],
+        ["stats", "--npz", "ADDRESS", "--out", "out.npz"],
+        ["stats", "--images", "ADDRESS", "--out", "out.npz"],
+        ["evaluate", "--workdir", "ADDRESS"],
+        ["evaluate", "--workdir", "run", "--reference", "ADDRESS"],
+        ["plot", "--workdir", "a", "ADDRESS", "--out", "out"],
+        ["sweep", "ADDRESS", "--root", "root"],
+        ["sweep", "file.py", "--root", "ADDRESS"],
+    ],
+)
 def test_mangled_addresses_on_the_command_line(home, capsys, arguments):
     assert cli.main([each.replace("ADDRESS", "gs:/b/x") for each in arguments]) == 2
     error = capsys.readouterr().err
@@ -186,20 +263,39 @@ def test_mangled_addresses_on_the_command_line(home, capsys, arguments):
     assert not os.listdir(".")
 
 
-@pytest.mark.parametrize("call", [
-    lambda path: marjax.train(make_digits(), path), lambda path: marjax.sample(path, [0]), read_workdir,
-    lambda path: open_sampler(path), lambda path: export(path, "a.safetensors"), lambda path: convert(path, "out"),
-    lambda path: convert_tokenizer(path, "a.safetensors"), lambda path: prepare(path, out="out"),
-    lambda path: prepare("a", out=path), lambda path: cache_latents(make_digits(), path),
-    lambda path: make_statistics("out.npz", npz=path), lambda path: classifier_of(make_digits().data, path),
-    lambda path: evaluate(path), lambda path: evaluate("run", Request(reference=path)),
-    lambda path: plot([path], "out"), lambda path: sweep("file.py", path), lambda path: read_reference(path),
-    lambda path: open_extractor("classifier", path), lambda path: check(images=path, name="pixels"),
-    lambda path: Checkpoints(path), lambda path: train_codebook(make_digits(), path),
-], ids=range(21))
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: marjax.train(make_digits(), path),
+        lambda path: marjax.sample(path, [0]),
+        read_workdir,
+        lambda path: open_sampler(path),
+        lambda path: export(path, "a.safetensors"),
+        lambda path: convert(path, "out"),
+        lambda path: convert_tokenizer(path, "a.safetensors"),
+        lambda path: prepare(path, out="out"),
+        lambda path: prepare("a", out=path),
+        lambda path: cache_latents(make_digits(), path),
+        lambda path: make_statistics("out.npz", npz=path),
+        lambda path: classifier_of(make_digits().data, path),
+        lambda path: evaluate(path),
+        lambda path: evaluate("run", Request(reference=path)),
+        lambda path: plot([path], "out"),
+        lambda path: sweep("file.py", path),
+        lambda path: read_reference(path),
+        lambda path: open_extractor("classifier", path),
+        lambda path: check(images=path, name="pixels"),
+        lambda path: Checkpoints(path),
+        lambda path: train_codebook(make_digits(), path),
+    ],
+    ids=range(21),
+)
 def test_mangled_addresses_in_python(home, call):
-    for path, says in ((pathlib.Path("gs://b/x"), "give gs://b/x"), ("~nobody_of_this_name/x", "no user"),
-                       (3, "expected a path")):
+    for path, says in (
+        (pathlib.Path("gs://b/x"), "give gs://b/x"),
+        ("~nobody_of_this_name/x", "no user"),
+        (3, "expected a path"),
+    ):
         with pytest.raises(UserError, match=says):
             call(path)
     assert not os.listdir(".")

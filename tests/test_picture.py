@@ -27,8 +27,9 @@ def test_the_quick_start_shows_every_class_for_two_percent():
 
 
 def test_the_number_follows_from_the_steps_between_two_pictures():
-    counts = [picture("digits.py", log__samples_every=every, train__steps=20_000).count
-              for every in (400, 800, 1600, 20_000)]
+    counts = [
+        picture("digits.py", log__samples_every=every, train__steps=20_000).count for every in (400, 800, 1600, 20_000)
+    ]
     assert counts == [20, 50, 100, 100]
     assert picture("digits.py", log__samples_every=20_000, train__steps=400).count == 20  # it never has more steps
     assert picture("digits.py", log__samples_every=2000, train__steps=2000, sample__batch_size=16).count == 10
@@ -53,4 +54,4 @@ def test_classes_keep_to_their_columns():
     drawn = found.draw(sampler, 10, 20, seed=0)
     assert labels == [list(range(10)) * (found.count // 10)] * 2
     assert drawn.shape[1] > 2 * 10 * 2  # ten columns of either kind
-    assert (drawn[:, :drawn.shape[1] // 2] != 20).all() and (drawn[:, drawn.shape[1] // 2:] != 10).all()
+    assert (drawn[:, : drawn.shape[1] // 2] != 20).all() and (drawn[:, drawn.shape[1] // 2 :] != 10).all()

@@ -42,8 +42,8 @@ def decoded(data):
 
 def png_of(*chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks)
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
 
 
 def deep_png(pixels, *chunks):
@@ -65,10 +65,17 @@ def over_white(pixels, alpha):
     return np.where(alpha[..., None] if pixels.ndim == 3 else alpha, pixels, 255)
 
 
-@pytest.mark.parametrize("data", [
-    as_file(RGB, "JPEG"), as_file(GREY, "JPEG"), as_file(RGB, "PNG"), as_file(GREY, "PNG"),
-    as_file(RGB, "JPEG", exif=exif(1)), as_file(RGB, "MPO", save_all=True, append_images=[Image.fromarray(RGB)]),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        as_file(RGB, "JPEG"),
+        as_file(GREY, "JPEG"),
+        as_file(RGB, "PNG"),
+        as_file(GREY, "PNG"),
+        as_file(RGB, "JPEG", exif=exif(1)),
+        as_file(RGB, "MPO", save_all=True, append_images=[Image.fromarray(RGB)]),
+    ],
+)
 def test_what_all_readers_read_is_passed_through(data):
     stored, kind = storable(data)
     assert stored == data and kind in ("JPEG", "PNG")
@@ -83,16 +90,20 @@ ALL_KINDS = {
     "1-bit": (as_file(Image.fromarray(BITS), "PNG"), BITS * np.uint8(255)),
     "16-bit": (as_file(DEEP, "PNG"), (DEEP >> 8).astype(np.uint8)),
     "palette": (as_file(PALETTE, "PNG"), PALETTE_RGB),
-    "palette, transparency": (as_file(PALETTE, "PNG", transparency=3),
-                              over_white(PALETTE_RGB, np.asarray(PALETTE) != 3)),
+    "palette, transparency": (
+        as_file(PALETTE, "PNG", transparency=3),
+        over_white(PALETTE_RGB, np.asarray(PALETTE) != 3),
+    ),
     "transparency": (as_file(np.dstack([RGB, HOLES]), "PNG"), over_white(RGB, HOLES)),
     "transparency ": (as_file(np.dstack([GREY, HOLES]), "PNG"), over_white(GREY, HOLES)),
     "transparency  ": (as_file(GREY, "PNG", transparency=int(GREY[3, 4])), over_white(GREY, GREY[3, 4] != GREY)),
     "CMYK": (CMYK, np.asarray(Image.open(io.BytesIO(CMYK)).convert("RGB"))),
     "BMP": (as_file(RGB, "BMP"), RGB),
     "GIF, palette": (as_file(PALETTE, "GIF"), PALETTE_RGB),
-    "GIF, first frame, palette": (as_file(PALETTE, "GIF", save_all=True,
-                                          append_images=[PALETTE.transpose(Image.Transpose.ROTATE_180)]), PALETTE_RGB),
+    "GIF, first frame, palette": (
+        as_file(PALETTE, "GIF", save_all=True, append_images=[PALETTE.transpose(Image.Transpose.ROTATE_180)]),
+        PALETTE_RGB,
+    ),
     "TIFF": (as_file(RGB, "TIFF"), RGB),
     "TIFF, rotated": (as_file(RGB, "TIFF", exif=exif(8)), np.rot90(RGB)),
     "TIFF, 16-bit": (as_file(DEEP, "TIFF"), (DEEP >> 8).astype(np.uint8)),
@@ -100,8 +111,10 @@ ALL_KINDS = {
 }
 if features.check("webp"):
     ALL_KINDS["WEBP"] = (as_file(RGB, "WEBP", lossless=True), RGB)
-    ALL_KINDS["WEBP, transparency"] = (as_file(np.dstack([RGB, HOLES]), "WEBP", lossless=True, exact=True),
-                                       over_white(RGB, HOLES))
+    ALL_KINDS["WEBP, transparency"] = (
+        as_file(np.dstack([RGB, HOLES]), "WEBP", lossless=True, exact=True),
+        over_white(RGB, HOLES),
+    )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -136,16 +149,19 @@ def test_orientation_may_be_ignored():
     np.testing.assert_array_equal(decoded(turned), np.rot90(decoded(data), -1))
 
 
-@pytest.mark.parametrize("data, says", [
-    (b"", "the file is empty"),
-    (b"hello, I am a text\n" * 9, "no image file that Pillow can read"),
-    (as_file(RGB, "JPEG")[:-60], "OSError"),
-    (as_file(RGB, "PNG")[:200], "OSError: Truncated File Read"),
-    (as_file(RGB, "PNG")[:60] + b"x" + as_file(RGB, "PNG")[61:], "broken PNG file"),
-    (as_file(np.zeros((3, 4), np.float32), "TIFF"), "mode F, whose range is not known"),
-    (as_file(np.zeros((3, 4), np.int32), "TIFF"), "mode I, whose range is not known"),
-    (as_file(Image.new("1", (20_000, 20_000)), "PNG"), "too many pixels"),
-])
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (b"", "the file is empty"),
+        (b"hello, I am a text\n" * 9, "no image file that Pillow can read"),
+        (as_file(RGB, "JPEG")[:-60], "OSError"),
+        (as_file(RGB, "PNG")[:200], "OSError: Truncated File Read"),
+        (as_file(RGB, "PNG")[:60] + b"x" + as_file(RGB, "PNG")[61:], "broken PNG file"),
+        (as_file(np.zeros((3, 4), np.float32), "TIFF"), "mode F, whose range is not known"),
+        (as_file(np.zeros((3, 4), np.int32), "TIFF"), "mode I, whose range is not known"),
+        (as_file(Image.new("1", (20_000, 20_000)), "PNG"), "too many pixels"),
+    ],
+)
 def test_unreadable(data, says):
     with pytest.raises(UnreadableError) as caught:
         storable(data)
@@ -203,8 +219,11 @@ def test_damaged_pixels_with_a_right_checksum():
 
 
 def test_harmless_texts_are_kept():
-    small = [(b"tEXt", b"Software\0x"), (b"zTXt", b"Comment\0\0" + zlib.compress(b"y")),
-             (b"iCCP", b"name\0\0" + zlib.compress(b"z" * 3000))]
+    small = [
+        (b"tEXt", b"Software\0x"),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(b"y")),
+        (b"iCCP", b"name\0\0" + zlib.compress(b"z" * 3000)),
+    ]
     given = with_chunks(as_file(RGB, "PNG"), small, small[:1])
     assert storable(given) == (given, "PNG")
     broken = bytearray(given)
@@ -236,14 +255,14 @@ def test_ten_and_twelve_bits_in_sixteen(channels, bits):
         values[..., -1] = 65535  # opaque
     stored, kind = storable(deep_png(values))
     assert kind == f"{bits}{BY_VALUES}" + ", transparency" * (channels in (2, 4))
-    expected = (values[..., :3 if channels > 2 else 1] >> (bits - 8)).astype(np.uint8)
+    expected = (values[..., : 3 if channels > 2 else 1] >> (bits - 8)).astype(np.uint8)
     assert expected.max() == 255
     np.testing.assert_array_equal(decoded(stored).reshape(expected.shape), expected)
     if channels in (1, 3):
         np.testing.assert_array_equal(decode(deep_png(values)), expected)
     as_sixteen, kind = storable(deep_png(values), bits=16)
     assert kind.split(",")[0] == "16-bit"
-    np.testing.assert_array_equal(decoded(as_sixteen).reshape(expected.shape), values[..., :expected.shape[2]] >> 8)
+    np.testing.assert_array_equal(decoded(as_sixteen).reshape(expected.shape), values[..., : expected.shape[2]] >> 8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -330,7 +349,7 @@ def test_pictures_of_too_many_pixels(kind):
 def test_jpeg_files_that_are_drawn_again_and_again():
     """Each of a million scans costs as much as a picture."""
     data = as_file(RGB, "JPEG", progressive=True, quality=95)
-    scan = data[data.rindex(b"\xff\xda"):-2]
+    scan = data[data.rindex(b"\xff\xda") : -2]
     for read in (storable, decode):
         read(data[:-2] + 80 * scan + data[-2:])
         read(data + 200 * scan)  # further pictures or films, after the end of the picture

@@ -13,8 +13,9 @@ def test_the_scale_of_the_config():
     config = config_lib.load(DIGITS)
     plain = open_tokenizer(config_lib.resolve(config).tokenizer)
     np.testing.assert_array_equal(plain.encode({}, image, numerics.key(0)), image)
-    scaled = open_tokenizer(config_lib.resolve(config_lib.apply_overrides(
-        config, {"tokenizer.autoencoder.scale": 0.25})).tokenizer)
+    scaled = open_tokenizer(
+        config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.autoencoder.scale": 0.25})).tokenizer
+    )
     latent = scaled.encode({}, image, numerics.key(0))
     np.testing.assert_array_equal(latent, image / 4)
     np.testing.assert_array_equal(scaled.decode({}, latent), image)

@@ -19,13 +19,25 @@ from marjax.plots import style, tradeoffs, training
 from marjax.plots.curves import Result, curves, describe
 from marjax.plots.runs import Run, distinct_names, read_runs
 
-SETTINGS = {"weights": "ema", "num_iter": 64, "num_sampling_steps": "100", "cfg": 2.9, "cfg_schedule": "linear",
-            "temperature": 1.0, "confidence_order": False, "step": 450, "num_images": 10000, "seed": 0}
+SETTINGS = {
+    "weights": "ema",
+    "num_iter": 64,
+    "num_sampling_steps": "100",
+    "cfg": 2.9,
+    "cfg_schedule": "linear",
+    "temperature": 1.0,
+    "confidence_order": False,
+    "step": 450,
+    "num_images": 10000,
+    "seed": 0,
+}
 
 
 def result(fid=5.0, seconds=1.0, inception_score=9.0, **settings):
-    return Result({"workdir": "run", **SETTINGS, **settings},
-                  {"fid": fid, "inception_score": inception_score, "seconds_per_image": seconds})
+    return Result(
+        {"workdir": "run", **SETTINGS, **settings},
+        {"fid": fid, "inception_score": inception_score, "seconds_per_image": seconds},
+    )
 
 
 def line(step, **values):
@@ -39,10 +51,20 @@ def write_lines(folder, lines):
 
 def write_evaluation(folder, measured, **fields):
     folder.mkdir(parents=True, exist_ok=True)
-    networks = {"reference": {"name": "digits", "checksum": "ab" * 32},
-                "extractor": {"name": "classifier", "checksum": "cd" * 32}}
-    results = [{"settings": SETTINGS | settings, "metrics": {"fid": fid, "kid": None}, "seconds_per_image": seconds,
-                **networks, **fields} for settings, fid, seconds in measured]
+    networks = {
+        "reference": {"name": "digits", "checksum": "ab" * 32},
+        "extractor": {"name": "classifier", "checksum": "cd" * 32},
+    }
+    results = [
+        {
+            "settings": SETTINGS | settings,
+            "metrics": {"fid": fid, "kid": None},
+            "seconds_per_image": seconds,
+            **networks,
+            **fields,
+        }
+        for settings, fid, seconds in measured
+    ]
     (folder / "evaluation.json").write_text(json.dumps({"format": 1, "results": results}))
 
 
@@ -59,10 +81,21 @@ def workdir(tmp_path):
     folder = tmp_path / "run"
     write_lines(folder, [line(step, train__loss=8 / step, train__lr=1.0, eval__fid=9 / step) for step in (1, 2, 3)])
     write_samples(folder, [10, 20])
-    varied = ((8, "100", 1.0, 1.0), (64, "100", 1.0, 1.0), (64, "ddim25", 1.0, 1.0), (64, "ddim50", 1.0, 1.0),
-              (64, "100", 2.0, 1.0), (64, "100", 1.0, 0.9))
-    write_evaluation(folder, [({"num_iter": n, "num_sampling_steps": steps, "cfg": cfg, "temperature": t}, n + cfg + t,
-                               0.01 * n) for n, steps, cfg, t in varied])
+    varied = (
+        (8, "100", 1.0, 1.0),
+        (64, "100", 1.0, 1.0),
+        (64, "ddim25", 1.0, 1.0),
+        (64, "ddim50", 1.0, 1.0),
+        (64, "100", 2.0, 1.0),
+        (64, "100", 1.0, 0.9),
+    )
+    write_evaluation(
+        folder,
+        [
+            ({"num_iter": n, "num_sampling_steps": steps, "cfg": cfg, "temperature": t}, n + cfg + t, 0.01 * n)
+            for n, steps, cfg, t in varied
+        ],
+    )
     return folder
 
 
@@ -113,8 +146,9 @@ assert "matplotlib" in sys.modules and not {"matplotlib.pyplot", "jax"} & set(sy
 def test_loss_and_its_parts():
     rng = np.random.default_rng(0)
     values = rng.uniform(1, 2, 200)
-    long = Run("long", [line(i + 1, train__loss=x, train__mse=x / 2, train__grad_norm=1.0) for i, x in
-                        enumerate(values)])
+    long = Run(
+        "long", [line(i + 1, train__loss=x, train__mse=x / 2, train__grad_norm=1.0) for i, x in enumerate(values)]
+    )
     short = Run("_short$1$", [line(1, train__loss=40.0), line(2, train__other=None)])
     figure = training.loss([long, Run("empty"), short])
     loss, mse = figure.axes
@@ -142,8 +176,14 @@ def test_smoothing():
 
 
 def test_evaluations_during_training():
-    first = Run("a", [line(5, train__loss=1.0), line(5, eval__fid=90.0, eval__fid_guided=40.0),
-                      line(10, eval__fid=50.0, eval__fid_guided=10.0, eval__inception_score=3.0)])
+    first = Run(
+        "a",
+        [
+            line(5, train__loss=1.0),
+            line(5, eval__fid=90.0, eval__fid_guided=40.0),
+            line(10, eval__fid=50.0, eval__fid_guided=10.0, eval__inception_score=3.0),
+        ],
+    )
     figure = training.evaluations([first, Run("b", [line(7, eval__fid_guided=20.0)]), Run("c")])
     fid, score = figure.axes
     drawn = {(each.get_color(), each.get_linestyle()): xy(each) for each in fid.get_lines() if len(each.get_xdata())}
@@ -173,12 +213,19 @@ def test_samples_are_the_ema_half_at_six_steps(tmp_path):
 
 
 def test_a_curve_holds_all_but_one_setting():
-    results = [result(num_iter=64, fid=3.0), result(num_iter=8, fid=9.0), result(num_iter=8, cfg=1.0, fid=20.0),
-               result(num_iter=64, cfg=1.0, fid=30.0), result(num_iter=64, temperature=0.9),  # alone
-               result(num_iter=64, fid=4.0)]  # measured again
+    results = [
+        result(num_iter=64, fid=3.0),
+        result(num_iter=8, fid=9.0),
+        result(num_iter=8, cfg=1.0, fid=20.0),
+        result(num_iter=64, cfg=1.0, fid=30.0),
+        result(num_iter=64, temperature=0.9),  # alone
+        result(num_iter=64, fid=4.0),
+    ]  # measured again
     found = curves(results, "num_iter", ["fid"])
     assert [(curve.fixed["cfg"], curve.x, curve.values("fid")) for curve in found] == [
-        (1.0, [8, 64], [20.0, 30.0]), (2.9, [8, 64], [9.0, 4.0])]
+        (1.0, [8, 64], [20.0, 30.0]),
+        (2.9, [8, 64], [9.0, 4.0]),
+    ]
     assert all("num_iter" not in curve.fixed for curve in found)
     untimed = [Result(each.settings, {"fid": 1.0}) for each in results[:2]]
     assert not curves([*untimed, *results[2:3]], "num_iter", ["fid", "seconds_per_image"])
@@ -199,11 +246,15 @@ def test_ddim_steps_are_a_family_of_their_own():
 
 
 def test_every_schedule_begins_without_guidance():
-    results = [result(fid=9.0, cfg=1.0), *(result(fid=c, cfg=c, cfg_schedule=s) for c in (2.0, 3.0)
-                                           for s in ("linear", "constant"))]
+    results = [
+        result(fid=9.0, cfg=1.0),
+        *(result(fid=c, cfg=c, cfg_schedule=s) for c in (2.0, 3.0) for s in ("linear", "constant")),
+    ]
     found = curves(results, "cfg", ["fid"])
     assert [(curve.fixed["cfg_schedule"], curve.x) for curve in found] == [
-        ("constant", [1, 2, 3]), ("linear", [1, 2, 3])]
+        ("constant", [1, 2, 3]),
+        ("linear", [1, 2, 3]),
+    ]
     assert len(curves(results, "temperature", ["fid"])) == 0
 
 
@@ -211,20 +262,31 @@ def test_labels_say_what_differs():
     results = [result(num_iter=n, cfg=c, workdir=w) for n in (8, 64) for c in (1.0, 2.9) for w in ("a", "b")]
     common, labels = describe(curves(results, "num_iter", ["fid"]))
     assert labels == ["a, cfg 1", "a, cfg 2.9", "b, cfg 1", "b, cfg 2.9"]
-    assert common == ("ema weights, num_sampling_steps 100, linear schedule, temperature 1, no confidence_order, "
-                      "step 450, 10,000 images, seed 0")
+    assert common == (
+        "ema weights, num_sampling_steps 100, linear schedule, temperature 1, no confidence_order, "
+        "step 450, 10,000 images, seed 0"
+    )
     common, labels = describe(curves(results[::4], "num_iter", ["fid"]))
     assert labels == [""] and common.startswith("a, ema weights, ") and "cfg 1, " in common
 
 
 def test_quality_over_a_setting():
-    first = Run("a", results=[result(workdir="a", num_iter=n, cfg=c, fid=c * n, inception_score=n / 10)
-                              for n in (16, 8, 128) for c in (1.0, 2.0)])
+    first = Run(
+        "a",
+        results=[
+            result(workdir="a", num_iter=n, cfg=c, fid=c * n, inception_score=n / 10)
+            for n in (16, 8, 128)
+            for c in (1.0, 2.0)
+        ],
+    )
     second = Run("b", results=[result(workdir="b", num_iter=n, fid=7.0 + n) for n in (8, 16)])
     figure = tradeoffs.over([first, Run("c"), second], "num_iter")
     fid, score = figure.axes
     assert [xy(each) for each in fid.get_lines()] == [
-        [(8, 8.0), (16, 16.0), (128, 128.0)], [(8, 16.0), (16, 32.0), (128, 256.0)], [(8, 15.0), (16, 23.0)]]
+        [(8, 8.0), (16, 16.0), (128, 128.0)],
+        [(8, 16.0), (16, 32.0), (128, 256.0)],
+        [(8, 15.0), (16, 23.0)],
+    ]
     assert xy(score.get_lines()[0]) == [(8, 0.8), (16, 1.6), (128, 12.8)]
     lines = fid.get_lines()
     assert lines[0].get_color() == style.colors(3)[0].lower() and lines[2].get_color() == style.colors(3)[2].lower()
@@ -279,12 +341,26 @@ def test_nothing_is_cut_off_and_every_curve_is_named_once(tmp_path):
     for name in (LONG, "many words and $math$ " * 6, "b"):
         write_samples(tmp_path / name, [1, 2])
         run = read_runs([tmp_path / name])[0]
-        lines = [line(5 * i, train__loss=1.0 / i, eval__fid=9.0 / i, eval__fid_guided=5.0, eval__inception_score=i,
-                      **{f"train__{LONG[:40]}{j}": 1.0 for j in range(3)}) for i in (1, 2, 3)]
+        lines = [
+            line(
+                5 * i,
+                train__loss=1.0 / i,
+                eval__fid=9.0 / i,
+                eval__fid_guided=5.0,
+                eval__inception_score=i,
+                **{f"train__{LONG[:40]}{j}": 1.0 for j in range(3)},
+            )
+            for i in (1, 2, 3)
+        ]
         results = [result(workdir=run.name, num_iter=n, cfg=c, seconds=n / 100) for n in (8, 64) for c in (1.0, 3.0)]
         runs.append(Run(run.name, lines, run.pictures, results))
-    for draw in (training.loss, training.evaluations, training.samples, tradeoffs.over_time,
-                 lambda runs: tradeoffs.over(runs, "cfg")):
+    for draw in (
+        training.loss,
+        training.evaluations,
+        training.samples,
+        tradeoffs.over_time,
+        lambda runs: tradeoffs.over(runs, "cfg"),
+    ):
         for drawn in (runs[:1], runs):
             with style.applied():
                 figure = draw(drawn)
@@ -294,9 +370,13 @@ def test_nothing_is_cut_off_and_every_curve_is_named_once(tmp_path):
                 assert len(labels) == len(set(labels)) and all(labels)
                 if len(drawn) > 1:
                     assert any(label.startswith(LONG[:60]) for label in labels)
-    looks = [(each.get_color(), each.get_marker()) for axes in tradeoffs.over_time(
-        [Run("run", results=[result(num_iter=n, num_sampling_steps=s) for n in (8, 16) for s in ("25", "50")])]).axes
-        for each in axes.get_lines()]
+    looks = [
+        (each.get_color(), each.get_marker())
+        for axes in tradeoffs.over_time(
+            [Run("run", results=[result(num_iter=n, num_sampling_steps=s) for n in (8, 16) for s in ("25", "50")])]
+        ).axes
+        for each in axes.get_lines()
+    ]
     assert len(looks) == len(set(looks)) == 4  # also of curves in different panels
 
 
@@ -320,18 +400,38 @@ def test_seeds_are_repeats_with_error_bars():
 
 def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
     """Neither in what older versions have written."""
-    write_lines(tmp_path / "old", [line(s, eval__fid=9.0 / s, eval__fid_guided=4.0, eval__inception_score=2.0,
-                                        eval__inception_score_std=0.5, eval__accuracy=1.0) for s in (1, 2)])
-    (tmp_path / "old" / "config.json").write_text(json.dumps(
-        {"eval": {"extractor": "classifier", "num_images": 500, "every": 1}, "data": {}}))
+    write_lines(
+        tmp_path / "old",
+        [
+            line(
+                s,
+                eval__fid=9.0 / s,
+                eval__fid_guided=4.0,
+                eval__inception_score=2.0,
+                eval__inception_score_std=0.5,
+                eval__accuracy=1.0,
+            )
+            for s in (1, 2)
+        ],
+    )
+    (tmp_path / "old" / "config.json").write_text(
+        json.dumps({"eval": {"extractor": "classifier", "num_images": 500, "every": 1}, "data": {}})
+    )
     write_evaluation(tmp_path / "old", [({"cfg": cfg}, cfg, 0.1) for cfg in (1.0, 2.0)])
-    write_lines(tmp_path / "new", [line(s, eval__frechet_classifier_distance=8.0, eval__num_images=n)
-                                   for s, n in ((1, 500), (2, 1000))])
+    write_lines(
+        tmp_path / "new",
+        [line(s, eval__frechet_classifier_distance=8.0, eval__num_images=n) for s, n in ((1, 500), (2, 1000))],
+    )
     write_lines(tmp_path / "inception", [line(s, eval__fid=3.0) for s in (1, 2)])
     old, new, other = read_runs([tmp_path / "old", tmp_path / "new", tmp_path / "inception"])
     assert {name for name in old.lines[0] if name.startswith("eval/")} == {
-        "eval/frechet_classifier_distance", "eval/frechet_classifier_distance_guided", "eval/classifier_score",
-        "eval/classifier_score_std", "eval/accuracy", "eval/num_images"}
+        "eval/frechet_classifier_distance",
+        "eval/frechet_classifier_distance_guided",
+        "eval/classifier_score",
+        "eval/classifier_score_std",
+        "eval/accuracy",
+        "eval/num_images",
+    }
     assert old.results[0].metrics.keys() == {"frechet_classifier_distance", "seconds_per_image"}
     figure = training.evaluations([old])
     assert ylabels(figure) == ["Frechet distance (classifier)", "classifier score"]
@@ -339,8 +439,11 @@ def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
     assert common == "500 images a point, bars: standard deviation over splits of the images"
     figure = training.evaluations([old, new, other])
     assert sorted(ylabels(figure)) == ["FID", "Frechet distance (classifier)", "classifier score"]
-    assert legend_of(figure)[0][:3] == ["old (500 images)", "new (500 to 1,000 images)",
-                                        "inception (number of images not known)"]
+    assert legend_of(figure)[0][:3] == [
+        "old (500 images)",
+        "new (500 to 1,000 images)",
+        "inception (number of images not known)",
+    ]
     assert ylabels(tradeoffs.over([old], "cfg"))[0] == "Frechet distance (classifier)"
 
 
@@ -384,8 +487,19 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "run has no samples and no evaluation.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "results": [3]}', "\xff",
-                                  "[" * 200_000, '{"format": 1, "results": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": 2}',
+        '{"format": 1}',
+        '{"format": 1, "results": [3]}',
+        "\xff",
+        "[" * 200_000,
+        '{"format": 1, "results": ' + "9" * 5000 + "}",
+    ],
+)
 def test_evaluations_that_are_none(tmp_path, text):
     write_lines(tmp_path, [line(1, train__loss=1.0)])
     (tmp_path / "evaluation.json").write_bytes(text.encode("latin1"))
@@ -394,10 +508,18 @@ def test_evaluations_that_are_none(tmp_path, text):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fields", [{"metrics": None}, {"settings": SETTINGS | {"num_images": "all"}},
-                                    {"settings": SETTINGS | {"cfg": []}}, {"seconds_per_image": "1"},
-                                    {"metrics": {"fid": "1"}}, {"reference": "digits"},
-                                    {"extractor": {"name": "classifier", "checksum": None}}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metrics": None},
+        {"settings": SETTINGS | {"num_images": "all"}},
+        {"settings": SETTINGS | {"cfg": []}},
+        {"seconds_per_image": "1"},
+        {"metrics": {"fid": "1"}},
+        {"reference": "digits"},
+        {"extractor": {"name": "classifier", "checksum": None}},
+    ],
+)
 def test_evaluations_with_wrong_fields(tmp_path, fields):
     write_evaluation(tmp_path, [({}, 1.0, None)], **fields)
     with pytest.raises(UserError, match=r"evaluation\.json"):
@@ -405,9 +527,12 @@ def test_evaluations_with_wrong_fields(tmp_path, fields):
 
 
 def test_broken_inputs(tmp_path, workdir):
-    for given, message in (([], "no work directory"), ([tmp_path / "gone"], "gone is no directory"),
-                           ([workdir / "metrics.jsonl"], "metrics.jsonl is no directory"),
-                           ([workdir, tmp_path / "bare"], "bare has nothing to draw: no metrics.jsonl, no samples")):
+    for given, message in (
+        ([], "no work directory"),
+        ([tmp_path / "gone"], "gone is no directory"),
+        ([workdir / "metrics.jsonl"], "metrics.jsonl is no directory"),
+        ([workdir, tmp_path / "bare"], "bare has nothing to draw: no metrics.jsonl, no samples"),
+    ):
         (tmp_path / "bare").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             plots.plot(given, tmp_path / "out")
@@ -433,11 +558,16 @@ def test_settings_of_the_current_folder_are_not_read(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("make", [
-    os.mkfifo, lambda path: path.symlink_to("x"),
-    lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40),
-    lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 9\n"),
-    lambda path: Image.new("1", (13_000, 13_000)).save(path)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        lambda path: path.symlink_to("x"),
+        lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40),
+        lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 9\n"),
+        lambda path: Image.new("1", (13_000, 13_000)).save(path),
+    ],
+)
 def test_foreign_pictures_of_samples(tmp_path, make, recwarn):
     """A pipe, an endless file, a link to nothing, what Ghostscript would run, and what fills the memory."""
     path = tmp_path / "raw_and_ema_00000020.png"

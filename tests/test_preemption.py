@@ -24,8 +24,16 @@ DIFFUSION = {"model__variant": "ar", "sample__num_iter": 16}
 
 def arguments(workdir, steps, every, model=QUICK, **fields):
     """Of `marjax train`, for a run that begins in a moment."""
-    fields = {"train.steps": steps, "train.warmup_steps": 1, "checkpoint.every": every, "log.every": 1,
-              "log.samples_every": 0, "log.tensorboard": "false", "log.progress": "false", **dotted(model | fields)}
+    fields = {
+        "train.steps": steps,
+        "train.warmup_steps": 1,
+        "checkpoint.every": every,
+        "log.every": 1,
+        "log.samples_every": 0,
+        "log.tensorboard": "false",
+        "log.progress": "false",
+        **dotted(model | fields),
+    }
     return ["train", "--config", f"{DIGITS}:debug", "--workdir", workdir, *flags(fields)]
 
 
@@ -43,8 +51,10 @@ def last_line(workdir):
 def params(workdir):
     """Of the newest checkpoint, by name."""
     opened = open_sampler(workdir, weights="raw")
-    return opened.step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in
-                         jax.tree_util.tree_leaves_with_path(opened.params)}
+    return opened.step, {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opened.params)
+    }
 
 
 ENDLESS = 100_000  # steps

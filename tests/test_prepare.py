@@ -43,15 +43,20 @@ def picture(seed, mode="RGB"):
 
 
 KINDS = [
-    lambda i: ("jpg", as_file(picture(i), "JPEG")), lambda i: ("png", as_file(picture(i), "PNG")),
-    lambda i: ("JPEG", as_file(picture(i, "L"), "JPEG")), lambda i: ("png", as_file(picture(i, "LA"), "PNG")),
-    lambda i: ("png", as_file(picture(i, "P"), "PNG")), lambda i: ("png", as_file(picture(i, "P"), "PNG",
-                                                                                  transparency=2)),
-    lambda i: ("png", as_file(picture(i, "RGBA"), "PNG")), lambda i: ("jpg", as_file(picture(i, "CMYK"), "JPEG")),
+    lambda i: ("jpg", as_file(picture(i), "JPEG")),
+    lambda i: ("png", as_file(picture(i), "PNG")),
+    lambda i: ("JPEG", as_file(picture(i, "L"), "JPEG")),
+    lambda i: ("png", as_file(picture(i, "LA"), "PNG")),
+    lambda i: ("png", as_file(picture(i, "P"), "PNG")),
+    lambda i: ("png", as_file(picture(i, "P"), "PNG", transparency=2)),
+    lambda i: ("png", as_file(picture(i, "RGBA"), "PNG")),
+    lambda i: ("jpg", as_file(picture(i, "CMYK"), "JPEG")),
     lambda i: ("jpg", as_file(picture(i), "JPEG", exif=exif(1 + i // 13 % 8))),
     lambda i: ("png", as_file(np.arange(60 + i, dtype=np.uint16)[None] * 200, "PNG")),
-    lambda i: ("png", as_file(picture(i, "1"), "PNG")), lambda i: ("bmp", as_file(picture(i), "BMP")),
-    lambda i: ("tif", as_file(picture(i), "TIFF")), lambda i: ("gif", as_file(picture(i, "P"), "GIF")),
+    lambda i: ("png", as_file(picture(i, "1"), "PNG")),
+    lambda i: ("bmp", as_file(picture(i), "BMP")),
+    lambda i: ("tif", as_file(picture(i), "TIFF")),
+    lambda i: ("gif", as_file(picture(i, "P"), "GIF")),
     lambda i: ("webp", as_file(picture(i), "WEBP", lossless=True)),
 ]
 
@@ -78,8 +83,7 @@ def contents(folder):
 
 def examples(name, data_dir, split="train"):
     """{file name: (bytes, label)} as plain TFDS reads them."""
-    source = tfds.data_source(name, data_dir=str(data_dir), split=split,
-                              decoders={"image": tfds.decode.SkipDecoding()})
+    source = tfds.data_source(name, data_dir=str(data_dir), split=split, decoders={"image": tfds.decode.SkipDecoding()})
     read = {each["file_name"].decode(): (each["image"], int(each["label"])) for each in source}
     assert len(read) == len(source)
     return read
@@ -122,8 +126,13 @@ def test_two_hundred_pictures_of_all_kinds(mixed):
     assert made.kinds["CMYK"] == 13 and made.kinds["palette, transparency"] == 13 and sum(made.kinds.values()) == 199
     directory = pathlib.Path(made.directory)
     assert sorted(os.listdir(directory)) == [
-        "dataset_info.json", "features.json", "label.labels.txt", "mixed_pictures-train.array_record-00000-of-00001",
-        "prepared.json", "unreadable.txt"]
+        "dataset_info.json",
+        "features.json",
+        "label.labels.txt",
+        "mixed_pictures-train.array_record-00000-of-00001",
+        "prepared.json",
+        "unreadable.txt",
+    ]
     assert (directory / "unreadable.txt").read_text().startswith("cats/001 ñ.png\tOSError")
     assert (directory / "label.labels.txt").read_text().splitlines() == CLASSES
 
@@ -157,7 +166,7 @@ def sized(root, side, count=4):
     return root
 
 
-@pytest.mark.parametrize("folder", ["plain", "my data's \"é\" $HOME", "~", "a,b:c=d", "-x", "写真", "2026"])
+@pytest.mark.parametrize("folder", ["plain", 'my data\'s "é" $HOME', "~", "a,b:c=d", "-x", "写真", "2026"])
 def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
     """As a shell reads it, from another folder; fewer pictures than a batch has are enough."""
     monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: False)
@@ -165,8 +174,11 @@ def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", f"--images={tmp_path / folder}", f"--out={tmp_path / folder}.sets", "--workers=1"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "marjax train" in line]
-    shell = subprocess.run(["sh", "-c", "marjax() { printf '%s\\0' \"$@\"; }; " + line[line.index("marjax train"):]],
-                           capture_output=True, check=True)
+    shell = subprocess.run(
+        ["sh", "-c", "marjax() { printf '%s\\0' \"$@\"; }; " + line[line.index("marjax train") :]],
+        capture_output=True,
+        check=True,
+    )
     arguments = shell.stdout.decode().rstrip("\0").split("\0")
     assert arguments[0] == "train" and not shell.stderr
     config = config_lib.load(arguments[arguments.index("--config") + 1])
@@ -176,9 +188,17 @@ def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
     resolved = config_lib.resolve(config_lib.apply_overrides(config, given))
     assert resolved.data.num_classes == 2 and resolved.train.batch_size > 4
     if folder == "plain":
-        quick = {"train.batch_size": 8, "train.steps": 1, "model.width": 32, "model.encoder_depth": 1,
-                 "model.decoder_depth": 1, "model.denoiser.depth": 1, "model.denoiser.width": 32,
-                 "log.samples_every": 0, "log.tensorboard": False}
+        quick = {
+            "train.batch_size": 8,
+            "train.steps": 1,
+            "model.width": 32,
+            "model.encoder_depth": 1,
+            "model.decoder_depth": 1,
+            "model.denoiser.depth": 1,
+            "model.denoiser.width": 32,
+            "log.samples_every": 0,
+            "log.tensorboard": False,
+        }
         assert cli.main([*arguments, *(f"--config.{key}={value}" for key, value in quick.items())]) == 0
         assert (tmp_path / arguments[arguments.index("--workdir") + 1] / "checkpoints" / "1").is_dir()
 
@@ -197,9 +217,18 @@ def test_the_suggested_size_and_model_suit_pictures_and_machine(tmp_path, monkey
 
 @pytest.mark.slow
 def test_training_on_them(mixed, tmp_path):
-    config = config_lib.apply_overrides(config_lib.load(f"{FOLDER}:name=mixed_pictures,size=16,debug"), {
-        "data.data_dir": mixed[1].data_dir, "train.steps": 2, "train.warmup_steps": 1, "log.every": 1,
-        "log.samples_every": 0, "log.tensorboard": False, "log.progress": False})
+    config = config_lib.apply_overrides(
+        config_lib.load(f"{FOLDER}:name=mixed_pictures,size=16,debug"),
+        {
+            "data.data_dir": mixed[1].data_dir,
+            "train.steps": 2,
+            "train.warmup_steps": 1,
+            "log.every": 1,
+            "log.samples_every": 0,
+            "log.tensorboard": False,
+            "log.progress": False,
+        },
+    )
     state = marjax.train(config, tmp_path / "run")
     assert int(state.step) == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     kept = read_workdir(tmp_path / "run")
@@ -210,12 +239,17 @@ def test_training_on_them(mixed, tmp_path):
 
 def test_numbers_of_the_data_set_are_found(mixed):
     fields = {"data.data_dir": mixed[1].data_dir, "train.steps": None, "train.epochs": 3.0}
-    config = config_lib.resolve(config_lib.apply_overrides(config_lib.load(f"{FOLDER}:name=mixed_pictures,debug"),
-                                                           fields))
+    config = config_lib.resolve(
+        config_lib.apply_overrides(config_lib.load(f"{FOLDER}:name=mixed_pictures,debug"), fields)
+    )
     assert (config.data.num_classes, config.data.num_examples, config.train.steps) == (4, 199, 3 * (199 // 16))
     real = {"data.data_dir": mixed[1].data_dir}
-    for arg, tokens in (("", 64), (",size=64,model=small", 256), (",size=16", 64),
-                        (",size=256,model=mar_base,tokenizer=kl16,variant=ar", 256)):
+    for arg, tokens in (
+        ("", 64),
+        (",size=64,model=small", 256),
+        (",size=16", 64),
+        (",size=256,model=mar_base,tokenizer=kl16,variant=ar", 256),
+    ):
         full = config_lib.load(f"{FOLDER}:name=mixed_pictures{arg}")
         full = config_lib.resolve(config_lib.apply_overrides(full, real))
         assert full.data.num_classes == 4 and config_lib.tokens_of(full).num_tokens == tokens
@@ -294,8 +328,10 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     fill(tmp_path / "own", 45)
     broken = tmp_path / "own" / "cats" / "zero.jpg"
     broken.write_bytes(b"")
-    made = [prepare(tmp_path / "own", out=tmp_path / f"{n}", workers=n, num_shards=5, max_bad=1, val_share=0.2)
-            for n in (1, 2)]
+    made = [
+        prepare(tmp_path / "own", out=tmp_path / f"{n}", workers=n, num_shards=5, max_bad=1, val_share=0.2)
+        for n in (1, 2)
+    ]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert made[0].num_examples == {"train": 37, "validation": 8}
     train, validation = examples("own", tmp_path / "2"), examples("own", tmp_path / "2", "validation")
@@ -331,8 +367,10 @@ def test_resume_after_kill(tmp_path, workers):
     few(tmp_path / "own", 120)
     (tmp_path / "slowly.py").write_text(SLOWLY)
     prepare(tmp_path / "own", out=tmp_path / "whole", workers=1, num_shards=12)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "slowly.py"), tmp_path / "own", tmp_path / "data",
-                                str(workers)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "slowly.py"), tmp_path / "own", tmp_path / "data", str(workers)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     folder = tmp_path / "data" / "own" / "1.0.0.preparing"
     deadline = time.monotonic() + 60
     while len(list((folder / "records").glob("*.json"))) < 3 and time.monotonic() < deadline:
@@ -340,8 +378,13 @@ def test_resume_after_kill(tmp_path, workers):
     children = [int(n) for n in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while any(os.path.exists(f"/proc/{child}") and "Z" not in pathlib.Path(f"/proc/{child}/stat").read_text()
-              for child in children) and time.monotonic() < deadline:
+    while (
+        any(
+            os.path.exists(f"/proc/{child}") and "Z" not in pathlib.Path(f"/proc/{child}/stat").read_text()
+            for child in children
+        )
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     records = list((folder / "records").glob("*.json"))
     assert 3 <= len(records) < 12 and not (folder / "dataset_info.json").exists()
@@ -359,8 +402,10 @@ def test_two_at_once_are_kept_apart(tmp_path, monkeypatch):
     few(tmp_path / "own")
     monkeypatch.setattr(lock, "_PATIENCE", 0.0)
     folder = tmp_path / "data" / "own"
-    with (lock.locked_folder(folder, "marjax prepare", "1.0.0.lock"),
-          pytest.raises(UserError, match=f"being written by marjax prepare on host .* process {os.getpid()}")):
+    with (
+        lock.locked_folder(folder, "marjax prepare", "1.0.0.lock"),
+        pytest.raises(UserError, match=f"being written by marjax prepare on host .* process {os.getpid()}"),
+    ):
         prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     assert [path.name for path in folder.iterdir()] == ["1.0.0"]
@@ -400,14 +445,17 @@ def layout(root, *names):
     return root
 
 
-@pytest.mark.parametrize("names, classes, counts", [
-    (["a/1.png", "b/x/2.png", "b/3.png"], ["a", "b"], {"train": 3}),
-    (["train/b/1.png", "train/a/1.png", "val/a/2.png"], ["a", "b"], {"train": 2, "validation": 1}),
-    (["train/a/1.png", "test/a/1.png", "validation/a/x/2.PNG"], ["a"], {"train": 1, "validation": 1, "test": 1}),
-    (["1.png", "2.png"], ["own"], {"train": 2}),
-    (["train/1.png", "val/2.png"], ["own"], {"train": 1, "validation": 1}),
-    (["train/1.png", "car/2.png"], ["car", "train"], {"train": 2}),  # a class of trains
-])
+@pytest.mark.parametrize(
+    "names, classes, counts",
+    [
+        (["a/1.png", "b/x/2.png", "b/3.png"], ["a", "b"], {"train": 3}),
+        (["train/b/1.png", "train/a/1.png", "val/a/2.png"], ["a", "b"], {"train": 2, "validation": 1}),
+        (["train/a/1.png", "test/a/1.png", "validation/a/x/2.PNG"], ["a"], {"train": 1, "validation": 1, "test": 1}),
+        (["1.png", "2.png"], ["own"], {"train": 2}),
+        (["train/1.png", "val/2.png"], ["own"], {"train": 1, "validation": 1}),
+        (["train/1.png", "car/2.png"], ["car", "train"], {"train": 2}),  # a class of trains
+    ],
+)
 def test_layouts(tmp_path, names, classes, counts):
     layout(tmp_path / "own", *names)
     made = prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
@@ -430,24 +478,27 @@ def test_links(tmp_path):
     assert any("a/around is a link to a folder around it" in text for text in made.warnings)
 
 
-@pytest.mark.parametrize("names, options, says", [
-    (["readme.txt"], {}, r"holds no picture \(1 .txt are none\)"),
-    (["a/1.png", "2.png"], {}, r"pictures \(2.png\) beside folders of pictures \(a\)"),
-    (["train/a/1.png", "cars/1.png"], {}, "if train is a split, leave only train, val and test"),
-    (["train/a/1.png", "val/b/1.png"], {}, "class 'b' has pictures in validation but none in train"),
-    (["train/a/1.png", "train/1.png", "val/a/1.png"], {}, r"train/ holds pictures \(train/1.png\) beside class"),
-    (["a /1.png"], {}, "class folder 'a ': rename it"),
-    (["a/1.png"], {"name": "My Set"}, "in small letters, digits and _"),
-    (["a/1.png"], {"name": "mnist"}, "a data set TFDS knows by itself"),
-    (["a/1.png"], {"val_share": 1.0}, "val_share is 1.0"),
-    (["a/1.png"], {"val_share": 0.1}, "leaves no picture for validation"),
-    (["train/a/1.png", "val/a/1.png"], {"val_share": 0.5}, "has a folder for validation already"),
-    (["a/1.png"], {"num_shards": 0}, "num_shards is 0: give at least 1"),
-    (["a/1.png"], {"max_bad": -1}, "max_bad is -1"),
-    (["a/1.png"], {"out": "gs://bucket/data"}, "gs://bucket/data is not on this machine"),
-    (["a/1.png"], {"imagenet": ["x.tar"]}, "give either a folder of pictures or the ImageNet tars"),
-    (["a/1.png"], {"inside": True}, "lies inside"),
-])
+@pytest.mark.parametrize(
+    "names, options, says",
+    [
+        (["readme.txt"], {}, r"holds no picture \(1 .txt are none\)"),
+        (["a/1.png", "2.png"], {}, r"pictures \(2.png\) beside folders of pictures \(a\)"),
+        (["train/a/1.png", "cars/1.png"], {}, "if train is a split, leave only train, val and test"),
+        (["train/a/1.png", "val/b/1.png"], {}, "class 'b' has pictures in validation but none in train"),
+        (["train/a/1.png", "train/1.png", "val/a/1.png"], {}, r"train/ holds pictures \(train/1.png\) beside class"),
+        (["a /1.png"], {}, "class folder 'a ': rename it"),
+        (["a/1.png"], {"name": "My Set"}, "in small letters, digits and _"),
+        (["a/1.png"], {"name": "mnist"}, "a data set TFDS knows by itself"),
+        (["a/1.png"], {"val_share": 1.0}, "val_share is 1.0"),
+        (["a/1.png"], {"val_share": 0.1}, "leaves no picture for validation"),
+        (["train/a/1.png", "val/a/1.png"], {"val_share": 0.5}, "has a folder for validation already"),
+        (["a/1.png"], {"num_shards": 0}, "num_shards is 0: give at least 1"),
+        (["a/1.png"], {"max_bad": -1}, "max_bad is -1"),
+        (["a/1.png"], {"out": "gs://bucket/data"}, "gs://bucket/data is not on this machine"),
+        (["a/1.png"], {"imagenet": ["x.tar"]}, "give either a folder of pictures or the ImageNet tars"),
+        (["a/1.png"], {"inside": True}, "lies inside"),
+    ],
+)
 def test_refusals(tmp_path, names, options, says):
     layout(tmp_path / "own", *names)
     out = tmp_path / ("own/data" if options.pop("inside", False) else "data")
@@ -458,11 +509,13 @@ def test_refusals(tmp_path, names, options, says):
 
 
 def test_more_refusals(tmp_path, capsys):
-    for arguments, says in [([], "give either --images DIR or --imagenet TAR"),
-                            (["--images", str(tmp_path / "no")], "is no folder"),
-                            (["--imagenet", str(tmp_path / "no.tar")], "does not exist: give ILSVRC2012_img_train.tar"),
-                            (["--imagenet", str(tmp_path)], "or a folder with them; they are at"),
-                            (["--imagenet", str(tmp_path), "--name", "x"], "leave out name")]:
+    for arguments, says in [
+        ([], "give either --images DIR or --imagenet TAR"),
+        (["--images", str(tmp_path / "no")], "is no folder"),
+        (["--imagenet", str(tmp_path / "no.tar")], "does not exist: give ILSVRC2012_img_train.tar"),
+        (["--imagenet", str(tmp_path)], "or a folder with them; they are at"),
+        (["--imagenet", str(tmp_path), "--name", "x"], "leave out name"),
+    ]:
         assert cli.main(["prepare", "--out", str(tmp_path / "data"), *arguments]) == 2
         assert says in capsys.readouterr().err
     made = layout(tmp_path / "own", "a/1.png")
@@ -500,11 +553,25 @@ def test_pictures_that_are_too_large_are_unreadable(tmp_path):
     (tmp_path / "own" / "a" / "bomb.png").write_bytes(as_file(Image.new("1", (13_000, 13_000)), "PNG"))
     made = prepare(tmp_path / "own", out=tmp_path / "data", workers=1, max_bad=2, num_shards=1)
     assert {name: "8,589,934,592 bytes" in why or "too many pixels" in why for name, why in made.unreadable} == {
-        "a/bomb.png": True, "a/sparse.png": True}
+        "a/bomb.png": True,
+        "a/sparse.png": True,
+    }
 
 
-JSONS = ["", "[]", "3", "null", '{"plan": 3}', '{"plan": {"name": 3}}', '{"plan": []}', "[" * 100_000, "\xff", "{",
-         '{"num_examples": {"train": -1}}', '{"kinds": []}']
+JSONS = [
+    "",
+    "[]",
+    "3",
+    "null",
+    '{"plan": 3}',
+    '{"plan": {"name": 3}}',
+    '{"plan": []}',
+    "[" * 100_000,
+    "\xff",
+    "{",
+    '{"num_examples": {"train": -1}}',
+    '{"kinds": []}',
+]
 
 
 @pytest.mark.parametrize("text", JSONS)
@@ -602,8 +669,10 @@ def imagenet(tmp_path_factory):
     """A folder with tars as they are downloaded, of a few pictures; and the pictures by name."""
     folder = tmp_path_factory.mktemp("imagenet")
     turned = exif(6)
-    train = {synset: {f"{synset}_{i}.JPEG": as_file(picture(i + label), "JPEG", exif=turned) for i in range(5)}
-             for synset, label in SYNSETS.items()}
+    train = {
+        synset: {f"{synset}_{i}.JPEG": as_file(picture(i + label), "JPEG", exif=turned) for i in range(5)}
+        for synset, label in SYNSETS.items()
+    }
     train["n02123045"]["n02123045_9.JPEG"] = as_file(picture(3, "CMYK"), "JPEG")
     train["n02123045"]["n02123045_8.JPEG"] = as_file(picture(3), "PNG")
     val = {f"ILSVRC2012_val_{i:08d}.JPEG": as_file(picture(i), "JPEG") for i in (3, 1, 50_000)}
@@ -623,12 +692,15 @@ def test_imagenet(imagenet, tmp_path):
         assert stored[name][1] == SYNSETS[name.split("_")[0]]
         # As they are, orientation and all: the reference ignores it.
         assert stored[name][0] == data or name == "n02123045_9.JPEG"
-    np.testing.assert_array_equal(decoded(stored["n02123045_9.JPEG"][0]),
-                                  np.asarray(Image.open(io.BytesIO(train["n02123045_9.JPEG"])).convert("RGB")))
+    np.testing.assert_array_equal(
+        decoded(stored["n02123045_9.JPEG"][0]),
+        np.asarray(Image.open(io.BytesIO(train["n02123045_9.JPEG"])).convert("RGB")),
+    )
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     read = examples("imagenet2012", tmp_path, "validation")
     assert {name: made.classes[label] for name, (_, label) in read.items()} == {
-        name: labels[int(name[15:23]) - 1] for name in val}
+        name: labels[int(name[15:23]) - 1] for name in val
+    }
     # What configs/imagenet256.py opens.
     data = config_lib.load(str(ROOT / "configs" / "imagenet256.py")).data
     data.data_dir = str(tmp_path)
@@ -641,13 +713,23 @@ def test_imagenet(imagenet, tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-                {"image": tfds.features.Image(), "file_name": tfds.features.Text(),
-                 "label": tfds.features.ClassLabel(num_classes=1)}))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(),
+                        "file_name": tfds.features.Text(),
+                        "label": tfds.features.ClassLabel(num_classes=1),
+                    }
+                ),
+            )
 
         def _split_generators(self, manager):
-            return {"train": ((name, {"image": io.BytesIO(data), "file_name": name, "label": 0})
-                              for name, data in train.items())}
+            return {
+                "train": (
+                    (name, {"image": io.BytesIO(data), "file_name": name, "label": 0}) for name, data in train.items()
+                )
+            }
 
         def _generate_examples(self):
             raise NotImplementedError

@@ -47,7 +47,7 @@ def _screen(console):
             column = 0
         else:
             column = column if lines[-1] else 0
-            lines[-1] = lines[-1][:column].ljust(column) + character + lines[-1][column + 1:]
+            lines[-1] = lines[-1][:column].ljust(column) + character + lines[-1][column + 1 :]
             column += 1
     return [line.rstrip() for line in lines]
 
@@ -155,7 +155,9 @@ def test_a_command_is_named_only_where_nothing_else_is_shown(clock, live):
             assert _screen(console)[2].startswith("loading the checkpoint")
         clock.wait(console, 6)
     assert [line for line in _screen(console) if line.startswith("marjax")] == [
-        "marjax sample: 00:06", "marjax sample: 00:15"]
+        "marjax sample: 00:06",
+        "marjax sample: 00:15",
+    ]
 
 
 def test_the_thread_ends_with_the_last_task_whatever_ends_it():

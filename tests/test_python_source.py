@@ -47,9 +47,17 @@ class Augmented(Dicts):
         return {"image": IMAGES[index] ^ np.uint8(Augmented.reads % 251), "label": LABELS[index]}
 
 
-@pytest.mark.parametrize("data, num_classes", [
-    ((IMAGES, LABELS), 4), ((list(IMAGES), LABELS.tolist()), 4), ({"image": IMAGES, "label": LABELS}, 4),
-    (Torchlike(), 5), (Dicts(), 4), (list(zip(IMAGES, LABELS, strict=True)), 4)])
+@pytest.mark.parametrize(
+    "data, num_classes",
+    [
+        ((IMAGES, LABELS), 4),
+        ((list(IMAGES), LABELS.tolist()), 4),
+        ({"image": IMAGES, "label": LABELS}, 4),
+        (Torchlike(), 5),
+        (Dicts(), 4),
+        (list(zip(IMAGES, LABELS, strict=True)), 4),
+    ],
+)
 def test_forms_of_the_same_data(data, num_classes):
     source = python_source(data)
     assert (len(source), source.num_classes) == (30, num_classes)
@@ -70,23 +78,43 @@ def test_images_that_differ_at_every_reading_are_known_by_their_labels():
     assert fingerprint_of(python_source(Augmented())) != fingerprint_of(python_source(Dicts()))
 
 
-@pytest.mark.parametrize("data, told", [
-    ((IMAGES / 255.0, LABELS), "float64.*astype"), ((IMAGES.astype(int), LABELS), "int64"),
-    ((IMAGES.transpose(0, 3, 1, 2), LABELS), "transpose"), ((IMAGES, LABELS[:7]), "30 images and 7 labels"),
-    ((IMAGES, LABELS - 1), "label -1 of example 0"), ((IMAGES, LABELS / 2), "labels.*float64"),
-    ((IMAGES, np.eye(30)), "labels.*float64"), (IMAGES, "without labels"), ((IMAGES[:0], LABELS[:0]), "empty"),
-    ([], "empty"), ([1, 2], "data.0. is a int"), ("images", "a str"), (iter([1]), "__len__"),
-    (([IMAGES[0], IMAGES[1] / 2], [0, 1]), "image 1"), ((3, [1]), "images"), ({"image": IMAGES}, "a dict"),
-    ((IMAGES, [[0], [1, 2]]), "labels")])
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        ((IMAGES / 255.0, LABELS), "float64.*astype"),
+        ((IMAGES.astype(int), LABELS), "int64"),
+        ((IMAGES.transpose(0, 3, 1, 2), LABELS), "transpose"),
+        ((IMAGES, LABELS[:7]), "30 images and 7 labels"),
+        ((IMAGES, LABELS - 1), "label -1 of example 0"),
+        ((IMAGES, LABELS / 2), "labels.*float64"),
+        ((IMAGES, np.eye(30)), "labels.*float64"),
+        (IMAGES, "without labels"),
+        ((IMAGES[:0], LABELS[:0]), "empty"),
+        ([], "empty"),
+        ([1, 2], "data.0. is a int"),
+        ("images", "a str"),
+        (iter([1]), "__len__"),
+        (([IMAGES[0], IMAGES[1] / 2], [0, 1]), "image 1"),
+        ((3, [1]), "images"),
+        ({"image": IMAGES}, "a dict"),
+        ((IMAGES, [[0], [1, 2]]), "labels"),
+    ],
+)
 def test_data_that_cannot_be_used(data, told):
     with pytest.raises(UserError, match=told) as caught:
         python_source(data)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("items, told", [
-    ([IMAGES[0]], "data.0. is"), ([(IMAGES[0], 7)], "label of data.0. is 7"), ([(IMAGES[0], "cat")], "'cat'"),
-    ([(IMAGES[0], 1), (None, 1)], "image of data.1. is None")])
+@pytest.mark.parametrize(
+    "items, told",
+    [
+        ([IMAGES[0]], "data.0. is"),
+        ([(IMAGES[0], 7)], "label of data.0. is 7"),
+        ([(IMAGES[0], "cat")], "'cat'"),
+        ([(IMAGES[0], 1), (None, 1)], "image of data.1. is None"),
+    ],
+)
 def test_items_that_cannot_be_used(items, told):
     with pytest.raises(UserError, match=told):
         python_source(items, num_classes=4)

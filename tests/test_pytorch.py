@@ -85,8 +85,11 @@ def storage(kind, key, numel, *view, module="torch"):
 
 
 def tensor(place, offset, shape, strides, version=2, *more):
-    arguments = {1: (), 2: (False, Call(Global("collections", "OrderedDict"), ())),
-                 3: (False, Call(Global("collections", "OrderedDict"), ()))}[version]
+    arguments = {
+        1: (),
+        2: (False, Call(Global("collections", "OrderedDict"), ())),
+        3: (False, Call(Global("collections", "OrderedDict"), ())),
+    }[version]
     name = "_rebuild_tensor" if version == 1 else f"_rebuild_tensor_v{version}"
     return Call(Global("torch._utils", name), (place, offset, shape, strides, *arguments, *more))
 
@@ -143,9 +146,19 @@ def test_the_reference_files():
     assert sum((np.asarray(official["model"][name]) != array).any() for name, array in stored.items()) == len(stored)
 
 
-TYPES = {"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16, "LongStorage": np.int64,
-         "BFloat16Storage": ml_dtypes.bfloat16, "IntStorage": np.int32, "ShortStorage": np.int16,
-         "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_, "ComplexFloatStorage": np.complex64}
+TYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "LongStorage": np.int64,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+}
 
 
 @pytest.mark.parametrize("little", [True, False])
@@ -156,15 +169,29 @@ def test_types_views_and_byte_orders(tmp_path, kind, dtype, little):
         flat += 1j
     where = storage(kind, "0", 24)
     value = {
-        "whole": tensor(where, 0, (4, 6), (6, 1)), "transposed": tensor(where, 0, (6, 4), (1, 6)),
-        "part": tensor(where, 7, (2, 3), (6, 2), 1), "number": tensor(where, 5, (), ()),
-        "empty": tensor(where, 0, (0, 3), (3, 1)), "expanded": tensor(where, 2, (3, 2), (0, 1)),
-        "parameter": Call(Global("torch._utils", "_rebuild_parameter"), (tensor(where, 0, (24,), (1,)), True, {}))}
+        "whole": tensor(where, 0, (4, 6), (6, 1)),
+        "transposed": tensor(where, 0, (6, 4), (1, 6)),
+        "part": tensor(where, 7, (2, 3), (6, 2), 1),
+        "number": tensor(where, 5, (), ()),
+        "empty": tensor(where, 0, (0, 3), (3, 1)),
+        "expanded": tensor(where, 2, (3, 2), (0, 1)),
+        "parameter": Call(Global("torch._utils", "_rebuild_parameter"), (tensor(where, 0, (24,), (1,)), True, {})),
+    }
     grid = flat.reshape(4, 6)
-    expected = {"whole": grid, "transposed": grid.T, "part": flat[7:19].reshape(2, 6)[:, :6:2], "number": flat[5],
-                "empty": flat[:0].reshape(0, 3), "expanded": np.stack([flat[2:4]] * 3), "parameter": flat}
-    swapped = flat.astype(flat.dtype.newbyteorder("<" if little else ">")).tobytes() if flat.dtype.kind != "V" else \
-        flat.view(np.uint16).astype("<u2" if little else ">u2").tobytes()
+    expected = {
+        "whole": grid,
+        "transposed": grid.T,
+        "part": flat[7:19].reshape(2, 6)[:, :6:2],
+        "number": flat[5],
+        "empty": flat[:0].reshape(0, 3),
+        "expanded": np.stack([flat[2:4]] * 3),
+        "parameter": flat,
+    }
+    swapped = (
+        flat.astype(flat.dtype.newbyteorder("<" if little else ">")).tobytes()
+        if flat.dtype.kind != "V"
+        else flat.view(np.uint16).astype("<u2" if little else ">u2").tobytes()
+    )
     files = [write_zip(tmp_path / "a.pth", value, [swapped], order=b"little" if little else b"big")]
     if flat.dtype.kind != "V":
         files.append(write_legacy(tmp_path / "b.pth", value, [flat], little=little))
@@ -180,8 +207,10 @@ def test_types_views_and_byte_orders(tmp_path, kind, dtype, little):
 def test_untyped_storages_and_newer_types(tmp_path):
     data = np.arange(6, dtype=np.uint16)
     place = storage("UntypedStorage", "0", 12, module="torch.storage")
-    value = {"x": tensor(place, 2, (2, 2), (2, 1), 3, Global("torch", "uint16")),
-             "bytes": tensor(place, 0, (12,), (1,))}
+    value = {
+        "x": tensor(place, 2, (2, 2), (2, 1), 3, Global("torch", "uint16")),
+        "bytes": tensor(place, 0, (12,), (1,)),
+    }
     content = read(write_zip(tmp_path / "a.pth", value, [data.tobytes()])).content
     np.testing.assert_array_equal(content["x"], [[2, 3], [4, 5]])
     assert content["x"].dtype == np.uint16 and np.asarray(content["bytes"]).tobytes() == data.tobytes()
@@ -190,21 +219,30 @@ def test_untyped_storages_and_newer_types(tmp_path):
 def test_views_of_storages_in_the_older_format(tmp_path):
     whole = storage("FloatStorage", "0", 10, None)
     part = storage("FloatStorage", "0", 10, ("v", 4, 3))
-    file = write_legacy(tmp_path / "a", {"a": tensor(whole, 8, (2,), (1,)), "b": tensor(part, 1, (2,), (1,))},
-                        [np.arange(10, dtype=np.float32)])
+    file = write_legacy(
+        tmp_path / "a",
+        {"a": tensor(whole, 8, (2,), (1,)), "b": tensor(part, 1, (2,), (1,))},
+        [np.arange(10, dtype=np.float32)],
+    )
     content = read(file).content
     np.testing.assert_array_equal(content["a"], [8, 9])
     np.testing.assert_array_equal(content["b"], [5, 6])
     for view in (("v", 8, 3), ("v", -1, 3), ("v", 4), 7):
         part = storage("FloatStorage", "0", 10, view)
-        says(write_legacy(tmp_path / "b", {"b": tensor(part, 1, (2,), (1,))}, [np.zeros(10, np.float32)]),
-             "view outside of the storage")
+        says(
+            write_legacy(tmp_path / "b", {"b": tensor(part, 1, (2,), (1,))}, [np.zeros(10, np.float32)]),
+            "view outside of the storage",
+        )
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_of_every_protocol(tmp_path, protocol):
-    value = {"a": [1, -2, 2**70, 1.5, None, True, False, "é\n", b"\x00\xff", (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
-             3: {"b": {}, None: "x" * 300}, -70: list(range(1100)), "args": argparse.Namespace(lr=0.1, name="x")}
+    value = {
+        "a": [1, -2, 2**70, 1.5, None, True, False, "é\n", b"\x00\xff", (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+        3: {"b": {}, None: "x" * 300},
+        -70: list(range(1100)),
+        "args": argparse.Namespace(lr=0.1, name="x"),
+    }
     if protocol < 2:  # there, objects and bytes are made by helpers that no checkpoint needs
         value.pop("args")
         value["a"].remove(b"\x00\xff")
@@ -221,19 +259,28 @@ def test_what_else_checkpoints_hold(tmp_path):
     number = Call(Global("_codecs", "encode"), (struct.pack("<d", 2.75).decode("latin1"), "latin1"))
     value = {
         "state_dict": Build(ordered([("a", 1), ("b", 2)]), {"_metadata": ordered()}),
-        "size": Call(Global("torch", "Size"), ((2, 3),)), "device": Call(Global("torch", "device"), ("cuda", 1)),
-        "dtype": Global("torch", "bfloat16"), "score": Call(Global("numpy.core.multiarray", "scalar"), (f8, number)),
-        "callbacks": {Global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): {"best": 1}}}
+        "size": Call(Global("torch", "Size"), ((2, 3),)),
+        "device": Call(Global("torch", "device"), ("cuda", 1)),
+        "dtype": Global("torch", "bfloat16"),
+        "score": Call(Global("numpy.core.multiarray", "scalar"), (f8, number)),
+        "callbacks": {Global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): {"best": 1}},
+    }
     assert read(write_zip(tmp_path / "a.pth", value)).content == {
-        "state_dict": {"a": 1, "b": 2}, "size": (2, 3), "device": "cuda:1", "dtype": np.dtype(ml_dtypes.bfloat16),
-        "score": 2.75, "callbacks": {"ModelCheckpoint": {"best": 1}}}
+        "state_dict": {"a": 1, "b": 2},
+        "size": (2, 3),
+        "device": "cuda:1",
+        "dtype": np.dtype(ml_dtypes.bfloat16),
+        "score": 2.75,
+        "callbacks": {"ModelCheckpoint": {"best": 1}},
+    }
 
 
 def test_only_what_is_asked_for_is_read(monkeypatch):
     reads = []
     real = weights_file.pytorch._Region.read
-    monkeypatch.setattr(weights_file.pytorch._Region, "read",
-                        lambda self, *span: reads.append(self.start) or real(self, *span))
+    monkeypatch.setattr(
+        weights_file.pytorch._Region, "read", lambda self, *span: reads.append(self.start) or real(self, *span)
+    )
     content = read(FILES / "mar_tiny.pth").content
     at_first = len(reads)
     np.asarray(content["model_ema"]["mask_token"])
@@ -266,14 +313,25 @@ def test_safetensors(tmp_path):
 # --- What is something else ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data, text", [
-    (b"", "is empty: download"), (b"<!DOCTYPE html><html>", "is a web page"), (b"\n  <html>", "is a web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer.*git lfs pull"),
-    (b"\x1f\x8b\x08\0\0\0", "compressed by gzip"), (bytes(257) + b"ustar\0", "tar archive: unpack"),
-    (b"404: Not Found\n", r"is a text, not a checkpoint \(it begins with '404: Not Found"),
-    (b"\x93NUMPY\x01\0", "is a NumPy array"), (b"\x00\x01\x02\x03" * 9, "neither .* begins with the bytes 00 01 02 03"),
-    (b"PK\x05\x06" + bytes(18), "an empty zip"), (b"PK\x03\x04" + bytes(40), "its end is missing"),
-    (pickle.dumps({"a": 1}), "is no PyTorch file"), (b"\x80\x02", "is no PyTorch file")], ids=range(13))
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (b"", "is empty: download"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"\n  <html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer.*git lfs pull"),
+        (b"\x1f\x8b\x08\0\0\0", "compressed by gzip"),
+        (bytes(257) + b"ustar\0", "tar archive: unpack"),
+        (b"404: Not Found\n", r"is a text, not a checkpoint \(it begins with '404: Not Found"),
+        (b"\x93NUMPY\x01\0", "is a NumPy array"),
+        (b"\x00\x01\x02\x03" * 9, "neither .* begins with the bytes 00 01 02 03"),
+        (b"PK\x05\x06" + bytes(18), "an empty zip"),
+        (b"PK\x03\x04" + bytes(40), "its end is missing"),
+        (pickle.dumps({"a": 1}), "is no PyTorch file"),
+        (b"\x80\x02", "is no PyTorch file"),
+    ],
+    ids=range(13),
+)
 def test_files_of_other_kinds(tmp_path, data, text):
     (tmp_path / "x.pth").write_bytes(data)
     says(tmp_path / "x.pth", text)
@@ -362,8 +420,10 @@ HOSTILE = {
     "getattr": (Call(Global("builtins", "getattr"), (Global("torch", "Size"), "x")), "asks for 'builtins.getattr'"),
     "by import": (Call(Global("importlib", "import_module"), ("os",)), "asks for 'importlib.import_module'"),
     "dots": (Global("torch._utils", "_rebuild_tensor_v2.__globals__"), r"_rebuild_tensor_v2.__globals__'"),
-    "dots in the stack": (Raw(opcodes("torch") + opcodes("_utils._rebuild_tensor_v2") + b"\x93"),
-                          "asks for 'torch._utils._rebuild_tensor_v2'"),
+    "dots in the stack": (
+        Raw(opcodes("torch") + opcodes("_utils._rebuild_tensor_v2") + b"\x93"),
+        "asks for 'torch._utils._rebuild_tensor_v2'",
+    ),
     "a name that is none": (Raw(opcodes(7) + opcodes("x") + b"\x93"), "a name that is no text"),
     "our own": (Global("marjax.interop.pytorch", "read"), "asks for 'marjax.interop.pytorch.read'"),
     "torch.load": (Call(Global("torch", "load"), ("x",)), "asks for 'torch.load'"),
@@ -377,10 +437,14 @@ HOSTILE = {
     "NEWOBJ_EX of ours": (Raw(opcodes(Global("torch", "Size")) + b")" + opcodes({"shape": ()}) + b"\x92"), "by name"),
     "a long name": (Raw(opcodes("x" * 999) + opcodes("yz") + b"\x93"), "a name of 1001 characters"),
     "a long key": (storage("FloatStorage", "0" * 2000, 2), "describes a storage in another way"),
-    "attributes of anything": (Call(Global("torch._tensor", "_rebuild_from_type_v2"), (SYSTEM, 1, ("x",), {})),
-                               "asks for 'posix.system'"),
-    "attributes of ours": (Call(Global("torch._tensor", "_rebuild_from_type_v2"), (Global("torch", "Size"), 1, (), {})),
-                           "makes a tensor in another way"),
+    "attributes of anything": (
+        Call(Global("torch._tensor", "_rebuild_from_type_v2"), (SYSTEM, 1, ("x",), {})),
+        "asks for 'posix.system'",
+    ),
+    "attributes of ours": (
+        Call(Global("torch._tensor", "_rebuild_from_type_v2"), (Global("torch", "Size"), 1, (), {})),
+        "makes a tensor in another way",
+    ),
     "BUILD of a list": (Build([], {"x": 1}), "sets the state of a list"),
     "BUILD of a tensor": (Build(tensor(storage("FloatStorage", "0", 2), 0, (2,), (1,)), {"read": 1}), "of a Tensor"),
     "BUILD of a function": (Build(Global("torch", "Size"), {"call": 1}), "of a Function"),
@@ -418,13 +482,26 @@ HOSTILE = {
 }
 TWO = storage("FloatStorage", "0", 2)
 SHAPES = {
-    "beyond the end": (0, (3,), (1,)), "by its stride": (0, (2,), (2,)), "by its offset": (1, (2,), (1,)),
-    "offset alone": (3, (0,), (1,)), "negative size": (0, (-1,), (1,)), "negative stride": (1, (2,), (-1,)),
-    "negative offset": (-1, (1,), (1,)), "huge": (0, (2**40, 2**40), (0, 0)), "huge stride": (0, (2,), (2**61,)),
-    "another rank": (0, (2,), ()), "too many": (0, (1,) * 65, (1,) * 65), "text": (0, ("2",), (1,)),
-    "overflow": (0, (2**80,), (0,)), "bool": (0, (True,), (1,)), "a list": (0, [2], [1])}
-HOSTILE |= {f"view, {name}": (tensor(TWO, *view), "does not fit its storage|in another way than torch.save")
-            for name, view in SHAPES.items()}
+    "beyond the end": (0, (3,), (1,)),
+    "by its stride": (0, (2,), (2,)),
+    "by its offset": (1, (2,), (1,)),
+    "offset alone": (3, (0,), (1,)),
+    "negative size": (0, (-1,), (1,)),
+    "negative stride": (1, (2,), (-1,)),
+    "negative offset": (-1, (1,), (1,)),
+    "huge": (0, (2**40, 2**40), (0, 0)),
+    "huge stride": (0, (2,), (2**61,)),
+    "another rank": (0, (2,), ()),
+    "too many": (0, (1,) * 65, (1,) * 65),
+    "text": (0, ("2",), (1,)),
+    "overflow": (0, (2**80,), (0,)),
+    "bool": (0, (True,), (1,)),
+    "a list": (0, [2], [1]),
+}
+HOSTILE |= {
+    f"view, {name}": (tensor(TWO, *view), "does not fit its storage|in another way than torch.save")
+    for name, view in SHAPES.items()
+}
 
 
 @pytest.mark.parametrize("value, text", HOSTILE.values(), ids=HOSTILE)
@@ -449,16 +526,26 @@ def test_the_attack_works_elsewhere(tmp_path):
 
 def calls(function, arguments, times, opcode=b"R"):
     """A dict with text, after many calls with the same arguments."""
-    return Raw(opcodes(arguments) + b"q\x09" + opcodes(function) + b"q\x08"
-               + b"".join(b"0h\x08h\x09" + opcode for _ in range(times)))
+    return Raw(
+        opcodes(arguments)
+        + b"q\x09"
+        + opcodes(function)
+        + b"q\x08"
+        + b"".join(b"0h\x08h\x09" + opcode for _ in range(times))
+    )
 
 
 def test_work_is_bounded(tmp_path, monkeypatch):
     # Tuples that share their parts: whoever compares or prints these never ends.
     doubling = Raw(b")" + b"2\x86" * 100)
-    for value in ({"x": Pid(doubling)}, {"x": Pid((doubling, 1, 2, 3, 4))}, {"x": storage("FloatStorage", doubling, 2)},
-                  {"x": tensor(TWO, 0, doubling, (1,))}, {"x": Call(Global("torch", "device"), (doubling,))},
-                  {"x": Call(Global("numpy", "dtype"), (doubling,))}):
+    for value in (
+        {"x": Pid(doubling)},
+        {"x": Pid((doubling, 1, 2, 3, 4))},
+        {"x": storage("FloatStorage", doubling, 2)},
+        {"x": tensor(TWO, 0, doubling, (1,))},
+        {"x": Call(Global("torch", "device"), (doubling,))},
+        {"x": Call(Global("numpy", "dtype"), (doubling,))},
+    ):
         with pytest.raises(UserError):
             read(write_zip(tmp_path / "x.pth", value, [bytes(8)]))
     assert len(read(write_zip(tmp_path / "x.pth", Raw(b"}" + doubling.opcodes + b"Ns"))).content) == 1
@@ -468,12 +555,16 @@ def test_work_is_bounded(tmp_path, monkeypatch):
     same = [["k", 1]] * 200  # of which each call makes next to nothing
     namespace = Call(Global("argparse", "Namespace"), ())
     repeated = {
-        "calls": calls(ordered, ([[key, 1] for key in many],), 200), "calls with one key": calls(ordered, (same,), 200),
+        "calls": calls(ordered, ([[key, 1] for key in many],), 200),
+        "calls with one key": calls(ordered, (same,), 200),
         "long text": calls(Global("_codecs", "encode"), ("y" * 60_000, "latin1"), 20),
         "sizes": calls(Global("torch", "Size"), (tuple(range(200)),), 200),
-        "states": calls(namespace, many, 200, b"b"), "small calls": calls(ordered, (), 2000),
-        "placeholders": calls(SYSTEM, (), 2000), "storages": Raw(opcodes(TWO) * 1000),
-        "opcodes": Raw(b"N0" * 20_000)}
+        "states": calls(namespace, many, 200, b"b"),
+        "small calls": calls(ordered, (), 2000),
+        "placeholders": calls(SYSTEM, (), 2000),
+        "storages": Raw(opcodes(TWO) * 1000),
+        "opcodes": Raw(b"N0" * 20_000),
+    }
     for name, value in repeated.items():
         file = write_zip(tmp_path / "x.pth", value, [bytes(8)])
         with pytest.raises(UserError, match="takes more than 20000 steps"):
@@ -514,15 +605,24 @@ def test_objects_beside_the_weights_are_inert(tmp_path, monkeypatch, caplog):
     x = tensor(TWO, 0, (2,), (1,))
     mine = Call(Global("my.optim", "Lion"), (), NEWOBJ)
     value = {
-        "model": Call(Global("collections", "OrderedDict"), ()), "optimizer": Build(mine, {"state": x, "lr": 0.1}),
-        "config": Raw(opcodes(Global("omegaconf", "DictConfig")) + b")\x81" + opcodes({"a": 1}) + b"b("
-                      + opcodes("k") + b"K\x01u"),
-        "queue": Raw(opcodes(Global("collections", "deque")) + b")R(K\x01K\x02e"), "set": Raw(b"\x8f(K\x01\x90"),
-        "frozen": Raw(b"(K\x01\x91"), "call": Call(SYSTEM, ("touch ran",)), "keys": {mine: 1},
-        "path": Call(Global("pathlib", "PosixPath"), ("a",)), "old": Raw(b"(imy.old\nThing\n}b"),
-        "dict": Call(Global("collections", "defaultdict"), (SYSTEM,))}
-    for path in (write_zip(tmp_path / "x.pth", value, [bytes(8)]),
-                 write_legacy(tmp_path / "y.pth", value, [np.zeros(2, np.float32)])):
+        "model": Call(Global("collections", "OrderedDict"), ()),
+        "optimizer": Build(mine, {"state": x, "lr": 0.1}),
+        "config": Raw(
+            opcodes(Global("omegaconf", "DictConfig")) + b")\x81" + opcodes({"a": 1}) + b"b(" + opcodes("k") + b"K\x01u"
+        ),
+        "queue": Raw(opcodes(Global("collections", "deque")) + b")R(K\x01K\x02e"),
+        "set": Raw(b"\x8f(K\x01\x90"),
+        "frozen": Raw(b"(K\x01\x91"),
+        "call": Call(SYSTEM, ("touch ran",)),
+        "keys": {mine: 1},
+        "path": Call(Global("pathlib", "PosixPath"), ("a",)),
+        "old": Raw(b"(imy.old\nThing\n}b"),
+        "dict": Call(Global("collections", "defaultdict"), (SYSTEM,)),
+    }
+    for path in (
+        write_zip(tmp_path / "x.pth", value, [bytes(8)]),
+        write_legacy(tmp_path / "y.pth", value, [np.zeros(2, np.float32)]),
+    ):
         content = read(path).content
         assert content["model"] == content["dict"] == {}
         for name in ("optimizer", "config", "queue", "set", "frozen", "call", "path", "old"):
@@ -538,9 +638,11 @@ def test_parameters_with_attributes(tmp_path):
     state = {"tensor_model_parallel": True, "owner": Global("megatron", "Layer")}
     value = {
         "a": Call(Global("torch._utils", "_rebuild_parameter_with_state"), (x, True, {}, state)),
-        "b": Call(Global("torch._tensor", "_rebuild_from_type_v2"),
-                  (Global("torch._utils", "_rebuild_tensor_v2"), Global("torch.nn.parameter", "Buffer"),
-                   x.arguments, state))}
+        "b": Call(
+            Global("torch._tensor", "_rebuild_from_type_v2"),
+            (Global("torch._utils", "_rebuild_tensor_v2"), Global("torch.nn.parameter", "Buffer"), x.arguments, state),
+        ),
+    }
     content = read(write_zip(tmp_path / "x.pth", value, [np.float32([1, 2]).tobytes()])).content
     for each in content.values():
         np.testing.assert_array_equal(each, [1, 2])

@@ -23,8 +23,20 @@ def test_digits_are_recognised_and_not_copied(tmp_path, capsys):
     marjax("train", "--config", DIGITS, "--workdir", run)
     pixels = {}
     for name, more in (("guided", []), ("plain", ["--cfg", "1"])):
-        marjax("sample", "--workdir", run, "--labels", "0-9", "--num_per_label", "50", "--seed", "0", "--out",
-               str(tmp_path / name), *more)
+        marjax(
+            "sample",
+            "--workdir",
+            run,
+            "--labels",
+            "0-9",
+            "--num_per_label",
+            "50",
+            "--seed",
+            "0",
+            "--out",
+            str(tmp_path / name),
+            *more,
+        )
         saved = np.load(tmp_path / name / "samples.npz")
         assert saved["labels"].tolist() == np.arange(10).repeat(50).tolist()
         pixels[name] = saved["images"].reshape(500, 64) * (16 / 255)
@@ -38,8 +50,10 @@ def test_digits_are_recognised_and_not_copied(tmp_path, capsys):
     nearest = {name: pairwise_distances(images, real.data).min(axis=1) for name, images in pixels.items()}
     with capsys.disabled():
         for name in pixels:
-            print(f"\n{name}: {accuracy[name]:.1%} recognised, median distance to the nearest real image "
-                  f"{np.median(nearest[name]):.1f}, between real images {np.median(between):.1f}")
+            print(
+                f"\n{name}: {accuracy[name]:.1%} recognised, median distance to the nearest real image "
+                f"{np.median(nearest[name]):.1f}, between real images {np.median(between):.1f}"
+            )
     assert accuracy["guided"] >= 0.95 and accuracy["plain"] >= 0.90
     for distance in nearest.values():
         # A copier's distances would crowd near 0; and what is far from every digit is no digit.

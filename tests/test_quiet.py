@@ -9,9 +9,17 @@ import pytest
 from marjax.quiet import LIBTPU, quiet_libtpu
 
 
-@pytest.mark.parametrize("device, given, sets", [
-    (None, {}, True), (None, {"JAX_PLATFORMS": "cpu"}, True), ("accel0", {}, False), ("vfio/0", {}, False),
-    (None, {"TPU_WORKER_HOSTNAMES": "a,b"}, False), (None, {"TPU_STDERR_LOG_LEVEL": "0"}, False)])
+@pytest.mark.parametrize(
+    "device, given, sets",
+    [
+        (None, {}, True),
+        (None, {"JAX_PLATFORMS": "cpu"}, True),
+        ("accel0", {}, False),
+        ("vfio/0", {}, False),
+        (None, {"TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        (None, {"TPU_STDERR_LOG_LEVEL": "0"}, False),
+    ],
+)
 def test_variables_are_set_only_without_a_tpu(tmp_path, device, given, sets):
     (tmp_path / "dev" / "vfio").mkdir(parents=True)
     (tmp_path / "dev" / "vfio" / "vfio").touch()  # of the driver, there without a device too
@@ -33,7 +41,12 @@ def test_a_process_with_libtpu_starts_without_its_lines():
     environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     said = []
     for first in ("", "import os; from marjax.quiet import quiet_libtpu; quiet_libtpu(os.environ); "):
-        done = subprocess.run([sys.executable, "-P", "-c", first + "import jax; print(jax.devices()[0].platform)"],
-                              env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", first + "import jax; print(jax.devices()[0].platform)"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         said.append(done.stderr)
     assert "TPU" in said[0] and said[1] == ""

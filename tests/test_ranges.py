@@ -58,22 +58,36 @@ def test_zero_where_nothing_would_happen(digits, key):
         config_lib.resolve(config_lib.apply_overrides(digits, {key: zero}))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("train.ema_decay", 1.0), ("train.ema_decay", 1.0 - 1e-9), ("train.b2", 1.0), ("train.lr", 1e-40),
-    ("train.clip", 1e-12), ("tokenizer.train.clip", 1e-12), ("model.mask_ratio.minimum", 1.0), ("data.channels", 2),
-    ("model.attn_dropout", 1.0), ("model.class_dropout", 1.01), ("tokenizer.autoencoder.channel_mults", (1,) * 99),
-    ("seed", 2**32), ("eval.num_images", 1),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("train.ema_decay", 1.0),
+        ("train.ema_decay", 1.0 - 1e-9),
+        ("train.b2", 1.0),
+        ("train.lr", 1e-40),
+        ("train.clip", 1e-12),
+        ("tokenizer.train.clip", 1e-12),
+        ("model.mask_ratio.minimum", 1.0),
+        ("data.channels", 2),
+        ("model.attn_dropout", 1.0),
+        ("model.class_dropout", 1.01),
+        ("tokenizer.autoencoder.channel_mults", (1,) * 99),
+        ("seed", 2**32),
+        ("eval.num_images", 1),
+    ],
+)
 def test_what_would_train_nothing_or_overflow(digits, key, value):
     with pytest.raises(UserError, match=key):
         config_lib.resolve(config_lib.apply_overrides(digits, {key: value}))
 
 
 def test_derived_numbers_are_checked_too(digits):
-    for fields, says in (({"train.lr": None, "train.base_lr": 1e-30}, "train.lr"),
-                         ({"train.steps": None, "train.epochs": 1e-3}, "train.steps is 0"),
-                         ({"train.steps": None, "train.epochs": 1e9, "data.num_examples": 2**40}, "train.steps"),
-                         ({"model.mask_ratio.mean": 2.0, "model.mask_ratio.std": 1e-3}, "mask_ratio")):
+    for fields, says in (
+        ({"train.lr": None, "train.base_lr": 1e-30}, "train.lr"),
+        ({"train.steps": None, "train.epochs": 1e-3}, "train.steps is 0"),
+        ({"train.steps": None, "train.epochs": 1e9, "data.num_examples": 2**40}, "train.steps"),
+        ({"model.mask_ratio.mean": 2.0, "model.mask_ratio.std": 1e-3}, "mask_ratio"),
+    ):
         with pytest.raises(UserError, match=says):
             config_lib.resolve(config_lib.apply_overrides(digits, fields))
 
@@ -82,8 +96,12 @@ def numeric_arguments():
     """(command, name, type) of every number on the command line."""
     parser = cli._parser()
     subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return [(name, action.dest, action.type) for name, sub in subparsers.choices.items() for action in sub._actions
-            if action.type in (int, float) and name != "sweep-point"]  # which only `sweep` starts
+    return [
+        (name, action.dest, action.type)
+        for name, sub in subparsers.choices.items()
+        for action in sub._actions
+        if action.type in (int, float) and name != "sweep-point"
+    ]  # which only `sweep` starts
 
 
 def test_every_argument_that_is_a_number_has_a_range():
@@ -104,32 +122,39 @@ def test_what_no_argument_may_be(name):
     check_arguments(**{name: np.int64(good) if ARGUMENTS[name].whole else np.float32(good)})
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "1" + "0" * 30], "num_per_label"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--seed", "-1"], "seed"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "0-9999999999"], "labels"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "9" * 5000], "labels"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--temperature", "nan"], "temperature is nan"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--cfg", "inf"], "cfg is inf"),
-    (["evaluate", "--workdir", "RUN", "--num_images", "1" + "0" * 30], "num_images"),
-    (["evaluate", "--workdir", "RUN", "--batch_size", "-5"], "batch_size"),
-    (["evaluate", "--workdir", "RUN", "--step", "-5"], "step is -5"),
-    (["evaluate", "--workdir", "RUN", "--temperature", "1.0,nan"], "temperature is nan"),
-    (["prepare", "--images", "RUN", "--out", "OUT", "--val_share", "nan"], "val_share is nan"),
-    (["prepare", "--images", "RUN", "--out", "OUT", "--workers", "1000000"], "workers"),
-    (["train-classifier", "--config", "DIGITS", "--out", "OUT", "--held_out", "nan"], "held_out is nan"),
-    (["train-classifier", "--config", "DIGITS", "--out", "OUT", "--seed", "-1"], "seed is -1"),
-    (["stats", "--dataset", "DIGITS", "--out", "OUT", "--keep_features", "-1"], "keep_features is -1"),
-    (["export", "--workdir", "RUN", "--out", "OUT", "--step", "-1"], "step is -1"),
-    (["train", "--config", "DIGITS", "--workdir", "OUT", "--profile", "1:" + "9" * 5000], "--profile"),
-    (["train", "--config", "DIGITS", "--workdir", "OUT", "--config.train.lr=nan"], "config.train.lr is nan"),
-    (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "repeats is -1"),
-    (["benchmark", "features", "--config", "DIGITS", "--config.data.image_size=0"], "config.data.image_size is 0"),
-    (["tokenizer", "check", "--config", "DIGITS", "--out", "OUT", "--config.data.image_size=-8"],
-     "config.data.image_size is -8"),
-    (["tokenizer", "check", "--config", "DIGITS", "--out", "OUT", "--config.tokenizer.autoencoder.scale=nan"],
-     "config.tokenizer.autoencoder.scale is nan"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "1" + "0" * 30], "num_per_label"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--seed", "-1"], "seed"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "0-9999999999"], "labels"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "9" * 5000], "labels"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--temperature", "nan"], "temperature is nan"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--cfg", "inf"], "cfg is inf"),
+        (["evaluate", "--workdir", "RUN", "--num_images", "1" + "0" * 30], "num_images"),
+        (["evaluate", "--workdir", "RUN", "--batch_size", "-5"], "batch_size"),
+        (["evaluate", "--workdir", "RUN", "--step", "-5"], "step is -5"),
+        (["evaluate", "--workdir", "RUN", "--temperature", "1.0,nan"], "temperature is nan"),
+        (["prepare", "--images", "RUN", "--out", "OUT", "--val_share", "nan"], "val_share is nan"),
+        (["prepare", "--images", "RUN", "--out", "OUT", "--workers", "1000000"], "workers"),
+        (["train-classifier", "--config", "DIGITS", "--out", "OUT", "--held_out", "nan"], "held_out is nan"),
+        (["train-classifier", "--config", "DIGITS", "--out", "OUT", "--seed", "-1"], "seed is -1"),
+        (["stats", "--dataset", "DIGITS", "--out", "OUT", "--keep_features", "-1"], "keep_features is -1"),
+        (["export", "--workdir", "RUN", "--out", "OUT", "--step", "-1"], "step is -1"),
+        (["train", "--config", "DIGITS", "--workdir", "OUT", "--profile", "1:" + "9" * 5000], "--profile"),
+        (["train", "--config", "DIGITS", "--workdir", "OUT", "--config.train.lr=nan"], "config.train.lr is nan"),
+        (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "repeats is -1"),
+        (["benchmark", "features", "--config", "DIGITS", "--config.data.image_size=0"], "config.data.image_size is 0"),
+        (
+            ["tokenizer", "check", "--config", "DIGITS", "--out", "OUT", "--config.data.image_size=-8"],
+            "config.data.image_size is -8",
+        ),
+        (
+            ["tokenizer", "check", "--config", "DIGITS", "--out", "OUT", "--config.tokenizer.autoencoder.scale=nan"],
+            "config.tokenizer.autoencoder.scale is nan",
+        ),
+    ],
+)
 def test_on_the_command_line(tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     claim_workdir("RUN", config_lib.resolve(make_digits()))
@@ -151,8 +176,13 @@ def test_range():
     share = Range(0.0, BELOW_ONE)
     for value in (0, 0.5, BELOW_ONE, np.float32(0.5)):
         share.check("x", value)
-    for value, says in ((math.nan, "at least 0"), (-1, "at least 0"), (1.0, "less than 1"), (None, "float"),
-                        (1j, "float")):
+    for value, says in (
+        (math.nan, "at least 0"),
+        (-1, "at least 0"),
+        (1.0, "less than 1"),
+        (None, "float"),
+        (1j, "float"),
+    ):
         with pytest.raises(UserError, match=f"x is .*{says}"):
             share.check("x", value)
     with pytest.raises(UserError, match="x is 10: give at most 9"):

@@ -22,11 +22,13 @@ def pictures(tmp_path_factory):
     rng = np.random.default_rng(0)
     made = []
     names = ("a.png", "b/1.PNG", "b/2.jpeg", "b/3.webp", "c.bmp", "d.png", "e.png")
-    for name, size, mode in zip(names, (8, 9, 17, 8, 8, 12, 20), ("L", "L", "L", "RGB", "RGB", "RGBA", "P"),
-                                strict=True):
+    for name, size, mode in zip(
+        names, (8, 9, 17, 8, 8, 12, 20), ("L", "L", "L", "RGB", "RGB", "RGBA", "P"), strict=True
+    ):
         shape = (size, size + 3) if mode in "LP" else (size, size + 3, len(mode))
         Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode if mode != "P" else "L").convert(mode).save(
-            folder / name, lossless=True)
+            folder / name, lossless=True
+        )
         layer = Image.open(folder / name).convert("RGBA")
         over_white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         made.append(np.asarray(over_white.convert("RGB").convert("L")))
@@ -56,7 +58,7 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
     # Seven small images in three columns, enlarged four times, twice, with a gap.
     assert picture.shape == (3 * 34, 2 * 3 * 34 + 16, 3)
     np.testing.assert_array_equal(picture[1:33:4, 1:33:4, 0], images[0, ..., 0])
-    assert (picture[1:33, 1:33] != picture[1:33, 3 * 34 + 17:3 * 34 + 49]).any()
+    assert (picture[1:33, 1:33] != picture[1:33, 3 * 34 + 17 : 3 * 34 + 49]).any()
     # The number of images at a time changes the draws only.
     other = check(folder, path=str(path), image_size=8, batch_size=7)
     assert other["mse"] == pytest.approx(report["mse"], rel=0.2) and "picture" not in other
@@ -91,47 +93,95 @@ def test_codes_of_a_configs_data(autoencoders):
 def test_command(autoencoders, pictures, tmp_path, capsys):
     folder, _ = pictures
     path = str(autoencoders / "kl.safetensors")
-    assert main(["tokenizer", "check", "--images", str(folder), "--path", path, "--image_size", "8", "--out",
-                 str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "tokenizer",
+                "check",
+                "--images",
+                str(folder),
+                "--path",
+                path,
+                "--image_size",
+                "8",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     report = check(folder, path=path, image_size=8)
     assert lines[0] == f"7 images of 8 x 8: mse {report['mse']:.5f}, PSNR {report['psnr']:.2f} dB"
     assert f"std {report['std']:.4f}; the scale 1/std would be {report['scale']:.5g}" in lines[1]
     assert lines[-1].endswith("reconstructions.png") and len(lines) == 7
-    flags = ["--config.tokenizer.autoencoder.width=32", "--config.tokenizer.autoencoder.channel_mults=1,1",
-             "--config.tokenizer.autoencoder.num_res_blocks=1", "--config.tokenizer.autoencoder.latent_channels=4",
-             "--config.tokenizer.num_codes=16", "--config.tokenizer.patch_size=1"]
+    flags = [
+        "--config.tokenizer.autoencoder.width=32",
+        "--config.tokenizer.autoencoder.channel_mults=1,1",
+        "--config.tokenizer.autoencoder.num_res_blocks=1",
+        "--config.tokenizer.autoencoder.latent_channels=4",
+        "--config.tokenizer.num_codes=16",
+        "--config.tokenizer.patch_size=1",
+    ]
     vq = str(autoencoders / "vq.safetensors")
-    assert main(["tokenizer", "check", "--config", f"{DIGITS}:debug", "--name", "vq", "--path", vq, "--num_images", "5",
-                 *flags, "--out", str(tmp_path / "vq")]) == 0
+    assert (
+        main(
+            [
+                "tokenizer",
+                "check",
+                "--config",
+                f"{DIGITS}:debug",
+                "--name",
+                "vq",
+                "--path",
+                vq,
+                "--num_images",
+                "5",
+                *flags,
+                "--out",
+                str(tmp_path / "vq"),
+            ]
+        )
+        == 0
+    )
     assert " codes used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--path", "KL"], "no images: give --images DIR"),
-    (["--images", "PICTURES"], "no tokenizer: give --path"),
-    (["--images", "none", "--path", "KL"], "images none is no folder"),
-    (["--images", "EMPTY", "--path", "KL"], "has no pictures: give another folder"),
-    (["--images", "BAD", "--path", "KL"], "bad.png cannot be read (no image file that Pillow can read here"),
-    (["--images", "PICTURES", "--path", "none"], "none does not exist"),
-    (["--images", "PICTURES", "--path", "PICTURES"], "is a folder"),
-    (["--images", "PICTURES", "--path", "KL", "--image_size", "9"], "sides that 2 divides"),
-    (["--images", "PICTURES", "--path", "KL", "--image_size", "0"], "image_size is 0"),
-    (["--images", "PICTURES", "--path", "KL", "--num_images", "0"], "num_images is 0"),
-    (["--images", "PICTURES", "--path", "KL", "--name", "kl16"], "width 32 instead of 128"),
-    (["--images", "PICTURES", "--path", "KL", "--name", "kl17"], "give one of codebook, kl, kl16"),
-    (["--images", "PICTURES", "--path", "KL", "--config.seed=1"], "give --config NAME too"),
-    (["--images", "PICTURES", "--name", "kl16"], "marjax convert makes it from the reference's kl16.ckpt"),
-    (["--config", "IMAGENET"], "path is empty, but tokenizer 'kl16' is a file"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--path", "KL"], "no images: give --images DIR"),
+        (["--images", "PICTURES"], "no tokenizer: give --path"),
+        (["--images", "none", "--path", "KL"], "images none is no folder"),
+        (["--images", "EMPTY", "--path", "KL"], "has no pictures: give another folder"),
+        (["--images", "BAD", "--path", "KL"], "bad.png cannot be read (no image file that Pillow can read here"),
+        (["--images", "PICTURES", "--path", "none"], "none does not exist"),
+        (["--images", "PICTURES", "--path", "PICTURES"], "is a folder"),
+        (["--images", "PICTURES", "--path", "KL", "--image_size", "9"], "sides that 2 divides"),
+        (["--images", "PICTURES", "--path", "KL", "--image_size", "0"], "image_size is 0"),
+        (["--images", "PICTURES", "--path", "KL", "--num_images", "0"], "num_images is 0"),
+        (["--images", "PICTURES", "--path", "KL", "--name", "kl16"], "width 32 instead of 128"),
+        (["--images", "PICTURES", "--path", "KL", "--name", "kl17"], "give one of codebook, kl, kl16"),
+        (["--images", "PICTURES", "--path", "KL", "--config.seed=1"], "give --config NAME too"),
+        (["--images", "PICTURES", "--name", "kl16"], "marjax convert makes it from the reference's kl16.ckpt"),
+        (["--config", "IMAGENET"], "path is empty, but tokenizer 'kl16' is a file"),
+    ],
+)
 def test_slips_are_one_line_and_leave_nothing(autoencoders, pictures, tmp_path, capsys, arguments, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "bad.png").write_bytes(b"none")
-    names = {"KL": str(autoencoders / "kl.safetensors"), "PICTURES": str(pictures[0]), "BAD": str(tmp_path / "bad"),
-             "EMPTY": str(tmp_path / "empty"), "IMAGENET": str(ROOT / "configs" / "imagenet256.py")}
-    assert main(["tokenizer", "check", *[names.get(each, each) for each in arguments], "--out",
-                 str(tmp_path / "out")]) == 2
+    names = {
+        "KL": str(autoencoders / "kl.safetensors"),
+        "PICTURES": str(pictures[0]),
+        "BAD": str(tmp_path / "bad"),
+        "EMPTY": str(tmp_path / "empty"),
+        "IMAGENET": str(ROOT / "configs" / "imagenet256.py"),
+    }
+    assert (
+        main(["tokenizer", "check", *[names.get(each, each) for each in arguments], "--out", str(tmp_path / "out")])
+        == 2
+    )
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1 and error.startswith("marjax tokenizer: error: ")
     assert not (tmp_path / "out").exists()

@@ -29,21 +29,29 @@ def build(theirs):
     """Our network of a reference config, its token shape and its abstract parameters."""
     config = config_lib.base()
     config.model.update(
-        width=theirs["encoder_embed_dim"], encoder_depth=theirs["encoder_depth"],
-        decoder_depth=theirs["decoder_depth"], num_heads=theirs["encoder_num_heads"], dtype="float32",
-        buffer_size=theirs["buffer_size"], attn_dropout=theirs["attn_dropout"], proj_dropout=theirs["proj_dropout"])
+        width=theirs["encoder_embed_dim"],
+        encoder_depth=theirs["encoder_depth"],
+        decoder_depth=theirs["decoder_depth"],
+        num_heads=theirs["encoder_num_heads"],
+        dtype="float32",
+        buffer_size=theirs["buffer_size"],
+        attn_dropout=theirs["attn_dropout"],
+        proj_dropout=theirs["proj_dropout"],
+    )
     config.model.denoiser.update(depth=theirs["diffloss_d"], width=theirs["diffloss_w"])
     shape = TokenShape.of(theirs["img_size"], theirs["vae_stride"], theirs["vae_embed_dim"], theirs["patch_size"])
-    generator = generator_lib.build(config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim,
-                                    num_classes=theirs["class_num"])
+    generator = generator_lib.build(
+        config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim, num_classes=theirs["class_num"]
+    )
     abstract = jax.eval_shape(lambda: nn.unbox(state_lib.init_params(generator, jax.random.key(0))))
     return config, generator, shape, abstract
 
 
 def seeded(abstract):
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
-    return names.to_marjax({name: seeded_array(name, array.shape)
-                            for name, array in names.to_pytorch(zeros).items()}, abstract)
+    return names.to_marjax(
+        {name: seeded_array(name, array.shape) for name, array in names.to_pytorch(zeros).items()}, abstract
+    )
 
 
 def order_of(mask):
@@ -74,7 +82,7 @@ def test_tokens_are_ordered_channel_row_column(patch):
     latent = jnp.arange(2 * 8 * 8 * 3.0).reshape(2, 8, 8, 3)
     tokens = shape.patchify(latent)
     assert tokens.shape == (2, (8 // patch) ** 2, 3 * patch**2)
-    corner = latent[1, :patch, patch:2 * patch] if patch < 8 else latent[1]
+    corner = latent[1, :patch, patch : 2 * patch] if patch < 8 else latent[1]
     np.testing.assert_array_equal(tokens[1, 1], corner.transpose(2, 0, 1).reshape(-1))
     np.testing.assert_array_equal(shape.unpatchify(tokens), latent)
 
@@ -86,9 +94,10 @@ def test_encoder_and_z(forward, spare):
     tokens, slots = jnp.asarray(arrays["out/tokens"]), int(known[0]) + spare
     labels, drop = jnp.asarray(arrays["in/labels"]), jnp.zeros(3, bool)
     bound = generator.bind({"params": params})
-    encoded = bound.backbone.encode(tokens, order, known, params["class_embedding"][labels], slots=slots,
-                                    deterministic=True)
-    assert relative_error(encoded[:, :8 + int(known[0])], arrays["out/encoder"]) < 1e-4
+    encoded = bound.backbone.encode(
+        tokens, order, known, params["class_embedding"][labels], slots=slots, deterministic=True
+    )
+    assert relative_error(encoded[:, : 8 + int(known[0])], arrays["out/encoder"]) < 1e-4
     for name, dropped in (("out/z", drop), ("out/z_uncond", ~drop)):
         z = bound.condition(tokens, labels, dropped, order, known, slots=slots)
         assert relative_error(z, arrays[name]) < 1e-4
@@ -112,16 +121,17 @@ def rounding_of_vb(arrays):
     which compilers and processors round differently, in the reference as here. So both are compared in float64.
     """
     with jax.enable_x64(True):
-        given = {name: jnp.asarray(arrays[name].astype(np.float64)) for name in ("out/tokens", "in/noise",
-                                                                                 "out/denoiser")}
+        given = {
+            name: jnp.asarray(arrays[name].astype(np.float64)) for name in ("out/tokens", "in/noise", "out/denoiser")
+        }
         t, schedule = jnp.asarray(arrays["in/t"]), diffusion.respace(1000, 1000)
         noised = diffusion.add_noise(schedule, given["out/tokens"], LossNoise(t, given["in/noise"]))
         mean, log_variance = diffusion.predicted_gaussian(schedule, noised, t, *jnp.split(given["out/denoiser"], 2, -1))
         likelihood = diffusion.discretised_log_likelihood(given["out/tokens"], mean, 0.5 * log_variance)
         assert likelihood.dtype == jnp.float64
-    below = np.asarray(likelihood) < np.log(2.0 ** -20)
+    below = np.asarray(likelihood) < np.log(2.0**-20)
     unresolved = (below & (arrays["in/t"] == 0)[..., None]).sum(-1)
-    return unresolved * np.log(2.0 ** -20 / 1e-12) / below.shape[-1] / np.log(2.0), unresolved == 0
+    return unresolved * np.log(2.0**-20 / 1e-12) / below.shape[-1] / np.log(2.0), unresolved == 0
 
 
 def test_loss(forward):
@@ -129,8 +139,13 @@ def test_loss(forward):
     order, known = order_of(arrays["in/mask"])
     noise = LossNoise(jnp.asarray(arrays["in/t"]).swapaxes(0, 1), jnp.asarray(arrays["in/noise"]).swapaxes(0, 1))
     rand = LossRandomness(order, known, jnp.zeros(3, bool), noise)
-    terms = generator.apply({"params": params}, jnp.asarray(arrays["out/tokens"]), jnp.asarray(arrays["in/labels"]),
-                            rand, deterministic=True)
+    terms = generator.apply(
+        {"params": params},
+        jnp.asarray(arrays["out/tokens"]),
+        jnp.asarray(arrays["in/labels"]),
+        rand,
+        deterministic=True,
+    )
     rounding, resolved = rounding_of_vb(arrays)
     assert 0 < (~resolved).sum() < 10
     for name, theirs in (("mse", "out/mse"), ("vb", "out/vb"), ("loss", "out/loss_per_token")):
@@ -147,13 +162,21 @@ def test_loss(forward):
 def test_three_optimizer_steps(accumulate):
     arrays, theirs = parity("mar_train_steps")
     config, generator, shape, abstract = build(theirs)
-    config.train.update(lr=theirs["lr"], schedule="constant", warmup_steps=0, steps=3, clip=theirs["grad_clip"],
-                        weight_decay=theirs["weight_decay"], ema_decay=theirs["ema_rate"])
+    config.train.update(
+        lr=theirs["lr"],
+        schedule="constant",
+        warmup_steps=0,
+        steps=3,
+        clip=theirs["grad_clip"],
+        weight_decay=theirs["weight_decay"],
+        ema_decay=theirs["ema_rate"],
+    )
     assert theirs["betas"] == [config.train.b1, config.train.b2]
     optimizer = make_optimizer(config.train)
     params = jax.tree.map(jnp.asarray, seeded(abstract))
-    state = state_lib.TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=params,
-                                 opt_state=optimizer.init(params))
+    state = state_lib.TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, ema=params, opt_state=optimizer.init(params)
+    )
 
     @jax.jit
     def step(state, tokens, labels, rand):
@@ -180,25 +203,34 @@ def test_whole_generations(name, max_stages):
     arrays, theirs = parity(name)
     weights, _ = parity("mar_sample_cfg_linear")
     _, generator, shape, abstract = build(theirs)
-    params = names.to_marjax({key.removeprefix("params/"): weights[key] for key in weights.files
-                              if key.startswith("params/")}, abstract)
+    params = names.to_marjax(
+        {key.removeprefix("params/"): weights[key] for key in weights.files if key.startswith("params/")}, abstract
+    )
     # Their orders are generated from the back.
     order = jnp.asarray(arrays["in/orders"][:, ::-1])
-    noise = SampleNoise(jnp.asarray(arrays["in/init_noise"]),
-                        jnp.moveaxis(jnp.asarray(arrays["in/step_noise"]), 0, 2))
+    noise = SampleNoise(jnp.asarray(arrays["in/init_noise"]), jnp.moveaxis(jnp.asarray(arrays["in/step_noise"]), 0, 2))
     plan = orders.generation_plan(shape.num_tokens, theirs["num_iter"])
     step_of_token = np.searchsorted(plan, np.asarray(orders.ranks(order)), side="right") - 1
     np.testing.assert_array_equal(step_of_token, arrays["out/step_of_token"])
     scales = orders.guidance_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
     np.testing.assert_allclose(scales, arrays["out/cfg_per_step"], rtol=1e-12)
 
-    stages = orders.group_stages(plan, max_stages, lambda known, new: generator.backbone.padded_step_flops(known)
-                                 + new * generator.head.sample_flops(10))
+    stages = orders.group_stages(
+        plan,
+        max_stages,
+        lambda known, new: generator.backbone.padded_step_flops(known) + new * generator.head.sample_flops(10),
+    )
     assert len(stages) == max_stages
-    tokens = generate(generator, params, jnp.asarray(arrays["in/labels"]), SampleRandomness(order, noise),
-                      jnp.asarray(scales, jnp.float32) if theirs["cfg"] != 1.0 else None,
-                      jnp.float32(theirs["temperature"]), stages=stages,
-                      num_sampling_steps=theirs["num_sampling_steps"])
+    tokens = generate(
+        generator,
+        params,
+        jnp.asarray(arrays["in/labels"]),
+        SampleRandomness(order, noise),
+        jnp.asarray(scales, jnp.float32) if theirs["cfg"] != 1.0 else None,
+        jnp.float32(theirs["temperature"]),
+        stages=stages,
+        num_sampling_steps=theirs["num_sampling_steps"],
+    )
     assert relative_error(tokens, arrays["out/tokens"]) < 1e-4
     assert relative_error(shape.unpatchify(tokens), latents(arrays["out/latents"])) < 1e-4
 

@@ -87,7 +87,7 @@ def test_each_image_once():
     images = RNG.integers(0, 256, (4, 4, 4, 3), np.uint8)
     for indices in ([0, 1, 2], [0, 1, 2, 2]):
         with pytest.raises(ValueError, match="of 4 images are missing or came more than once"):
-            make_reference([(np.array(indices), images[:len(indices)])], 4, Network())
+            make_reference([(np.array(indices), images[: len(indices)])], 4, Network())
     with pytest.raises(UserError, match="1 images have no statistics"):
         make_reference([], 1, Network())
 
@@ -96,30 +96,35 @@ ASYMMETRIC = STATS.cov + np.eye(5, k=1)
 META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
 
 
-@pytest.mark.parametrize("arrays, said", [
-    ({"weights": np.zeros(3)}, "weights"),
-    ({"mu": STATS.mean}, "has no sigma"),
-    ({"ref_sigma": STATS.cov}, "has no ref_mu"),
-    ({**ADM, "sigma_s": STATS.cov}, r"sigma_s has the shape \(5, 5\), expected \(3, 3\)"),
-    ({"mu": STATS.mean, "sigma": STATS.mean}, "sigma is float64 .*2 axes"),
-    ({"mu": np.arange(5), "sigma": STATS.cov}, "mu is int64"),
-    ({"mu": STATS.mean, "sigma": ASYMMETRIC}, "sigma is no covariance"),
-    ({"mu": STATS.mean, "sigma": -STATS.cov}, "sigma is no covariance"),
-    ({"mu": STATS.mean * np.nan, "sigma": STATS.cov}, "mu holds values that are not finite"),
-    ({"mu": np.array([print, None]), "sigma": STATS.cov}, "mu cannot be read .*pickle"),
-    ({**ADM, "arr_0": IMAGES.astype(np.float32)}, "arr_0 is float32"),
-    ({**ADM, "arr_0": IMAGES[0]}, r"arr_0 is uint8 \(4, 6, 3\)"),
-    ({**ADM, "arr_0": np.asfortranarray(IMAGES)}, "in Fortran order"),
-    ({**ADM, "features": np.zeros((4, 3), np.float32)}, "features has the shape"),
-    ({**ADM, "meta": META.replace("1", "2", 1)}, "meta: format is 2"),
-    ({**ADM, "meta": META.replace("30", "true")}, "meta: count is true"),
-    ({**ADM, "meta": META.replace("null", '{"name": 1, "checksum": ""}')}, "meta: extractor.name"),
-    ({**ADM, "meta": META.replace("null", '{"name": "a\\nb", "checksum": ""}')}, "meta: extractor.name"),
-    ({**ADM, "meta": "[" * 100_000}, "meta"), ({**ADM, "meta": np.array([META])}, "meta"),
-    ({**ADM, "mu": np.full(5, 1e200)}, "mu"), ({**ADM, "sigma": STATS.cov * 1e300}, "sigma"),
-    ({**ADM, "sigma": np.zeros((0, 0)), "mu": np.zeros(0)}, "mu"),
-    ({**ADM, "meta": "[]"}, "meta"),
-])
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"weights": np.zeros(3)}, "weights"),
+        ({"mu": STATS.mean}, "has no sigma"),
+        ({"ref_sigma": STATS.cov}, "has no ref_mu"),
+        ({**ADM, "sigma_s": STATS.cov}, r"sigma_s has the shape \(5, 5\), expected \(3, 3\)"),
+        ({"mu": STATS.mean, "sigma": STATS.mean}, "sigma is float64 .*2 axes"),
+        ({"mu": np.arange(5), "sigma": STATS.cov}, "mu is int64"),
+        ({"mu": STATS.mean, "sigma": ASYMMETRIC}, "sigma is no covariance"),
+        ({"mu": STATS.mean, "sigma": -STATS.cov}, "sigma is no covariance"),
+        ({"mu": STATS.mean * np.nan, "sigma": STATS.cov}, "mu holds values that are not finite"),
+        ({"mu": np.array([print, None]), "sigma": STATS.cov}, "mu cannot be read .*pickle"),
+        ({**ADM, "arr_0": IMAGES.astype(np.float32)}, "arr_0 is float32"),
+        ({**ADM, "arr_0": IMAGES[0]}, r"arr_0 is uint8 \(4, 6, 3\)"),
+        ({**ADM, "arr_0": np.asfortranarray(IMAGES)}, "in Fortran order"),
+        ({**ADM, "features": np.zeros((4, 3), np.float32)}, "features has the shape"),
+        ({**ADM, "meta": META.replace("1", "2", 1)}, "meta: format is 2"),
+        ({**ADM, "meta": META.replace("30", "true")}, "meta: count is true"),
+        ({**ADM, "meta": META.replace("null", '{"name": 1, "checksum": ""}')}, "meta: extractor.name"),
+        ({**ADM, "meta": META.replace("null", '{"name": "a\\nb", "checksum": ""}')}, "meta: extractor.name"),
+        ({**ADM, "meta": "[" * 100_000}, "meta"),
+        ({**ADM, "meta": np.array([META])}, "meta"),
+        ({**ADM, "mu": np.full(5, 1e200)}, "mu"),
+        ({**ADM, "sigma": STATS.cov * 1e300}, "sigma"),
+        ({**ADM, "sigma": np.zeros((0, 0)), "mu": np.zeros(0)}, "mu"),
+        ({**ADM, "meta": "[]"}, "meta"),
+    ],
+)
 def test_defects_are_told_with_file_and_key(tmp_path, arrays, said):
     path = npz(tmp_path, **arrays)
     with pytest.raises(UserError, match=said) as caught:
@@ -133,8 +138,13 @@ def test_files_that_are_no_npz(tmp_path):
     whole = npz(tmp_path, **ADM).read_bytes()
     single = tmp_path / "single.npy"
     np.save(single, STATS.mean)
-    for content in (whole[:len(whole) // 2], b"", b"text", single.read_bytes(),
-                    whole.replace(STATS.cov.tobytes(), STATS.cov.tobytes()[::-1])):
+    for content in (
+        whole[: len(whole) // 2],
+        b"",
+        b"text",
+        single.read_bytes(),
+        whole.replace(STATS.cov.tobytes(), STATS.cov.tobytes()[::-1]),
+    ):
         (tmp_path / "stats.npz").write_bytes(content)
         with pytest.raises(UserError, match="stats.npz"):
             read_reference(tmp_path / "stats.npz")

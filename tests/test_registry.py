@@ -42,8 +42,12 @@ class Scaled(RegressionHead):
 
     @classmethod
     def of(cls, model, token_dim, num_codes):
-        return cls(token_dim=token_dim, cond_width=model.width, dtype=jnp.dtype(model.dtype),
-                   factor=config_lib.parse_arg(model.extra, factor=1.0).factor)
+        return cls(
+            token_dim=token_dim,
+            cond_width=model.width,
+            dtype=jnp.dtype(model.dtype),
+            factor=config_lib.parse_arg(model.extra, factor=1.0).factor,
+        )
 
     def __call__(self, z_BxLxW, tokens_BxLxD, noise, weight_BxL, codebook=None):
         loss, weight = super().__call__(z_BxLxW, tokens_BxLxD, noise, weight_BxL)["loss"]
@@ -70,8 +74,9 @@ class Tripled:
 
     def encode(self, params, image, key):
         b, h, w, c = image.shape
-        return image.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(
-            b, h // 2, w // 2, 4 * c) / 3
+        return (
+            image.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c) / 3
+        )
 
     def decode(self, params, latent):
         b, h, w, c = latent.shape
@@ -87,9 +92,19 @@ def test_a_run_with_parts_of_ones_own(tmp_path):
     marjax.register("tokenizer", "tripled", Tripled)
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     marjax.register("source", "noise", lambda data: (images, np.arange(40) % 3))
-    config = make_digits(**QUICK | dict(
-        model__head="scaled", model__extra="factor=2e6", tokenizer__name="tripled", tokenizer__patch_size=1,
-        data__source="noise:any", data__num_classes=None, data__num_examples=None, train__steps=1))
+    config = make_digits(
+        **QUICK
+        | dict(
+            model__head="scaled",
+            model__extra="factor=2e6",
+            tokenizer__name="tripled",
+            tokenizer__patch_size=1,
+            data__source="noise:any",
+            data__num_classes=None,
+            data__num_examples=None,
+            train__steps=1,
+        )
+    )
     marjax.train(config, tmp_path)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["train/loss"] > 1e4  # of tokens in [-1/3, 1/3], by the factor
@@ -145,9 +160,14 @@ def test_a_plugin_that_cannot_be_imported_is_reported_every_time(tmp_path, monke
 
 def test_an_installed_package_brings_a_head_by_an_entry_point(monkeypatch):
     def points(group):
-        return [importlib.metadata.EntryPoint("installed", f"{__name__}:Scaled", group),
-                importlib.metadata.EntryPoint("broken", f"{__name__}:Nothing", group)
-                ] if group == "marjax.heads" else []
+        return (
+            [
+                importlib.metadata.EntryPoint("installed", f"{__name__}:Scaled", group),
+                importlib.metadata.EntryPoint("broken", f"{__name__}:Nothing", group),
+            ]
+            if group == "marjax.heads"
+            else []
+        )
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points(group))
     assert config_lib.resolve(make_digits(model__head="installed")).train.schedule == "constant"
@@ -165,9 +185,18 @@ def test_names_that_are_taken():
     marjax.register("head", "scaled", again)
     assert generator_lib.HEADS["scaled"] is again
     other = type("Other", (RegressionHead,), {"__module__": "elsewhere"})
-    for kind, name in (("head", "scaled"), ("head", "diffusion"), ("backbone", "mar"), ("backbone", "causal"),
-                       ("tokenizer", "kl16"), ("source", "tfds"), ("source", "python"), ("head", "a:b"), ("head", ""),
-                       ("haed", "x")):
+    for kind, name in (
+        ("head", "scaled"),
+        ("head", "diffusion"),
+        ("backbone", "mar"),
+        ("backbone", "causal"),
+        ("tokenizer", "kl16"),
+        ("source", "tfds"),
+        ("source", "python"),
+        ("head", "a:b"),
+        ("head", ""),
+        ("haed", "x"),
+    ):
         with pytest.raises(UserError, match="register"):
             marjax.register(kind, name, {"backbone": Doubling, "tokenizer": Tripled}.get(kind, other))
 
@@ -192,10 +221,16 @@ def test_a_head_that_breaks_its_contract_is_found_before_anything_is_written(tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind, thing, told", [
-    ("head", type("Half", (), {"of": 1, "sample": 1}), "draw_loss_noise"), ("head", Scaled(4, 8), "a class"),
-    ("backbone", type("Odd", (Doubling,), {"order": "spiral"}), "spiral"), ("tokenizer", Scaled, "stride"),
-    ("source", 3, "int")])
+@pytest.mark.parametrize(
+    "kind, thing, told",
+    [
+        ("head", type("Half", (), {"of": 1, "sample": 1}), "draw_loss_noise"),
+        ("head", Scaled(4, 8), "a class"),
+        ("backbone", type("Odd", (Doubling,), {"order": "spiral"}), "spiral"),
+        ("tokenizer", Scaled, "stride"),
+        ("source", 3, "int"),
+    ],
+)
 def test_objects_that_lack_what_their_kind_needs(kind, thing, told):
     with pytest.raises(UserError, match=told):
         marjax.register(kind, "mine", thing)

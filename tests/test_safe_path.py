@@ -9,8 +9,28 @@ import pytest
 from conftest import DIGITS, ROOT
 from PIL import Image
 
-DEPENDENCIES = ("numpy", "jax", "jaxlib", "flax", "optax", "orbax", "grain", "tqdm", "PIL", "absl", "etils", "marjax",
-                "ml_collections", "clu", "tensorstore", "sklearn", "gcsfs", "fsspec", "sitecustomize", "usercustomize")
+DEPENDENCIES = (
+    "numpy",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax",
+    "grain",
+    "tqdm",
+    "PIL",
+    "absl",
+    "etils",
+    "marjax",
+    "ml_collections",
+    "clu",
+    "tensorstore",
+    "sklearn",
+    "gcsfs",
+    "fsspec",
+    "sitecustomize",
+    "usercustomize",
+)
 
 
 @pytest.fixture
@@ -21,13 +41,20 @@ def run(tmp_path):
     for name in (*sys.stdlib_module_names, *DEPENDENCIES):
         (folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'a').write('{name} ')\n")
     # As pip makes it, for any interpreter.
-    (tmp_path / "marjax").write_text("import sys\nfrom marjax.__main__ import main\nif __name__ == '__main__':\n"
-                                     "    sys.exit(main())\n")
+    (tmp_path / "marjax").write_text(
+        "import sys\nfrom marjax.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
 
     def run(*arguments, code=0):
         kept = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "PYTHONSAFEPATH")}
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                              timeout=300, env=kept | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=kept | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout, canary.read_text() if canary.exists() else ""
 
@@ -85,9 +112,11 @@ def test_worker_processes_of_a_script(run, tmp_path):
 
 def test_interpreter_options_survive_the_restart(run, tmp_path):
     """The process is replaced by one whose malloc asks for huge pages, and by nothing else."""
-    (tmp_path / "marjax").write_text("import sys\nfrom marjax import __main__, cli\n"
-                                     "cli.main = lambda: print(sys.flags, sys.argv[1:]) or 0\n"
-                                     "sys.exit(__main__.main())")
+    (tmp_path / "marjax").write_text(
+        "import sys\nfrom marjax import __main__, cli\n"
+        "cli.main = lambda: print(sys.flags, sys.argv[1:]) or 0\n"
+        "sys.exit(__main__.main())"
+    )
     printed, imported = run("-s", "-B", "-X", "utf8", "-W", "error", tmp_path / "marjax", "a  b", "")
     assert imported == "" and "['a  b', '']" in printed
     assert "no_user_site=1" in printed and "utf8_mode=1" in printed and "dont_write_bytecode=1" in printed

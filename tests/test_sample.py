@@ -19,8 +19,16 @@ from marjax.workdir import read_workdir
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sample") / "run"
-    config = make_digits(train__steps=60, train__lr=5e-3, checkpoint__every=30, log__every=30, sample__cfg=2.0,
-                         sample__num_sampling_steps="ddim5", sample__batch_size=11, sample__max_stages=2)
+    config = make_digits(
+        train__steps=60,
+        train__lr=5e-3,
+        checkpoint__every=30,
+        log__every=30,
+        sample__cfg=2.0,
+        sample__num_sampling_steps="ddim5",
+        sample__batch_size=11,
+        sample__max_stages=2,
+    )
     train(config, workdir)
     return workdir
 
@@ -45,8 +53,19 @@ def close(a, b):
     assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(weights="raw"), dict(step=30), dict(cfg=3.0), dict(num_iter=7),
-                                    dict(temperature=0.5), dict(num_sampling_steps=7), dict(first_index=1)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=1),
+        dict(weights="raw"),
+        dict(step=30),
+        dict(cfg=3.0),
+        dict(num_iter=7),
+        dict(temperature=0.5),
+        dict(num_sampling_steps=7),
+        dict(first_index=1),
+    ],
+)
 def test_every_setting_matters(run, whole, change):
     assert (sample(run, LABELS, **change) != whole).any()
 
@@ -64,17 +83,31 @@ def test_no_class_is_a_condition_of_its_own(run):
     assert (none != sample(run, [0, 0])).any() and (none != sample(run, [9, 9])).any()
 
 
-@pytest.mark.parametrize("given, says", [
-    (dict(labels=[10]), "label 10 is out of range.*0 to 9"), (dict(labels=[-2]), "label -2"),
-    (dict(labels=[]), "no labels"), (dict(labels=[10**30]), "labels is"), (dict(labels=[0.5]), "labels is"),
-    (dict(labels=[float("nan")]), "labels is"), (dict(labels=[[0], [0, 1]]), "labels is"),
-    (dict(labels=None), "labels is"), (dict(labels=10), "label 10"), (dict(labels="cat"), "labels 'cat'"),
-    (dict(labels=[True]), "labels is"), (dict(labels=np.array([2**64 - 1], np.uint64)), "label 18446744073709551615"),
-    (dict(num_iter=17), "16 tokens: give 1 to 16"), (dict(num_sampling_steps=1001), "give 1 to 1000"),
-    (dict(weights="best"), "'ema' or 'raw'"), (dict(step=3), "there are steps"), (dict(seed=-1), "seed is -1"),
-    (dict(temperature=-1.0), "temperature"), (dict(batch_size=0), "at least 1"),
-    (dict(cfg_schedule="x"), "one of linear"),
-])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(labels=[10]), "label 10 is out of range.*0 to 9"),
+        (dict(labels=[-2]), "label -2"),
+        (dict(labels=[]), "no labels"),
+        (dict(labels=[10**30]), "labels is"),
+        (dict(labels=[0.5]), "labels is"),
+        (dict(labels=[float("nan")]), "labels is"),
+        (dict(labels=[[0], [0, 1]]), "labels is"),
+        (dict(labels=None), "labels is"),
+        (dict(labels=10), "label 10"),
+        (dict(labels="cat"), "labels 'cat'"),
+        (dict(labels=[True]), "labels is"),
+        (dict(labels=np.array([2**64 - 1], np.uint64)), "label 18446744073709551615"),
+        (dict(num_iter=17), "16 tokens: give 1 to 16"),
+        (dict(num_sampling_steps=1001), "give 1 to 1000"),
+        (dict(weights="best"), "'ema' or 'raw'"),
+        (dict(step=3), "there are steps"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(batch_size=0), "at least 1"),
+        (dict(cfg_schedule="x"), "one of linear"),
+    ],
+)
 def test_refusals(run, given, says):
     with pytest.raises(UserError, match=says):
         sample(run, **{"labels": [0], **given})
@@ -89,8 +122,25 @@ def test_labels_on_the_command_line():
 
 def test_command(run, tmp_path, capsys):
     out = tmp_path / "out"
-    code = main(["sample", "--workdir", str(run), "--labels", "0-2,9", "--num_per_label", "3", "--seed", "5", "--out",
-                 str(out), "--cfg", "2", "--num_iter", "8"])
+    code = main(
+        [
+            "sample",
+            "--workdir",
+            str(run),
+            "--labels",
+            "0-2,9",
+            "--num_per_label",
+            "3",
+            "--seed",
+            "5",
+            "--out",
+            str(out),
+            "--cfg",
+            "2",
+            "--num_iter",
+            "8",
+        ]
+    )
     assert code == 0, capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png"}
     saved = np.load(out / "samples.npz")
@@ -98,19 +148,22 @@ def test_command(run, tmp_path, capsys):
     close(saved["images"], sample(run, saved["labels"], seed=5, cfg=2.0, num_iter=8))
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "12"], "label 12 is out of range"),
-    (["sample", "--workdir", "RUN", "--out", "/proc/no", "--labels", "1"], "cannot be written"),
-    (["sample", "--workdir", "nowhere", "--out", "OUT"], "does not exist"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--config.seed=1"], "takes no --config"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "0"], "at least 1"),
-    (["sample", "--workdir", "RUN", "--out", "OUT", "--num_iter", "99"], "give 1 to 16"),
-    (["train", "--config", "configs/none.py", "--workdir", "W"], "does not exist"),
-    (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "the closest is 'train.lr'"),
-    (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "unknown argument"),
-    (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be created"),
-    (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "at least 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "12"], "label 12 is out of range"),
+        (["sample", "--workdir", "RUN", "--out", "/proc/no", "--labels", "1"], "cannot be written"),
+        (["sample", "--workdir", "nowhere", "--out", "OUT"], "does not exist"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--config.seed=1"], "takes no --config"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "0"], "at least 1"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_iter", "99"], "give 1 to 16"),
+        (["train", "--config", "configs/none.py", "--workdir", "W"], "does not exist"),
+        (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "the closest is 'train.lr'"),
+        (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "unknown argument"),
+        (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be created"),
+        (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "at least 0"),
+    ],
+)
 def test_slips_are_one_line_and_leave_nothing(run, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     names = {"RUN": str(run), "OUT": str(tmp_path / "out"), "DIGITS": f"{DIGITS}:debug"}
@@ -190,8 +243,12 @@ def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run
     assert (model.step, model.weights, model.config.data.num_classes) == (60, "ema", 10)
     assert "60" in repr(model) and load(run, weights="raw", step=30).step == 30
     assert model.params["class_embedding"].shape == (10, 32)
-    for wrong, says in (({"labels": [10]}, "label 10"), ({"labels": [1], "cgf": 2.0}, "'sample.cfg'"),
-                        ({"labels": [1], "seed": -1}, "seed"), ({"labels": []}, "label")):
+    for wrong, says in (
+        ({"labels": [10]}, "label 10"),
+        ({"labels": [1], "cgf": 2.0}, "'sample.cfg'"),
+        ({"labels": [1], "seed": -1}, "seed"),
+        ({"labels": []}, "label"),
+    ):
         with pytest.raises(UserError, match=says):
             model.sample(**wrong)
     with pytest.raises(UserError, match="gone"):
@@ -199,8 +256,9 @@ def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run
 
 
 def test_what_was_opened_says_which_weights_it_has(run):
-    ema, raw, before = (open_sampler(run, weights=weights, step=step)
-                        for weights, step in ((None, None), ("raw", None), ("ema", 30)))
+    ema, raw, before = (
+        open_sampler(run, weights=weights, step=step) for weights, step in ((None, None), ("raw", None), ("ema", 30))
+    )
     assert [(each.weights, each.step) for each in (ema, raw, before)] == [("ema", 60), ("raw", 60), ("ema", 30)]
     assert len({each.digest for each in (ema, raw, before)}) == 3
     assert open_sampler(run, cfg=1.0).digest == ema.digest
@@ -230,8 +288,9 @@ def test_a_model_of_a_pod_is_sampled_on_whatever_there_is(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     text = (tmp_path / "run" / "config.json").read_text()
     assert '"fsdp": 1' in text
-    (tmp_path / "run" / "config.json").write_text(text.replace('"fsdp": 1', '"fsdp": 16').replace('"data": -1',
-                                                                                                  '"data": 4'))
+    (tmp_path / "run" / "config.json").write_text(
+        text.replace('"fsdp": 1', '"fsdp": 16').replace('"data": -1', '"data": 4')
+    )
     np.testing.assert_array_equal(sample(tmp_path / "run", [0, 1], seed=3), sample(run, [0, 1], seed=3))
 
 
@@ -246,10 +305,23 @@ def foreign(run, tmp_path, monkeypatch):
     data_set = tmp_path / "theirs" / "digits_of_mine" / "1.0.0"
     data_set.mkdir(parents=True)
     (data_set / "features.json").write_text(json.dumps({"pythonClassName": "runs_code.Feature"}))
-    (data_set / "dataset_info.json").write_text(json.dumps({
-        "name": "digits_of_mine", "version": "1.0.0", "fileFormat": "array_record",
-        "splits": [{"name": "train", "shardLengths": ["5"], "numBytes": "5",
-                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}]}))
+    (data_set / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "name": "digits_of_mine",
+                "version": "1.0.0",
+                "fileFormat": "array_record",
+                "splits": [
+                    {
+                        "name": "train",
+                        "shardLengths": ["5"],
+                        "numBytes": "5",
+                        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                    }
+                ],
+            }
+        )
+    )
     shutil.copytree(run, tmp_path / "run")
 
     def make(**fields):
@@ -258,6 +330,7 @@ def foreign(run, tmp_path, monkeypatch):
         content["eval"] |= {"every": 1, "reference": "runs_code.py", "extractor_path": "runs_code.py"}
         (tmp_path / "run" / "config.json").write_text(json.dumps(content))
         return tmp_path / "run"
+
     return make
 
 
@@ -277,8 +350,11 @@ def test_a_foreign_work_directory_is_its_weights_and_config(foreign, run, tmp_pa
 @pytest.mark.parametrize("fields", [{"cache": ""}, {}])
 def test_a_foreign_work_directory_never_has_its_data_counted(foreign, tmp_path, capsys, fields):
     foreign(num_classes=None, num_examples=None, **fields)
-    for command in (["sample", "--out", "out"], ["evaluate", "--num_images", "2"],
-                    ["export", "--out", "weights.safetensors"]):
+    for command in (
+        ["sample", "--out", "out"],
+        ["evaluate", "--num_images", "2"],
+        ["export", "--out", "weights.safetensors"],
+    ):
         assert main([*command, "--workdir", "run"]) == 2
         error = capsys.readouterr().err
         assert "config.data.num_classes is missing" in error and error.count("\n") == 1

@@ -19,8 +19,17 @@ from marjax.evaluation.samples import Plan, SampleSet
 from marjax.generation.sample import open_sampler
 from marjax.lock import locked_folder
 
-PLAN = Plan(num_images=23, seed=3, num_classes=10, settings={"cfg": 1.0}, weights="ema", step=4, digest="d",
-            tokenizer="", batch_size=6)
+PLAN = Plan(
+    num_images=23,
+    seed=3,
+    num_classes=10,
+    settings={"cfg": 1.0},
+    weights="ema",
+    step=4,
+    digest="d",
+    tokenizer="",
+    batch_size=6,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +56,19 @@ def whole(tmp_path_factory, opened):
 
 def test_names_of_plans():
     same = dataclasses.replace(PLAN, batch_size=7)
-    others = [dataclasses.replace(PLAN, **change) for change in (
-        {"num_images": 24}, {"seed": 4}, {"settings": {"cfg": 2.0}}, {"weights": "raw"}, {"step": 5}, {"digest": "e"},
-        {"tokenizer": "t"}, {"num_classes": 9})]
+    others = [
+        dataclasses.replace(PLAN, **change)
+        for change in (
+            {"num_images": 24},
+            {"seed": 4},
+            {"settings": {"cfg": 2.0}},
+            {"weights": "raw"},
+            {"step": 5},
+            {"digest": "e"},
+            {"tokenizer": "t"},
+            {"num_classes": 9},
+        )
+    ]
     assert same.name == PLAN.name and len({each.name for each in [PLAN, *others]}) == 9
     assert PLAN.num_batches == 4 and PLAN.indices(3).tolist() == [18, 19, 20, 21, 22]
     assert np.bincount(PLAN.labels(np.arange(23))).tolist() == [3, 3, 3, *[2] * 7]
@@ -149,8 +168,18 @@ def test_damage_is_told(opened, tmp_path):
     assert SampleSet(tmp_path, PLAN).plan.batch_size == PLAN.num_images
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"images": 1}', '{"images": "1", "seconds": 1}',
-                                  '{"images": 1, "seconds": NaN}', '{"images": 1, "seconds": -1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"images": 1}',
+        '{"images": "1", "seconds": 1}',
+        '{"images": 1, "seconds": NaN}',
+        '{"images": 1, "seconds": -1}',
+    ],
+)
 def test_a_damaged_timing_costs_only_itself(tmp_path, text):
     samples = SampleSet(tmp_path, PLAN)
     (samples.folder / "timing-0.json").write_text(text)
@@ -199,7 +228,8 @@ def test_ten_thousand_images_survive_kills(run, tmp_path):
     with start("killed") as process, start("killed", "others") as other:
         codes = [process.wait()[0], other.wait()[0]]  # the second is refused, or finds all done
     said = [process.said(), other.said()]
-    assert 0 in codes and all(code == 0 or "is being written by marjax evaluate" in text
-                              for code, text in zip(codes, said, strict=True)), said
+    assert 0 in codes and all(
+        code == 0 or "is being written by marjax evaluate" in text for code, text in zip(codes, said, strict=True)
+    ), said
     assert (folders["killed"] / "all.npz").read_bytes() == (folders["calm"] / "all.npz").read_bytes()
     assert len(np.load(folders["killed"] / "all.npz")["arr_0"]) == 10_000

@@ -80,8 +80,13 @@ def test_other_files_are_refused(folder):
     says(f"{second.name} is a text")
     (folder / INDEX).write_text(json.dumps({"weight_map": {f"x{i}": f"{i}.bin" for i in range(300)}}))
     says("names 300 shards")
-    for text, problem in (("{}", "weight_map is missing"), ('{"weight_map": {"a": 1}}', "weight_map.a is 1"),
-                          ("[", "no JSON"), ('{"weight_map": {}}', "names 0 shards"), ("[" * 100_000, "nested deep")):
+    for text, problem in (
+        ("{}", "weight_map is missing"),
+        ('{"weight_map": {"a": 1}}', "weight_map.a is 1"),
+        ("[", "no JSON"),
+        ('{"weight_map": {}}', "names 0 shards"),
+        ("[" * 100_000, "nested deep"),
+    ):
         (folder / INDEX).write_text(text)
         says(problem)
     shutil.copy(folder / INDEX, folder / "other.safetensors.index.json")

@@ -102,20 +102,38 @@ OTHERS = [model for model in MODELS[1:] if model != ("ar", "diffusion")]  # whos
 
 
 def fields(config):
-    given = config_lib.flatten(config_lib.apply_overrides(config, {
-        "model.attn_dropout": 0.1, "model.proj_dropout": 0.1, "train.warmup_steps": 0, "train.batch_size": 32,
-        "train.clip": 1e9, "sample.num_sampling_steps": "ddim4", "sample.max_stages": 1}))
+    given = config_lib.flatten(
+        config_lib.apply_overrides(
+            config,
+            {
+                "model.attn_dropout": 0.1,
+                "model.proj_dropout": 0.1,
+                "train.warmup_steps": 0,
+                "train.batch_size": 32,
+                "train.clip": 1e9,
+                "sample.num_sampling_steps": "ddim4",
+                "sample.max_stages": 1,
+            },
+        )
+    )
     return {key: value for key, value in given.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
 def reports(codebook):
     """What one process finds about each model: the first on all meshes, the others on one that cuts along all axes."""
-    cases = [(fields(make_digits(sample__num_iter=3)), MESHES),
-             *((fields(make_model(*model, codebook)), [(2, 2, 2)]) for model in OTHERS)]
+    cases = [
+        (fields(make_digits(sample__num_iter=3)), MESHES),
+        *((fields(make_model(*model, codebook)), [(2, 2, 2)]) for model in OTHERS),
+    ]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(cases)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip([MODELS[0], *OTHERS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
@@ -177,8 +195,9 @@ def specs(tree):
 
 def test_small_tensors_stay_whole_and_layers_do_not_make_them_large(large):
     mesh = abstract_mesh(1, 16, 1)
-    every, most, none = (specs(sharding.parameters(large, mesh, below))
-                         for below in (0, sharding.REPLICATE_BELOW, 10**9))
+    every, most, none = (
+        specs(sharding.parameters(large, mesh, below)) for below in (0, sharding.REPLICATE_BELOW, 10**9)
+    )
     bias, kernel = "backbone/encoder/blocks/mlp/fc2/bias", "backbone/encoder/blocks/mlp/fc2/kernel"
     assert every[bias] == PartitionSpec(None, "fsdp") and most[bias] == PartitionSpec()  # 16 layers of 1024
     assert every[kernel] == most[kernel] == PartitionSpec(None, "tensor", "fsdp") and not any(map(any, none.values()))
@@ -209,7 +228,8 @@ def test_the_table_names_what_is_cut_and_what_a_device_holds(large):
 def test_the_table_warns_of_what_cannot_be_cut(large):
     lines = sharding.overview(sharding.parameters(large, abstract_mesh(1, 3, 5))).splitlines()
     assert [line for line in lines if line.startswith("warning")] == sharding.warnings(
-        sharding.parameters(large, abstract_mesh(1, 3, 5)))
+        sharding.parameters(large, abstract_mesh(1, 3, 5))
+    )
     text = " ".join(lines[-2:])
     assert "mesh axis fsdp=3" in text and "mesh axis tensor=5" in text and "embed it does not divide" in text
     assert not sharding.warnings(sharding.parameters(large, abstract_mesh(1, 1, 1)))

@@ -24,8 +24,16 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("form", ["digits", "digits:debug", "mnist:variant=ar,head=categorical",
-                                  "imagenet256:model=mar_large", "folder:size=32,debug"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "digits",
+        "digits:debug",
+        "mnist:variant=ar,head=categorical",
+        "imagenet256:model=mar_large",
+        "folder:size=32,debug",
+    ],
+)
 def test_a_name_is_the_file_of_the_clone(elsewhere, form):
     name, _, arg = form.partition(":")
     assert config_lib.load(form) == config_lib.load(f"{ROOT / 'configs' / name}.py:{arg}")
@@ -54,11 +62,19 @@ def test_the_documented_path_outside_a_clone_says_what_is_used(elsewhere, capsys
     assert "configs/digits.py" in line and "'digits'" in line
 
 
-@pytest.mark.parametrize("given, says", [
-    ("digts", "mean 'digits'?"), ("imagenet:debug", "mean 'imagenet256'?"), ("digits.py", "mean 'digits'?"),
-    ("configs/mnits.py", "mean 'mnist'?"), ("nothing", "digits, folder, imagenet256, mnist"), ("a/b", "'a/b'"),
-    ("mnist:variant=none", "variant"), ("", "empty"),
-])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("digts", "mean 'digits'?"),
+        ("imagenet:debug", "mean 'imagenet256'?"),
+        ("digits.py", "mean 'digits'?"),
+        ("configs/mnits.py", "mean 'mnist'?"),
+        ("nothing", "digits, folder, imagenet256, mnist"),
+        ("a/b", "'a/b'"),
+        ("mnist:variant=none", "variant"),
+        ("", "empty"),
+    ],
+)
 def test_what_is_not_there(elsewhere, given, says):
     with pytest.raises(UserError) as caught:
         config_lib.load(given)
@@ -76,7 +92,8 @@ def test_nothing_is_imported_from_the_current_folder(elsewhere, monkeypatch):
 
 def test_points_of_a_sweep_name_configs_too(elsewhere):
     (elsewhere / "points.py").write_text(
-        "from marjax.sweep import Point, Sweep\ndef get_sweep():\n    return Sweep([Point('a', 'digits:debug')])\n")
+        "from marjax.sweep import Point, Sweep\ndef get_sweep():\n    return Sweep([Point('a', 'digits:debug')])\n"
+    )
     plan = Plan.of("points.py", "root")
     assert plan.configs["a"].train.steps == 20
     (elsewhere / "points.py").write_text("CONFIG = 'digits:debug'\ndef get_sweep():\n    yield {'train.steps': 7}\n")

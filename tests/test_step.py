@@ -28,8 +28,10 @@ def setup(config):
 
 def batch(n=16, seed=0):
     rng = np.random.default_rng(seed)
-    return {"image": jnp.asarray(rng.integers(0, 256, (n, 8, 8, 1)), jnp.uint8),
-            "label": jnp.asarray(rng.integers(0, 10, n), jnp.int32)}
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (n, 8, 8, 1)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 10, n), jnp.int32),
+    }
 
 
 def test_accumulation_changes_only_memory():
@@ -40,7 +42,8 @@ def test_accumulation_changes_only_memory():
     means, grads = {}, {}
     for parts in (1, 4):
         means[parts], grads[parts] = jax.jit(step_lib.loss_and_grads, static_argnums=(0, 6))(
-            generator, params, tokens, labels, rand, jax.random.key(3), parts)
+            generator, params, tokens, labels, rand, jax.random.key(3), parts
+        )
     # Microbatches have different numbers of unknown tokens, so a mean of means would differ.
     assert len(set(np.asarray(rand.num_known))) > 1
     for name in means[1]:

@@ -19,9 +19,15 @@ from marjax.commands import plot
 from marjax.errors import LOST_STORAGE, StorageError, TrainingError, UserError
 
 # So that nothing looks for a Google machine, whose credentials would be asked for over the network.
-ALONE = {"NO_GCE_CHECK": "true", "GCE_METADATA_ROOT": "127.0.0.1:9", "GCE_METADATA_HOST": "127.0.0.1:9",
-         "GCE_METADATA_IP": "127.0.0.1:9", "GCE_METADATA_TIMEOUT": "1", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
+ALONE = {
+    "NO_GCE_CHECK": "true",
+    "GCE_METADATA_ROOT": "127.0.0.1:9",
+    "GCE_METADATA_HOST": "127.0.0.1:9",
+    "GCE_METADATA_IP": "127.0.0.1:9",
+    "GCE_METADATA_TIMEOUT": "1",
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+}
 
 
 def test_what_is_no_address_passes(tmp_path):
@@ -31,9 +37,15 @@ def test_what_is_no_address_passes(tmp_path):
     assert storage.is_remote("gs://bucket/x") and storage.is_remote(storage.epath.Path("gs://bucket/x"))
 
 
-@pytest.mark.parametrize(("path", "says"), [
-    ("s3://bucket/x", "s3://: give a local path or a gs:// address"), ("gs://", "names no bucket"),
-    ("gs:///x", "names no bucket"), ("gs://bucket/x", r"needs the gcs extra: pip install 'marjax\[gcs\]'")])
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("s3://bucket/x", "s3://: give a local path or a gs:// address"),
+        ("gs://", "names no bucket"),
+        ("gs:///x", "names no bucket"),
+        ("gs://bucket/x", r"needs the gcs extra: pip install 'marjax\[gcs\]'"),
+    ],
+)
 def test_addresses_that_cannot_be_used(monkeypatch, path, says):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
@@ -45,11 +57,13 @@ def test_commands_without_the_client(monkeypatch, capsys, tmp_path):
     """One line and the code of a slip, whichever argument the address is in, and before anything is made."""
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
     out = str(tmp_path / "out")
-    for arguments in (["train", "--config", f"{DIGITS}:debug", "--workdir", "gs://b/run"],
-                      ["train", "--config", f"{DIGITS}:debug", "--workdir", out, "--config.tokenizer.path=gs://b/x"],
-                      ["sample", "--workdir", "gs://b/run", "--out", out],
-                      ["evaluate", "--workdir", out, "--reference", "gs://b/x.npz"],
-                      ["sweep", "file.py", "--root", "gs://b/sweep"]):
+    for arguments in (
+        ["train", "--config", f"{DIGITS}:debug", "--workdir", "gs://b/run"],
+        ["train", "--config", f"{DIGITS}:debug", "--workdir", out, "--config.tokenizer.path=gs://b/x"],
+        ["sample", "--workdir", "gs://b/run", "--out", out],
+        ["evaluate", "--workdir", out, "--reference", "gs://b/x.npz"],
+        ["sweep", "file.py", "--root", "gs://b/sweep"],
+    ):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
         assert "gcs extra" in error and len(error.splitlines()) == 1
@@ -81,13 +95,14 @@ def test_failures_that_come_later_are_told(monkeypatch, capsys):
         __module__ = "google.auth.exceptions"
 
     for error, kind, says in (
-            (ImportError("Please install gcsfs to access Google Storage"), UserError, "gcs extra"),
-            (ClientConnectorError("Cannot connect to host x"), StorageError, "cannot be reached .*network"),
-            (HttpError("Anonymous caller"), TrainingError, "application-default login"),
-            (RefreshError("expired"), TrainingError, "application-default login"),
-            (ValueError("UNAVAILABLE: CURL error 7 [gcs_key_value_store]"), StorageError, "CURL error 7"),
-            (ValueError("PERMISSION_DENIED: no [gcs]"), TrainingError, "do not allow it .*PERMISSION_DENIED"),
-            (OSError("Forbidden: b/x\nno storage.objects.create"), TrainingError, "do not allow it .*objects.create")):
+        (ImportError("Please install gcsfs to access Google Storage"), UserError, "gcs extra"),
+        (ClientConnectorError("Cannot connect to host x"), StorageError, "cannot be reached .*network"),
+        (HttpError("Anonymous caller"), TrainingError, "application-default login"),
+        (RefreshError("expired"), TrainingError, "application-default login"),
+        (ValueError("UNAVAILABLE: CURL error 7 [gcs_key_value_store]"), StorageError, "CURL error 7"),
+        (ValueError("PERMISSION_DENIED: no [gcs]"), TrainingError, "do not allow it .*PERMISSION_DENIED"),
+        (OSError("Forbidden: b/x\nno storage.objects.create"), TrainingError, "do not allow it .*objects.create"),
+    ):
         told = storage.explain(error)
         assert type(told) is kind
         with pytest.raises(kind, match=says):
@@ -139,6 +154,7 @@ def test_an_outage_keeps_the_lines_of_metrics_until_it_is_over(tmp_path, monkeyp
 
 def test_a_checkpoint_that_an_outage_stops_may_be_tried_again(tmp_path, monkeypatch):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+
         def fail(*args, **more):
             raise ValueError("Encountered error") from ValueError("UNAVAILABLE: CURL error 7 [gcs_key_value_store]")
 
@@ -161,11 +177,19 @@ def test_a_bucket_that_refuses():
     pytest.importorskip("gcsfs")
     with server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
-        done = run(f"http://127.0.0.1:{refusing.server_port}", "-m", "marjax", "train", "--config", f"{DIGITS}:debug",
-                   "--workdir", "gs://bucket/run")
+        done = run(
+            f"http://127.0.0.1:{refusing.server_port}",
+            "-m",
+            "marjax",
+            "train",
+            "--config",
+            f"{DIGITS}:debug",
+            "--workdir",
+            "gs://bucket/run",
+        )
         refusing.shutdown()
     assert done.returncode == 2
-    line, = done.stderr.splitlines()
+    (line,) = done.stderr.splitlines()
     assert line.startswith("marjax train: error: gs://bucket/run: the credentials do not allow it (Forbidden: ")
     assert "x does not have storage.objects.list access" in line
 
@@ -175,11 +199,12 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
     """Training, resuming, sampling and a sweep; what a stand-in cannot show is in docs/storage.md."""
     pytest.importorskip("gcsfs")
     monkeypatch.setenv("HOME", str(tmp_path))  # where the logs of points are while they run
-    overlay = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1,
-               **dotted(QUICK)}
+    overlay = {"train.steps": 4, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1, **dotted(QUICK)}
     file = tmp_path / "sweep.py"
-    file.write_text(f'CONFIG = {DIGITS + ":debug"!r}\n\ndef get_sweep():\n    yield "point", {overlay!r}\n\n'
-                    'def measure(workdir, root):\n    return [{"score": 0.5}]\n')
+    file.write_text(
+        f'CONFIG = {DIGITS + ":debug"!r}\n\ndef get_sweep():\n    yield "point", {overlay!r}\n\n'
+        'def measure(workdir, root):\n    return [{"score": 0.5}]\n'
+    )
     with FakeGcs("bucket") as google:
         done = run(google.address, str(ROOT / "tests" / "gcs_commands.py"), str(file))
     assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr[-3000:]
@@ -190,5 +215,11 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
 def run(address, *arguments):
     """A Python process to which that server is Google's."""
     environment = own_folder_first() | ALONE | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300,
-                          cwd=pathlib.Path(ROOT))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=pathlib.Path(ROOT),
+    )

@@ -22,8 +22,16 @@ from marjax.sweep import Point, Sweep, grid, runner, select, sweep, table
 from marjax.sweep.points import Plan, checked, fingerprint
 from marjax.sweep.rows import columns, to_csv, to_markdown
 
-SMALL = {"train.steps": 2, "train.warmup_steps": 1, "checkpoint.every": 2, "log.every": 1, "log.samples_every": 0,
-         "log.tensorboard": False, "log.progress": False, **dotted(QUICK)}
+SMALL = {
+    "train.steps": 2,
+    "train.warmup_steps": 1,
+    "checkpoint.every": 2,
+    "log.every": 1,
+    "log.samples_every": 0,
+    "log.tensorboard": False,
+    "log.progress": False,
+    **dotted(QUICK),
+}
 
 FILE = f"""
 from marjax.sweep import Point, Sweep
@@ -58,8 +66,11 @@ def write(folder, extra, text=FILE):
 
 def test_grid_names():
     assert grid({"train.lr": [1e-3, 2e-3], "seed": [0, 1]}) == {
-        "lr=0.001,seed=0": {"train.lr": 1e-3, "seed": 0}, "lr=0.001,seed=1": {"train.lr": 1e-3, "seed": 1},
-        "lr=0.002,seed=0": {"train.lr": 2e-3, "seed": 0}, "lr=0.002,seed=1": {"train.lr": 2e-3, "seed": 1}}
+        "lr=0.001,seed=0": {"train.lr": 1e-3, "seed": 0},
+        "lr=0.001,seed=1": {"train.lr": 1e-3, "seed": 1},
+        "lr=0.002,seed=0": {"train.lr": 2e-3, "seed": 0},
+        "lr=0.002,seed=1": {"train.lr": 2e-3, "seed": 1},
+    }
     assert list(grid({"model.width": [8], "model.denoiser.width": [16]})) == ["model.width=8,model.denoiser.width=16"]
     for axes, says in (({"data.source": ["tfds:a/b"]}, "name these points yourself"), ({"seed": [1, 1]}, "twice")):
         with pytest.raises(UserError, match=says):
@@ -88,15 +99,18 @@ def test_select():
 
 
 def test_table_text():
-    rows = [{"point": "a", "train.lr": 1e-3, "step": 2, "train/loss": 1.23456789, "fid": 10.0, "status": "done"},
-            {"point": "b|c", "train.lr": 2e-3, "status": "failed", "error": "two\nlines, \"quoted\""}]
+    rows = [
+        {"point": "a", "train.lr": 1e-3, "step": 2, "train/loss": 1.23456789, "fid": 10.0, "status": "done"},
+        {"point": "b|c", "train.lr": 2e-3, "status": "failed", "error": 'two\nlines, "quoted"'},
+    ]
     names = columns(rows, ["train.lr"])
     assert names == ["point", "train.lr", "step", "train/loss", "fid", "status", "error"]
     assert to_markdown(rows, names) == (
         "| point | train.lr | step | train/loss | fid | status | error |\n"
         "| --- | ---: | ---: | ---: | ---: | --- | --- |\n"
         "| a | 0.001 | 2 | 1.235 | 10 | done |  |\n"
-        "| b\\|c | 0.002 |  |  |  | failed | two lines, \"quoted\" |\n")
+        '| b\\|c | 0.002 |  |  |  | failed | two lines, "quoted" |\n'
+    )
     read = list(csv.DictReader(to_csv(rows, names).splitlines(keepends=True)))
     assert read[0]["train/loss"] == "1.23456789" and read[1]["error"] == rows[1]["error"] and read[1]["fid"] == ""
 
@@ -104,9 +118,14 @@ def test_table_text():
 def test_measured_rows_are_checked():
     assert checked([{"a": np.float32(0.5), "b": np.int64(2), "c": "x"}]) == [{"a": 0.5, "b": 2, "c": "x"}]
     assert type(checked([{"b": np.int64(2)}])[0]["b"]) is int
-    for wrong, says in ((None, "list of dicts"), ({"a": 1}, "list of dicts"), ([{"status": 1}], "rename"),
-                        ([{"seed": 1}], "rename"), ([{"a": np.zeros(2)}], "expected int, float or str"),
-                        ([{"a": None}], "expected int, float or str")):
+    for wrong, says in (
+        (None, "list of dicts"),
+        ({"a": 1}, "list of dicts"),
+        ([{"status": 1}], "rename"),
+        ([{"seed": 1}], "rename"),
+        ([{"a": np.zeros(2)}], "expected int, float or str"),
+        ([{"a": None}], "expected int, float or str"),
+    ):
         with pytest.raises(UserError, match=says):
             checked(wrong, ["seed"])
 
@@ -120,9 +139,11 @@ def test_fingerprint_knows_what_counts():
 
 def test_a_slip_in_the_last_point_starts_nothing(tmp_path, capsys):
     root = tmp_path / "root"
-    for extra, says in (({"train.lrr": 1.0}, "point 'bad': unknown config key 'train.lrr'.*'train.lr'"),
-                        ({"train.steps": 0}, "point 'bad': .*at least 1"),
-                        ({"train.lr": "much"}, "point 'bad': .*expected float")):
+    for extra, says in (
+        ({"train.lrr": 1.0}, "point 'bad': unknown config key 'train.lrr'.*'train.lr'"),
+        ({"train.steps": 0}, "point 'bad': .*at least 1"),
+        ({"train.lr": "much"}, "point 'bad': .*expected float"),
+    ):
         with pytest.raises(UserError, match=says):
             sweep(write(tmp_path, extra), root)
     good = write(tmp_path, {})
@@ -158,8 +179,10 @@ def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
     rows = written()
     assert list(rows[0]) == ["point", "seed", "step", "train/loss", "weights", "score", "status", "seconds", "error"]
     assert [(row["point"], row["seed"], row["step"], row["weights"], row["status"], row["error"]) for row in rows] == [
-        ("good", "0", "2", "raw", "done", ""), ("good", "0", "2", "ema", "done", ""),
-        ("bad", "1", "2", "", "failed", "ValueError: no")]
+        ("good", "0", "2", "raw", "done", ""),
+        ("good", "0", "2", "ema", "done", ""),
+        ("bad", "1", "2", "", "failed", "ValueError: no"),
+    ]
     metrics = [json.loads(line) for line in (root / "good" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2] and float(rows[0]["train/loss"]) == metrics[1]["train/loss"]
     assert float(rows[1]["score"]) == np.float32(1 / 3).item() + 1
@@ -168,8 +191,11 @@ def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
     assert (root / "report.txt").read_text() == "done done failed"
 
     # With the cause gone, only the failed point runs; its training has nothing left to do.
-    times = {path: path.stat().st_mtime_ns for name in ("result.json", "config.json", "metrics.jsonl")
-             for path in (root / "good" / name,)}
+    times = {
+        path: path.stat().st_mtime_ns
+        for name in ("result.json", "config.json", "metrics.jsonl")
+        for path in (root / "good" / name,)
+    }
     (root / "mended").touch()
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
@@ -194,8 +220,11 @@ def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
 def test_a_process_that_ends_without_a_word(tmp_path, capsys):
     plan = Plan.of(write(tmp_path, {}), tmp_path)
     (tmp_path / "logs").mkdir()
-    for text, code, says in (("--- started\nstep 1\n", -9, "ended by SIGKILL; the last it printed: step 1"),
-                             ("--- started\n", 0, "ended with exit code 0"), ("--- started\n", 7, "exit code 7")):
+    for text, code, says in (
+        ("--- started\nstep 1\n", -9, "ended by SIGKILL; the last it printed: step 1"),
+        ("--- started\n", 0, "ended with exit code 0"),
+        ("--- started\n", 7, "exit code 7"),
+    ):
         plan.failure("bad").unlink(missing_ok=True)
         plan.log("bad").write_text(text)
         runner._ended(plan, "bad", code, 1.5)
@@ -239,12 +268,22 @@ def test_logs_of_a_bucket(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_one_sweep_at_a_time_and_it_ends_its_processes(tmp_path, how):
-    file, root = write(tmp_path, {}, FILE.replace(
-        'write_text("yes")', 'write_text("yes"); import os, time; print(os.getpid(), flush=True); time.sleep(600)'
-    )), tmp_path / "root"
+    file, root = (
+        write(
+            tmp_path,
+            {},
+            FILE.replace(
+                'write_text("yes")',
+                'write_text("yes"); import os, time; print(os.getpid(), flush=True); time.sleep(600)',
+            ),
+        ),
+        tmp_path / "root",
+    )
     # A shell starts background jobs with SIGINT ignored, which the sweep would rightly keep.
-    process = subprocess.Popen([sys.executable, "-m", "marjax", "sweep", file, "--root", str(root)],
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "marjax", "sweep", file, "--root", str(root)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log, child = root / "logs" / "_prepare.log", 0
     limit = time.monotonic() + 300
     try:

@@ -44,11 +44,13 @@ def programs(tmp_path, monkeypatch):
 
     def make(name, answer="", code=0):
         path = folder / name
-        path.write_text(f"#!{sys.executable}\nimport json, sys\n"
-                        f"said = sys.stdin.read() if {name == 'sbatch'} else ''\n"
-                        f"with open({str(folder / name)!r} + '.jsonl', 'a') as file:\n"
-                        f"    file.write(json.dumps([sys.argv[1:], said]) + '\\n')\n"
-                        f"print({answer!r})\nsys.exit({code})\n")
+        path.write_text(
+            f"#!{sys.executable}\nimport json, sys\n"
+            f"said = sys.stdin.read() if {name == 'sbatch'} else ''\n"
+            f"with open({str(folder / name)!r} + '.jsonl', 'a') as file:\n"
+            f"    file.write(json.dumps([sys.argv[1:], said]) + '\\n')\n"
+            f"print({answer!r})\nsys.exit({code})\n"
+        )
         path.chmod(0o755)
 
         def calls():
@@ -87,11 +89,15 @@ def test_get_sweep_may_yield(tmp_path):
     assert loaded.report is not None and loaded.prepare is None
     more = "from marjax.sweep import Point\n" + FILE + '    yield Point("own", "x.py")\n'
     assert load(write(tmp_path, more)).points[-1] == Point("own", "x.py")
-    for text, says in ((FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'NAME:ARG'"),
-                       (FILE + "    yield 3\n", "yielded 3: yield a Point"),
-                       ("def get_sweep():\n    return 3\n", "returned int"),
-                       (FILE + '    yield {"seed": 1, "train.lr": 1e-3}\n    yield {"train.lr": 0.001, "seed": 1}\n',
-                        "several points named")):
+    for text, says in (
+        (FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'NAME:ARG'"),
+        (FILE + "    yield 3\n", "yielded 3: yield a Point"),
+        ("def get_sweep():\n    return 3\n", "returned int"),
+        (
+            FILE + '    yield {"seed": 1, "train.lr": 1e-3}\n    yield {"train.lr": 0.001, "seed": 1}\n',
+            "several points named",
+        ),
+    ):
         with pytest.raises(UserError, match=says):
             load(write(tmp_path, text))
 
@@ -109,13 +115,18 @@ def test_names_of_overlays():
 def test_slips_start_nothing(tmp_path, capsys, programs):
     file, root = write(tmp_path), tmp_path / "root"
     programs("sbatch")
-    for arguments, says in ((["--engine_args=--x=1"], "engine_args are for slurm and xpk"),
-                            (["--engine", "slurm", "--engine_args='"], "mend the quotes"),
-                            (["--engine", "xpk"], "xpk needs --cluster --docker-image --tpu-type"),
-                            (["--engine", "xpk", "--jobs", "2"], "not for xpk"),
-                            (["--engine", "xpk", "--engine_args=--cluster=c --docker-image=i --tpu-type=t --command=x"],
-                             "--command is made for each point"),
-                            (["--status", "--engine", "slurm"], "runs nothing"), (["--status"], "does not exist")):
+    for arguments, says in (
+        (["--engine_args=--x=1"], "engine_args are for slurm and xpk"),
+        (["--engine", "slurm", "--engine_args='"], "mend the quotes"),
+        (["--engine", "xpk"], "xpk needs --cluster --docker-image --tpu-type"),
+        (["--engine", "xpk", "--jobs", "2"], "not for xpk"),
+        (
+            ["--engine", "xpk", "--engine_args=--cluster=c --docker-image=i --tpu-type=t --command=x"],
+            "--command is made for each point",
+        ),
+        (["--status", "--engine", "slurm"], "runs nothing"),
+        (["--status"], "does not exist"),
+    ):
         assert cli.main(["sweep", file, "--root", str(root), *arguments]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(UserError, match="a folder of this machine"):
@@ -130,8 +141,10 @@ def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
         sweep(file, root, engine="slurm")
     plan = Plan.of(file, root)
     plan.fail("named", "ValueError: no", 2.0)
-    for name, arguments in (("sbatch", {"engine": "slurm"}), ("xpk", {
-            "engine": "xpk", "engine_args": "--cluster=c --docker-image=i --tpu-type=t", "only": ["named"]})):
+    for name, arguments in (
+        ("sbatch", {"engine": "slurm"}),
+        ("xpk", {"engine": "xpk", "engine_args": "--cluster=c --docker-image=i --tpu-type=t", "only": ["named"]}),
+    ):
         programs(name, "\n".join(map(str, range(30))) + "\ninvalid\n[XPK] failed", code=1)
         capfd.readouterr()
         with pytest.raises(TrainingError, match=r"exit code 1: \[XPK\] failed$"):
@@ -175,8 +188,11 @@ def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     raised = []
     lost = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
-    for processes, error, status_ in ((2, lost, "unfinished"), (1, lost, "failed"),
-                                      (1, StorageError("gs:// failed: Barrier"), "unfinished")):
+    for processes, error, status_ in (
+        (2, lost, "unfinished"),
+        (1, lost, "failed"),
+        (1, StorageError("gs:// failed: Barrier"), "unfinished"),
+    ):
         raised.append(error)
         monkeypatch.setattr(jax, "process_count", lambda processes=processes: processes)
         plan.fail("named", "ValueError: no", 2.0)
@@ -239,10 +255,21 @@ def test_states_of_slurm_jobs(programs):
     assert slurm.states(asked[3:])["3_0"] == "ended"
 
 
-@pytest.mark.parametrize(("code", "kills", "state", "again"), [
-    (0, 0, "RUNNING", False), (1, 0, "RUNNING", False), (2, 0, "RUNNING", False), (42, 99, "RUNNING", True),
-    (127, 0, "RUNNING", False), (134, 0, "RUNNING", True), (137, slurm.RESTARTS - 1, "RUNNING", True),
-    (137, slurm.RESTARTS, "RUNNING", False), (42, 0, "COMPLETING", False), (143, 0, "COMPLETING", False)])
+@pytest.mark.parametrize(
+    ("code", "kills", "state", "again"),
+    [
+        (0, 0, "RUNNING", False),
+        (1, 0, "RUNNING", False),
+        (2, 0, "RUNNING", False),
+        (42, 99, "RUNNING", True),
+        (127, 0, "RUNNING", False),
+        (134, 0, "RUNNING", True),
+        (137, slurm.RESTARTS - 1, "RUNNING", True),
+        (137, slurm.RESTARTS, "RUNNING", False),
+        (42, 0, "COMPLETING", False),
+        (143, 0, "COMPLETING", False),
+    ],
+)
 def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
     plan = Plan.of(write(tmp_path), tmp_path / "the root")
@@ -251,16 +278,32 @@ def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     programs("sleep")
     squeue = programs("squeue", state)
     text = slurm.script(plan, NAMES, None)
-    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "8",
-                                "SLURM_RESTART_COUNT": "99"}  # mostly for being preempted
+    environment = os.environ | {
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_JOB_ID": "8",
+        "SLURM_RESTART_COUNT": "99",
+    }  # mostly for being preempted
     killed = plan.root / "logs" / "slurm-7_1.kills"
     if kills:
         killed.write_text("137\n" * kills)
     assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
-    (arguments, _), = srun()
+    ((arguments, _),) = srun()
     assert all(call[1] == "--jobs=7_1" for call, _ in squeue())
-    assert arguments == ["--kill-on-bad-exit=0", "--wait=180", sys.executable, "-P", "-m", "marjax", "sweep-point",
-                         plan.path, "--root", str(tmp_path / "the root"), "--name", NAMES[1]]
+    assert arguments == [
+        "--kill-on-bad-exit=0",
+        "--wait=180",
+        sys.executable,
+        "-P",
+        "-m",
+        "marjax",
+        "sweep-point",
+        plan.path,
+        "--root",
+        str(tmp_path / "the root"),
+        "--name",
+        NAMES[1],
+    ]
     assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
     assert not killed.exists()
     assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
@@ -279,13 +322,17 @@ def test_xpk_workloads(tmp_path, programs):
     assert [name[:-9] for name in names] == ["lr-0-001-seed-1", "lr-0-002-seed-1", "named"]
     assert jobs.read(plan, NAMES) == {point: Job("xpk", name) for point, name in zip(NAMES, names, strict=True)}
     assert [call["command"] for call in calls] == [
-        f"exec python -P -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES]
+        f"exec python -P -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES
+    ]
     assert calls[0]["max-restarts"] == "3" and "42" in calls[0]["restart-on-exit-codes"]
     assert calls[0]["ttl-seconds-after-finished"] == "604800"
 
     # Suspended is queued, as Kueue has it. A failed one gets another name, since the old one is kept.
-    items = [{"metadata": {"name": names[0]}, "spec": {"suspend": True}}, {"metadata": {"name": names[1]}, "spec": {}},
-             {"metadata": {"name": names[2]}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}}]
+    items = [
+        {"metadata": {"name": names[0]}, "spec": {"suspend": True}},
+        {"metadata": {"name": names[1]}, "spec": {}},
+        {"metadata": {"name": names[2]}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}},
+    ]
     programs("kubectl", json.dumps({"items": items}))
     lines = status(file, root)
     assert [line.split()[1] for line in lines] == ["queued", "running", "unfinished"]
@@ -328,8 +375,10 @@ def test_status_of_all_kinds(tmp_path, programs):
     jobs.write(plan, NAMES[0], Job("slurm", "5_0"))
     read = [line.split(maxsplit=1)[1] for line in status(file, root)]
     assert [re.sub("updated [0-9]+ s ", "updated now ", line) for line in read] == [
-        "submitted (slurm 5_0, state unknown here), step 20 of 20, updated 2 h ago", "done in 5 min",
-        "failed: ValueError: no, step 5 of 40, updated now ago"]
+        "submitted (slurm 5_0, state unknown here), step 20 of 20, updated 2 h ago",
+        "done in 5 min",
+        "failed: ValueError: no, step 5 of 40, updated now ago",
+    ]
     programs("squeue", "5_0 RUNNING")
     assert status(file, root)[0].split(maxsplit=1)[1] == "running (slurm 5_0), step 20 of 20, updated 2 h ago"
     programs("squeue")
@@ -339,8 +388,9 @@ def test_status_of_all_kinds(tmp_path, programs):
 
 def test_local_processes_are_known(tmp_path):
     host = socket.gethostname()
-    process = subprocess.Popen([sys.executable, "-c", "print(flush=True); import time; time.sleep(60)", "sweep-point"],
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)", "sweep-point"], stdout=subprocess.PIPE
+    )
     try:
         process.stdout.readline()  # until then it has another's command line
         asked = [Job("local", f"{host}:{process.pid}"), Job("local", f"{host}:{os.getpid()}"), Job("local", "other:1")]
@@ -387,9 +437,20 @@ def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
             act(file, root)
 
 
-@pytest.mark.parametrize("changes", [
-    {"where": ["--kubeconfig=/tmp/x"]}, {"where": ["-o", "x"]}, {"where": ["--context=-x"]}, {"where": "--context=x"},
-    {"id": "--kubeconfig=/tmp/x"}, {"id": 3}, {"id": "a\n"}, {"engine": "other"}, {"engine": ["slurm"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"where": ["--kubeconfig=/tmp/x"]},
+        {"where": ["-o", "x"]},
+        {"where": ["--context=-x"]},
+        {"where": "--context=x"},
+        {"id": "--kubeconfig=/tmp/x"},
+        {"id": 3},
+        {"id": "a\n"},
+        {"engine": "other"},
+        {"engine": ["slurm"]},
+    ],
+)
 def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
     """kubectl runs what a --kubeconfig names, and the folder of a sweep may be anyone's."""
     file, root = write(tmp_path), tmp_path / "root"
@@ -403,8 +464,9 @@ def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
     assert not [each() for each in calls if each()]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"items": [{}]}',
-                                  '{"items": [{"metadata": {"name": "a"}, "status": 3}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"items": [{}]}', '{"items": [{"metadata": {"name": "a"}, "status": 3}]}']
+)
 def test_an_answer_of_kubectl_that_is_none(programs, text):
     programs("kubectl", text)
     assert jobs.states({"p": Job("xpk", "a")}, {"xpk": xpk.states}) == {"p": "unknown"}

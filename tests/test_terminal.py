@@ -22,12 +22,19 @@ TERMINALS = [
 @pytest.fixture(params=TERMINALS, ids=["locale", "terminal"])
 def run(request, tmp_path):
     """Runs Python with those arguments in a new folder; its code and what it printed."""
-    kept = {name: value for name, value in os.environ.items()
-            if name not in ("GLIBC_TUNABLES", "PYTHONUTF8") and not name.startswith("LC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GLIBC_TUNABLES", "PYTHONUTF8") and not name.startswith("LC_")
+    }
 
     def run(*arguments):
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True,
-                              env={**kept, "PYTHONPATH": str(ROOT), **request.param})
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            env={**kept, "PYTHONPATH": str(ROOT), **request.param},
+        )
         return done.returncode, done.stdout.decode("ascii"), done.stderr.decode("ascii")
 
     return run
@@ -50,13 +57,28 @@ def test_errors_too(run):
 
 
 def test_the_local_launcher_prints_what_its_processes_print(run):
-    code, out, err = run(ROOT / "launch" / "local.py", "--processes", "1", "--devices", "1", "--", sys.executable, "-c",
-                         "import sys; sys.stdout.buffer.write(bytes([0xc3, 0xa4, 10]))")
+    code, out, err = run(
+        ROOT / "launch" / "local.py",
+        "--processes",
+        "1",
+        "--devices",
+        "1",
+        "--",
+        sys.executable,
+        "-c",
+        "import sys; sys.stdout.buffer.write(bytes([0xc3, 0xa4, 10]))",
+    )
     assert (code, out, err) == (0, "[0] \\xe4\n", "")
 
 
 def test_the_version_needs_no_device(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "marjax", "--version"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "marjax", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"},
+        check=True,
+    )
     [line] = done.stdout.splitlines()
     assert line.startswith(f"marjax {marjax.__version__} (Python {platform.python_version()}, jax {jax.__version__}")

@@ -24,9 +24,15 @@ EVIL = "evil_features.Evil"
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sound")
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=5),
-                "more": {"boxes": tfds.features.Sequence({"box": tfds.features.BBoxFeature()}),
-                         "text": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)}}
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(num_classes=5),
+        "more": {
+            "boxes": tfds.features.Sequence({"box": tfds.features.BBoxFeature()}),
+            "text": tfds.features.Text(),
+            "number": tfds.features.Scalar(np.int64),
+        },
+    }
     more = {"boxes": [], "text": "x", "number": 3}
     examples = [{"image": as_file(picture(i)), "label": i, "more": more} for i in range(5)]
     write_tfds(directory, "plain", examples, features)
@@ -44,8 +50,11 @@ def folder(sound, tmp_path, monkeypatch):
 
 
 def opened(folder, source="plain", **changes):
-    return open_source(data_config(source=f"tfds:{source}", data_dir=str(folder.parent.parent), channels=3,
-                                   num_classes=None, **changes))
+    return open_source(
+        data_config(
+            source=f"tfds:{source}", data_dir=str(folder.parent.parent), channels=3, num_classes=None, **changes
+        )
+    )
 
 
 def edit(path, change):
@@ -68,11 +77,16 @@ FEATURES = {
     "the whole": lambda f: f.update(pythonClassName=EVIL),
     "in a dictionary": lambda f: more_of(f)["text"].update(pythonClassName=EVIL),
     "in a sequence": lambda f: more_of(f)["boxes"]["sequence"]["feature"].update(pythonClassName=EVIL),
-    "in text": lambda f: f["featuresDict"]["features"].update(more={
-        "pythonClassName": OWN + "features_dict.FeaturesDict",
-        "jsonFeature": {"json": json.dumps({"x": {"type": EVIL, "content": {}}})}}),
-    "of an old TFDS": lambda f: (f.clear(), f.update(type=OWN + "features_dict.FeaturesDict", content={
-        "image": {"type": EVIL, "content": {}}})),
+    "in text": lambda f: f["featuresDict"]["features"].update(
+        more={
+            "pythonClassName": OWN + "features_dict.FeaturesDict",
+            "jsonFeature": {"json": json.dumps({"x": {"type": EVIL, "content": {}}})},
+        }
+    ),
+    "of an old TFDS": lambda f: (
+        f.clear(),
+        f.update(type=OWN + "features_dict.FeaturesDict", content={"image": {"type": EVIL, "content": {}}}),
+    ),
     "a module of TFDS": lambda f: image_of(f).update(pythonClassName="tensorflow_datasets.scripts.cli.main.X"),
     "which starts programs": lambda f: image_of(f).update(pythonClassName=OWN + "video_feature.Video"),
     "compressed": lambda f: more_of(f)["number"]["tensor"].update(encoding="zlib"),
@@ -99,9 +113,12 @@ def split_of(**fields):
 
 INFO = {
     "features": lambda i: i.update(features={"pythonClassName": EVIL, "text": {}}),
-    "TFDS would import": lambda i: i.update(features={
-        "pythonClassName": OWN + "features_dict.FeaturesDict",
-        "featuresDict": {"features": {"x": {"pythonClassName": EVIL, "text": {}}}}}),
+    "TFDS would import": lambda i: i.update(
+        features={
+            "pythonClassName": OWN + "features_dict.FeaturesDict",
+            "featuresDict": {"features": {"x": {"pythonClassName": EVIL, "text": {}}}},
+        }
+    ),
     "name": lambda i: i.update(name="../other/plain"),
     "name is '/": lambda i: i.update(name="/etc/plain"),
     "split name": split_of(name="../train"),
@@ -143,8 +160,9 @@ def test_modules_of_a_data_set_are_not_imported(folder):
     assert "evil_features" not in sys.modules and not (folder.parents[2] / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt",
-                                  "plain-train.array_record-00000-of-00001"])
+@pytest.mark.parametrize(
+    "name", ["features.json", "dataset_info.json", "label.labels.txt", "plain-train.array_record-00000-of-00001"]
+)
 def test_pipes_and_devices_are_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -168,8 +186,23 @@ def test_metadata_of_any_shape(folder, text):
     assert len(opened(folder)) == 5
 
 
-@pytest.mark.parametrize("source", ["kaggle:plain", "huggingface:mnist", "../plain", "plain/..", "plain/.", "plain:..",
-                                    "plain/1/a=b", "plain:1.0", "pläin", "plain\n", "", "/plain"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "kaggle:plain",
+        "huggingface:mnist",
+        "../plain",
+        "plain/..",
+        "plain/.",
+        "plain:..",
+        "plain/1/a=b",
+        "plain:1.0",
+        "pläin",
+        "plain\n",
+        "",
+        "/plain",
+    ],
+)
 def test_names_that_lead_elsewhere(folder, source):
     with pytest.raises(UserError, match="data.source"):
         opened(folder, source)
@@ -181,9 +214,14 @@ def test_versions_and_configs_are_found(folder):
     edit(data / "plain" / "1.10.0" / "dataset_info.json", lambda i: i.update(version="1.10.0"))
     shutil.copytree(data / "plain" / "1.0.0", data / "other" / "small" / "1.0.0")
     for name, config, version, found in [
-            ("plain", None, None, "plain/1.10.0"), ("plain", None, "1.0.0", "plain/1.0.0"),
-            ("plain", None, "1.*.*", "plain/1.10.0"), ("plain", None, "2.*.*", None), ("other", None, None, None),
-            ("other", "small", None, "other/small/1.0.0"), ("none", None, None, None)]:
+        ("plain", None, None, "plain/1.10.0"),
+        ("plain", None, "1.0.0", "plain/1.0.0"),
+        ("plain", None, "1.*.*", "plain/1.10.0"),
+        ("plain", None, "2.*.*", None),
+        ("other", None, None, None),
+        ("other", "small", None, "other/small/1.0.0"),
+        ("none", None, None, None),
+    ]:
         expected = None if found is None else str(data / found)
         assert tfds_files.find(str(data), name, config, version) == expected
     (data / "other" / ".config").mkdir()
@@ -207,22 +245,41 @@ def test_a_data_set_that_tfds_knows_is_checked_too(folder):
 
 
 def test_numbers_of_classes_are_bounded(folder):
-    edit(folder / "features.json", lambda f: f["featuresDict"]["features"]["label"]["classLabel"].update(
-        numClasses="1000000000000"))
+    edit(
+        folder / "features.json",
+        lambda f: f["featuresDict"]["features"]["label"]["classLabel"].update(numClasses="1000000000000"),
+    )
     (folder / "label.labels.txt").unlink(missing_ok=True)
     with pytest.raises(UserError, match="1000000000000 classes"):
         opened(folder)
 
 
-@pytest.mark.parametrize("command", [
-    "train --workdir {out}", "train-tokenizer --workdir {out}", "stats --out {out}.npz", "cache-latents --out {out}",
-    "train-classifier --out {out}.npz"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --workdir {out}",
+        "train-tokenizer --workdir {out}",
+        "stats --out {out}.npz",
+        "cache-latents --out {out}",
+        "train-classifier --out {out}.npz",
+    ],
+)
 def test_every_command_that_opens_data_checks_it(folder, command, capsys):
     edit(folder / "features.json", FEATURES["a class of its own"])
     out = folder.parents[2] / "out"
     name, *more = command.format(out=out).split()
-    assert cli.main([name, "--config", f"{ROOT / 'configs' / 'folder.py'}:name=plain,debug", *more,
-                     f"--config.data.data_dir={folder.parent.parent}"]) == 2
+    assert (
+        cli.main(
+            [
+                name,
+                "--config",
+                f"{ROOT / 'configs' / 'folder.py'}:name=plain,debug",
+                *more,
+                f"--config.data.data_dir={folder.parent.parent}",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert "features.json" in told and told.count("\n") == 1
     assert not (folder.parents[2] / "ran").exists() and not list(folder.parents[2].glob("out*"))

@@ -72,8 +72,7 @@ def test_another_codebook_is_refused(tmp_path, codebook):
 
 
 @pytest.mark.parametrize("how", ["truncate", "overwrite"])
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
-        tmp_path, undisturbed, caplog, how):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, undisturbed, caplog, how):
     whole, whole_dir = undisturbed
     shutil.copytree(whole_dir, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "4"
@@ -81,7 +80,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     victim = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())
     if how == "truncate":
-        victim.write_bytes(data[:len(data) // 2])
+        victim.write_bytes(data[: len(data) // 2])
     else:  # all over the file: some of it are nodes that later ones have replaced, which nobody reads
         data[::64] = bytes(byte ^ 0xFF for byte in data[::64])
         victim.write_bytes(data)
@@ -117,19 +116,25 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
 
         return jax.jit(run)
 
-    with (unittest.mock.patch.object(loop, "make_train_step", poisoned),
-          pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2")):
+    with (
+        unittest.mock.patch.object(loop, "make_train_step", poisoned),
+        pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2"),
+    ):
         train(make_digits(**QUICK, train__steps=8), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
     assert int(train(make_digits(**QUICK, train__steps=8), tmp_path).step) == 8
 
 
 def test_refusals_before_anything_is_written(tmp_path):
-    for overrides, says in (({"data.split": "train[5:5]"}, "empty|no examples"), ({"mesh.data": 3}, "needs 3 devices"),
-                            ({"tokenizer.name": "kl16", "data.image_size": 64, "data.channels": 3,
-                              "sample.num_iter": 4},
-                             "path is empty, but tokenizer 'kl16' is a file: marjax convert"),
-                            ({"data.source": "cats"}, "cats")):
+    for overrides, says in (
+        ({"data.split": "train[5:5]"}, "empty|no examples"),
+        ({"mesh.data": 3}, "needs 3 devices"),
+        (
+            {"tokenizer.name": "kl16", "data.image_size": 64, "data.channels": 3, "sample.num_iter": 4},
+            "path is empty, but tokenizer 'kl16' is a file: marjax convert",
+        ),
+        ({"data.source": "cats"}, "cats"),
+    ):
         with pytest.raises(UserError, match=says):
             train(config_lib.apply_overrides(make_digits(), overrides), tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -145,8 +150,14 @@ def test_a_checkpoint_of_another_shape_is_refused(undisturbed, tmp_path):
 
 def test_what_a_run_leaves(tmp_path):
     train(make_digits(log__samples_every=2, log__tensorboard=True, sample__batch_size=4), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "started.json", "metrics.jsonl", "checkpoints",
-                                                          "samples", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "started.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "tensorboard",
+    }
     from PIL import Image
 
     pictures = sorted((tmp_path / "samples").iterdir())
@@ -155,10 +166,24 @@ def test_what_a_run_leaves(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     names = set().union(*rows)
-    assert {"train/loss", "train/mse", "train/vb", "train/loss_t_quarter1", "train/grad_norm", "train/param_norm",
-            "train/lr", "perf/images_per_sec_per_chip", "perf/mfu", "perf/step_seconds_p50", "perf/step_seconds_p99",
-            "perf/host_seconds_p50", "perf/checkpoint_seconds", "perf/draw_seconds", "perf/goodput",
-            "data/wait_frac"} <= names
+    assert {
+        "train/loss",
+        "train/mse",
+        "train/vb",
+        "train/loss_t_quarter1",
+        "train/grad_norm",
+        "train/param_norm",
+        "train/lr",
+        "perf/images_per_sec_per_chip",
+        "perf/mfu",
+        "perf/step_seconds_p50",
+        "perf/step_seconds_p99",
+        "perf/host_seconds_p50",
+        "perf/checkpoint_seconds",
+        "perf/draw_seconds",
+        "perf/goodput",
+        "data/wait_frac",
+    } <= names
 
 
 def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):

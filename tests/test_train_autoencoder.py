@@ -25,8 +25,16 @@ from marjax.training.autoencoder import Trainer
 from marjax.training.train_autoencoder import train_autoencoder
 from marjax.workdir import read_workdir
 
-SMALL = {"batch_size": 16, "steps": 4, "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "checkpoint_every": 2,
-         "pictures_every": 4, "scale_images": 64}
+SMALL = {
+    "batch_size": 16,
+    "steps": 4,
+    "lr": 1e-3,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "pictures_every": 4,
+    "scale_images": 64,
+}
 DISC = {"disc__weight": 0.5, "disc__start": 1, "disc__width": 32, "disc__layers": 1}
 
 
@@ -46,8 +54,9 @@ def trees(workdir, step=4):
     trainer = Trainer.of(config, spec_of(config.tokenizer, 1))
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        items = checkpoints.restore({"params": state.params, "ema": state.ema,
-                                     "optimizer": {"step": state.step, **state.rest}}, step).items
+        items = checkpoints.restore(
+            {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, **state.rest}}, step
+        ).items
     return jax.device_get(items)
 
 
@@ -144,7 +153,8 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
     np.testing.assert_allclose(metrics["train/disc_weight"], weight, rtol=1e-4)
     np.testing.assert_allclose(metrics["train/grad_norm"], norm, rtol=1e-4)
     without, plain = jax.jit(Trainer.of(config_lib.resolve(make("kl")), trainer.spec).step)(
-        state.replace(rest={"opt_state": state.rest["opt_state"]}), {"image": pixels})
+        state.replace(rest={"opt_state": state.rest["opt_state"]}), {"image": pixels}
+    )
     assert abs(plain["train/grad_norm"] / norm - 1) > 1e-3 and int(without.step) == int(new.step) == 1
     for name, layer in state.rest["disc"]["params"].items():
         if "kernel" in layer:
@@ -197,21 +207,28 @@ def test_two_processes_of_two_devices_train_what_one_trains(trained, tmp_path):
     # Not the parameters: norms of one channel a group take every bias before them away, whose gradient is rounding,
     # which Adam makes as large as any.
     names = ("train/loss", "train/l1", "train/disc_weight", "train/grad_norm")
-    one, four = ([[row[name] for name in names] for row in rows(workdir)]
-                 for workdir in (path.with_suffix(""), tmp_path / "four"))
+    one, four = (
+        [[row[name] for name in names] for row in rows(workdir)]
+        for workdir in (path.with_suffix(""), tmp_path / "four")
+    )
     assert one[0] != one[1]
     np.testing.assert_allclose(four, one, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config, out, said", [
-    ({"name": "pixels"}, "a.safetensors", "'pixels', which has nothing to train"),
-    ({}, "a.npz", r"ends in \.safetensors"),
-    ({"lpips__weight": 1.0}, "a.safetensors", r"its weights are files: give config\.tokenizer\.train\.lpips\.vgg"),
-    ({"disc__weight": 1.0}, "a.safetensors", "needs images of at least 24 pixels, but data.image_size is 8"),
-    ({"disc__weight": 1.0, "disc__layers": 1, "disc__width": 40}, "a.safetensors", "give a multiple of 32"),
-    ({"batch_size": 0}, "a.safetensors", "train.batch_size is 0"), ({"lr": -1.0}, "a.safetensors", "train.lr is -1.0"),
-    ({"b2": 1.0}, "a.safetensors", "train.b2 is 1.0"), ({"kl_weight": -1.0}, "a.safetensors", "kl_weight is -1.0"),
-])
+@pytest.mark.parametrize(
+    "config, out, said",
+    [
+        ({"name": "pixels"}, "a.safetensors", "'pixels', which has nothing to train"),
+        ({}, "a.npz", r"ends in \.safetensors"),
+        ({"lpips__weight": 1.0}, "a.safetensors", r"its weights are files: give config\.tokenizer\.train\.lpips\.vgg"),
+        ({"disc__weight": 1.0}, "a.safetensors", "needs images of at least 24 pixels, but data.image_size is 8"),
+        ({"disc__weight": 1.0, "disc__layers": 1, "disc__width": 40}, "a.safetensors", "give a multiple of 32"),
+        ({"batch_size": 0}, "a.safetensors", "train.batch_size is 0"),
+        ({"lr": -1.0}, "a.safetensors", "train.lr is -1.0"),
+        ({"b2": 1.0}, "a.safetensors", "train.b2 is 1.0"),
+        ({"kl_weight": -1.0}, "a.safetensors", "kl_weight is -1.0"),
+    ],
+)
 def test_refused_before_anything_is_written(tmp_path, config, out, said):
     name = config.pop("name", "kl")
     with pytest.raises(UserError, match=said):
@@ -243,7 +260,10 @@ def test_the_two_stages_of_the_docs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("configs").symlink_to(ROOT / "configs")
     for command in commands:
-        short = [f"{word},debug" if word.startswith("configs/") else word.replace("kl.safe", "kl_debug.safe")
-                 for word in command if not word.startswith("--config.train.")]
+        short = [
+            f"{word},debug" if word.startswith("configs/") else word.replace("kl.safe", "kl_debug.safe")
+            for word in command
+            if not word.startswith("--config.train.")
+        ]
         assert main(short) == 0, capsys.readouterr().err
     assert pathlib.Path("runs/mar_kl/out/grid.png").exists()

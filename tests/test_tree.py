@@ -91,9 +91,24 @@ def test_folders_in_folders_at_any_depth(deep):
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("name", [
-    "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".ipynb_checkpoints", "__MACOSX", "#recycle",
-    ".thumbnails", "#snapshot", ".Trash-1000", ".git", "@tmp", "__pycache__"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "#recycle",
+        ".thumbnails",
+        "#snapshot",
+        ".Trash-1000",
+        ".git",
+        "@tmp",
+        "__pycache__",
+    ],
+)
 def test_folders_of_systems_are_ignored(tmp_path, name):
     put(tmp_path, "a/1.png", "b/1.png", f"{name}/1.png", f"a/{name}/x/2.png")
     listing = list_folder(str(tmp_path))

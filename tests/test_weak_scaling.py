@@ -66,18 +66,30 @@ RUNS = [("data", 1, 16), ("data", 2, 16), ("data", 4, 16), ("data", 8, 16), ("fs
 
 @pytest.fixture(scope="module")
 def report():
-    config = make_digits(model__width=64, model__remat="full", model__denoiser__remat="full", train__warmup_steps=0,
-                         mesh__replicate_below=2000)
+    config = make_digits(
+        model__width=64,
+        model__remat="full",
+        model__denoiser__remat="full",
+        train__warmup_steps=0,
+        mesh__replicate_below=2000,
+    )
     given = {key: value for key, value in config_lib.flatten(config).items() if value is not None}
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(given), json.dumps(RUNS)], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(given), json.dumps(RUNS)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     for row in rows:
         sent = sum(row["sent"].values())
-        print(f"{row['kind']} over {row['n']}, batch {row['size']}: sent {sent:,.0f} bytes a device and step, theory "
-              f"{theory(row):,.0f}; {row['sent']}")
+        print(
+            f"{row['kind']} over {row['n']}, batch {row['size']}: sent {sent:,.0f} bytes a device and step, theory "
+            f"{theory(row):,.0f}; {row['sent']}"
+        )
     return {(row["kind"], row["n"], row["size"]): row for row in rows}
 
 

@@ -16,10 +16,22 @@ def test_the_first_start_is_kept(tmp_path):
     assert first_start(tmp_path, write=True) == 5
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, "\0", '{"unix_seconds": "5"}',
-                                  '{"unix_seconds": true}', '{"unix_seconds": NaN}', '{"unix_seconds": -1}',
-                                  '{"unix_seconds": 1e300}',
-                                  '{"unix_seconds": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        "\0",
+        '{"unix_seconds": "5"}',
+        '{"unix_seconds": true}',
+        '{"unix_seconds": NaN}',
+        '{"unix_seconds": -1}',
+        '{"unix_seconds": 1e300}',
+        '{"unix_seconds": ' + "9" * 5000 + "}",
+    ],
+)
 def test_a_first_start_that_is_none_is_now_and_said(tmp_path, capsys, text):
     (tmp_path / "started.json").write_text(text)
     assert abs(first_start(tmp_path, write=True) - time.time()) < 60

@@ -36,11 +36,15 @@ def which(content, asked=None):
 
 LIVE, EMA = weights(10), weights(20)
 COUNT = tensor(3, np.int64)
-INSIDE = {"in the middle": lambda name: name.replace("blocks.", "blocks._orig_mod."),
-          "before each part": lambda name: name.replace(".", "._fsdp_wrapped_module._checkpoint_wrapped_module."),
-          "twice": lambda name: f"module._orig_mod.{name}"}
+INSIDE = {
+    "in the middle": lambda name: name.replace("blocks.", "blocks._orig_mod."),
+    "before each part": lambda name: name.replace(".", "._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "twice": lambda name: f"module._orig_mod.{name}",
+}
 ONE_SET = {
-    "bare": LIVE, "ddp": {"model": weights(10, "module."), "epoch": 3}, "compile": weights(10, "_orig_mod."),
+    "bare": LIVE,
+    "ddp": {"model": weights(10, "module."), "epoch": 3},
+    "compile": weights(10, "_orig_mod."),
     **{name: {"state_dict": weights(10, "", change)} for name, change in INSIDE.items()},
     "lightning": {"state_dict": weights(10, "model."), "callbacks": {}},
     "lightning and compile": {"state_dict": weights(10, "model._orig_mod.")},
@@ -48,13 +52,34 @@ ONE_SET = {
     "a key": {"optimized_gradio_model": LIVE, "loss": {"z_proj.weight": COUNT}},
     "another prefix": {"net": weights(10, "some.where.")},
     "counters": {"model": LIVE | {"n_averaged": COUNT, "blocks.total_ops": tensor([0.0])}},
-    "no tensors beside": LIVE | {"epoch": 3, "blocks._extra_state": Foreign("io.BytesIO", "x.pth"), "name": "x",
-                                 "optimizer": Foreign("my.Optimizer", "x.pth"), "args": Foreign("my.Args", "x.pth")},
-    "settings of an average": {"model": LIVE, "ema_config": Foreign("my.Config", "x.pth")}}
+    "no tensors beside": LIVE
+    | {
+        "epoch": 3,
+        "blocks._extra_state": Foreign("io.BytesIO", "x.pth"),
+        "name": "x",
+        "optimizer": Foreign("my.Optimizer", "x.pth"),
+        "args": Foreign("my.Args", "x.pth"),
+    },
+    "settings of an average": {"model": LIVE, "ema_config": Foreign("my.Config", "x.pth")},
+}
 TWO_SETS = {
-    "reference": {"model": LIVE, "model_ema": EMA}, "other order": {"model_ema": EMA, "model": LIVE},
-    **{key: {"model": LIVE, key: EMA} for key in ("ema", "ema_state_dict", "state_dict_ema", "ema_params", "params_ema",
-                                                  "shadow", "ema_0.9999", "ema1", "averaged_model", "EMA")},
+    "reference": {"model": LIVE, "model_ema": EMA},
+    "other order": {"model_ema": EMA, "model": LIVE},
+    **{
+        key: {"model": LIVE, key: EMA}
+        for key in (
+            "ema",
+            "ema_state_dict",
+            "state_dict_ema",
+            "ema_params",
+            "params_ema",
+            "shadow",
+            "ema_0.9999",
+            "ema1",
+            "averaged_model",
+            "EMA",
+        )
+    },
     "averaged": {"model": LIVE, "ema": weights(20, "module.") | {"n_averaged": COUNT}},
     "ema_pytorch": {"ema": weights(20, "ema_model.") | weights(10, "online_model.") | {"initted": COUNT}},
     "timm": {"state_dict": LIVE, "state_dict_ema": weights(20, "module.")},
@@ -64,12 +89,17 @@ TWO_SETS = {
     "list": {"model": weights(10, "module."), "ema_params": list(EMA.values()), "optimizer": {}},
     "tuple and buffers": {"model": {"table": COUNT} | LIVE, "model_ema": tuple(EMA.values())},
     "list without buffers": {"model": {"table": tensor([1.0] * 9)} | LIVE, "ema": list(EMA.values())},
-    "LitEma": {"state_dict": LIVE | weights(20, "model_ema.", lambda name: name.replace(".", ""))
-               | {"model_ema.decay": tensor(0.9), "model_ema.num_updates": COUNT}},
-    "LitEma of a part": {"state_dict": weights(10, "model.") | weights(20, "model_ema.",
-                                                                       lambda name: name.replace(".", ""))},
+    "LitEma": {
+        "state_dict": LIVE
+        | weights(20, "model_ema.", lambda name: name.replace(".", ""))
+        | {"model_ema.decay": tensor(0.9), "model_ema.num_updates": COUNT}
+    },
+    "LitEma of a part": {
+        "state_dict": weights(10, "model.") | weights(20, "model_ema.", lambda name: name.replace(".", ""))
+    },
     "several": {"model": LIVE, "emas": [EMA, weights(30)]},
-    "losses": {"model": LIVE, "ema": EMA, "ema_losses": [COUNT], "optimizer": {"z_proj.weight": COUNT}}}
+    "losses": {"model": LIVE, "ema": EMA, "ema_losses": [COUNT], "optimizer": {"z_proj.weight": COUNT}},
+}
 
 
 @pytest.mark.parametrize("content", ONE_SET.values(), ids=ONE_SET)
@@ -130,6 +160,10 @@ def test_files_that_wrappers_wrote():
         assert found[None].is_ema and not found["raw"].is_ema
         for chosen in found.values():
             assert chosen.tensors.keys() == expected.keys()
-        differing = {asked: sum(np.asarray(chosen.tensors[name]).tobytes() != array.tobytes()
-                                for name, array in expected.items()) for asked, chosen in found.items()}
+        differing = {
+            asked: sum(
+                np.asarray(chosen.tensors[name]).tobytes() != array.tobytes() for name, array in expected.items()
+            )
+            for asked, chosen in found.items()
+        }
         assert differing == {None: 0, "raw": 58}

@@ -32,8 +32,7 @@ PyTree = Any
 TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
-_META_SHAPE = {"user": dict, "digest": str,
-               "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
+_META_SHAPE = {"user": dict, "digest": str, "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
 _SHOWN = 3  # How many arrays or files an error names.
 _UNREACHABLE = "not damaged: "  # Begins the text of a problem that has another cause.
 
@@ -138,8 +137,9 @@ class Checkpoints(Closing):
                 return each, _digests(meta)
         return None
 
-    def save(self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None,
-             meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None, meta: Mapping[str, Any]
+    ) -> None:
         """Saves a checkpoint. On return the arrays are copied, and may be donated; writing goes on in the background.
 
         Args:
@@ -262,8 +262,10 @@ class Checkpoints(Closing):
         reason = None if isinstance(error, RecursionError) else failures.explain(error)
         if reason is not None or isinstance(error, OSError):
             raise UserError(f"Cannot use {self.directory} for checkpoints: {reason or _one_line(error)}") from error
-        raise UserError(f"Cannot list the checkpoints in {self.directory} ({_one_line(error)}): delete the files "
-                        f"{entries.TIMES} in their folders, which only tell times") from error
+        raise UserError(
+            f"Cannot list the checkpoints in {self.directory} ({_one_line(error)}): delete the files "
+            f"{entries.TIMES} in their folders, which only tell times"
+        ) from error
 
     def _restore_step(self, targets: dict[str, PyTree], step: int) -> Restored:
         steps = self.steps()
@@ -350,8 +352,10 @@ class Checkpoints(Closing):
         if reason is None:
             raise error
         if any(isinstance(storage.explain(each), StorageError) for each in causes(error)):
-            raise StorageError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. The same "
-                               f"command goes on from the one before.") from error
+            raise StorageError(
+                f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. The same "
+                f"command goes on from the one before."
+            ) from error
         raise UserError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}") from error
 
 
@@ -381,14 +385,17 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
 
 def _check_format(meta: dict[str, Any], path: epath.Path) -> None:
     if meta["format"] != FORMAT:
-        raise UserError(f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version "
-                        f"of marjax that wrote it, or move it away")
+        raise UserError(
+            f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version "
+            f"of marjax that wrote it, or move it away"
+        )
 
 
 def _digests(meta: dict[str, Any]) -> dict[str, str]:
     """A hash of each tree that a checkpoint has, by name."""
-    trees = {name: {path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name}
-             for name in TREES}
+    trees = {
+        name: {path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name} for name in TREES
+    }
     return {name: _digest(arrays) for name, arrays in trees.items() if arrays}
 
 

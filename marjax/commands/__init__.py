@@ -9,8 +9,23 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 # In the order of the help; each is the module of that name, with underscores.
-NAMES = ("train", "train-tokenizer", "tokenizer", "sample", "convert", "export", "prepare", "cache-latents",
-         "train-classifier", "stats", "evaluate", "plot", "sweep", "compile", "benchmark")
+NAMES = (
+    "train",
+    "train-tokenizer",
+    "tokenizer",
+    "sample",
+    "convert",
+    "export",
+    "prepare",
+    "cache-latents",
+    "train-classifier",
+    "stats",
+    "evaluate",
+    "plot",
+    "sweep",
+    "compile",
+    "benchmark",
+)
 HIDDEN = ("sweep-point",)  # started by `marjax sweep` alone
 
 

@@ -19,8 +19,16 @@ from marjax.ranges import MAX_INT, shown
 from marjax.workdir import read_workdir
 
 # Fields of config.sample that `marjax sample` takes.
-SAMPLE_FIELDS = {"num_iter": int, "num_sampling_steps": str, "cfg": float, "cfg_schedule": str, "temperature": float,
-                  "confidence_order": str, "choice_temperature": float, "batch_size": int}
+SAMPLE_FIELDS = {
+    "num_iter": int,
+    "num_sampling_steps": str,
+    "cfg": float,
+    "cfg_schedule": str,
+    "temperature": float,
+    "confidence_order": str,
+    "choice_temperature": float,
+    "batch_size": int,
+}
 
 
 # Those that `marjax evaluate` takes lists of: all that alter an image.
@@ -29,9 +37,13 @@ EVALUATE_FIELDS = tuple(name for name in SAMPLE_FIELDS if name != "batch_size")
 
 def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = True, what: str = "the config") -> None:
     """Adds `--config`, or those flags; `what` says in the help what is taken from the config."""
-    parser.add_argument(*(flags or ("--config",)), required=required, metavar=shipped.METAVAR,
-                        help=f"{what}: one that comes with marjax ({', '.join(shipped.names())}) or a Python file; ARG "
-                        f"is the config's own arguments, such as mnist:variant=ar")
+    parser.add_argument(
+        *(flags or ("--config",)),
+        required=required,
+        metavar=shipped.METAVAR,
+        help=f"{what}: one that comes with marjax ({', '.join(shipped.names())}) or a Python file; ARG "
+        f"is the config's own arguments, such as mnist:variant=ar",
+    )
 
 
 def parse_labels(text: str, names: class_names.Names = (), num_classes: int | None = None) -> list[int]:
@@ -123,8 +135,15 @@ def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -
         made_by = shlex.join(["marjax", "train-tokenizer", "--config", *given])
         raise UserError(f"config.tokenizer.path {path} does not exist: run {made_by}, or give the path of another")
     if config.eval.every:
-        check_there(config, given, extractor=config.eval.extractor, extractor_path=config.eval.extractor_path,
-                    reference=config.eval.reference, default="runs/data", flag="--config.eval.")
+        check_there(
+            config,
+            given,
+            extractor=config.eval.extractor,
+            extractor_path=config.eval.extractor_path,
+            reference=config.eval.reference,
+            default="runs/data",
+            flag="--config.eval.",
+        )
 
 
 def load_config(path: str, overrides: Mapping[str, Any]) -> ConfigDict:

@@ -8,8 +8,10 @@ from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 
-HELP = ("Measure training, sampling, the host's own work in a training step, Inception's features of images of a "
-        "config's size, or the metrics of 10,000 features; prints one JSON line.")
+HELP = (
+    "Measure training, sampling, the host's own work in a training step, Inception's features of images of a "
+    "config's size, or the metrics of 10,000 features; prints one JSON line."
+)
 EXAMPLE = "marjax benchmark train --config digits"
 TAKES_OVERRIDES = True
 
@@ -18,8 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("train", "sample", "host", "features", "metrics"))
     add_config(parser, required=False, what="for all but metrics, the config")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; 0 only compiles, without any weights")
-    parser.add_argument("--recompute", type=int, default=0, help="sampling by a causal backbone: time so many steps "
-                        "without the KV cache too")
+    parser.add_argument(
+        "--recompute",
+        type=int,
+        default=0,
+        help="sampling by a causal backbone: time so many steps without the KV cache too",
+    )
 
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:

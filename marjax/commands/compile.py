@@ -8,8 +8,10 @@ from marjax import config as config_lib
 from marjax.commands.arguments import add_config, split_list
 from marjax.errors import UserError
 
-HELP = ("Compile a config's programs for a TPU slice that need not be there: do they fit, what do they send, how long "
-        "would they take.")
+HELP = (
+    "Compile a config's programs for a TPU slice that need not be there: do they fit, what do they send, how long "
+    "would they take."
+)
 EXAMPLE = "marjax compile --topology v5e-64 --config imagenet256:model=mar_huge"
 TAKES_OVERRIDES = True
 
@@ -17,11 +19,15 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8, v4:2x2x4, v5e-64 or v4-32")
     add_config(parser)
-    parser.add_argument("--programs", default="", metavar="A,B", help="of train, sample, encode, decode; all by "
-                        "default")
+    parser.add_argument(
+        "--programs", default="", metavar="A,B", help="of train, sample, encode, decode; all by default"
+    )
     parser.add_argument("--cached", action="store_true", help="train on a latent cache, as with config.data.cache")
-    parser.add_argument("--search", action="store_true", help="instead, find the largest batch a device that fits, by "
-                        "remat policy, without accumulation")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="instead, find the largest batch a device that fits, by remat policy, without accumulation",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' HLO texts")
 

@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", metavar="ema,raw", help="one or both; the first there is by default")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
-    parser.add_argument("--batch_size", type=int, help="images at a time on a host; config.sample.batch_size by "
-                        "default")
+    parser.add_argument(
+        "--batch_size", type=int, help="images at a time on a host; config.sample.batch_size by default"
+    )
     parser.add_argument("--extractor", choices=("inception", "classifier"), help="of the config by default")
     parser.add_argument("--extractor_path", metavar="FILE", help="of its weights")
     parser.add_argument("--reference", metavar="FILE.npz", help="statistics of real images; of the config by default")
@@ -36,13 +37,28 @@ def run(given: argparse.Namespace) -> None:
 
     join(given)
     settings = {name: split_list(getattr(given, name)) for name in EVALUATE_FIELDS if getattr(given, name) is not None}
-    entries = evaluate(given.workdir, Request(
-        num_images=given.num_images, seed=given.seed, weights=split_list(given.weights) if given.weights else (None,),
-        step=given.step, settings=settings, batch_size=given.batch_size, extractor=given.extractor,
-        extractor_path=given.extractor_path, reference=given.reference, tokenizer_path=given.tokenizer_path,
-        save=given.save, out=given.out, overwrite=given.overwrite))
+    entries = evaluate(
+        given.workdir,
+        Request(
+            num_images=given.num_images,
+            seed=given.seed,
+            weights=split_list(given.weights) if given.weights else (None,),
+            step=given.step,
+            settings=settings,
+            batch_size=given.batch_size,
+            extractor=given.extractor,
+            extractor_path=given.extractor_path,
+            reference=given.reference,
+            tokenizer_path=given.tokenizer_path,
+            save=given.save,
+            out=given.out,
+            overwrite=given.overwrite,
+        ),
+    )
     print(table(entries))
     reference, extractor = entries[0]["reference"], entries[0]["extractor"]
-    print(f"against {reference['name']} (sha256 {reference['checksum'][:12]}) by {extractor['name']}; all there is to "
-          f"know is in {os.path.join(given.out or given.workdir, RECORD)}")
+    print(
+        f"against {reference['name']} (sha256 {reference['checksum'][:12]}) by {extractor['name']}; all there is to "
+        f"know is in {os.path.join(given.out or given.workdir, RECORD)}"
+    )
     print_next(*plot_command(given.out or given.workdir))

@@ -50,8 +50,16 @@ def train_command(path: str, overrides: Mapping[str, str]) -> list[str]:
 def sample_command(workdir: str, num_classes: int) -> list[str]:
     """Sampling from a work directory, some images of some classes."""
     few = num_classes <= _FEW_CLASSES
-    return ["sample", "--workdir", workdir, *([] if few else ["--labels", "0-9"]), "--num_per_label", "8",
-            "--out", f"{workdir.rstrip('/')}/out"]
+    return [
+        "sample",
+        "--workdir",
+        workdir,
+        *([] if few else ["--labels", "0-9"]),
+        "--num_per_label",
+        "8",
+        "--out",
+        f"{workdir.rstrip('/')}/out",
+    ]
 
 
 def measure_command(workdir: str, config: ConfigDict) -> list[str]:

@@ -11,8 +11,12 @@ TAKES_OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="class folders of pictures, or train/ and val/ with such")
-    parser.add_argument("--imagenet", nargs="+", metavar="TAR", help="ILSVRC2012_img_train.tar and "
-                        "ILSVRC2012_img_val.tar, or a folder with them")
+    parser.add_argument(
+        "--imagenet",
+        nargs="+",
+        metavar="TAR",
+        help="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or a folder with them",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="where data sets lie: config.data.data_dir")
     parser.add_argument("--name", help="of the data set; by default the folder's")
     parser.add_argument("--num_shards", type=int, help="files of each split; by default, of 64 MiB or more")
@@ -28,6 +32,17 @@ def run(given: argparse.Namespace) -> None:
 
     if (given.images is None) == (given.imagenet is None):
         raise UserError("nothing to prepare: give either --images DIR or --imagenet TAR")
-    print(prepare(given.images, given.imagenet, out=given.out, name=given.name, num_shards=given.num_shards,
-                  max_bad=given.max_bad, val_share=given.val_share, workers=given.workers,
-                  overwrite=given.overwrite, bits=given.bits).summary())
+    print(
+        prepare(
+            given.images,
+            given.imagenet,
+            out=given.out,
+            name=given.name,
+            num_shards=given.num_shards,
+            max_bad=given.max_bad,
+            val_share=given.val_share,
+            workers=given.workers,
+            overwrite=given.overwrite,
+            bits=given.bits,
+        ).summary()
+    )

@@ -27,10 +27,17 @@ TAKES_OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--out", required=True, metavar="DIR|FILE.png|FILE.npz", help="where samples.npz and "
-                        "grid.png go; or the file for the picture or the samples alone")
-    parser.add_argument("--labels", default="", help="classes such as 0-9, 1,5,7 or flower,temple; 'none' for "
-                        "unconditional; all classes by default")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR|FILE.png|FILE.npz",
+        help="where samples.npz and grid.png go; or the file for the picture or the samples alone",
+    )
+    parser.add_argument(
+        "--labels",
+        default="",
+        help="classes such as 0-9, 1,5,7 or flower,temple; 'none' for unconditional; all classes by default",
+    )
     parser.add_argument("--num_per_label", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=("ema", "raw"), help="ema by default, or what a converted one has")
@@ -64,9 +71,15 @@ def run(given: argparse.Namespace) -> None:
     if jax.process_index() == 0 and (legend := class_names.legend(classes, names)):
         print(f"classes: {legend}", flush=True)
     try:
-        made = sampled(given.workdir, labels, seed=given.seed, weights=given.weights, step=given.step,
-                       tokenizer_path=given.tokenizer_path,
-                       **{name: getattr(given, name) for name in SAMPLE_FIELDS})
+        made = sampled(
+            given.workdir,
+            labels,
+            seed=given.seed,
+            weights=given.weights,
+            step=given.step,
+            tokenizer_path=given.tokenizer_path,
+            **{name: getattr(given, name) for name in SAMPLE_FIELDS},
+        )
     except (UserError, KeyboardInterrupt):
         if is_new and jax.process_index() == 0:
             folder.rmdir()
@@ -93,8 +106,9 @@ def _files(out: "epath.Path") -> tuple["epath.Path | None", "epath.Path | None"]
     return out / "grid.png", out / "samples.npz"
 
 
-def _picture(made: "Sampled", classes: Sequence[int], num_per_label: int, names: class_names.Names,
-             caption: str) -> "np.ndarray":
+def _picture(
+    made: "Sampled", classes: Sequence[int], num_per_label: int, names: class_names.Names, caption: str
+) -> "np.ndarray":
     """A grid with a row for each class, or a square one of a single class."""
     from marjax.generation.images import grid
 
@@ -103,9 +117,14 @@ def _picture(made: "Sampled", classes: Sequence[int], num_per_label: int, names:
     if len(classes) == 1:
         return grid(images[:2000], min(20, max(1, round(len(images) ** 0.5))), side, caption=caption)
     columns, shown = min(num_per_label, 20), classes[:100]
-    images = images.reshape(len(classes), num_per_label, *images.shape[1:])[:len(shown), :columns]
-    return grid(images.reshape(-1, *images.shape[2:]), columns, side, caption=caption,
-                rows=[class_names.label(each, names) for each in shown])
+    images = images.reshape(len(classes), num_per_label, *images.shape[1:])[: len(shown), :columns]
+    return grid(
+        images.reshape(-1, *images.shape[2:]),
+        columns,
+        side,
+        caption=caption,
+        rows=[class_names.label(each, names) for each in shown],
+    )
 
 
 def _caption(given: argparse.Namespace, made: "Sampled", classes: Sequence[int], names: class_names.Names) -> str:
@@ -113,6 +132,8 @@ def _caption(given: argparse.Namespace, made: "Sampled", classes: Sequence[int],
     settings = made.settings
     of = f", class {class_names.label(classes[0], names)}" if len(classes) == 1 and classes[0] >= 0 else ""
     schedule = f" {settings.cfg_schedule}" if settings.cfg != 1 else ""
-    return (f"{os.path.basename(given.workdir)}{of}: {made.weights} weights of step {made.step}, seed {given.seed}, "
-            f"cfg {settings.cfg:g}{schedule}, num_iter {settings.num_iter}, num_sampling_steps "
-            f"{settings.num_sampling_steps}, temperature {settings.temperature:g}")
+    return (
+        f"{os.path.basename(given.workdir)}{of}: {made.weights} weights of step {made.step}, seed {given.seed}, "
+        f"cfg {settings.cfg:g}{schedule}, num_iter {settings.num_iter}, num_sampling_steps "
+        f"{settings.num_sampling_steps}, temperature {settings.temperature:g}"
+    )

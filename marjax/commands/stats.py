@@ -39,21 +39,43 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     join(given)
     from marjax.evaluation.stats import make_statistics
 
-    made = make_statistics(out, config=config, images=given.images, npz=given.npz, extractor=given.extractor,
-                           extractor_path=given.extractor_path, image_size=given.image_size,
-                           keep_features=given.keep_features, batch_size=given.batch_size, overwrite=given.overwrite)
+    made = make_statistics(
+        out,
+        config=config,
+        images=given.images,
+        npz=given.npz,
+        extractor=given.extractor,
+        extractor_path=given.extractor_path,
+        image_size=given.image_size,
+        keep_features=given.keep_features,
+        batch_size=given.batch_size,
+        overwrite=given.overwrite,
+    )
     assert made.gaussian is not None and made.extractor is not None
     kept = 0 if made.features is None else len(made.features)
-    print(f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
-          f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}")
+    print(
+        f"{out}: {made.gaussian.count} images of {made.source}, {len(made.gaussian.mean)} features of "
+        f"{made.extractor['name']}, those of {kept} images kept; sha256 {made.checksum[:12]}"
+    )
     run = None if given.dataset is None else workdir_of(given.dataset)
     if config is not None and run is not None and os.path.isdir(os.path.join(run, "checkpoints")):
-        path = given.extractor_path or (config.eval.extractor_path if made.extractor["name"] == config.eval.extractor
-                                        else "")
-        print_next("evaluate", "--workdir", run, *num_images(config), "--reference", out, "--extractor",
-                   made.extractor["name"], *(["--extractor_path", path] if path else []))
+        path = given.extractor_path or (
+            config.eval.extractor_path if made.extractor["name"] == config.eval.extractor else ""
+        )
+        print_next(
+            "evaluate",
+            "--workdir",
+            run,
+            *num_images(config),
+            "--reference",
+            out,
+            "--extractor",
+            made.extractor["name"],
+            *(["--extractor_path", path] if path else []),
+        )
     elif config is not None and given.dataset is not None:
-        print_next(*train_command(given.dataset, overrides | (
-            {} if out == config.eval.reference else {"eval.reference": out})))
+        print_next(
+            *train_command(given.dataset, overrides | ({} if out == config.eval.reference else {"eval.reference": out}))
+        )
     else:
         progress.note(f"measure a run against it: marjax evaluate --workdir WORKDIR --reference {shlex.quote(out)}")

@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("check",))
     parser.add_argument("--images", metavar="DIR", help="a folder of pictures; the data of --config by default")
     add_config(parser, required=False, what="the config whose tokenizer and data to take")
-    parser.add_argument("--name", default="", help="of the tokenizer, such as kl16; of --config or by the file's "
-                        "contents by default")
+    parser.add_argument(
+        "--name", default="", help="of the tokenizer, such as kl16; of --config or by the file's contents by default"
+    )
     parser.add_argument("--path", metavar="FILE", help="of its weights; config.tokenizer.path by default")
     parser.add_argument("--image_size", type=int, help="pixels; of --config, or 256, by default")
     parser.add_argument("--num_images", type=int, default=256, help="at most")
@@ -32,14 +33,24 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         config = config_lib.apply_overrides(config, overrides)
     from marjax.evaluation.reconstruction import check
 
-    report = check(given.images, config, name=given.name, path=given.path or "", image_size=given.image_size,
-                   num_images=given.num_images, seed=given.seed, out=given.out)
+    report = check(
+        given.images,
+        config,
+        name=given.name,
+        path=given.path or "",
+        image_size=given.image_size,
+        num_images=given.num_images,
+        seed=given.seed,
+        out=given.out,
+    )
     size = report["image_size"]
     print(f"{report['num_images']} images of {size} x {size}: mse {report['mse']:.5f}, PSNR {report['psnr']:.2f} dB")
     if "codes_used" in report:
         print(f"{report['codes_used']} codes used")
-    print(f"latents before scaling: mean {report['mean']:.4f}, std {report['std']:.4f}; the scale 1/std would be "
-          f"{report['scale']:.5g}")
+    print(
+        f"latents before scaling: mean {report['mean']:.4f}, std {report['std']:.4f}; the scale 1/std would be "
+        f"{report['scale']:.5g}"
+    )
     for channel, (mean, std) in enumerate(zip(report["channel_means"], report["channel_stds"], strict=True)):
         print(f"  channel {channel}: mean {mean:.4f}, std {std:.4f}")
     print(f"originals beside reconstructions in {report['picture']}")

@@ -27,10 +27,13 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError("no file to write the classifier to: give --out FILE.npz, or --config.eval.extractor_path=FILE")
     from marjax.evaluation.classifier import classifier_of
 
-    made = classifier_of(config.data, out, seed=given.seed, steps=given.steps, held_out=given.held_out,
-                         overwrite=given.overwrite)
-    print(f"{out}: {made['accuracy']:.1%} right on {made['num_tested']} images that it was not trained on, of "
-          f"{made['num_trained']} it was")
+    made = classifier_of(
+        config.data, out, seed=given.seed, steps=given.steps, held_out=given.held_out, overwrite=given.overwrite
+    )
+    print(
+        f"{out}: {made['accuracy']:.1%} right on {made['num_tested']} images that it was not trained on, of "
+        f"{made['num_trained']} it was"
+    )
     given_fields = {"eval.extractor": "classifier", "eval.extractor_path": out}
     fields = overrides | {key: value for key, value in given_fields.items() if config.eval[key[5:]] != value}
     to = [] if config.eval.reference else ["--out", f"{out.removesuffix('.npz')}_reference.npz"]

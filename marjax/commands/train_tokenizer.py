@@ -14,8 +14,10 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--out", metavar="FILE", help="config.tokenizer.path by default")
-    parser.add_argument("--workdir", help="of a network's checkpoints, metrics and pictures; by default the file's "
-                        "name without its suffix")
+    parser.add_argument(
+        "--workdir",
+        help="of a network's checkpoints, metrics and pictures; by default the file's name without its suffix",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file with other contents")
 
 
@@ -37,7 +39,9 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         made = train_autoencoder(config, out, workdir=given.workdir, overwrite=given.overwrite)
     codes = f"{made['num_codes']} codes ({made['codes_used']} used), " if "num_codes" in made else ""
     scale = f", latents' std {made['std']:.4f}, scale {made['scale']:.5g}" if "scale" in made else ""
-    print(f"{made['path']}: {codes}{made['num_images']} images, mse {made['mse']:.5f}, PSNR {made['psnr']:.2f} dB"
-          f"{scale}, {made['seconds']:.1f} s")
+    print(
+        f"{made['path']}: {codes}{made['num_images']} images, mse {made['mse']:.5f}, PSNR {made['psnr']:.2f} dB"
+        f"{scale}, {made['seconds']:.1f} s"
+    )
     path = {} if out == config.tokenizer.path else {"tokenizer.path": out}
     print_next(*train_command(given.config, overrides | path))

@@ -11,19 +11,57 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+}
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-               "collective-broadcast")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _SLICES = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")  # of their first operand
 # Of float32 products, by precision: how often a TPU's matrix unit multiplies parts of the operands in bfloat16.
 _PASSES = {"default": 1, "high": 3, "highest": 6}
 # No work of their own: names for buffers, or a later part of what was counted at its start.
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id",
-         "optimization-barrier", "domain", "while", "conditional", "call", "async-update"}
+_FREE = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "optimization-barrier",
+    "domain",
+    "while",
+    "conditional",
+    "call",
+    "async-update",
+}
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}  # of custom-call
 # Memory spaces of a core's own memory: 1 is the vector memory. That 3 is v4's 128 MiB of CMEM is inferred: only
 # programs for v4 name it, have up to 128 MiB there and no more, and copy to it what the others copy to 1.
@@ -222,7 +260,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             continue
         found = _INSTRUCTION.match(line)
         if found:
-            instruction = _instruction(found[2], bool(found[1]), line[found.end():])
+            instruction = _instruction(found[2], bool(found[1]), line[found.end() :])
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("no ENTRY in this HLO text")
@@ -238,8 +276,9 @@ def read(text: str, num_devices: int) -> Program:
 
 
 class _Walk:
-    def __init__(self, computations: dict[str, Computation], num_devices: int,
-                 chains: frozenset[tuple[str, int]] = frozenset()) -> None:
+    def __init__(
+        self, computations: dict[str, Computation], num_devices: int, chains: frozenset[tuple[str, int]] = frozenset()
+    ) -> None:
         self.computations, self.num_devices = computations, num_devices
         self.collectives: list[Collective] = []
         self.operations: list[Operation] = []
@@ -265,9 +304,19 @@ class _Walk:
             passes = sum(one.flops * one.passes for one in self.products[first:])
             moved = self.traffic(each, computation)
             cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
-            self.operations.append(Operation(each.name, each.opcode, flops, passes, moved,
-                                             int(cycles[1]) if cycles else 0, times, each.source,
-                                             each.opcode.endswith("-start") and not flops))
+            self.operations.append(
+                Operation(
+                    each.name,
+                    each.opcode,
+                    flops,
+                    passes,
+                    moved,
+                    int(cycles[1]) if cycles else 0,
+                    times,
+                    each.source,
+                    each.opcode.endswith("-start") and not flops,
+                )
+            )
 
     def dearest(self, branches: Sequence[str], times: int) -> None:
         """Notes what the branch holds that takes the most cycles; the most products or traffic, where none are told."""
@@ -285,9 +334,11 @@ class _Walk:
 
     def cost(self) -> tuple[float, float, float]:
         """Cycles, passes of products, and bytes that are moved or sent."""
-        return (sum(each.cycles * each.times for each in self.operations),
-                sum(each.passes * each.times for each in self.operations),
-                sum(each.bytes * each.times for each in self.operations) + sum(each.total for each in self.collectives))
+        return (
+            sum(each.cycles * each.times for each in self.operations),
+            sum(each.passes * each.times for each in self.operations),
+            sum(each.bytes * each.times for each in self.operations) + sum(each.total for each in self.collectives),
+        )
 
     def inside(self, each: Instruction, computation: Computation, times: int) -> float:
         """FLOPs of an instruction and all that it calls; notes products and collectives."""
@@ -315,12 +366,14 @@ class _Walk:
             inner, first = self.computations[called], len(self.collectives)
             flops = sum(self.inside(one, inner, times) for one in inner.values())
             if each.opcode == "async-start":
-                self.collectives[first:] = [dataclasses.replace(one, overlapped=True)
-                                            for one in self.collectives[first:]]
+                self.collectives[first:] = [
+                    dataclasses.replace(one, overlapped=True) for one in self.collectives[first:]
+                ]
             if "all-reduce-scatter" in called:  # how a TPU's compiler writes a reduce-scatter: and then a slice
                 self.collectives[first:] = [
                     dataclasses.replace(one, kind="reduce-scatter", bytes=one.bytes / 2, source=each.source)
-                    for one in self.collectives[first:]]
+                    for one in self.collectives[first:]
+                ]
             return flops
         return 0.0
 
@@ -337,7 +390,7 @@ class _Walk:
         if each.opcode.endswith("-start") and kind != "all-reduce":
             # (operands, results, ...): as many results as operands.
             operands = len(each.operands)
-            arrays = arrays[operands:2 * operands]
+            arrays = arrays[operands : 2 * operands]
         group = _group_size(each.attributes, self.num_devices)
         total = sum(array.bytes for array in arrays)
         overlapped = each.opcode.endswith("-start") or "chain_id=" in each.attributes
@@ -357,8 +410,14 @@ class _Walk:
         place = next((_place(one) for one in compared if one.opcode == "get-tuple-element"), -1)
         start = _integer(self.element(outer, loop.operands[0], place))
         after = self.element(body, body.root.name, place)
-        step = next((value for name in (after.operands if after is not None and after.opcode == "add" else ())
-                     if (value := _integer(body.get(name))) is not None), None)
+        step = next(
+            (
+                value
+                for name in (after.operands if after is not None and after.opcode == "add" else ())
+                if (value := _integer(body.get(name))) is not None
+            ),
+            None,
+        )
         if limit is None or start is None or not step or step < 0 or "direction=LT" not in condition.root.attributes:
             self.unread.append(loop.name)
             return 1
@@ -470,7 +529,7 @@ def _balanced(text: str) -> tuple[str, str]:
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
         if not depth:
-            return text[1:i], text[i + 1:]
+            return text[1:i], text[i + 1 :]
     return text[1:], ""
 
 
@@ -517,9 +576,15 @@ def _product_flops(each: Instruction, left: Array, right: Array) -> float:
     valid = 1.0
     for i, label in enumerate(spatial):
         low = int(each_axis("pad", "0_0")[i].split("_")[0])
-        valid *= _valid_positions(left.shape[image.index(label)], size[i], result[out.index(label)], low,
-                                  int(each_axis("stride", "1")[i]), int(each_axis("lhs_dilate", "1")[i]),
-                                  int(each_axis("rhs_dilate", "1")[i]))
+        valid *= _valid_positions(
+            left.shape[image.index(label)],
+            size[i],
+            result[out.index(label)],
+            low,
+            int(each_axis("stride", "1")[i]),
+            int(each_axis("lhs_dilate", "1")[i]),
+            int(each_axis("rhs_dilate", "1")[i]),
+        )
     outside = result[out.index("b")] * result[out.index("f")]
     return 2.0 * outside * right.shape[kernel.index("i")] * valid
 

@@ -49,8 +49,9 @@ def prepare(config: ml_collections.ConfigDict, topology: str) -> tuple[ml_collec
     return config, described, mesh
 
 
-def compile_program(lowered: Lowered, config: ml_collections.ConfigDict, topology: str, *, cached: bool = False,
-                    keep_text: bool = False) -> Compiled:
+def compile_program(
+    lowered: Lowered, config: ml_collections.ConfigDict, topology: str, *, cached: bool = False, keep_text: bool = False
+) -> Compiled:
     """`programs.compile_program` for a described slice, in a process of its own.
 
     Args:
@@ -67,8 +68,12 @@ def compile_program(lowered: Lowered, config: ml_collections.ConfigDict, topolog
     with tempfile.TemporaryFile() as log, progress.activity(f"compiling {lowered.name} for {topology}"):
         with _large_stack():
             child = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+                [sys.executable, "-P", "-c", _CHILD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+            )
         assert child.stdin is not None and child.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it is gone already; its exit code says why

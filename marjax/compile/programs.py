@@ -84,8 +84,9 @@ class Compiled:
 
 
 @numerics.pinned()
-def lowered_programs(config: ml_collections.ConfigDict, mesh: Mesh, names: Sequence[str] = NAMES,
-                     cached: bool = False) -> list[Lowered]:
+def lowered_programs(
+    config: ml_collections.ConfigDict, mesh: Mesh, names: Sequence[str] = NAMES, cached: bool = False
+) -> list[Lowered]:
     """The programs of these names, for a resolved config.
 
     A tokenizer without a network has no "encode" and "decode" worth compiling: they are left out.
@@ -145,8 +146,12 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     peak = max(getattr(found, "peak_memory_in_bytes", 0), arguments + fresh + temporaries)
-    memory = Memory(peak + found.generated_code_size_in_bytes, arguments, max(0, peak - arguments),
-                    found.generated_code_size_in_bytes)
+    memory = Memory(
+        peak + found.generated_code_size_in_bytes,
+        arguments,
+        max(0, peak - arguments),
+        found.generated_code_size_in_bytes,
+    )
     return Compiled(lowered, seconds, memory, hlo.read(text, mesh.size), usable, text if keep_text else "")
 
 
@@ -208,8 +213,14 @@ def out_of_memory(message: str) -> tuple[float, float]:
     return found
 
 
-def _train(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
-           tokens: TokenShape, cached: bool) -> Lowered:
+def _train(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    generator: generator_lib.Generator,
+    tokenizer: Tokenizer,
+    tokens: TokenShape,
+    cached: bool,
+) -> Lowered:
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     optimizer = make_optimizer(config.train)
     state = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
@@ -218,26 +229,39 @@ def _train(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_l
     batch = {"label": _rows((size,), jnp.int32, mesh)}
     if cached:
         if not isinstance(tokenizer, Cacheable):
-            raise UserError(f"latents of tokenizer {config.tokenizer.name!r} cannot be cached: leave out --cached and "
-                            f"config.data.cache")
+            raise UserError(
+                f"latents of tokenizer {config.tokenizer.name!r} cannot be cached: leave out --cached and "
+                f"config.data.cache"
+            )
         one = jax.eval_shape(tokenizer.moments, tokenizer.params, _images(config, 1, mesh, jnp.float32))
         dtype = one.dtype if jnp.issubdtype(one.dtype, jnp.integer) else jnp.bfloat16  # as marjax cache-latents has it
         batch["moments"] = _rows((size, *one.shape[1:]), dtype, mesh)
     else:
         batch["image"] = _images(config, size, mesh, jnp.uint8)
-    return Lowered("train", size, flops.train_flops(generator) * size,
-                   lambda: step.lower(state, batch, tokenizer.params), held_by(state))
+    return Lowered(
+        "train",
+        size,
+        flops.train_flops(generator) * size,
+        lambda: step.lower(state, batch, tokenizer.params),
+        held_by(state),
+    )
 
 
-def _sample(config: ml_collections.ConfigDict, mesh: Mesh, generator: generator_lib.Generator, tokenizer: Tokenizer,
-            tokens: TokenShape) -> Lowered:
+def _sample(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    generator: generator_lib.Generator,
+    tokenizer: Tokenizer,
+    tokens: TokenShape,
+) -> Lowered:
     settings = Settings.of(config.sample, generator)
     sampler = Sampler(generator, tokenizer, tokens, settings, mesh)
     params = state_lib.abstract_params(generator, mesh, config.mesh.replicate_below)
     size = sampler.fitting(config.sample.batch_size)
     plan = orders.generation_plan(generator.num_tokens, config.sample.num_iter)
-    each = flops.sample_flops(generator, plan, settings.num_sampling_steps, settings.guidance is not None,
-                              settings.choice is not None)
+    each = flops.sample_flops(
+        generator, plan, settings.num_sampling_steps, settings.guidance is not None, settings.choice is not None
+    )
     if isinstance(tokenizer, Cacheable):
         each += flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)[1]
     inputs = sampler.described_arguments(params, size)
@@ -254,8 +278,7 @@ def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokeniz
     else:
         latent = jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
         program, given, each = jax.jit(tokenizer.decode), _rows(latent.shape, latent.dtype, mesh), decode
-    return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given),
-                   held_by(tokenizer.params))
+    return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given), held_by(tokenizer.params))
 
 
 def tokenizer_spec(tokenizer: Any) -> Any:

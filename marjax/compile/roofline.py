@@ -83,8 +83,17 @@ def estimate(program: hlo.Program, model_flops: float, described: Slice, mesh: M
     if compiler:
         compiler += stopping + max(0.0, overlapped - compiler)
     peak = chip.device_flops * mesh.size
-    return Estimate(seconds, products, memory, collectives, overlapped, ahead, model_flops / seconds / peak, compiler,
-                    model_flops / compiler / peak if compiler else 0.0)
+    return Estimate(
+        seconds,
+        products,
+        memory,
+        collectives,
+        overlapped,
+        ahead,
+        model_flops / seconds / peak,
+        compiler,
+        model_flops / compiler / peak if compiler else 0.0,
+    )
 
 
 def group_of(mesh: Mesh, size: int) -> list[Any]:

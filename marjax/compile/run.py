@@ -18,8 +18,15 @@ from marjax.paths import takes_paths
 
 
 @takes_paths("hlo_dir")
-def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequence[str] = NAMES, cached: bool = False,
-                hlo_dir: str = "", say: Callable[[str], None] = print) -> dict[str, Any]:
+def compile_for(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    names: Sequence[str] = NAMES,
+    cached: bool = False,
+    hlo_dir: str = "",
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Compiles a config's programs for a slice that need not be there, each in a process of its own.
 
     Args:
@@ -52,13 +59,26 @@ def compile_for(config: ml_collections.ConfigDict, topology: str, *, names: Sequ
         if compiled.text:
             os.makedirs(hlo_dir, exist_ok=True)
             write_bytes(os.path.join(hlo_dir, f"{lowered.name}.txt"), compiled.text.encode())
-    return {"topology": described.name, "chip": described.chip.name, "devices": mesh.size, "mesh": dict(mesh.shape),
-            "remat": config.model.remat, "denoiser_remat": config.model.denoiser.remat,
-            "accumulate": config.train.accumulate, "programs": records}
+    return {
+        "topology": described.name,
+        "chip": described.chip.name,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "denoiser_remat": config.model.denoiser.remat,
+        "accumulate": config.train.accumulate,
+        "programs": records,
+    }
 
 
-def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bool = False,
-                 policies: Sequence[str] = search.POLICIES, say: Callable[[str], None] = print) -> list[search.Found]:
+def search_batch(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    cached: bool = False,
+    policies: Sequence[str] = search.POLICIES,
+    say: Callable[[str], None] = print,
+) -> list[search.Found]:
     """The largest batch a device of the train step that fits on a slice, for each remat policy.
 
     Batches are not accumulated, and steps are as many as the config's own batch makes them: neither changes what a step
@@ -75,8 +95,9 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
     def lower(batch: int, overrides: Mapping[str, Any]) -> tuple[Lowered, ml_collections.ConfigDict]:
         """The train step of so many images a device, and its config."""
         counted = {"train.steps": resolved.train.steps, "train.warmup_steps": resolved.train.warmup_steps}
-        changed = config_lib.apply_overrides(config, {**counted, "train.batch_size": batch * shards,
-                                                      "train.accumulate": 1, **overrides})
+        changed = config_lib.apply_overrides(
+            config, {**counted, "train.batch_size": batch * shards, "train.accumulate": 1, **overrides}
+        )
         changed = config_lib.resolve(changed)
         return lowered_programs(changed, mesh, ("train",), cached)[0], changed
 
@@ -87,8 +108,10 @@ def search_batch(config: ml_collections.ConfigDict, topology: str, *, cached: bo
             remat = {"model.remat": policy, "model.denoiser.remat": policy}
             compiled = compile_program(*lower(batch, remat), topology, cached=cached)
             needed, usable, fits = compiled.memory.peak, compiled.usable, compiled.program is not None
-            say(f"  remat {policy}, {batch} images a device: {gib(needed)} of {gib(usable)}"
-                f"{'' if fits else ', does not fit'}")
+            say(
+                f"  remat {policy}, {batch} images a device: {gib(needed)} of {gib(usable)}"
+                f"{'' if fits else ', does not fit'}"
+            )
             return search.Trial(needed, usable, fits, compiled)
 
         try:

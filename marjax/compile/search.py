@@ -35,8 +35,11 @@ class Found:
         numbers = {"hbm_bytes": self.needed, "usable": self.usable, "hbm_bytes_of_twice_as_many": self.more}
         if self.error:
             return {"remat": self.policy, "error": self.error}
-        return {"remat": self.policy, "images_a_device": self.batch,
-                **{name: None if math.isnan(value) else value for name, value in numbers.items()}}
+        return {
+            "remat": self.policy,
+            "images_a_device": self.batch,
+            **{name: None if math.isnan(value) else value for name, value in numbers.items()},
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,7 @@ class Trial:
     result: Any = None
 
 
-def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, fixed: float,
-                  most: int = 1024) -> Found:
+def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, fixed: float, most: int = 1024) -> Found:
     """The largest power of two that fits, where twice as many do not.
 
     Args:

@@ -13,8 +13,14 @@ from marjax.quiet import LIBTPU
 # The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _SHAPES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-_SHAPES = {"v4": _SHAPES_3D, "v5p": _SHAPES_3D, "v5e": _SHAPES_2D, "v5litepod": _SHAPES_2D, "v6e": _SHAPES_2D,
-           "tpu7x": _SHAPES_3D}
+_SHAPES = {
+    "v4": _SHAPES_3D,
+    "v5p": _SHAPES_3D,
+    "v5e": _SHAPES_2D,
+    "v5litepod": _SHAPES_2D,
+    "v6e": _SHAPES_2D,
+    "tpu7x": _SHAPES_3D,
+}
 _HOSTS = {(1, 1), (2, 4)}  # shapes of v5e and v6e that are one machine; larger ones are of machines of 2 x 2 chips
 _CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # that an accelerator type counts a chip
 
@@ -98,8 +104,10 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
         text = shapes.get(count // _CORES.get(kind, 1), "")
         if kind in _SHAPES and not text:
             counts = ", ".join(str(number * _CORES.get(kind, 1)) for number in shapes)
-            raise UserError(f"--topology {name}: the sizes of {kind} are {counts}; or give its shape, such as "
-                            f"{kind}:{next(iter(shapes.values()))}")
+            raise UserError(
+                f"--topology {name}: the sizes of {kind} are {counts}; or give its shape, such as "
+                f"{kind}:{next(iter(shapes.values()))}"
+            )
     else:
         raise UserError(f"--topology {name!r}: {expected}")
     kind = "v5e" if kind == "v5litepod" else kind

@@ -9,5 +9,20 @@ from marjax.config.overrides import apply_overrides, conform, flatten
 from marjax.config.resolve import check_fields, check_sample, resolve, tokens_of
 from marjax.config.schema import CHOICES, MODEL_SIZES, base, set_model_size
 
-__all__ = ["CHOICES", "MODEL_SIZES", "apply_overrides", "base", "check_fields", "check_sample", "conform", "errors_of",
-           "flatten", "load", "load_function", "parse_arg", "resolve", "set_model_size", "tokens_of"]
+__all__ = [
+    "CHOICES",
+    "MODEL_SIZES",
+    "apply_overrides",
+    "base",
+    "check_fields",
+    "check_sample",
+    "conform",
+    "errors_of",
+    "flatten",
+    "load",
+    "load_function",
+    "parse_arg",
+    "resolve",
+    "set_model_size",
+    "tokens_of",
+]

@@ -40,8 +40,9 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
         if isinstance(spec[name], tuple):
             text = parse_value(name, text, str)
             if text not in spec[name]:
-                raise UserError(f"config argument {name}={text!r}{closest(text, spec[name])}; give one of "
-                                f"{', '.join(spec[name])}")
+                raise UserError(
+                    f"config argument {name}={text!r}{closest(text, spec[name])}; give one of {', '.join(spec[name])}"
+                )
             values[name] = text
         else:
             values[name] = parse_value(name, text, type(spec[name]))

@@ -19,9 +19,20 @@ KEY = "format"  # beside the sections
 
 # Fields, or sections with all their fields, that came after the first config of the format.
 _ADDED = {
-    0: ("data.cache", "eval", "mesh.replicate_below", "model.mask_ratio_per", "sample.choice_temperature",
-        "sample.confidence_order", "tokenizer.autoencoder", "tokenizer.checksum", "tokenizer.num_codes",
-        "tokenizer.path", "tokenizer.posterior", "tokenizer.train"),
+    0: (
+        "data.cache",
+        "eval",
+        "mesh.replicate_below",
+        "model.mask_ratio_per",
+        "sample.choice_temperature",
+        "sample.confidence_order",
+        "tokenizer.autoencoder",
+        "tokenizer.checksum",
+        "tokenizer.num_codes",
+        "tokenizer.path",
+        "tokenizer.posterior",
+        "tokenizer.train",
+    ),
     1: ("data.fingerprint", "init", "log.mlflow", "log.wandb", "model.extra"),
 }
 
@@ -46,8 +57,10 @@ def migrate(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(version, int) or isinstance(version, bool) or version < 0:
         raise UserError(f"{where}: {KEY} is {shown(version)}, expected an integer from 0 to {FORMAT}: restore the file")
     if version > FORMAT:
-        raise UserError(f"{where} has format {version}, but this version of marjax reads formats up to {FORMAT}: "
-                        f"install the version that wrote it, or a newer one")
+        raise UserError(
+            f"{where} has format {version}, but this version of marjax reads formats up to {FORMAT}: "
+            f"install the version that wrote it, or a newer one"
+        )
     defaults = flatten(base())
     for older in range(version, FORMAT):
         _MIGRATIONS[older](migrated)

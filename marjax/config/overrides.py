@@ -16,8 +16,11 @@ from marjax.errors import UserError
 from marjax.ranges import shown
 
 _MAX_TEXT = 4095  # characters, as in a path
-_BOOLS = {word: truth for truth, words in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0")))
-          for word in words}
+_BOOLS = {
+    word: truth
+    for truth, words in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0")))
+    for word in words
+}
 _EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tuple of int"}
 
 
@@ -79,8 +82,10 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
     for key, value in overrides.items():
         if key not in fields:
             if key in sections():
-                raise UserError(f"config.{key} is a section: set one of its fields, such as "
-                                f"{next(name for name in fields if name.startswith(f'{key}.'))}")
+                raise UserError(
+                    f"config.{key} is a section: set one of its fields, such as "
+                    f"{next(name for name in fields if name.startswith(f'{key}.'))}"
+                )
             raise UserError(f"unknown config key {shown(key)}{closest(str(key), fields)}")
         kind, optional = fields[key]
         if optional and is_none(value):
@@ -112,7 +117,7 @@ def unknown_key(key: str) -> UserError:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """"; the closest is 'x'" for an error about an unknown name; "" if none is close."""
+    """ "; the closest is 'x'" for an error about an unknown name; "" if none is close."""
     names, name = list(names), name[:100]
     by_depth = sorted(names, key=lambda known: -known.count("."))
     leaves = {known.rsplit(".", 1)[-1]: known for known in by_depth}  # of equal ones, the one that lies highest
@@ -142,8 +147,12 @@ def parse_value(key: str, text: str, kind: type) -> Any:
             return unquoted(text)
         return _integer(text) if kind is int else kind(text)
     except (ValueError, KeyError):
-        expected = {bool: "bool (true or false)", int: "int, such as 1000 or 1e3", float: "float, such as 0.5 or 1e-3",
-                    tuple: "whole numbers with commas, such as 1,2,4"}[kind]
+        expected = {
+            bool: "bool (true or false)",
+            int: "int, such as 1000 or 1e3",
+            float: "float, such as 0.5 or 1e-3",
+            tuple: "whole numbers with commas, such as 1,2,4",
+        }[kind]
         raise UserError(f"{key}={shown(text)}: expected {expected}") from None
 
 
@@ -203,8 +212,13 @@ def _typed(key: str, value: Any, field: Field) -> Any:
             if len(text) > _MAX_TEXT:
                 raise UserError(f"config.{key} has {len(text)} characters: give at most {_MAX_TEXT}")
             return text
-    if kind is tuple and isinstance(value, tuple | list) and all(  # a list, as JSON has them
-            isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in value):
+    if (
+        kind is tuple
+        and isinstance(value, tuple | list)
+        and all(  # a list, as JSON has them
+            isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in value
+        )
+    ):
         return tuple(int(each) for each in value)
     raise UserError(f"config.{key} is {shown(value)}: expected {_EXPECTED[kind]}")
 

@@ -40,24 +40,31 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     if model.width % model.num_heads:
         raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
     if model.extra and HEADS.is_own(model.head) and VARIANTS.is_own(model.variant):
-        raise UserError(f"config.model.extra is {shown(model.extra)}, but variant {model.variant} and head "
-                        f"{model.head} take no settings by that: leave it out, or choose a registered one")
+        raise UserError(
+            f"config.model.extra is {shown(model.extra)}, but variant {model.variant} and head "
+            f"{model.head} take no settings by that: leave it out, or choose a registered one"
+        )
     if int(model.width * model.mlp_ratio) < 1:
         raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
     if train.batch_size % train.accumulate:
-        raise UserError(f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate "
-                        f"{train.accumulate}")
+        raise UserError(
+            f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}"
+        )
     autoencoder_spec.fill(config.tokenizer, data.channels)
     _resolve_tokenizer_training(config.tokenizer.train, data.image_size)
     tokens, variant = tokens_of(config), VARIANTS[model.variant]
     if HEADS[model.head].discrete and not tokens.num_codes:
-        raise UserError(f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
-                        f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook")
+        raise UserError(
+            f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
+            f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook"
+        )
     if config.eval.cfg is None:
         config.eval.cfg = config.sample.cfg
     if config.eval.every and not config.eval.reference:
-        raise UserError("config.eval.every is set, but config.eval.reference is not: give the file of the real images' "
-                        "statistics, which marjax stats makes")
+        raise UserError(
+            "config.eval.every is set, but config.eval.reference is not: give the file of the real images' "
+            "statistics, which marjax stats makes"
+        )
     if config.sample.num_iter is None:
         config.sample.num_iter = min(64, tokens.num_tokens) if variant.many else tokens.num_tokens
 
@@ -71,8 +78,9 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
             train[count] = round(epochs * epoch)
     _check_ranges(config)  # of what was derived
     if train.schedule == "cosine" and train.warmup_steps >= train.steps:
-        raise UserError(f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps "
-                        f"{train.steps}")
+        raise UserError(
+            f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps {train.steps}"
+        )
     check_sample(config)
     return config
 
@@ -93,8 +101,11 @@ def check_fields(config: ConfigDict) -> ConfigDict:
     _check_ranges(config)
     for key, allowed in CHOICES.items():
         if fields[key] not in allowed and fields[key] is not None:
-            expected = (unknown(allowed.kind, fields[key], allowed) if isinstance(allowed, Choices)
-                        else f"give one of {', '.join(allowed)}")
+            expected = (
+                unknown(allowed.kind, fields[key], allowed)
+                if isinstance(allowed, Choices)
+                else f"give one of {', '.join(allowed)}"
+            )
             raise UserError(f"config.{key} is {shown(fields[key])}: {expected}")
     if config.data.channels not in (1, 3):
         raise UserError(f"config.data.channels is {config.data.channels}: give 1 or 3")
@@ -115,8 +126,10 @@ def _check_mask_ratio(ratio: ConfigDict) -> None:
     """The truncated normal distribution needs some of its mass between its ends."""
     low, high = (math.erf((end - ratio.mean) / (ratio.std * math.sqrt(2.0))) for end in (ratio.minimum, 1.0))
     if high - low < 1e-4:
-        raise UserError(f"config.model.mask_ratio: a normal distribution of mean {ratio.mean} and std {ratio.std} is "
-                        f"hardly ever between minimum {ratio.minimum} and 1: give another mean or a larger std")
+        raise UserError(
+            f"config.model.mask_ratio: a normal distribution of mean {ratio.mean} and std {ratio.std} is "
+            f"hardly ever between minimum {ratio.minimum} and 1: give another mean or a larger std"
+        )
 
 
 def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
@@ -128,16 +141,22 @@ def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
             raise UserError(f"{path}.disc.width is {train.disc.width}: give a multiple of {autoencoder_spec.GROUPS}")
         least = 3 * 2**train.disc.layers  # leaves one patch
         if image_size < least:
-            raise UserError(f"{path}.disc.layers is {train.disc.layers}, which needs images of at least {least} "
-                            f"pixels, but data.image_size is {image_size}: give fewer layers")
+            raise UserError(
+                f"{path}.disc.layers is {train.disc.layers}, which needs images of at least {least} "
+                f"pixels, but data.image_size is {image_size}: give fewer layers"
+            )
     if train.lpips.weight:
         if not train.lpips.vgg or not train.lpips.linear:
-            raise UserError(f"{path}.lpips.weight is {train.lpips.weight}, but its weights are files: give "
-                            f"{path}.lpips.vgg (torchvision's vgg16-397923af.pth) and {path}.lpips.linear (the lpips "
-                            f"package's vgg.pth)")
+            raise UserError(
+                f"{path}.lpips.weight is {train.lpips.weight}, but its weights are files: give "
+                f"{path}.lpips.vgg (torchvision's vgg16-397923af.pth) and {path}.lpips.linear (the lpips "
+                f"package's vgg.pth)"
+            )
         if image_size < 16:
-            raise UserError(f"{path}.lpips.weight is {train.lpips.weight}, but LPIPS needs images of at least 16 "
-                            f"pixels: set it to 0")
+            raise UserError(
+                f"{path}.lpips.weight is {train.lpips.weight}, but LPIPS needs images of at least 16 "
+                f"pixels: set it to 0"
+            )
 
 
 def _count(data: ConfigDict) -> None:
@@ -162,9 +181,14 @@ def tokens_of(config: ConfigDict) -> TokenShape:
     data, tokenizer = config.data, config.tokenizer
     num_codes = autoencoder_spec.DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes
     named = tokenizer.name in autoencoder_spec.AUTOENCODERS
-    return token_shape(tokenizer.name, image_size=data.image_size, channels=data.channels,
-                       patch_size=tokenizer.patch_size, num_codes=num_codes,
-                       spec=autoencoder_spec.spec_of(tokenizer, data.channels) if named else None)
+    return token_shape(
+        tokenizer.name,
+        image_size=data.image_size,
+        channels=data.channels,
+        patch_size=tokenizer.patch_size,
+        num_codes=num_codes,
+        spec=autoencoder_spec.spec_of(tokenizer, data.channels) if named else None,
+    )
 
 
 def check_sample(config: ConfigDict) -> None:
@@ -176,13 +200,17 @@ def check_sample(config: ConfigDict) -> None:
     if not 1 <= sample.num_iter <= num_tokens:
         raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
     if not variant.many and sample.num_iter != num_tokens:
-        raise UserError(f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a "
-                        f"step: give {num_tokens}")
+        raise UserError(
+            f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a "
+            f"step: give {num_tokens}"
+        )
     if sample.confidence_order and not (variant.any_next and HEADS[config.model.head].ranks):
         variants = ", ".join(name for name, each in VARIANTS.items() if each.any_next)
         heads = ", ".join(name for name, each in HEADS.items() if each.ranks)
-        raise UserError(f"confidence_order needs a head that ranks its tokens ({heads}) and a variant in which any may "
-                        f"come next ({variants}), not {config.model.head} with {config.model.variant}")
+        raise UserError(
+            f"confidence_order needs a head that ranks its tokens ({heads}) and a variant in which any may "
+            f"come next ({variants}), not {config.model.head} with {config.model.variant}"
+        )
     try:
         respaced_timesteps(config.model.diffusion.num_steps, sample.num_sampling_steps)
     except ValueError as error:

@@ -22,8 +22,9 @@ _DOCUMENTED = re.compile(r"(?:\./)?configs/([\w-]+)\.py")  # how a clone's own f
 def folder() -> pathlib.Path:
     """Where the shipped configs are."""
     package = pathlib.Path(__file__).resolve().parent.parent
-    return next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()),
-                package / "configs")
+    return next(
+        (path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package / "configs"
+    )
 
 
 def names() -> list[str]:
@@ -55,8 +56,10 @@ def locate(given: str | os.PathLike[str]) -> tuple[str, str | None]:
     if (form := in_file or by_name) is not None:
         file, arg = normalised(form[1], "config file"), form[2]
     if (documented := _DOCUMENTED.fullmatch(file)) is not None and os.path.isfile(_path(documented[1])):
-        print(f"marjax: there is no {file} here: using the config {documented[1]!r} that comes with marjax",
-              file=sys.stderr)
+        print(
+            f"marjax: there is no {file} here: using the config {documented[1]!r} that comes with marjax",
+            file=sys.stderr,
+        )
         return _path(documented[1]), arg
     if os.path.exists(file):
         problem = f"config file {file!r} is not a Python file"

@@ -64,9 +64,17 @@ class Cached:
 
 @numerics.pinned()
 @takes_paths("out")
-def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str], *, dtype: str = "bfloat16",
-                  batch_size: int = 32, shard_examples: int | None = None, overwrite: bool = False,
-                  measure: bool = False, progress: bool = True) -> Cached:
+def cache_latents(
+    config: ml_collections.ConfigDict,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    batch_size: int = 32,
+    shard_examples: int | None = None,
+    overwrite: bool = False,
+    measure: bool = False,
+    progress: bool = True,
+) -> Cached:
     """Encodes `config.data` with `config.tokenizer` into a cache that `config.data.cache` names in training.
 
     With `config.data.flip`, every image is encoded as it is and mirrored. Images are read and cropped by
@@ -99,8 +107,14 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
     if not isinstance(tokenizer, Cacheable):
         raise UserError(f"tokenizer {config.tokenizer.name!r} has no network: there is nothing to encode ahead")
     with Batches(config.data, 1, 0, train=False) as batches:
-        manifest = _plan(config, tokenizer, batches.num_examples, dtype, shard_examples or _shard_examples_of(folder),
-                         fingerprint(open_source(config.data)))
+        manifest = _plan(
+            config,
+            tokenizer,
+            batches.num_examples,
+            dtype,
+            shard_examples or _shard_examples_of(folder),
+            fingerprint(open_source(config.data)),
+        )
         manifest = dataclasses.replace(manifest, class_names=batches.class_names)
     index, count = jax.process_index(), jax.process_count()
     try:
@@ -119,8 +133,9 @@ def cache_latents(config: ml_collections.ConfigDict, out: str | os.PathLike[str]
                 _finish(folder, manifest)
             _meet(count)
     except OSError as error:  # a folder that cannot be written, too few file descriptors
-        raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the same "
-                            f"again") from None
+        raise TrainingError(
+            f"{error.filename or folder}: {error.strerror or error}; change that, then start the same again"
+        ) from None
     num_bytes = manifest.num_examples * (1 + manifest.flips) * manifest.record_bytes
     return Cached(manifest, worker.encoded, num_bytes, *worker.speed(), worker.alone())
 
@@ -129,15 +144,18 @@ def open_fitting(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Man
     """The manifest of `config.data.cache`, once it has been found to fit. Raises UserError."""
     manifest = read_manifest(config.data.cache)
     if not isinstance(tokenizer, Cacheable):
-        raise UserError(f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no "
-                        f"network whose latents could be in it: leave it empty")
+        raise UserError(
+            f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no "
+            f"network whose latents could be in it: leave it empty"
+        )
     moments = _moments(config, tokenizer)
     try:
         images = fingerprint(open_source(config.data))
     except UserError:  # a cache does without the images it was made of
         images = None
-    check_fits(manifest, config, checksum=tokenizer.checksum, shape=moments.shape[1:], dtype=moments.dtype,
-               fingerprint=images)
+    check_fits(
+        manifest, config, checksum=tokenizer.checksum, shape=moments.shape[1:], dtype=moments.dtype, fingerprint=images
+    )
     return manifest
 
 
@@ -147,14 +165,33 @@ def _moments(config: ml_collections.ConfigDict, tokenizer: Cacheable) -> jax.Sha
     return jax.eval_shape(tokenizer.moments, tokenizer.params, image)
 
 
-def _plan(config: ml_collections.ConfigDict, tokenizer: Cacheable, num_examples: int, dtype: str,
-          shard_examples: int | None, images: str) -> Manifest:
+def _plan(
+    config: ml_collections.ConfigDict,
+    tokenizer: Cacheable,
+    num_examples: int,
+    dtype: str,
+    shard_examples: int | None,
+    images: str,
+) -> Manifest:
     data, moments = config.data, _moments(config, tokenizer)
     if jnp.issubdtype(moments.dtype, jnp.integer):
         dtype = "int32"
-    made = Manifest(tokenizer.checksum, data.source, data.split, images, data.image_size, data.channels, CROP,
-                    num_examples, data.num_classes, bool(data.flip), moments.shape[1:], dtype,
-                    config.tokenizer.autoencoder.dtype, 1)
+    made = Manifest(
+        tokenizer.checksum,
+        data.source,
+        data.split,
+        images,
+        data.image_size,
+        data.channels,
+        CROP,
+        num_examples,
+        data.num_classes,
+        bool(data.flip),
+        moments.shape[1:],
+        dtype,
+        config.tokenizer.autoencoder.dtype,
+        1,
+    )
     if shard_examples is None:
         shard_examples = min(_SHARD_BYTES // (made.record_bytes * (1 + made.flips)), -(-num_examples // _LEAST_SHARDS))
     return dataclasses.replace(made, shard_examples=max(1, shard_examples))
@@ -179,12 +216,18 @@ def _begin(folder: str, manifest: Manifest, overwrite: bool) -> None:
         except UserError:
             differences = [f"a {os.path.basename(before)} that cannot be read"]
         if differences:
-            raise UserError(f"{folder} holds another latent cache (it has {'; '.join(differences)}): give another "
-                            f"--out, or --overwrite to start afresh")
-    ours = [name for name in os.listdir(folder)
-            if name in (MANIFEST, _PLAN) or name.startswith("latents.array_record-")]
-    odd = [name for name in os.listdir(folder) if name not in ours and not name.startswith(LOCK)
-           and not name.startswith((MANIFEST, _PLAN))]
+            raise UserError(
+                f"{folder} holds another latent cache (it has {'; '.join(differences)}): give another "
+                f"--out, or --overwrite to start afresh"
+            )
+    ours = [
+        name for name in os.listdir(folder) if name in (MANIFEST, _PLAN) or name.startswith("latents.array_record-")
+    ]
+    odd = [
+        name
+        for name in os.listdir(folder)
+        if name not in ours and not name.startswith(LOCK) and not name.startswith((MANIFEST, _PLAN))
+    ]
     if odd and not before:
         raise UserError(f"{folder} has other files, such as {odd[0]}: give an empty or new folder")
     if overwrite or not before:
@@ -211,8 +254,16 @@ def _meet(count: int) -> None:
 class _Encoder:
     """Runs images of this process's files through the network, and writes what comes out."""
 
-    def __init__(self, config: ml_collections.ConfigDict, tokenizer: Cacheable, manifest: Manifest, folder: str,
-                 batch_size: int, measure: bool, progress: bool) -> None:
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        tokenizer: Cacheable,
+        manifest: Manifest,
+        folder: str,
+        batch_size: int,
+        measure: bool,
+        progress: bool,
+    ) -> None:
         self.config, self.manifest, self.folder, self.progress = config, manifest, folder, progress
         self.measure, self.seconds_alone = measure, list[float]()
         self.mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -236,11 +287,16 @@ class _Encoder:
             return
         manifest = self.manifest
         left = sum(len(manifest.examples_of(shard)) for part in parts for shard in part)
-        with jax.set_mesh(self.mesh), progress.bar("encoding", total, "images", start=total - left,
-                                                   show=self.progress) as bar:
+        with (
+            jax.set_mesh(self.mesh),
+            progress.bar("encoding", total, "images", start=total - left, show=self.progress) as bar,
+        ):
             params = sharding.put_whole(self.tokenizer.params, self.mesh)
-            encode = memory.Checked(jax.jit(self._encode), "the tokenizer's encoder", lambda _, images: memory.Batch(
-                "batch_size", len(images) // self.mesh.size))
+            encode = memory.Checked(
+                jax.jit(self._encode),
+                "the tokenizer's encoder",
+                lambda _, images: memory.Batch("batch_size", len(images) // self.mesh.size),
+            )
             if self.measure:
                 self._time_alone(encode, params)
             for part in parts:
@@ -267,8 +323,7 @@ class _Encoder:
         moments = self.tokenizer.moments(params, copies.reshape(-1, *image.shape[1:]))
         return moments.reshape(*copies.shape[:2], *moments.shape[1:]).astype(DTYPES[self.manifest.dtype])
 
-    def _encoded(self, encode: Any, params: Any, part: range,
-                 bar: progress.Bar) -> Generator[tuple[np.ndarray, int]]:
+    def _encoded(self, encode: Any, params: Any, part: range, bar: progress.Bar) -> Generator[tuple[np.ndarray, int]]:
         """Moments (F, ...) and label of each example of a part, in order.
 
         Two batches are on the devices, so that they never wait for what is done with a result.
@@ -288,8 +343,10 @@ class _Encoder:
                 moments, labels = pending.popleft()
                 rows = np.asarray(moments)
                 if not np.isfinite(rows.astype(np.float32)).all():
-                    raise TrainingError("the tokenizer's moments are not finite: look at its file, or encode in "
-                                        "float32 (config.tokenizer.autoencoder.dtype)")
+                    raise TrainingError(
+                        "the tokenizer's moments are not finite: look at its file, or encode in "
+                        "float32 (config.tokenizer.autoencoder.dtype)"
+                    )
                 count = min(left, self.batch_size)
                 left -= count
                 self._tick(count)

@@ -21,14 +21,25 @@ _GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _GUESSES = (8, 10, 12)
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
 # How to read the other byte of two: as if their order were the other one.
-_OTHER_BYTE = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B", "RGBA;16B": "RGBA;16L",
-               "RGBA;16L": "RGBA;16B", "RGBA;16N": "RGBA;16B", "LA;16B": "RGBA"}
+_OTHER_BYTE = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16L": "RGBA;16B",
+    "RGBA;16N": "RGBA;16B",
+    "LA;16B": "RGBA",
+}
 
 
 def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
     """Whether an opened picture has 16 bits a channel; older Pillows open grey PNG files of these in mode I."""
-    return (image.mode in _GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
-            or png.channel_bits(data) == 16 or any(_raw_mode(tile) in _OTHER_BYTE for tile in image.tile))
+    return (
+        image.mode in _GREY
+        or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        or png.channel_bits(data) == 16
+        or any(_raw_mode(tile) in _OTHER_BYTE for tile in image.tile)
+    )
 
 
 def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None) -> tuple[Image.Image, int, bool]:
@@ -80,8 +91,9 @@ def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None)
     return Image.fromarray(made[..., 0] if made.shape[2] == 1 else made), bits, guessed
 
 
-def _deep(high: npt.NDArray[Any], low: npt.NDArray[Any] | None, rows: slice, through: Any) -> tuple[
-        npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
+def _deep(
+    high: npt.NDArray[Any], low: npt.NDArray[Any] | None, rows: slice, through: Any
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
     """Values (rows, W, C) of 16 bits, and which pixels (rows, W) have another colour than the transparent one."""
     deep = high[rows].astype(np.uint16)
     if low is not None:
@@ -103,8 +115,11 @@ def _said(image: ImageFile.ImageFile, data: bytes) -> int | None:
         return 16  # Pillow brings them there from the file's own maximum
     tags: Any = getattr(image, "tag_v2", {})
     most = [int(value) for value in np.atleast_1d(tags.get(_MAX_SAMPLE_VALUE, ())).tolist()]
-    bits = [png.significant_bits(data), *np.atleast_1d(tags.get(_BITS_PER_SAMPLE, ())).tolist(),
-            *(value.bit_length() for value in most if value & (value + 1) == 0)]
+    bits = [
+        png.significant_bits(data),
+        *np.atleast_1d(tags.get(_BITS_PER_SAMPLE, ())).tolist(),
+        *(value.bit_length() for value in most if value & (value + 1) == 0),
+    ]
     return min((int(n) for n in bits if n is not None and 8 <= n < 16), default=None)
 
 
@@ -119,7 +134,9 @@ def _low_bytes(data: bytes, raw_mode: str) -> npt.NDArray[np.uint8] | None:
     if other is None:
         return None
     with Image.open(io.BytesIO(data)) as image:
-        image.tile = [tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)
-                      for tile in image.tile]
+        image.tile = [
+            tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)
+            for tile in image.tile
+        ]
         image.load()
         return np.asarray(image)

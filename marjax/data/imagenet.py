@@ -48,8 +48,10 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
         else:
             tars.append(path)
     if not tars:
-        raise UserError(f"{', '.join(paths) or 'no path'}: expected {TRAIN_TAR} (and {VALIDATION_TAR}), or a folder "
-                        f"with them; they are at https://image-net.org/download-images, after registration")
+        raise UserError(
+            f"{', '.join(paths) or 'no path'}: expected {TRAIN_TAR} (and {VALIDATION_TAR}), or a folder "
+            f"with them; they are at https://image-net.org/download-images, after registration"
+        )
     made: dict[str, list[Item]] = {}
     for tar in tars:
         if not os.path.isfile(tar):
@@ -61,38 +63,55 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
         if split in made:
             raise UserError(f"{tar} is a second tar of split {split}: give each of the two once")
         made[split] = sorted(items)
-    warnings = [f"split {split} has {len(items):,} pictures, ImageNet has {_NUM_IMAGENET[split]:,}"
-                for split, items in made.items() if len(items) != _NUM_IMAGENET[split]]
-    return Listing("imagenet", "ILSVRC 2012, as TFDS orders and labels it.", classes, dict(sorted(made.items())),
-                   collections.Counter(), warnings)
+    warnings = [
+        f"split {split} has {len(items):,} pictures, ImageNet has {_NUM_IMAGENET[split]:,}"
+        for split, items in made.items()
+        if len(items) != _NUM_IMAGENET[split]
+    ]
+    return Listing(
+        "imagenet",
+        "ILSVRC 2012, as TFDS orders and labels it.",
+        classes,
+        dict(sorted(made.items())),
+        collections.Counter(),
+        warnings,
+    )
 
 
 def _read_tar(tar: str, labels: dict[str, int], validation: list[str], show: bool) -> tuple[str, list[Item]]:
     """A tar's split and pictures: of class tars inside, or pictures whose labels TFDS knows by their number."""
     items: list[Item] = []
     splits: set[str] = set()
-    with open(tar, "rb") as file, progress_lib.bar(f"listing {os.path.basename(tar)}", None, "pictures",
-                                                   show=show) as bar:
+    with (
+        open(tar, "rb") as file,
+        progress_lib.bar(f"listing {os.path.basename(tar)}", None, "pictures", show=show) as bar,
+    ):
         for member in _members(file, 0, os.path.getsize(tar)):
             base = os.path.basename(member.name)
             numbered = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", base)
             if base.endswith(".tar") and base[:-4] in labels:
                 splits.add("train")
                 inside = _members(file, member.offset_data, member.offset_data + member.size)
-                items += [Item(os.path.basename(image.name), labels[base[:-4]], tar, image.offset_data, image.size)
-                          for image in inside]
+                items += [
+                    Item(os.path.basename(image.name), labels[base[:-4]], tar, image.offset_data, image.size)
+                    for image in inside
+                ]
             elif numbered and 1 <= int(numbered[1]) <= len(validation):
                 splits.add("validation")
                 label = labels[validation[int(numbered[1]) - 1]]
                 items.append(Item(base, label, tar, member.offset_data, member.size))
             else:
-                raise UserError(f"{tar} holds {shortened(member.name)}, expected class tars such as n01440764.tar or "
-                                f"pictures such as ILSVRC2012_val_00000001.JPEG: give {TRAIN_TAR} or {VALIDATION_TAR} "
-                                f"as they are downloaded (the test pictures have no labels)")
+                raise UserError(
+                    f"{tar} holds {shortened(member.name)}, expected class tars such as n01440764.tar or "
+                    f"pictures such as ILSVRC2012_val_00000001.JPEG: give {TRAIN_TAR} or {VALIDATION_TAR} "
+                    f"as they are downloaded (the test pictures have no labels)"
+                )
             bar.update(len(items) - bar.n)
     if len(splits) != 1:
-        raise UserError(f"{tar} holds {'training and validation pictures' if splits else 'no picture'}: give "
-                        f"{TRAIN_TAR} or {VALIDATION_TAR} as they are downloaded")
+        raise UserError(
+            f"{tar} holds {'training and validation pictures' if splits else 'no picture'}: give "
+            f"{TRAIN_TAR} or {VALIDATION_TAR} as they are downloaded"
+        )
     if len({item.name for item in items}) < len(items):
         raise UserError(f"{tar} holds pictures of the same name: give it as it is downloaded")
     return splits.pop(), items

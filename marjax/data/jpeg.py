@@ -19,5 +19,5 @@ def has_too_many_scans(data: bytes) -> bool:
         if scans > MAX_SCANS:
             return True
         if kind not in _LONE:
-            place += max(2, int.from_bytes(data[place:place + 2], "big"))
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
     return False

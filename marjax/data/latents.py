@@ -103,30 +103,49 @@ class Manifest:
     @classmethod
     def _of(cls, found: dict[str, Any], where: str) -> "Manifest":
         given = {field.name: found[field.name] for field in dataclasses.fields(cls) if field.compare}
-        names = usable(found.get("class_names"))[:found["num_classes"]]
+        names = usable(found.get("class_names"))[: found["num_classes"]]
         made = cls(**given | {"shape": tuple(found["shape"]), "class_names": names})
         if not 1 <= len(made.shape) <= 8 or made.record_bytes >= 1 << 31:
-            raise UserError(f"{where}: shape is {shortened(str(made.shape))}, expected that of an image's latents; "
-                            f"{_AGAIN}")
+            raise UserError(
+                f"{where}: shape is {shortened(str(made.shape))}, expected that of an image's latents; {_AGAIN}"
+            )
         if made.num_shards > _MAX_SHARDS:
-            raise UserError(f"{where}: num_examples {made.num_examples} and shard_examples {made.shard_examples} make "
-                            f"{made.num_shards} files, expected at most {_MAX_SHARDS}; {_AGAIN}")
+            raise UserError(
+                f"{where}: num_examples {made.num_examples} and shard_examples {made.shard_examples} make "
+                f"{made.num_shards} files, expected at most {_MAX_SHARDS}; {_AGAIN}"
+            )
         return made
 
     def differences(self, other: "Manifest") -> list[str]:
         """How a cache differs from another, a line each."""
-        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name))
-                 for field in dataclasses.fields(self) if field.compare)
+        pairs = (
+            (field.name, getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+            if field.compare
+        )
         return [f"{name} {mine!r} instead of {others!r}" for name, mine, others in pairs if mine != others]
 
 
 _AGAIN = "make the cache again with marjax cache-latents --overwrite"
 _TEXT = re.compile(r"[^\x00-\x1f\x7f]*")
 _SHAPE = {  # the format first: what a later one has is not known here
-    "format": {1}, "checksum": _TEXT, "source": _TEXT, "split": _TEXT, "fingerprint": _TEXT, "crop": _TEXT,
-    "image_size": range(1, 1 << 31), "channels": range(1, 1 << 31), "num_examples": range(1, 1 << 48),
-    "num_classes": range(1, 1 << 31), "flips": bool, "shape": [range(1, 1 << 31)], "dtype": set(DTYPES),
-    "compute_dtype": _TEXT, "shard_examples": range(1, 1 << 48), "class_names?": [(str, None)]}
+    "format": {1},
+    "checksum": _TEXT,
+    "source": _TEXT,
+    "split": _TEXT,
+    "fingerprint": _TEXT,
+    "crop": _TEXT,
+    "image_size": range(1, 1 << 31),
+    "channels": range(1, 1 << 31),
+    "num_examples": range(1, 1 << 48),
+    "num_classes": range(1, 1 << 31),
+    "flips": bool,
+    "shape": [range(1, 1 << 31)],
+    "dtype": set(DTYPES),
+    "compute_dtype": _TEXT,
+    "shard_examples": range(1, 1 << 48),
+    "class_names?": [(str, None)],
+}
 
 
 @takes_paths("folder")
@@ -138,14 +157,24 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if found is not None:
         return found
     if os.path.exists(os.path.join(os.path.dirname(path), f"plan-{MANIFEST}")):
-        raise UserError(f"the latent cache {folder} is not finished: start its marjax cache-latents again, which "
-                        f"resumes it")
-    raise UserError(f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents --out "
-                    f"{folder}, or leave config.data.cache empty")
+        raise UserError(
+            f"the latent cache {folder} is not finished: start its marjax cache-latents again, which resumes it"
+        )
+    raise UserError(
+        f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents --out "
+        f"{folder}, or leave config.data.cache empty"
+    )
 
 
-def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[int, ...], dtype: npt.DTypeLike,
-               fingerprint: str | None = None) -> None:
+def check_fits(
+    manifest: Manifest,
+    config: Any,
+    *,
+    checksum: str,
+    shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+    fingerprint: str | None = None,
+) -> None:
     """Checks that training from the cache is training on `config.data` with the tokenizer at hand.
 
     Args:
@@ -160,12 +189,22 @@ def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[i
       UserError: a difference, naming all of them.
     """
     data = config.data
-    wanted = {"checksum": checksum, "source": data.source, "split": data.split, "image_size": data.image_size,
-              "channels": data.channels, "crop": CROP, "shape": tuple(shape)}
+    wanted = {
+        "checksum": checksum,
+        "source": data.source,
+        "split": data.split,
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "crop": CROP,
+        "shape": tuple(shape),
+    }
     if fingerprint is not None:
         wanted["fingerprint"] = fingerprint
-    odd = [f"{name} {getattr(manifest, name)!r} instead of {value!r}" for name, value in wanted.items()
-           if getattr(manifest, name) != value]
+    odd = [
+        f"{name} {getattr(manifest, name)!r} instead of {value!r}"
+        for name, value in wanted.items()
+        if getattr(manifest, name) != value
+    ]
     if np.issubdtype(np.dtype(dtype), np.integer) != (manifest.dtype == "int32"):
         odd.append(f"dtype {manifest.dtype} instead of {np.dtype(dtype)}")
     if data.flip and not manifest.flips:
@@ -175,9 +214,11 @@ def check_fits(manifest: Manifest, config: Any, *, checksum: str, shape: tuple[i
     if data.num_examples is not None and manifest.num_examples != data.num_examples:
         odd.append(f"num_examples {manifest.num_examples} instead of {data.num_examples}")
     if odd:
-        raise UserError(f"the latent cache {data.cache} is another than the config asks for: it has {'; '.join(odd)}: "
-                        f"give another config.data.cache, make one with marjax cache-latents, or leave it empty to "
-                        f"encode while training")
+        raise UserError(
+            f"the latent cache {data.cache} is another than the config asks for: it has {'; '.join(odd)}: "
+            f"give another config.data.cache, make one with marjax cache-latents, or leave it empty to "
+            f"encode while training"
+        )
 
 
 class Latents:
@@ -196,8 +237,10 @@ class Latents:
           UserError: a file is missing, damaged or of another length than the manifest says; flips that are not there.
         """
         if flip and not manifest.flips:
-            raise UserError(f"the latent cache {folder} has no mirrored images: set config.data.flip=False, or make it "
-                            f"again with config.data.flip=True")
+            raise UserError(
+                f"the latent cache {folder} has no mirrored images: set config.data.flip=False, or make it "
+                f"again with config.data.flip=True"
+            )
         self.shape, self.dtype = manifest.shape, DTYPES[manifest.dtype]
         self.class_names = manifest.class_names
         self._manifest, self._flip, self._folder = manifest, flip, os.fspath(folder)
@@ -214,8 +257,10 @@ class Latents:
             return unpack(record, self._manifest)
         except Exception as error:  # whatever went wrong has to cross a process boundary
             again = remedy(error, "make it again with marjax cache-latents --overwrite")
-            raise UserError(f"the latent cache {self._folder}: example {index} cannot be read ({type(error).__name__}: "
-                            f"{(str(error).splitlines() or [''])[0]}): {again}") from error
+            raise UserError(
+                f"the latent cache {self._folder}: example {index} cannot be read ({type(error).__name__}: "
+                f"{(str(error).splitlines() or [''])[0]}): {again}"
+            ) from error
 
 
 def _open(folder: str, manifest: Manifest) -> Any:
@@ -224,8 +269,10 @@ def _open(folder: str, manifest: Manifest) -> Any:
     again = "start its marjax cache-latents again, which makes what is missing"
     there = set(os.listdir(folder))
     if missing := [name for name in map(manifest.shard_file, range(manifest.num_shards)) if name not in there]:
-        raise UserError(f"the latent cache {folder} lacks {len(missing)} of {manifest.num_shards} files, such as "
-                        f"{missing[0]}: {again}")
+        raise UserError(
+            f"the latent cache {folder} lacks {len(missing)} of {manifest.num_shards} files, such as "
+            f"{missing[0]}: {again}"
+        )
     paths = [os.path.join(folder, manifest.shard_file(shard)) for shard in range(manifest.num_shards)]
     each = 1 + manifest.flips
     expected = [each * len(manifest.examples_of(shard)) for shard in range(manifest.num_shards)]

@@ -22,7 +22,8 @@ _SPLIT = re.compile(
     r"(?:(?:seg|images?|imgs?|data|dataset)_)?"
     r"(?:(?P<train>train|training)|(?P<validation>val|valid|validate|validation|dev|devel|development|eval|evaluation)"
     r"|(?P<test>test|testing)|(?P<unlabelled>pred|predict|prediction|unlabell?ed))"
-    r"_?(?:sets?|splits?|data|images?|imgs?|pictures?|photos?|dir|folder)?_?\d{0,4}")
+    r"_?(?:sets?|splits?|data|images?|imgs?|pictures?|photos?|dir|folder)?_?\d{0,4}"
+)
 # Splits of two domains, as CycleGAN's data sets have them (trainA, testB): taken for classes, with a warning.
 _DOMAIN = re.compile(r"(train|val|test)[\W_]?[ab]")
 # Names of a folder that holds the class folders beside files about them, as in CUB-200.
@@ -55,14 +56,17 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
         ignored = f" ({_counts(tree.ignored)} are none)" if tree.ignored else ""
         raise UserError(f"{images} holds no picture{ignored}: give a folder of class folders with JPEG or PNG files")
     if filled and top.items:
-        raise UserError(f"{images} holds pictures ({top.items[0].name}) beside folders of pictures ({filled[0].name}): "
-                        f"move them into class folders, or give one of the folders")
+        raise UserError(
+            f"{images} holds pictures ({top.items[0].name}) beside folders of pictures ({filled[0].name}): "
+            f"move them into class folders, or give one of the folders"
+        )
     groups: list[_Group] = [("train", "", top.items)]
     if filled:
         splits = _splits_of(images, filled)
         if splits:
-            groups = [group for split, folder in splits.items()
-                      for group in _groups_of_split(images, split, folder, tree)]
+            groups = [
+                group for split, folder in splits.items() for group in _groups_of_split(images, split, folder, tree)
+            ]
         else:
             groups = [("train", folder.name, folder.below()) for folder in filled]
             _warn_of_classes(filled, tree.warnings)
@@ -112,20 +116,26 @@ def _splits_of(images: str, filled: list[Folder]) -> dict[str, Folder]:
     """The folders that are splits, by split; none if all are classes."""
     splits = {folder.name: split for folder in filled if (split := _split_of(folder))}
     if len(splits) == len(filled) and "train" not in splits.values():
-        raise UserError(f"{images} holds {', '.join(f'{name}/' for name in splits)} but no train/; add one, or start "
-                        f"with --images {shlex.quote(filled[0].path)} to train on that")
+        raise UserError(
+            f"{images} holds {', '.join(f'{name}/' for name in splits)} but no train/; add one, or start "
+            f"with --images {shlex.quote(filled[0].path)} to train on that"
+        )
     train = [folder for folder in filled if splits.get(folder.name) == "train"]
     others = [folder.name for folder in filled if folder.name not in splits]
     if not train or (others and not any(folder.filled for folder in train)):
         return {}
     if others:
-        raise UserError(f"{images} holds {train[0].name}/ with folders inside, and {others[0]}/: if train is a split, "
-                        f"leave only train, val and test there; if it is a class, give it another name")
+        raise UserError(
+            f"{images} holds {train[0].name}/ with folders inside, and {others[0]}/: if train is a split, "
+            f"leave only train, val and test there; if it is a class, give it another name"
+        )
     found: dict[str, Folder] = {}
     for folder in filled:
         if (first := found.setdefault(splits[folder.name], folder)) is not folder:
-            raise UserError(f"{images}: {first.name}/ and {folder.name}/ are both split {splits[folder.name]}; move "
-                            f"one away, or its class folders into the other")
+            raise UserError(
+                f"{images}: {first.name}/ and {folder.name}/ are both split {splits[folder.name]}; move "
+                f"one away, or its class folders into the other"
+            )
     return found
 
 
@@ -133,12 +143,17 @@ def _groups_of_split(images: str, split: str, folder: Folder, tree: Tree) -> Ite
     if split == "unlabelled":
         _leave_out(folder.below(), folder.prefix, tree)
         return
-    while not folder.items and len(folder.filled) == 1 and (
-            _split_of(folder.filled[0]) == split or folder.filled[0].name.lower() in _CONTAINERS):
+    while (
+        not folder.items
+        and len(folder.filled) == 1
+        and (_split_of(folder.filled[0]) == split or folder.filled[0].name.lower() in _CONTAINERS)
+    ):
         (folder,) = folder.filled  # as in seg_train/seg_train/
     if folder.items and folder.filled:
-        raise UserError(f"{images}: {folder.prefix} holds pictures ({folder.items[0].name}) beside class folders: move "
-                        f"them into one")
+        raise UserError(
+            f"{images}: {folder.prefix} holds pictures ({folder.items[0].name}) beside class folders: move "
+            f"them into one"
+        )
     if folder.items:
         yield split, "", folder.items
     for child in folder.filled:
@@ -157,30 +172,39 @@ def _without_unlabelled(groups: list[_Group], classes: list[str], only: str, tre
 
 def _leave_out(items: list[Item], where: str, tree: Tree) -> None:
     tree.ignored["without a class"] += len(items)
-    tree.warnings.append(f"{where} holds {len(items)} pictures without class folders: left out; move them into class "
-                         f"folders to keep them")
+    tree.warnings.append(
+        f"{where} holds {len(items)} pictures without class folders: left out; move them into class "
+        f"folders to keep them"
+    )
 
 
 def _warn_of_classes(folders: list[Folder], warnings: list[str]) -> None:
     """Folders that are taken for classes although they may be none."""
     for folder in folders:
         if len(folders) == 1 and not folder.items and len(folder.filled) > 1:
-            warnings.append(f"{folder.prefix} is the only class, with {folder.filled[0].prefix} and others inside: if "
-                            f"these are classes, start with --images {shlex.quote(folder.path)}")
+            warnings.append(
+                f"{folder.prefix} is the only class, with {folder.filled[0].prefix} and others inside: if "
+                f"these are classes, start with --images {shlex.quote(folder.path)}"
+            )
         elif len(folders) > 1 and (_split_of(folder) or folder.name.lower() in _CONTAINERS):
-            warnings.append(f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
-                            f"it holds the classes, start with --images {shlex.quote(folder.path)}")
+            warnings.append(
+                f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
+                f"it holds the classes, start with --images {shlex.quote(folder.path)}"
+            )
         elif len(folders) > 1 and _DOMAIN.fullmatch(folder.name.lower()):
-            warnings.append(f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
-                            f"it is a split, start with --images {shlex.quote(folder.path)} to train on that")
+            warnings.append(
+                f"{folder.prefix} is taken for a class, as {folders[folders[0] is folder].prefix} is: if "
+                f"it is a split, start with --images {shlex.quote(folder.path)} to train on that"
+            )
 
 
 def _check_classes(names: list[str], warnings: list[str]) -> None:
     """TFDS keeps the names as lines of a file, and strips them."""
     for name in names:
         if name != name.strip() or len(name.splitlines()) != 1 or name.encode("utf-8", "replace") != os.fsencode(name):
-            raise UserError(f"class folder {name!r}: rename it, without space around it, line breaks or bytes that are "
-                            f"not UTF-8")
+            raise UserError(
+                f"class folder {name!r}: rename it, without space around it, line breaks or bytes that are not UTF-8"
+            )
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
@@ -197,8 +221,10 @@ def _divide(made: dict[str, list[Item]], share: float) -> dict[str, list[Item]]:
     for items in classes.values():
         order = sorted(items, key=lambda item: hashlib.md5(b"val_share" + os.fsencode(item.name)).digest())
         chosen.update(item.name for item in order[: round(len(items) * share)])
-    parts = {"train": [item for item in made["train"] if item.name not in chosen],
-             "validation": [item for item in made["train"] if item.name in chosen]}
+    parts = {
+        "train": [item for item in made["train"] if item.name not in chosen],
+        "validation": [item for item in made["train"] if item.name in chosen],
+    }
     for split, items in parts.items():
         if not items:
             raise UserError(f"val_share is {share}, which leaves no picture for {split}: give another share, or none")

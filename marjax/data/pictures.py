@@ -45,17 +45,48 @@ MAX_BYTES = 1 << 29  # of a picture's file
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 _PASSED = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG"}
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # A file of such a name is taken for a picture: stored, or unreadable. Of the last row Pillow knows none or only some;
 # leaving a phone's HEIC pictures out without a word would be worse than stopping at the first.
-SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm",
-    ".pgm", ".pbm", ".pnm",
-    ".avif", ".avifs", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif", ".jxl",
-})
+SUFFIXES = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".apng",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".avif",
+        ".avifs",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jxl",
+    }
+)
 
 
 class UnreadableError(ValueError):
@@ -63,9 +94,11 @@ class UnreadableError(ValueError):
 
 
 # Parts of a kind (see `storable`) that may not be what was meant, and what to do then.
-DOUBTS = {"by its values": "taken to use 8, 10 or 12 of 16 bits, as the largest values need: start with --overwrite "
-                           "--bits 16 if they are only dark",
-          "fully transparent": "fully transparent: take out what shows nothing"}
+DOUBTS = {
+    "by its values": "taken to use 8, 10 or 12 of 16 bits, as the largest values need: start with --overwrite "
+    "--bits 16 if they are only dark",
+    "fully transparent": "fully transparent: take out what shows nothing",
+}
 
 
 def doubts(kind: str) -> list[str]:

@@ -149,10 +149,15 @@ class Batches(Iterator[Batch]):
         except BaseException as error:
             # Grain would go on behind the batch that failed, and silently skip it.
             self.close()
-            if self._workers and isinstance(error, TypeError | AttributeError | pickle.PickleError) and any(
-                    "pickle" in text for text in (str(error), *getattr(error, "__notes__", ()))):
-                raise UserError(f"data.workers={self._workers}, but the data cannot be sent to worker processes "
-                                f"({first_line(error)}): set data.workers=0, or make the data picklable") from error
+            if (
+                self._workers
+                and isinstance(error, TypeError | AttributeError | pickle.PickleError)
+                and any("pickle" in text for text in (str(error), *getattr(error, "__notes__", ())))
+            ):
+                raise UserError(
+                    f"data.workers={self._workers}, but the data cannot be sent to worker processes "
+                    f"({first_line(error)}): set data.workers=0, or make the data picklable"
+                ) from error
             if (told := explain_death(error)) is not None:
                 raise told from error
             raise
@@ -183,20 +188,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
-    return memory[first:first + size].view(dtype).reshape(shape)
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 class _Steps:
     """Random access to this host's batches by step number: what Grain reads from."""
 
     def __init__(
-        self,
-        examples: Examples,
-        batch_size: int,
-        seed: int,
-        rows: npt.NDArray[np.int64],
-        train: bool,
-        first: int,
+        self, examples: Examples, batch_size: int, seed: int, rows: npt.NDArray[np.int64], train: bool, first: int
     ):
         self.examples = examples
         self._batch_size = batch_size

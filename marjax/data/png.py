@@ -49,20 +49,37 @@ def without_texts(data: bytes) -> tuple[bytes, bool]:
         body = data[first:last]
         size = _unpacked_size(kind, body)
         total += last - first if size is None else size
-        sound = size is not None and size <= _MAX_TEXT and total <= _MAX_TEXTS and (
-            zlib.crc32(kind + body) == struct.unpack_from(">I", data, last)[0])
+        sound = (
+            size is not None
+            and size <= _MAX_TEXT
+            and total <= _MAX_TEXTS
+            and (zlib.crc32(kind + body) == struct.unpack_from(">I", data, last)[0])
+        )
         harmless = harmless and sound and not body.startswith(_PIXEL_NAMES)
         if sound and kind != b"iCCP" and body.startswith(_ORIENTED):
             kept += 1
         else:
-            parts.append(data[start:first - 8])
+            parts.append(data[start : first - 8])
             start = last + 4
     return (b"".join([*parts, data[start:]]) if parts else data), harmless
 
 
 # Texts of these names take the place of what Pillow keeps of the pixels.
-_PIXEL_NAMES = tuple(name + b"\0" for name in (b"transparency", b"bbox", b"interlace", b"default_image", b"blend",
-                                                b"disposal", b"icc_profile", b"exif", b"dpi", b"gamma"))
+_PIXEL_NAMES = tuple(
+    name + b"\0"
+    for name in (
+        b"transparency",
+        b"bbox",
+        b"interlace",
+        b"default_image",
+        b"blend",
+        b"disposal",
+        b"icc_profile",
+        b"exif",
+        b"dpi",
+        b"gamma",
+    )
+)
 
 
 def _unpacked_size(kind: bytes, body: bytes) -> int | None:

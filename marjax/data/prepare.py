@@ -45,8 +45,12 @@ SIZES = {"tiny": (32,), "small": (64, 32)}  # of images to suggest, pixels, the 
 _SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
 _MAX_SHARDS = 1024
 _RECORDS = "records"
-_PREPARED = {"num_examples": {str: range(1 << 40)}, "kinds": {str: range(1 << 40)}, "unreadable": [[str]],
-             "doubtful?": [[str]]}
+_PREPARED = {
+    "num_examples": {str: range(1 << 40)},
+    "kinds": {str: range(1 << 40)},
+    "unreadable": [[str]],
+    "doubtful?": [[str]],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +94,8 @@ class Prepared:
         lines = [
             f"{self.directory}: {', '.join(f'{count:,} {split}' for split, count in self.num_examples.items())}; "
             f"{len(self.classes)} classes" + ("" if self.fresh else "; prepared before, nothing done"),
-            "labels: " + listed([f"{label} {shortened(name)}" for label, name in enumerate(self.classes)],
-                                between="; "),
+            "labels: "
+            + listed([f"{label} {shortened(name)}" for label, name in enumerate(self.classes)], between="; "),
             "stored as they are: " + (_listed({kind: self.kinds[kind] for kind in kept}) or "none"),
             "stored as PNG: " + (_listed({kind: n for kind, n in self.kinds.items() if kind not in kept}) or "none"),
         ]
@@ -108,8 +112,17 @@ class Prepared:
             model = "small" if has_accelerator() else "tiny"
             size = next((size for size in SIZES[model] if size <= self.side), SIZES[model][-1])
             config = f"folder:name={self.name},size={size},model={model}"
-        return shlex.join(["marjax", "train", "--config", config, f"--config.data.data_dir={self.data_dir}",
-                           "--workdir", f"runs/{self.name}"])
+        return shlex.join(
+            [
+                "marjax",
+                "train",
+                "--config",
+                config,
+                f"--config.data.data_dir={self.data_dir}",
+                "--workdir",
+                f"runs/{self.name}",
+            ]
+        )
 
 
 def has_accelerator() -> bool:
@@ -168,12 +181,12 @@ def prepare(
         if "://" in path:
             raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
     out = os.path.abspath(out)
-    check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers,
-                    bits=bits)
+    check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers, bits=bits)
     if imagenet is not None:
         if name not in (None, IMAGENET) or val_share:
-            raise UserError(f"ImageNet is prepared as {IMAGENET}, with its own validation pictures: leave out name and "
-                            f"val_share")
+            raise UserError(
+                f"ImageNet is prepared as {IMAGENET}, with its own validation pictures: leave out name and val_share"
+            )
         name, version = IMAGENET, _imagenet_version()
         listing = list_imagenet(given, progress)
     else:
@@ -186,9 +199,15 @@ def prepare(
         _say(f"warning: {warning}")
 
     shards = {split: _cut(_shuffled(split, items), num_shards) for split, items in listing.splits.items()}
-    plan = {"source": listing.kind, "name": name, "version": version, "classes": len(listing.classes),
-            "pictures": {split: len(items) for split, items in listing.splits.items()},
-            "shards": {split: len(parts) for split, parts in shards.items()}, "sha256": listing.digest()}
+    plan = {
+        "source": listing.kind,
+        "name": name,
+        "version": version,
+        "classes": len(listing.classes),
+        "pictures": {split: len(items) for split, items in listing.splits.items()},
+        "shards": {split: len(parts) for split, parts in shards.items()},
+        "sha256": listing.digest(),
+    }
     if bits is not None:
         plan["bits"] = bits
 
@@ -197,11 +216,17 @@ def prepare(
             return None
         made = _read_json(os.path.join(final, "prepared.json"), {**_PREPARED, "plan": dict})
         _refuse_other(final, made.get("plan"), plan)
-        missing = [file for split, parts in shards.items() for file in _files(name, split, len(parts))
-                   if not os.path.exists(os.path.join(final, file))]
+        missing = [
+            file
+            for split, parts in shards.items()
+            for file in _files(name, split, len(parts))
+            if not os.path.exists(os.path.join(final, file))
+        ]
         if missing:
-            raise UserError(f"{final} lacks {len(missing)} of its files, such as {missing[0]}: start with --overwrite, "
-                            f"which makes it anew")
+            raise UserError(
+                f"{final} lacks {len(missing)} of its files, such as {missing[0]}: start with --overwrite, "
+                f"which makes it anew"
+            )
         _tidy(final)
         return _prepared(out, listing, made, fresh=False)
 
@@ -220,18 +245,29 @@ def prepare(
             tasks: dict[str, list[Shard]] = {}
             for split, parts in shards.items():
                 files = _files(name, split, len(parts))
-                tasks[split] = [Shard(os.path.join(folder, file), os.path.join(folder, _RECORDS, f"{file}.json"), part,
-                                      listing.kind == "images", max_bad, bits)
-                                for file, part in zip(files, parts, strict=True)]
-            records = write_shards([task for split in tasks.values() for task in split], max_bad,
-                                   workers or available_cores(), progress)
+                tasks[split] = [
+                    Shard(
+                        os.path.join(folder, file),
+                        os.path.join(folder, _RECORDS, f"{file}.json"),
+                        part,
+                        listing.kind == "images",
+                        max_bad,
+                        bits,
+                    )
+                    for file, part in zip(files, parts, strict=True)
+                ]
+            records = write_shards(
+                [task for split in tasks.values() for task in split], max_bad, workers or available_cores(), progress
+            )
             _check_unreadable(records, max_bad, folder)
-            made = _write_metadata(folder, plan, listing,
-                                   {split: [records[task.path] for task in parts] for split, parts in tasks.items()})
+            made = _write_metadata(
+                folder, plan, listing, {split: [records[task.path] for task in parts] for split, parts in tasks.items()}
+            )
             _publish(folder, final)
         except OSError as error:  # a folder that cannot be written, too few file descriptors or processes
-            raise TrainingError(f"{error.filename or folder}: {error.strerror or error}; change that, then start the "
-                                f"same again") from None
+            raise TrainingError(
+                f"{error.filename or folder}: {error.strerror or error}; change that, then start the same again"
+            ) from None
     return _prepared(out, listing, made, fresh=True)
 
 
@@ -294,11 +330,16 @@ def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, An
     if before is None:
         raise UserError(f"{folder} holds a data set that marjax prepare has not made: give another --out or --name")
     if before != plan:
-        changes = [f"{shortened(key)} (was {shortened(str(before.get(key)))}, now {plan.get(key)})"
-                   for key in {**plan, **before} if before.get(key) != plan.get(key) and key != "sha256"]
-        raise UserError(f"{folder} was begun with other pictures or settings: "
-                        f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}. Give what it was begun "
-                        f"with, another --out or --name, or --overwrite to start afresh")
+        changes = [
+            f"{shortened(key)} (was {shortened(str(before.get(key)))}, now {plan.get(key)})"
+            for key in {**plan, **before}
+            if before.get(key) != plan.get(key) and key != "sha256"
+        ]
+        raise UserError(
+            f"{folder} was begun with other pictures or settings: "
+            f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}. Give what it was begun "
+            f"with, another --out or --name, or --overwrite to start afresh"
+        )
 
 
 def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> None:
@@ -307,10 +348,12 @@ def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> 
     if len(unreadable) > max_bad:
         _write_unreadable(folder, unreadable)
         name, why = shortened(unreadable[0][0], 200), unreadable[0][1]
-        raise UserError(f"{name} cannot be read ({why})"
-                        + (f", nor can others, {len(unreadable)} so far" if len(unreadable) > 1 else "")
-                        + f", and max_bad is {max_bad}: start the same with a larger --max_bad to leave such pictures "
-                          f"out, which goes on from here; or mend them and start with --overwrite")
+        raise UserError(
+            f"{name} cannot be read ({why})"
+            + (f", nor can others, {len(unreadable)} so far" if len(unreadable) > 1 else "")
+            + f", and max_bad is {max_bad}: start the same with a larger --max_bad to leave such pictures "
+            f"out, which goes on from here; or mend them and start with --overwrite"
+        )
 
 
 def _write_unreadable(folder: str, unreadable: list[tuple[str, str]]) -> None:
@@ -318,8 +361,9 @@ def _write_unreadable(folder: str, unreadable: list[tuple[str, str]]) -> None:
     write_text(os.path.join(folder, "unreadable.txt"), "".join(lines))
 
 
-def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records: dict[str, list[Record]]) -> dict[
-        str, Any]:
+def _write_metadata(
+    folder: str, plan: dict[str, Any], listing: Listing, records: dict[str, list[Record]]
+) -> dict[str, Any]:
     """Writes all that is not a shard, dataset_info.json last; returns what prepared.json says."""
     import tensorflow_datasets as tfds
 
@@ -329,8 +373,12 @@ def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records
     for record in everything:
         kinds.update(record.kinds)
     counts = {split: sum(record.num_examples for record in parts) for split, parts in records.items()}
-    made: dict[str, Any] = {"plan": plan, "num_examples": counts, "kinds": dict(sorted(kinds.items())),
-                            "unreadable": unreadable}
+    made: dict[str, Any] = {
+        "plan": plan,
+        "num_examples": counts,
+        "kinds": dict(sorted(kinds.items())),
+        "unreadable": unreadable,
+    }
     if doubtful := sorted(pair for record in everything for pair in record.doubtful):
         made["doubtful"] = doubtful
     if unreadable:
@@ -343,10 +391,15 @@ def _write_metadata(folder: str, plan: dict[str, Any], listing: Listing, records
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         version=plan["version"],
-        features=features_of(tfds.features.ClassLabel(names=listing.classes),
-                             **({"encoding_format": "jpeg"} if is_imagenet else {})),
-        split_infos=[tfds.core.SplitInfo(name=split, shard_lengths=[r.num_examples for r in rs],
-                                         num_bytes=sum(r.num_bytes for r in rs)) for split, rs in records.items()],
+        features=features_of(
+            tfds.features.ClassLabel(names=listing.classes), **({"encoding_format": "jpeg"} if is_imagenet else {})
+        ),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[r.num_examples for r in rs], num_bytes=sum(r.num_bytes for r in rs)
+            )
+            for split, rs in records.items()
+        ],
         supervised_keys=("image", "label"),
         description=listing.title,
         check_data=False,  # that needs TensorFlow
@@ -381,9 +434,19 @@ def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> 
             shown = ", ".join(shortened(name, 200) for name in names[:3]) + ", ..." * (len(names) > 3)
             warnings.append(f"{len(names)} picture{'s are' if len(names) > 1 else ' is'} {advice}: {shown}")
             _say(f"warning: {warnings[-1]}")
-    return Prepared(out, plan["name"], plan["version"], listing.classes, made["num_examples"], made["kinds"],
-                    [(pair[0], pair[-1]) for pair in made["unreadable"]], dict(sorted(listing.ignored.items())),
-                    listing.warnings + warnings, _median_side(listing), fresh)
+    return Prepared(
+        out,
+        plan["name"],
+        plan["version"],
+        listing.classes,
+        made["num_examples"],
+        made["kinds"],
+        [(pair[0], pair[-1]) for pair in made["unreadable"]],
+        dict(sorted(listing.ignored.items())),
+        listing.warnings + warnings,
+        _median_side(listing),
+        fresh,
+    )
 
 
 def _median_side(listing: Listing) -> int:
@@ -392,7 +455,7 @@ def _median_side(listing: Listing) -> int:
         return 0
     items = listing.splits["train"]
     sides = []
-    for item in items[::max(1, len(items) // 100)]:
+    for item in items[:: max(1, len(items) // 100)]:
         with contextlib.suppress(Exception), warnings.catch_warnings():  # of files that preparing has reported
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(read_bytes(item.path, item.offset, item.size))) as image:
@@ -402,8 +465,9 @@ def _median_side(listing: Listing) -> int:
 
 def _read_json(path: str, shape: dict[str, Any]) -> dict[str, Any]:
     """What is in one of our files, {} if it is not there."""
-    given: dict[str, Any] = read_json(path, shape, advice="remove its folder, or start with --overwrite", missing={},
-                                      max_bytes=1 << 28)
+    given: dict[str, Any] = read_json(
+        path, shape, advice="remove its folder, or start with --overwrite", missing={}, max_bytes=1 << 28
+    )
     return given
 
 

@@ -15,8 +15,10 @@ from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Sourc
 from marjax.errors import UserError
 from marjax.ranges import shown
 
-_FORMS = ("give (images, labels), with images uint8 (N, H, W, C) or a list of uint8 (H, W, C), or an object with "
-          "__len__ and __getitem__ whose items are (image, label) or {'image': image, 'label': label}")
+_FORMS = (
+    "give (images, labels), with images uint8 (N, H, W, C) or a list of uint8 (H, W, C), or an object with "
+    "__len__ and __getitem__ whose items are (image, label) or {'image': image, 'label': label}"
+)
 
 
 def python_source(data: Any, num_classes: int | None = None, name: str = "data") -> Source:
@@ -52,8 +54,10 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
         most = max(ItemSource(data, MAX_CLASSES, name)[index]["label"] for index in range(len(data)))
         num_classes = most + 1
     if num_classes is None:
-        raise UserError(f"{name} does not say how many classes it has: set config.data.num_classes, or give it an "
-                        f"attribute num_classes")
+        raise UserError(
+            f"{name} does not say how many classes it has: set config.data.num_classes, or give it an "
+            f"attribute num_classes"
+        )
     source = ItemSource(data, _checked_num_classes(num_classes, name), name)
     source[0], source[len(source) - 1]  # what is wrong is mostly wrong with all
     return source
@@ -82,11 +86,18 @@ def with_data(config: ml_collections.ConfigDict, data: Any) -> tuple[ml_collecti
     """A config that names data from Python and counts them, and these as a source. Raises UserError."""
     config = conform(config)
     if config.data.cache:
-        raise UserError(f"config.data.cache is {config.data.cache}, a latent cache, which takes the place of data: "
-                        f"give one of the two")
+        raise UserError(
+            f"config.data.cache is {config.data.cache}, a latent cache, which takes the place of data: "
+            f"give one of the two"
+        )
     source = python_source(data, config.data.num_classes)
-    config.data.update(source=PYTHON, split="train", num_classes=source.num_classes, num_examples=len(source),
-                       fingerprint=fingerprint_of(source))
+    config.data.update(
+        source=PYTHON,
+        split="train",
+        num_classes=source.num_classes,
+        num_examples=len(source),
+        fingerprint=fingerprint_of(source),
+    )
     return config, source
 
 
@@ -125,10 +136,13 @@ class ItemSource:
         elif isinstance(item, tuple | list) and len(item) == 2:
             image, label = item
         else:
-            raise UserError(f"{self._name}[{index}] is {_kind(item)}: expected (image, label) or {{'image': image, "
-                            f"'label': label}}")
-        return {"image": _checked_image(image, f"the image of {self._name}[{index}]"),
-                "label": _checked_label(label, self.num_classes, f"the label of {self._name}[{index}]")}
+            raise UserError(
+                f"{self._name}[{index}] is {_kind(item)}: expected (image, label) or {{'image': image, 'label': label}}"
+            )
+        return {
+            "image": _checked_image(image, f"the image of {self._name}[{index}]"),
+            "label": _checked_label(label, self.num_classes, f"the label of {self._name}[{index}]"),
+        }
 
     def stored(self, index: int) -> bytes:
         """The example's pixels and label; see `Source`."""
@@ -173,8 +187,10 @@ def _of_arrays(images: Any, labels: Any, num_classes: int | None, name: str) -> 
         num_classes = int(checked.max()) + 1
     num_classes = _checked_num_classes(num_classes, name)
     if num_classes > (last := int(checked.max())) + 1:
-        print(f"{name} has labels up to {last}, but config.data.num_classes is {num_classes}; None derives it",
-              file=sys.stderr)
+        print(
+            f"{name} has labels up to {last}, but config.data.num_classes is {num_classes}; None derives it",
+            file=sys.stderr,
+        )
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, str | bytes | Mapping):
         raise UserError(f"the images of {name} are {_kind(images)}: {_FORMS}")
     if len(images) != len(checked):
@@ -204,8 +220,10 @@ def _checked_labels(labels: Any, num_classes: int | None, name: str) -> np.ndarr
     wrong = np.flatnonzero((array < 0) | (array >= (MAX_CLASSES if num_classes is None else num_classes)))
     if len(wrong):
         most = MAX_CLASSES if num_classes is None else num_classes
-        raise UserError(f"label {array[wrong[0]]} of example {wrong[0]} of {name} is out of range: expected 0 to "
-                        f"{most - 1}" + ("" if num_classes is None else ", or another config.data.num_classes"))
+        raise UserError(
+            f"label {array[wrong[0]]} of example {wrong[0]} of {name} is out of range: expected 0 to "
+            f"{most - 1}" + ("" if num_classes is None else ", or another config.data.num_classes")
+        )
     return array.astype(np.int64)
 
 
@@ -225,8 +243,10 @@ def _checked_image(image: Any, where: str) -> np.ndarray:
     except Exception:
         array = np.asarray(None)
     if array.dtype.kind == "f" and array.ndim in (2, 3):
-        raise UserError(f"{where} is {_kind(array)}: expected uint8 from 0 to 255; of floats in [0, 1] make "
-                        f"(255 * image).round().astype('uint8')")
+        raise UserError(
+            f"{where} is {_kind(array)}: expected uint8 from 0 to 255; of floats in [0, 1] make "
+            f"(255 * image).round().astype('uint8')"
+        )
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3):
         raise UserError(f"{where} is {_kind(array)}: expected channels last, (H, W, C); give image.transpose(1, 2, 0)")
     if array.ndim == 2:

@@ -61,8 +61,14 @@ class Record(NamedTuple):
 
 def read_record(shard: Shard) -> Record | None:
     """The record of a shard, None if the shard is not finished."""
-    shape = {"num_examples": range(len(shard.items) + 1), "num_bytes": range(1 << 62), "kinds": {str: range(1 << 40)},
-             "unreadable": [[str]], "doubtful": [[str]], "finished": bool}
+    shape = {
+        "num_examples": range(len(shard.items) + 1),
+        "num_bytes": range(1 << 62),
+        "kinds": {str: range(1 << 40)},
+        "unreadable": [[str]],
+        "doubtful": [[str]],
+        "finished": bool,
+    }
     try:
         given = read_json(shard.record, shape, advice="", max_bytes=1 << 28)
         pairs = {field: [(name, why) for name, why in given[field]] for field in ("unreadable", "doubtful")}

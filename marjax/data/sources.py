@@ -65,7 +65,7 @@ class Source(Protocol):
 def class_names_of(source: Source) -> Names:
     """The names of a source's classes, by label; () if it has none."""
     given = getattr(source, "class_names", None)
-    return usable(given)[:source.num_classes]
+    return usable(given)[: source.num_classes]
 
 
 def fingerprint(source: Source) -> str:
@@ -106,8 +106,10 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
     if source.startswith("tfds:"):
         return _open_tfds(source, str(data.data_dir), split, num_classes)
     if source == PYTHON:
-        raise UserError(f"data.source={source!r} is data that Python code gave: call marjax.train(config, workdir, "
-                        f"data=...), or make them known by marjax.register('source', NAME, data)")
+        raise UserError(
+            f"data.source={source!r} is data that Python code gave: call marjax.train(config, workdir, "
+            f"data=...), or make them known by marjax.register('source', NAME, data)"
+        )
     name = source.partition(":")[0]
     if (registered := registry.find("source", name)) is not None:
         from marjax.data.python_source import open_registered
@@ -304,7 +306,7 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
     except ImportError as error:
         problem, cause = f"it is not prepared there, and to prepare it TFDS needs {error.name or 'TensorFlow'}", error
     except Exception as error:
-        problem, cause = first_line(error, '').split('}": ')[-1].rstrip(".: "), error
+        problem, cause = first_line(error, "").split('}": ')[-1].rstrip(".: "), error
     raise UserError(
         f"data.source={source!r} cannot be opened in data.data_dir={data_dir!r}: {problem}; check name, config, "
         "version and directory."
@@ -341,8 +343,11 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     if not builder.is_prepared():
         return (
             f"data.source={source!r} is not prepared in {directory}: run `"
-            + ("marjax prepare --imagenet TAR TAR --out` with the folder" if name == "imagenet2012" else
-               f"tfds build {name} --file_format=array_record` (which needs TensorFlow) with the --data_dir")
+            + (
+                "marjax prepare --imagenet TAR TAR --out` with the folder"
+                if name == "imagenet2012"
+                else f"tfds build {name} --file_format=array_record` (which needs TensorFlow) with the --data_dir"
+            )
             + " that data.data_dir names."
         )
     if isinstance(error, NotImplementedError):

@@ -18,9 +18,20 @@ INFO, FEATURES = "dataset_info.json", "features.json"
 FORMAT = "array_record"  # the one that is read
 
 _OWN = "tensorflow_datasets.core.features."
-CLASSES = frozenset(_OWN + name for name in (
-    "features_dict.FeaturesDict", "sequence_feature.Sequence", "image_feature.Image", "class_label_feature.ClassLabel",
-    "text_feature.Text", "scalar.Scalar", "tensor_feature.Tensor", "feature.Tensor", "bounding_boxes.BBoxFeature"))
+CLASSES = frozenset(
+    _OWN + name
+    for name in (
+        "features_dict.FeaturesDict",
+        "sequence_feature.Sequence",
+        "image_feature.Image",
+        "class_label_feature.ClassLabel",
+        "text_feature.Text",
+        "scalar.Scalar",
+        "tensor_feature.Tensor",
+        "feature.Tensor",
+        "bounding_boxes.BBoxFeature",
+    )
+)
 _NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _PART = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # of a file's name
 _TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})+", re.ASCII)
@@ -34,8 +45,10 @@ def parse_name(source: str) -> tuple[str, str | None, str | None]:
     """NAME, CONFIG and VERSION of "tfds:NAME[/CONFIG][:VERSION]". Raises UserError: it is malformed."""
     match = _NAME.fullmatch(source.removeprefix("tfds:"))
     if not match:
-        raise UserError(f"data.source={source!r} is malformed, expected 'tfds:NAME[/CONFIG][:VERSION]' with a version "
-                        f"such as 1.0.0 or 1.*.*; mend it")
+        raise UserError(
+            f"data.source={source!r} is malformed, expected 'tfds:NAME[/CONFIG][:VERSION]' with a version "
+            f"such as 1.0.0 or 1.*.*; mend it"
+        )
     return match["name"], match["config"], match["version"]
 
 
@@ -122,8 +135,10 @@ def _features(feature: Any) -> Iterator[Any]:
 
 def _check_class(path: str, name: str) -> None:
     if name not in CLASSES:
-        raise UserError(f"{path}: TFDS would import and run the feature class {name[:200]!r}, expected one of its own "
-                        f"(Image, ClassLabel, Text, scalars and tensors); prepare the data set with these")
+        raise UserError(
+            f"{path}: TFDS would import and run the feature class {name[:200]!r}, expected one of its own "
+            f"(Image, ClassLabel, Text, scalars and tensors); prepare the data set with these"
+        )
 
 
 def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
@@ -131,15 +146,22 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
         raise UserError(f"{path}: the split name {split.name[:80]!r} cannot be part of a file's name; {_AGAIN}")
     template = split.filepath_template or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     if not _TEMPLATE.fullmatch(template) or template.startswith(".") or len(template) > 200:
-        raise UserError(f"{path}: filepathTemplate {template[:80]!r} of split {split.name} does not name files of this "
-                        f"folder; {_AGAIN}")
+        raise UserError(
+            f"{path}: filepathTemplate {template[:80]!r} of split {split.name} does not name files of this "
+            f"folder; {_AGAIN}"
+        )
     if FORMAT not in (info.file_format, *info.alternative_file_formats):
         return  # nothing reads its shards here
     count = len(split.shard_lengths)
     for index, length in enumerate(split.shard_lengths):
-        name = template.format(DATASET=info.name, SPLIT=split.name, FILEFORMAT=FORMAT,
-                               SHARD_INDEX=f"{index:05d}", NUM_SHARDS=f"{count:05d}",
-                               SHARD_X_OF_Y=f"{index:05d}-of-{count:05d}")
+        name = template.format(
+            DATASET=info.name,
+            SPLIT=split.name,
+            FILEFORMAT=FORMAT,
+            SHARD_INDEX=f"{index:05d}",
+            NUM_SHARDS=f"{count:05d}",
+            SHARD_X_OF_Y=f"{index:05d}-of-{count:05d}",
+        )
         shard = os.path.join(folder, name)
         if length:
             size = _check_plain(shard)
@@ -148,8 +170,9 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
             except OSError as error:
                 raise UserError(f"{error}; {remedy(error, _AGAIN)}") from None
             if differs:
-                raise UserError(f"{path}: {name} is said to hold {length} examples, but its {size} bytes do "
-                                f"not; {_AGAIN}")
+                raise UserError(
+                    f"{path}: {name} is said to hold {length} examples, but its {size} bytes do not; {_AGAIN}"
+                )
 
 
 def _check_plain(path: str, most: int | None = None) -> int:

@@ -14,11 +14,34 @@ from marjax.data.pictures import SUFFIXES
 from marjax.errors import UserError, shortened
 
 # Files and folders of systems, file servers and programs, in lower case; and all that begin with a dot.
-_SYSTEM = frozenset({
-    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__macosx", "network trash folder",
-    "temporary items", "lost+found", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
-    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@quarantine", "#recycle", "#snapshot",
-    "__pycache__", "ipynb_checkpoints"})
+_SYSTEM = frozenset(
+    {
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+        "icon\r",
+        "__macosx",
+        "network trash folder",
+        "temporary items",
+        "lost+found",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "found.000",
+        "@eadir",
+        "@tmp",
+        "@recycle",
+        "@recently-snapshot",
+        "@sharebin",
+        "@quarantine",
+        "#recycle",
+        "#snapshot",
+        "__pycache__",
+        "ipynb_checkpoints",
+    }
+)
 
 
 @dataclasses.dataclass

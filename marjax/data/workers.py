@@ -49,8 +49,7 @@ def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, show: bool
     waiting = [shard for shard in shards if shard.path not in records]
     unreadable = sum(len(record.unreadable) for record in records.values())
     done = sum(len(shard.items) for shard in shards if shard.path in records)
-    with progress.bar("preparing", sum(len(shard.items) for shard in shards), "pictures", start=done,
-                      show=show) as bar:
+    with progress.bar("preparing", sum(len(shard.items) for shard in shards), "pictures", start=done, show=show) as bar:
         runs = _in_this_process if min(workers, len(waiting)) <= 1 else _in_processes
         # Closed as soon as it is not needed any more, which stops the workers.
         written = runs(waiting, min(workers, len(waiting)), bar)
@@ -87,8 +86,10 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
                 for future in done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
-            raise TrainingError(f"one of {workers} worker processes died, perhaps for want of memory: start the same "
-                                f"again, with fewer workers") from None
+            raise TrainingError(
+                f"one of {workers} worker processes died, perhaps for want of memory: start the same "
+                f"again, with fewer workers"
+            ) from None
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -103,9 +104,11 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
     """
     free, needed = shared_memory_free(), batch_bytes * (_BATCHES_A_WORKER * workers + 1)
     if free is not None and needed > free:
-        raise UserError(f"{SHARED_MEMORY} has {_mib(free)} MiB free, but {workers} worker processes pass batches of "
-                        f"{_mib(batch_bytes)} MiB through it and need up to {_mib(needed)} MiB: give the container "
-                        f"more (docker run --shm-size={-(-needed // 2**30)}g), or {_LESS_SHARED_MEMORY}")
+        raise UserError(
+            f"{SHARED_MEMORY} has {_mib(free)} MiB free, but {workers} worker processes pass batches of "
+            f"{_mib(batch_bytes)} MiB through it and need up to {_mib(needed)} MiB: give the container "
+            f"more (docker run --shm-size={-(-needed // 2**30)}g), or {_LESS_SHARED_MEMORY}"
+        )
 
 
 def shared_memory_free() -> int | None:
@@ -123,10 +126,14 @@ def explain_death(error: BaseException) -> TrainingError | None:
     if found is None:
         return None
     if int(found[1]) == -signal.SIGBUS:
-        return TrainingError(f"a worker process found no room in {SHARED_MEMORY}: give the container more (docker run "
-                             f"--shm-size), or {_LESS_SHARED_MEMORY}")
-    return TrainingError(f"a worker process ended with {found[1]}, perhaps for want of memory: start again with fewer "
-                         f"(--config.data.workers)")
+        return TrainingError(
+            f"a worker process found no room in {SHARED_MEMORY}: give the container more (docker run "
+            f"--shm-size), or {_LESS_SHARED_MEMORY}"
+        )
+    return TrainingError(
+        f"a worker process ended with {found[1]}, perhaps for want of memory: start again with fewer "
+        f"(--config.data.workers)"
+    )
 
 
 def _mib(size: int) -> int:

@@ -76,11 +76,11 @@ class Classifier:
         features_NxF = np.empty((len(images), NUM_FEATURES), np.float32)
         logits_NxK = np.empty((len(images), self.num_classes), np.float32)
         for start in range(0, len(images), EVAL_BATCH):
-            part = images[start:start + EVAL_BATCH]
+            part = images[start : start + EVAL_BATCH]
             padded = np.pad(part, ((0, EVAL_BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
             rows = slice(start, start + len(part))
             features, logits = _forward(self.num_classes, self._params, padded)
-            features_NxF[rows], logits_NxK[rows] = features[:len(part)], logits[:len(part)]
+            features_NxF[rows], logits_NxK[rows] = features[: len(part)], logits[: len(part)]
         return Extracted(features_NxF, logits_NxK)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
@@ -119,8 +119,17 @@ class Classifier:
 
 
 @numerics.pinned()
-def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 1000,
-                     batch_size: int = 128, lr: float = 3e-3, max_shift: int = 2) -> Classifier:
+def train_classifier(
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    max_shift: int = 2,
+) -> Classifier:
     """Trains by Adam under a cosine decay, on images shifted by up to `max_shift` pixels.
 
     Batch and shifts of a step are drawn from (seed, step), with replacement: the same arguments give the same network.
@@ -170,14 +179,22 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *
                 params, opt_state = train_step(params, opt_state, *pool, jnp.int32(step))
             bar.update()
         jax.block_until_ready(params)
-    return Classifier(jax.device_get(params), image_size=images.shape[1], channels=images.shape[3],
-                      num_classes=num_classes)
+    return Classifier(
+        jax.device_get(params), image_size=images.shape[1], channels=images.shape[3], num_classes=num_classes
+    )
 
 
 @numerics.pinned()
 @takes_paths("out")
-def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], *, seed: int = 0, steps: int = 1000,
-                  held_out: float = 0.2, overwrite: bool = False) -> dict[str, Any]:
+def classifier_of(
+    data: ml_collections.ConfigDict,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    held_out: float = 0.2,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.
 
     Args:
@@ -207,8 +224,14 @@ def classifier_of(data: ml_collections.ConfigDict, out: str | os.PathLike[str], 
         if not 0 < tested < count:
             raise UserError(f"{count} images cannot be parted by held_out={held_out}: give more, or another share")
         train, test = order[tested:], order[:tested]
-        made = train_classifier(images[train], labels[train], data.num_classes, seed=seed, steps=steps,
-                                max_shift=min(2, data.image_size // 8))  # of digits of 8 pixels, 2 would lose too much
+        made = train_classifier(
+            images[train],
+            labels[train],
+            data.num_classes,
+            seed=seed,
+            steps=steps,
+            max_shift=min(2, data.image_size // 8),
+        )  # of digits of 8 pixels, 2 would lose too much
         made.save(out)
         return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
 

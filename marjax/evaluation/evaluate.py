@@ -40,8 +40,15 @@ from marjax.workdir import read_workdir
 LOCK = "evaluation.lock"  # another than a training's: its checkpoints may be evaluated meanwhile
 FOLDER = "evaluation"  # of samples, in the work directory or `out`
 # The fields of config.sample that alter an image.
-FIELDS = ("num_iter", "num_sampling_steps", "cfg", "cfg_schedule", "temperature", "confidence_order",
-          "choice_temperature")
+FIELDS = (
+    "num_iter",
+    "num_sampling_steps",
+    "cfg",
+    "cfg_schedule",
+    "temperature",
+    "confidence_order",
+    "choice_temperature",
+)
 _PATHS = ("extractor_path", "reference", "tokenizer_path", "out")  # of a request
 SAVES = ("", "npz", "png")
 
@@ -118,13 +125,17 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
         total = len(weights_of_all) * len(combinations)
         bar = closing.enter_context(progress.bar("evaluating", total, "settings", show=request.progress))
         for weights in weights_of_all:
-            opened = open_sampler(workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path,
-                                  local=True)
+            opened = open_sampler(
+                workdir, weights=weights, step=request.step, tokenizer_path=request.tokenizer_path, local=True
+            )
             samplers: dict[Any, Sampler] = {}
             for sample in combinations:
                 plan = _plan(config, sample, opened, request)
-                identity = {**plan.identity, "extractor": measure.extractor.checksum,
-                            "reference": measure.reference.checksum}
+                identity = {
+                    **plan.identity,
+                    "extractor": measure.extractor.checksum,
+                    "reference": measure.reference.checksum,
+                }
                 entry = None if request.overwrite else record.find(identity)
                 if entry is None or (request.save and not _saved(out, plan, request.save).exists()):
                     sampler = opened.sampler.with_settings(sample)
@@ -142,22 +153,33 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
 def _with_fields(request: Request, given: Mapping[str, Any]) -> Request:
     """The request with single fields of it, or of its settings, set. Raises UserError: an unknown one."""
     fields = [field.name for field in dataclasses.fields(Request)]
-    settings = {name: [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-                for name, value in given.items() if name in FIELDS}
+    settings = {
+        name: [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+        for name, value in given.items()
+        if name in FIELDS
+    }
     given = {name: value for name, value in given.items() if name not in FIELDS}
     if unknown := sorted(set(given) - set(fields)):
-        raise UserError(f"evaluate takes no {shown(unknown[0])}{closest(unknown[0], [*fields, *FIELDS])}; there are "
-                        f"{', '.join([*fields, *FIELDS])}")
+        raise UserError(
+            f"evaluate takes no {shown(unknown[0])}{closest(unknown[0], [*fields, *FIELDS])}; there are "
+            f"{', '.join([*fields, *FIELDS])}"
+        )
     request = dataclasses.replace(request, **given)
     weights = request.weights
-    return dataclasses.replace(request, settings={**request.settings, **settings} if settings else request.settings,
-                               weights=(weights,) if isinstance(weights, str) or weights is None else weights)
+    return dataclasses.replace(
+        request,
+        settings={**request.settings, **settings} if settings else request.settings,
+        weights=(weights,) if isinstance(weights, str) or weights is None else weights,
+    )
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:
     """Entries as a Markdown table: the settings that differ between them, every metric, the time."""
-    names = [name for name in dict.fromkeys(name for entry in entries for name in entry["settings"])
-             if name in ("weights", "num_images") or len({str(entry["settings"].get(name)) for entry in entries}) > 1]
+    names = [
+        name
+        for name in dict.fromkeys(name for entry in entries for name in entry["settings"])
+        if name in ("weights", "num_images") or len({str(entry["settings"].get(name)) for entry in entries}) > 1
+    ]
     metrics = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
     lines = ["| " + " | ".join([*names, *metrics, "s/image"]) + " |", "|" + "---|" * (len(names) + len(metrics) + 1)]
     for entry in entries:
@@ -190,21 +212,30 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
     return found
 
 
-def _plan(config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, opened: Opened,
-          request: Request) -> Plan:
+def _plan(
+    config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, opened: Opened, request: Request
+) -> Plan:
     settings = {name: sample[name] for name in FIELDS} | {"dtype": config.model.dtype}
     if sample.cfg == 1.0:  # no guidance, whatever its schedule
         settings["cfg_schedule"] = "linear"
     if not sample.confidence_order:
         del settings["choice_temperature"]
-    return Plan(num_images=request.num_images, seed=request.seed, num_classes=config.data.num_classes,
-                settings=settings, weights=opened.weights, step=opened.step, digest=opened.digest,
-                tokenizer=opened.sampler.tokenizer.checksum,
-                batch_size=opened.sampler.fitting(request.batch_size or sample.batch_size))
+    return Plan(
+        num_images=request.num_images,
+        seed=request.seed,
+        num_classes=config.data.num_classes,
+        settings=settings,
+        weights=opened.weights,
+        step=opened.step,
+        digest=opened.digest,
+        tokenizer=opened.sampler.tokenizer.checksum,
+        batch_size=opened.sampler.fitting(request.batch_size or sample.batch_size),
+    )
 
 
-def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_Measure", request: Request,
-         hosts: Hosts) -> dict[str, Any]:
+def _one(
+    out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_Measure", request: Request, hosts: Hosts
+) -> dict[str, Any]:
     """Samples and scores one setting."""
     if hosts.index:
         hosts.meet()  # until the first host has made the folder
@@ -216,8 +247,15 @@ def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_
     if hosts.index == 0:
         features.clear()  # what a killed run has left, perhaps of other hosts
     hosts.meet()  # all batches are there
-    metrics = score(samples.batches(), plan.num_images, measure.extractor, measure.reference, hosts,
-                    num_classes=plan.num_classes, features=features)
+    metrics = score(
+        samples.batches(),
+        plan.num_images,
+        measure.extractor,
+        measure.reference,
+        hosts,
+        num_classes=plan.num_classes,
+        features=features,
+    )
     seconds = samples.seconds_per_image()
     saved = _saved(out, plan, request.save)
     begun = saved.with_name(f"{saved.name}.partial")
@@ -229,12 +267,23 @@ def _one(out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_
     if request.save == "png" and hosts.index == 0:
         saved.rmtree(missing_ok=True)
         begun.rename(saved)
-    return {"settings": {**plan.settings, "weights": plan.weights, "step": plan.step, "num_images": plan.num_images,
-                         "seed": plan.seed},
-            "metrics": metrics, "seconds_per_image": seconds, "batch_size": samples.plan.batch_size,
-            "samples": os.fspath(_saved(out, plan, request.save).relative_to(out)) if request.save else None,
-            **measure.identity, "weights_checksum": plan.digest, "tokenizer_checksum": plan.tokenizer,
-            "machine": _machine(hosts)}
+    return {
+        "settings": {
+            **plan.settings,
+            "weights": plan.weights,
+            "step": plan.step,
+            "num_images": plan.num_images,
+            "seed": plan.seed,
+        },
+        "metrics": metrics,
+        "seconds_per_image": seconds,
+        "batch_size": samples.plan.batch_size,
+        "samples": os.fspath(_saved(out, plan, request.save).relative_to(out)) if request.save else None,
+        **measure.identity,
+        "weights_checksum": plan.digest,
+        "tokenizer_checksum": plan.tokenizer,
+        "machine": _machine(hosts),
+    }
 
 
 def _saved(out: epath.Path, plan: Plan, save: str) -> epath.Path:
@@ -256,8 +305,14 @@ class _Measure:
         if path is None:
             path = config.eval.extractor_path if name == config.eval.extractor else ""
         reference = request.reference or config.eval.reference
-        check_there(config, [f"{workdir}/config.json"], extractor=name, extractor_path=path, reference=reference,
-                    default=workdir)
+        check_there(
+            config,
+            [f"{workdir}/config.json"],
+            extractor=name,
+            extractor_path=path,
+            reference=reference,
+            default=workdir,
+        )
         size = config.data.image_size
         made = cls(open_extractor(name, path), read_reference(reference), (size, size, config.data.channels))
         check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)
@@ -271,28 +326,48 @@ class _Measure:
         kept = folder / f"reference-{given.checksum[:12]}-{self.extractor.checksum[:12]}.npz"
         if not kept.exists():
             try:
-                made = make_reference(given.images.batches(64, hosts), len(given.images), self.extractor, hosts=hosts,
-                                      source=given.source or given.path)
+                made = make_reference(
+                    given.images.batches(64, hosts),
+                    len(given.images),
+                    self.extractor,
+                    hosts=hosts,
+                    source=given.source or given.path,
+                )
             except ValueError as error:
-                raise UserError(f"the images of {given.path} cannot be seen by {self.extractor.name} ({error}): give "
-                                f"another --reference") from None
+                raise UserError(
+                    f"the images of {given.path} cannot be seen by {self.extractor.name} ({error}): give "
+                    f"another --reference"
+                ) from None
             if hosts.index == 0:
                 make_folder(folder)
                 write_reference(kept, made)
             hosts.meet()
         made = read_reference(kept)
-        return dataclasses.replace(self, reference=dataclasses.replace(
-            given, gaussian=given.gaussian or made.gaussian, spatial=given.spatial or made.spatial,
-            features=made.features))
+        return dataclasses.replace(
+            self,
+            reference=dataclasses.replace(
+                given,
+                gaussian=given.gaussian or made.gaussian,
+                spatial=given.spatial or made.spatial,
+                features=made.features,
+            ),
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"extractor": {"name": self.extractor.name, "checksum": self.extractor.checksum},
-                "reference": {"name": self.reference.name, "checksum": self.reference.checksum}}
+        return {
+            "extractor": {"name": self.extractor.name, "checksum": self.extractor.checksum},
+            "reference": {"name": self.reference.name, "checksum": self.reference.checksum},
+        }
 
 
 def _machine(hosts: Hosts) -> dict[str, Any]:
     """What it ran on and with, for whoever wonders why numbers differ."""
     versions = {name: importlib.metadata.version(name) for name in ("marjax", "jax", "jaxlib", "flax", "numpy")}
-    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "hosts": hosts.count,
-            "python": platform.python_version(), **versions}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "hosts": hosts.count,
+        "python": platform.python_version(),
+        **versions,
+    }

@@ -77,7 +77,9 @@ def open_extractor(name: str, path: str = "") -> FeatureExtractor:
         from marjax.evaluation.classifier import Classifier
 
         if not path:
-            raise UserError("no weights of the classifier: give the file that marjax train-classifier wrote "
-                            "(--extractor_path, config.eval.extractor_path)")
+            raise UserError(
+                "no weights of the classifier: give the file that marjax train-classifier wrote "
+                "(--extractor_path, config.eval.extractor_path)"
+            )
         return Classifier.load(path)
     raise UserError(f"extractor is {name!r}: give inception or classifier")

@@ -44,7 +44,7 @@ class Moments:
         if np.shape(features)[1:] != self._mean_F.shape:
             raise ValueError(f"features have the shape {np.shape(features)}: give (N, {len(self._mean_F)})")
         for start in range(0, len(features), _ROWS):
-            rows_NxF = np.asarray(features[start:start + _ROWS], np.float64)
+            rows_NxF = np.asarray(features[start : start + _ROWS], np.float64)
             if not np.isfinite(rows_NxF).all():
                 raise ValueError("features hold values that are not finite")
             mean_F = rows_NxF.mean(axis=0)

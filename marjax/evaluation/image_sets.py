@@ -67,8 +67,10 @@ class NpzImages:
     def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
         image_bytes = math.prod(self.shape[1:])
-        with (NpzFile(self.source, advice=self._advice) as archive,
-              archive.stream(self._key, ("u", 4)) as (file, header)):
+        with (
+            NpzFile(self.source, advice=self._advice) as archive,
+            archive.stream(self._key, ("u", 4)) as (file, header),
+        ):
             if header.shape != self.shape:
                 raise UserError(f"{self.source} was replaced while it was read; start again")
             for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
@@ -118,8 +120,10 @@ class FolderImages:
                 images = list(pool.map(self._picture, paths))
                 for path, image in zip(paths, images, strict=True):
                     if image.shape != shape:
-                        raise UserError(f"picture {path} has {image.shape[0]} x {image.shape[1]} pixels, the first of "
-                                        f"the folder {shape[0]} x {shape[1]}: give an image size to crop all to")
+                        raise UserError(
+                            f"picture {path} has {image.shape[0]} x {image.shape[1]} pixels, the first of "
+                            f"the folder {shape[0]} x {shape[1]}: give an image size to crop all to"
+                        )
                 yield indices_B, np.stack(images)
 
     def _picture(self, path: str) -> np.ndarray:
@@ -148,11 +152,17 @@ class ConfigImages:
     def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
         hosts = hosts or Hosts()
-        opened = Batches(self._data, batch_size * hosts.count, 0, train=False, examples=self._examples,
-                         rows=hosts.index * batch_size + np.arange(batch_size))
+        opened = Batches(
+            self._data,
+            batch_size * hosts.count,
+            0,
+            train=False,
+            examples=self._examples,
+            rows=hosts.index * batch_size + np.arange(batch_size),
+        )
         with opened as batches:
             for step, batch in enumerate(batches):
                 first = (step * hosts.count + hosts.index) * batch_size
                 indices_B = np.arange(first, min(len(self), first + batch_size))
                 if len(indices_B):  # the last batch is filled up, for some hosts wholly
-                    yield indices_B, batch["image"][:len(indices_B)]
+                    yield indices_B, batch["image"][: len(indices_B)]

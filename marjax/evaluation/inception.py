@@ -29,8 +29,14 @@ BN_EPSILON = 1e-3
 _EXACT = jax.lax.Precision.HIGHEST  # else accelerators would round to bfloat16 or TF32
 
 
-def _conv(x: jax.Array, name: str, features: int, kernel: int | tuple[int, int] = 1, strides: int = 1,
-          padding: str | None = None) -> jax.Array:
+def _conv(
+    x: jax.Array,
+    name: str,
+    features: int,
+    kernel: int | tuple[int, int] = 1,
+    strides: int = 1,
+    padding: str | None = None,
+) -> jax.Array:
     """A convolution, its BatchNorm folded in, and ReLU; padded where nothing else is said and the stride is 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = padding or ("SAME" if strides == 1 else "VALID")
@@ -106,9 +112,11 @@ class _BlockE(nn.Module):
         one = _conv(x, "branch1x1", 320)
         three = _conv(x, "branch3x3_1", 384)
         twice = _conv(_conv(x, "branch3x3dbl_1", 448), "branch3x3dbl_2", 384, 3)
-        split = [_conv(y, f"{name}{part}", 384, kernel)
-                 for y, name in ((three, "branch3x3_2"), (twice, "branch3x3dbl_3"))
-                 for part, kernel in (("a", (1, 3)), ("b", (3, 1)))]
+        split = [
+            _conv(y, f"{name}{part}", 384, kernel)
+            for y, name in ((three, "branch3x3_2"), (twice, "branch3x3dbl_3"))
+            for part, kernel in (("a", (1, 3)), ("b", (3, 1)))
+        ]
         pooled = nn.max_pool(x, (3, 3), padding="SAME") if self.max_pool else _average(x)
         return jnp.concatenate([one, *split, _conv(pooled, "branch_pool", 192)], -1)
 
@@ -148,8 +156,11 @@ class Network(nn.Module):
         x = _BlockE(max_pool=True, name="Mixed_7c")(x)
         found = {str(each.shape[-1]): each.mean((1, 2)) for each in (first, second, third, x)}
         unbiased, biased = _Logits(name="fc")(found["2048"])
-        return found | {"spatial": places[..., :SPATIAL_CHANNELS].reshape(len(places), NUM_SPATIAL),
-                        "logits_unbiased": unbiased, "logits": biased}
+        return found | {
+            "spatial": places[..., :SPATIAL_CHANNELS].reshape(len(places), NUM_SPATIAL),
+            "logits_unbiased": unbiased,
+            "logits": biased,
+        }
 
 
 def resize(x: jax.Array) -> jax.Array:
@@ -212,9 +223,17 @@ class Inception:
         self._rows = NamedSharding(mesh, PartitionSpec("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         # A program of its own on each device, rather than one that the compiler cuts as it sees fit.
-        self._forward = memory.Checked(jax.jit(jax.shard_map(
-            _forward, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("batch")),
-            out_specs=PartitionSpec("batch"))), "the Inception network")
+        self._forward = memory.Checked(
+            jax.jit(
+                jax.shard_map(
+                    _forward,
+                    mesh=mesh,
+                    in_specs=(PartitionSpec(), PartitionSpec("batch")),
+                    out_specs=PartitionSpec("batch"),
+                )
+            ),
+            "the Inception network",
+        )
 
     @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:
@@ -234,19 +253,24 @@ class Inception:
         found = [np.empty((total, width), np.float32) for width in (NUM_FEATURES, NUM_CLASSES, NUM_SPATIAL)]
         rows = self.batch_size * self._rows.mesh.size
         starts = range(0, total, rows)
-        outputs = (self._forward(self._params, self._batch(images[start:start + rows], rows)) for start in starts)
+        outputs = (self._forward(self._params, self._batch(images[start : start + rows], rows)) for start in starts)
         # A batch is read back once the next one is under way.
         for start, (output, _) in zip(starts, itertools.pairwise(itertools.chain(outputs, [None])), strict=True):
             for whole, part in zip(found, output, strict=True):
-                whole[start:start + rows] = np.asarray(part)[:total - start]
+                whole[start : start + rows] = np.asarray(part)[: total - start]
         return Extracted(*found)
 
     def network_alone(self) -> tuple[Callable[[jax.Array], Any], jax.Array]:
         """To be timed: the network as `extract` runs it, without the resize, and a batch of random input for it."""
         mesh = self._rows.mesh
-        program = jax.jit(jax.shard_map(
-            lambda params, x: Network().apply({"params": params}, x), mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec("batch")), out_specs=PartitionSpec("batch")))
+        program = jax.jit(
+            jax.shard_map(
+                lambda params, x: Network().apply({"params": params}, x),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec("batch")),
+                out_specs=PartitionSpec("batch"),
+            )
+        )
         shape = (self.batch_size * mesh.size, IMAGE_SIZE, IMAGE_SIZE, 3)
         made = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32), self._rows)
         return lambda x: program(self._params, x), made

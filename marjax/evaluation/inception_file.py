@@ -30,7 +30,8 @@ KIND = "inception"
 VARIABLE = "MARJAX_INCEPTION"
 SOURCES = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+)
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _LISTED = 20  # tensors in an error: all of a few, and not the hundreds of another network
@@ -38,8 +39,9 @@ _LISTED = 20  # tensors in an error: all of a few, and not the hundreds of anoth
 
 def cache_path() -> str:
     """Where weights are looked for unless something else is said: ~/.cache/marjax/inception.safetensors."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "marjax",
-                        "inception.safetensors")
+    return os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "marjax", "inception.safetensors"
+    )
 
 
 @numerics.pinned()
@@ -56,9 +58,11 @@ def open_inception(path: str | os.PathLike[str] | None = None, *, batch_size: in
     """
     path = path or os.environ.get(VARIABLE) or cache_path()
     if not os.path.exists(path):
-        raise UserError(f"{os.fspath(path)} does not exist, but the Inception network needs its weights: download "
-                        f"{SOURCES[0]} or {SOURCES[1]} and run marjax convert --inception FILE, or say where they are "
-                        f"by {VARIABLE}")
+        raise UserError(
+            f"{os.fspath(path)} does not exist, but the Inception network needs its weights: download "
+            f"{SOURCES[0]} or {SOURCES[1]} and run marjax convert --inception FILE, or say where they are "
+            f"by {VARIABLE}"
+        )
     tensors = read(path)
     return Inception(to_params(tensors), checksum(tensors), batch_size=batch_size)
 
@@ -79,8 +83,9 @@ def convert_inception(source: str | os.PathLike[str], out: str | os.PathLike[str
       UserError: other weights, or `out` is something else or cannot be written.
     """
     if out is not None and not os.fspath(out).endswith(".safetensors"):
-        raise UserError(f"--out {os.fspath(out)}: the Inception network is a file, so give a name that ends in "
-                        f".safetensors")
+        raise UserError(
+            f"--out {os.fspath(out)}: the Inception network is a file, so give a name that ends in .safetensors"
+        )
     tensors = read(source)
     total = checksum(tensors)
     if out is None:
@@ -88,8 +93,9 @@ def convert_inception(source: str | os.PathLike[str], out: str | os.PathLike[str
         make_folder(os.path.dirname(out))
     if os.path.exists(out):
         if not _holds(out, total):
-            raise UserError(f"{os.fspath(out)} is there already and has other contents: delete it, or give another "
-                            f"--out")
+            raise UserError(
+                f"{os.fspath(out)} is there already and has other contents: delete it, or give another --out"
+            )
         return total, False
     with locked_file(out, "marjax convert"):
         write_bytes(out, save(tensors, {KEY: json.dumps({"kind": KIND, "checksum": total})}))
@@ -108,19 +114,28 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     given = wrappers.choose(file, list(wanted)[:2], path, what="FID's InceptionV3").tensors
     odd = [f"{name} is missing" for name in wanted if name not in given]
     odd += [f"{shortened(name)} is not used" for name in given if name not in wanted]
-    odd += [f"{name} has shape {given[name].shape} instead of {shape}" for name, shape in wanted.items()
-            if name in given and given[name].shape != shape]
+    odd += [
+        f"{name} has shape {given[name].shape} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name].shape != shape
+    ]
     if not odd:
         tensors = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
-        odd = [f"{name} has values that are infinite or not a number" for name, array in tensors.items()
-               if not np.isfinite(array).all()]
+        odd = [
+            f"{name} has values that are infinite or not a number"
+            for name, array in tensors.items()
+            if not np.isfinite(array).all()
+        ]
     if odd:
         more = f"; and {len(odd) - _LISTED} others" if len(odd) > _LISTED else ""
-        raise UserError(f"{os.fspath(path)} is not FID's InceptionV3: {'; '.join(odd[:_LISTED])}{more}; get "
-                        f"{SOURCES[0]}")
+        raise UserError(
+            f"{os.fspath(path)} is not FID's InceptionV3: {'; '.join(odd[:_LISTED])}{more}; get {SOURCES[0]}"
+        )
     if KEY in (file.metadata or {}) and _said(file.metadata) != checksum(tensors):
-        raise UserError(f"{os.fspath(path)} is damaged (its weights do not have the checksum that it names): make it "
-                        f"again with marjax convert --inception FILE")
+        raise UserError(
+            f"{os.fspath(path)} is damaged (its weights do not have the checksum that it names): make it "
+            f"again with marjax convert --inception FILE"
+        )
     return tensors
 
 
@@ -148,8 +163,9 @@ def to_params(tensors: Mapping[str, np.ndarray]) -> Any:
         scale /= np.sqrt(variance + BN_EPSILON)
         flat[f"{module}.kernel"] = tensors[f"{module}.conv.weight"].transpose(2, 3, 1, 0) * scale
         flat[f"{module}.bias"] = shift - mean * scale
-    return traverse_util.unflatten_dict({path: np.ascontiguousarray(array, np.float32)
-                                         for path, array in flat.items()}, sep=".")
+    return traverse_util.unflatten_dict(
+        {path: np.ascontiguousarray(array, np.float32) for path, array in flat.items()}, sep="."
+    )
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> str:

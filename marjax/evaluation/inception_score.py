@@ -46,13 +46,16 @@ class ScoreSums:
         """
         indices_B, logits_BxK = np.asarray(indices), np.asarray(logits, np.float64)
         if indices_B.ndim != 1 or logits_BxK.shape != (len(indices_B), self._classes_SxK.shape[1]):
-            raise ValueError(f"indices {indices_B.shape} and logits {logits_BxK.shape}: expected (B,) and "
-                             f"(B, {self._classes_SxK.shape[1]})")
+            raise ValueError(
+                f"indices {indices_B.shape} and logits {logits_BxK.shape}: expected (B,) and "
+                f"(B, {self._classes_SxK.shape[1]})"
+            )
         if not len(indices_B):
             return
         if indices_B.min() < 0 or indices_B.max() >= len(self._times_N):
-            raise ValueError(f"indices lie in [{indices_B.min()}, {indices_B.max()}]: expected "
-                             f"[0, {len(self._times_N)})")
+            raise ValueError(
+                f"indices lie in [{indices_B.min()}, {indices_B.max()}]: expected [0, {len(self._times_N)})"
+            )
         if not np.isfinite(logits_BxK).all():
             raise ValueError("logits hold values that are not finite")
         shifted_BxK = logits_BxK - logits_BxK.max(axis=1, keepdims=True)
@@ -86,8 +89,10 @@ class ScoreSums:
         wrong_N = self._times_N != 1
         if wrong_N.any():
             index = int(wrong_N.argmax())
-            raise ValueError(f"{wrong_N.sum()} of {len(wrong_N)} images are missing or came more than once (the first, "
-                             f"image {index}, came {self._times_N[index]} times): give each image once")
+            raise ValueError(
+                f"{wrong_N.sum()} of {len(wrong_N)} images are missing or came more than once (the first, "
+                f"image {index}, came {self._times_N[index]} times): give each image once"
+            )
         sizes_S = np.bincount(self._split_of_N, minlength=len(self._negentropy_S))
         q_SxK = self._classes_SxK / sizes_S[:, None]
         log_q_SxK = np.log(q_SxK, out=np.zeros_like(q_SxK), where=q_SxK > 0)  # 0 log 0 is 0

@@ -21,8 +21,9 @@ class KernelDistance(NamedTuple):
     std: float
 
 
-def kernel_distance(first: Blocks, second: Blocks, *, subsets: int = 100, size: int = 1000, seed: int = 2020,
-                    hosts: Hosts | None = None) -> KernelDistance:
+def kernel_distance(
+    first: Blocks, second: Blocks, *, subsets: int = 100, size: int = 1000, seed: int = 2020, hosts: Hosts | None = None
+) -> KernelDistance:
     """Compares two sets of features; every host calls it with the same blocks and does its share.
 
     Subsets are chosen by row number and drawn as torch-fidelity draws them, the first set's before the second's, so
@@ -46,14 +47,19 @@ def kernel_distance(first: Blocks, second: Blocks, *, subsets: int = 100, size: 
     if min(size, len(x), len(y)) < 2 or subsets < 1:
         raise ValueError(f"{subsets} subsets of {size} out of {len(x)} and {len(y)} rows: give at least 1 and 2 rows")
     rng = np.random.RandomState(seed)
-    chosen = [tuple(rng.choice(len(rows), min(size, len(rows)), replace=False) for rows in (x, y))
-              for _ in range(subsets)]
+    chosen = [
+        tuple(rng.choice(len(rows), min(size, len(rows)), replace=False) for rows in (x, y)) for _ in range(subsets)
+    ]
     estimates = np.zeros(subsets)
     share = hosts.share(subsets)
     for start in range(0, len(share), _SUBSETS):
-        some = share[start:start + _SUBSETS]
-        gathered = (rows.take(np.concatenate([chosen[subset][side] for subset in some])).reshape(
-            len(some), -1, rows.num_features) for side, rows in enumerate((x, y)))
+        some = share[start : start + _SUBSETS]
+        gathered = (
+            rows.take(np.concatenate([chosen[subset][side] for subset in some])).reshape(
+                len(some), -1, rows.num_features
+            )
+            for side, rows in enumerate((x, y))
+        )
         for subset, x_nxF, y_mxF in zip(some, *gathered, strict=True):
             estimates[subset] = _discrepancy(x_nxF.astype(np.float64), y_mxF.astype(np.float64))
     estimates = hosts.sum(estimates)
@@ -62,8 +68,11 @@ def kernel_distance(first: Blocks, second: Blocks, *, subsets: int = 100, size: 
 
 def _discrepancy(x_nxF: np.ndarray, y_mxF: np.ndarray) -> float:
     """The unbiased estimate of MMD^2: equation 4 of Binkowski et al."""
-    within = sum((kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1))
-                 for rows in (x_nxF, y_mxF) for kernel in [_kernel(rows, rows)])
+    within = sum(
+        (kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1))
+        for rows in (x_nxF, y_mxF)
+        for kernel in [_kernel(rows, rows)]
+    )
     return float(within - 2 * _kernel(x_nxF, y_mxF).mean())
 
 

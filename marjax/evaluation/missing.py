@@ -11,8 +11,16 @@ from marjax.errors import UserError
 _NUM_DIGITS = 10
 
 
-def check_there(config: ml_collections.ConfigDict, source: Sequence[str], *, extractor: str, extractor_path: str,
-                reference: str, default: str, flag: str = "--") -> None:
+def check_there(
+    config: ml_collections.ConfigDict,
+    source: Sequence[str],
+    *,
+    extractor: str,
+    extractor_path: str,
+    reference: str,
+    default: str,
+    flag: str = "--",
+) -> None:
     """Checks that the files to measure with are there, before they are opened.
 
     Args:
@@ -47,8 +55,9 @@ def check_there(config: ml_collections.ConfigDict, source: Sequence[str], *, ext
         return
     what = " and ".join(wrong)
     if config.data.source == "digits" and config.data.num_classes != _NUM_DIGITS:  # of a converted checkpoint
-        raise UserError(f"{what}: marjax stats makes the statistics of your data (docs/evaluation.md); give them by "
-                        f"--reference")
+        raise UserError(
+            f"{what}: marjax stats makes the statistics of your data (docs/evaluation.md); give them by --reference"
+        )
     more = f", then add {shlex.join(then)}" if then else ""
     imagenet = "; docs/evaluation.md says where to get those of ImageNet" if "imagenet" in config.data.source else ""
     raise UserError(f"{what}: run {' && '.join(makes)}{more}{imagenet}")

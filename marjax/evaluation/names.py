@@ -9,9 +9,14 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-_OF_INCEPTION = {"fid": "frechet_{}_distance", "sfid": "spatial_frechet_{}_distance", "kid": "kernel_{}_distance",
-                 "kid_std": "kernel_{}_distance_std", "inception_score": "{}_score",
-                 "inception_score_std": "{}_score_std"}
+_OF_INCEPTION = {
+    "fid": "frechet_{}_distance",
+    "sfid": "spatial_frechet_{}_distance",
+    "kid": "kernel_{}_distance",
+    "kid_std": "kernel_{}_distance_std",
+    "inception_score": "{}_score",
+    "inception_score_std": "{}_score_std",
+}
 _DISTANCE, _SCORE = re.compile(r"fid|frechet_(\w+)_distance"), re.compile(r"(\w+)_score")
 _TITLES = {"fid": "FID", "inception_score": "Inception Score"}
 

@@ -48,8 +48,10 @@ def precision_recall(real: Blocks, generated: Blocks, *, k: int = 3, hosts: Host
     if sets[0].num_features != sets[1].num_features:
         raise ValueError(f"features have different widths: {sets[0].num_features} and {sets[1].num_features}")
     if not 1 <= k < min(map(len, sets)):
-        raise ValueError(f"sets of {len(sets[0])} and {len(sets[1])} rows have no {k}-th neighbours: give k of at "
-                         f"least 1 and more rows than that")
+        raise ValueError(
+            f"sets of {len(sets[0])} and {len(sets[1])} rows have no {k}-th neighbours: give k of at "
+            f"least 1 and more rows than that"
+        )
     # Far from the origin, squares would swallow distances; the mean of any of the rows is near enough to all.
     origin_F = sets[0].take(np.arange(min(_WIDE, len(sets[0])))).mean(axis=0, dtype=np.float64).astype(np.float32)
     real_radii_N, made_radii_M = (_radii(rows, origin_F, k, hosts) for rows in sets)
@@ -85,8 +87,12 @@ def _radii(rows: Rows, origin_F: np.ndarray, k: int, hosts: Hosts) -> np.ndarray
         nearest_nxk = np.full((len(tall.rows), k), np.inf, np.float32)
         for wide in _tiles(rows, origin_F, _WIDE):
             squares_nxm = _squared_distances(tall, wide)
-            np.fill_diagonal(squares_nxm[max(0, wide.where.start - tall.where.start):,
-                                         max(0, tall.where.start - wide.where.start):], np.inf)
+            np.fill_diagonal(
+                squares_nxm[
+                    max(0, wide.where.start - tall.where.start) :, max(0, tall.where.start - wide.where.start) :
+                ],
+                np.inf,
+            )
             squares_nxm.partition(min(k, len(wide.rows)) - 1, axis=1)
             nearest_nxk = np.sort(np.concatenate([nearest_nxk, squares_nxm[:, :k]], axis=1), axis=1)[:, :k]
         radii_N[tall.where] = nearest_nxk[:, -1]

@@ -50,8 +50,14 @@ class Probe:
         mine = np.arange(hosts.index, len(labels), hosts.count)
         for suffix, each in self._samplers.items():
             images = each(params, labels, config.seed, batch_size=config.sample.batch_size)
-            metrics = score([(mine, images[mine])], len(images), self.extractor, self.reference, hosts,
-                            num_classes=config.data.num_classes)
+            metrics = score(
+                [(mine, images[mine])],
+                len(images),
+                self.extractor,
+                self.reference,
+                hosts,
+                num_classes=config.data.num_classes,
+            )
             found |= {f"eval/{name}{suffix}": value for name, value in metrics.items()}
         return found
 

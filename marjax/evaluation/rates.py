@@ -43,9 +43,14 @@ def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size
         jax.block_until_ready(found)
         seconds.append((middle - start, time.perf_counter() - middle))
     whole, network = (len(images) / float(np.median(each)) for each in zip(*seconds, strict=True))
-    return {"device": jax.devices()[0].device_kind, "devices": jax.local_device_count(), "image_size": image_size,
-            "images_per_sec": whole, "network_images_per_sec": network,
-            "ratio": float(np.median([b / a for a, b in seconds]))}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.local_device_count(),
+        "image_size": image_size,
+        "images_per_sec": whole,
+        "network_images_per_sec": network,
+        "ratio": float(np.median([b / a for a, b in seconds])),
+    }
 
 
 @numerics.pinned()
@@ -81,5 +86,7 @@ def metric_seconds(num_images: int = 10_000) -> dict[str, float]:
     start = time.perf_counter()
     kernel_distance([other], [features])
     taken["kid"] = time.perf_counter() - start
-    return {name: round(value, 2) for name, value in taken.items()} | {"seconds": round(sum(taken.values()), 2),
-                                                                       "num_images": num_images}
+    return {name: round(value, 2) for name, value in taken.items()} | {
+        "seconds": round(sum(taken.values()), 2),
+        "num_images": num_images,
+    }

@@ -36,9 +36,18 @@ _SHOWN = 32  # images in the picture
 
 @numerics.pinned()
 @takes_paths("images", "path", "out")
-def check(images: str | os.PathLike[str] | None = None, config: ml_collections.ConfigDict | None = None, *,
-          name: str = "", path: str = "", image_size: int | None = None, num_images: int = 256, batch_size: int = 16,
-          seed: int = 0, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def check(
+    images: str | os.PathLike[str] | None = None,
+    config: ml_collections.ConfigDict | None = None,
+    *,
+    name: str = "",
+    path: str = "",
+    image_size: int | None = None,
+    num_images: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """Encodes and decodes images, cropped as in training and without flips, and measures what comes back.
 
     The tokenizer is that of `config`, or else the file at `path` says what it is.
@@ -82,8 +91,14 @@ Batch = tuple[np.ndarray, int]  # uint8 (B, S, S, C), with B the same for all, a
 
 
 @numerics.pinned()
-def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, seed: int, *,
-            before: Callable[[], Any] = lambda: None) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def measure(
+    tokenizer: Tokenizer,
+    batches: Generator[Batch],
+    num_images: int,
+    seed: int,
+    *,
+    before: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Sends images through a tokenizer and back; closes `batches`.
 
     Args:
@@ -138,17 +153,23 @@ def measure(tokenizer: Tokenizer, batches: Generator[Batch], num_images: int, se
     means, mean_squares = sums / (seen * places), squares / (seen * places)
     std = math.sqrt(max(0.0, mean_squares.mean() - means.mean() ** 2))
     report: dict[str, Any] = {
-        "num_images": seen, "mse": mse,
+        "num_images": seen,
+        "mse": mse,
         "psnr": 10.0 * math.log10(4.0 / mse) if mse else math.inf,
-        "mean": float(means.mean()), "std": std, "scale": 1.0 / std if std else math.inf,
-        "channel_means": means.tolist(), "channel_stds": np.sqrt(np.maximum(0.0, mean_squares - means**2)).tolist()}
+        "mean": float(means.mean()),
+        "std": std,
+        "scale": 1.0 / std if std else math.inf,
+        "channel_means": means.tolist(),
+        "channel_stds": np.sqrt(np.maximum(0.0, mean_squares - means**2)).tolist(),
+    }
     if used:
         report["codes_used"] = len(used)
     return report, np.concatenate(originals)[:_SHOWN], np.concatenate(made)[:_SHOWN]
 
 
-def _open(config: ml_collections.ConfigDict | None, name: str, path: str,
-          image_size: int | None) -> tuple[Tokenizer, ml_collections.ConfigDict]:
+def _open(
+    config: ml_collections.ConfigDict | None, name: str, path: str, image_size: int | None
+) -> tuple[Tokenizer, ml_collections.ConfigDict]:
     """The tokenizer and the `config.data` to read images with."""
     given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
     given = {key: value for key, value in given.items() if value}
@@ -190,6 +211,8 @@ def _from_folder(folder: str | os.PathLike[str], data: ml_collections.ConfigDict
     unused = np.random.default_rng(0)  # without flips, nothing is drawn
     paths = pictures(folder)
     for at in range(0, len(paths), batch_size):
-        rows = [preprocess({"image": read_picture(path), "label": 0}, unused)["image"]
-                for path in paths[at:at + batch_size]]
+        rows = [
+            preprocess({"image": read_picture(path), "label": 0}, unused)["image"]
+            for path in paths[at : at + batch_size]
+        ]
         yield np.stack(rows + rows[-1:] * (batch_size - len(rows))), len(rows)

@@ -15,10 +15,20 @@ from marjax.json_file import read_json
 RECORD = "evaluation.json"
 FORMAT = 1
 _NETWORK = {"name": str, "checksum": str}
-_SHAPE = {"format": {FORMAT}, "results": [{  # the format first: what a later one says of its entries is not known here
-    "identity?": str, "settings": {"num_images": range(1 << 53), str: (float, bool, str, None)},
-    "metrics": {str: (float, None)}, "seconds_per_image": (float, None), "samples?": (str, None),
-    "extractor": _NETWORK, "reference": _NETWORK}]}
+_SHAPE = {
+    "format": {FORMAT},
+    "results": [
+        {  # the format first: what a later one says of its entries is not known here
+            "identity?": str,
+            "settings": {"num_images": range(1 << 53), str: (float, bool, str, None)},
+            "metrics": {str: (float, None)},
+            "seconds_per_image": (float, None),
+            "samples?": (str, None),
+            "extractor": _NETWORK,
+            "reference": _NETWORK,
+        }
+    ],
+}
 
 
 def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -28,11 +38,17 @@ def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       UserError: it cannot be read, or is of another format.
       StorageError: gs:// does not answer.
     """
-    found = read_json(path, _SHAPE, advice="measure again with another --out, or move it away",
-                      missing={"results": []}, allow_nan=True)
+    found = read_json(
+        path,
+        _SHAPE,
+        advice="measure again with another --out, or move it away",
+        missing={"results": []},
+        allow_nan=True,
+    )
     # Older records call all distances FID, whatever the features.
-    return [{**each, "metrics": names.of_extractor(each["metrics"], each["extractor"]["name"])}
-            for each in found["results"]]
+    return [
+        {**each, "metrics": names.of_extractor(each["metrics"], each["extractor"]["name"])} for each in found["results"]
+    ]
 
 
 class Record:

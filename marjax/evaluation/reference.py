@@ -83,20 +83,31 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
         spatial = _gaussian(file, "mu_s", "sigma_s", count) if names & {"mu_s", "sigma_s"} else None
         if gaussian is None and "arr_0" not in names:
             listed = ", ".join(map(shortened, file.names[:20]))
-            raise UserError(f"{path} holds {listed or 'nothing'}, expected statistics (mu and sigma, or ref_mu and "
-                            f"ref_sigma) or images (arr_0); {_ADVICE}")
+            raise UserError(
+                f"{path} holds {listed or 'nothing'}, expected statistics (mu and sigma, or ref_mu and "
+                f"ref_sigma) or images (arr_0); {_ADVICE}"
+            )
         features = None
         if "features" in names:
             shape = file.header("features", ("f", 2)).shape
             if gaussian is None or shape[1:] != gaussian.mean.shape:
-                raise UserError(f"{path}: features has the shape {shape}, which does not go with the file's mean; "
-                                f"{_ADVICE}")
+                raise UserError(
+                    f"{path}: features has the shape {shape}, which does not go with the file's mean; {_ADVICE}"
+                )
             features = _array(file, "features", 2)
     images = NpzImages(path) if "arr_0" in names else None
     with open_regular(path) as stored:
         checksum = hashlib.file_digest(stored, "sha256").hexdigest()  # type: ignore[arg-type]
-    return Reference(gaussian, spatial, None if features is None else features.astype(np.float32),
-                     images, meta.get("extractor"), meta.get("source", ""), path, checksum)
+    return Reference(
+        gaussian,
+        spatial,
+        None if features is None else features.astype(np.float32),
+        images,
+        meta.get("extractor"),
+        meta.get("source", ""),
+        path,
+        checksum,
+    )
 
 
 def write_reference(path: str | os.PathLike[str], reference: Reference) -> Reference:
@@ -111,8 +122,12 @@ def write_reference(path: str | os.PathLike[str], reference: Reference) -> Refer
     """
     if reference.gaussian is None:
         raise ValueError("a reference without statistics: make them first")
-    meta = {"format": FORMAT, "count": reference.gaussian.count, "source": reference.source,
-            "extractor": reference.extractor}
+    meta = {
+        "format": FORMAT,
+        "count": reference.gaussian.count,
+        "source": reference.source,
+        "extractor": reference.extractor,
+    }
     arrays: dict[str, Any] = {"mu": reference.gaussian.mean, "sigma": reference.gaussian.cov, "meta": json.dumps(meta)}
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.cov}
@@ -125,8 +140,16 @@ def write_reference(path: str | os.PathLike[str], reference: Reference) -> Refer
 
 
 @numerics.pinned()
-def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtractor, *, source: str = "",
-                   keep_features: int = 10_000, seed: int = 0, hosts: Hosts | None = None) -> Reference:
+def make_reference(
+    batches: Iterable[Batch],
+    total: int,
+    extractor: FeatureExtractor,
+    *,
+    source: str = "",
+    keep_features: int = 10_000,
+    seed: int = 0,
+    hosts: Hosts | None = None,
+) -> Reference:
     """Sends images through a network; every host calls it with its share of them, and all get the same.
 
     Args:
@@ -163,28 +186,35 @@ def make_reference(batches: Iterable[Batch], total: int, extractor: FeatureExtra
             bar.update(len(images))
     times_N = hosts.sum(times_N)
     if (times_N != 1).any():
-        raise ValueError(f"{(times_N != 1).sum()} of {total} images are missing or came more than once: give each "
-                         f"image once")
+        raise ValueError(
+            f"{(times_N != 1).sum()} of {total} images are missing or came more than once: give each image once"
+        )
     if hosts.count > 1:
         for start in range(0, len(kept_nxF), 1024):  # as float64 only in parts
             some = slice(start, start + 1024)
             kept_nxF[some] = hosts.sum(kept_nxF[some].astype(np.float64))
-    return Reference(moments.merged(hosts).gaussian(),
-                     spatial.merged(hosts).gaussian() if extractor.num_spatial else None,
-                     kept_nxF if len(kept_nxF) else None,
-                     extractor={"name": extractor.name, "checksum": extractor.checksum}, source=source)
+    return Reference(
+        moments.merged(hosts).gaussian(),
+        spatial.merged(hosts).gaussian() if extractor.num_spatial else None,
+        kept_nxF if len(kept_nxF) else None,
+        extractor={"name": extractor.name, "checksum": extractor.checksum},
+        source=source,
+    )
 
 
 def _gaussian(file: NpzFile, mean_key: str, cov_key: str, count: int) -> Gaussian:
     mean_F = _array(file, mean_key, 1).astype(np.float64)
     shape = file.header(cov_key, ("f", 2)).shape
     if shape != (len(mean_F), len(mean_F)):
-        raise UserError(f"{file.path}: {cov_key} has the shape {shape}, expected {(len(mean_F), len(mean_F))} to go "
-                        f"with {mean_key}; {_ADVICE}")
+        raise UserError(
+            f"{file.path}: {cov_key} has the shape {shape}, expected {(len(mean_F), len(mean_F))} to go "
+            f"with {mean_key}; {_ADVICE}"
+        )
     cov_FxF = _array(file, cov_key, 2).astype(np.float64)
     if np.abs(cov_FxF - cov_FxF.T).max() > 1e-5 * np.abs(cov_FxF).max() or cov_FxF.diagonal().min() < 0:
-        raise UserError(f"{file.path}: {cov_key} is no covariance (not symmetric, or with negative variances); "
-                        f"{_ADVICE}")
+        raise UserError(
+            f"{file.path}: {cov_key} is no covariance (not symmetric, or with negative variances); {_ADVICE}"
+        )
     return Gaussian(mean_F, cov_FxF, count)
 
 
@@ -198,7 +228,11 @@ def _array(file: NpzFile, key: str, ndim: int) -> np.ndarray:
 def _meta(path: str, stored: np.ndarray) -> dict[str, Any]:
     """What our own files say beside their arrays."""
     name = re.compile(r"[ -~]*")
-    shape = {"format": {FORMAT}, "count": range(1 << 53), "source": str,
-             "extractor": (None, {"name": name, "checksum": name})}
+    shape = {
+        "format": {FORMAT},
+        "count": range(1 << 53),
+        "source": str,
+        "extractor": (None, {"name": name, "checksum": name}),
+    }
     meta: dict[str, Any] = parse_json(str(stored), shape, where=f"{path}: meta", advice=_ADVICE)
     return meta

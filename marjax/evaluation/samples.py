@@ -93,8 +93,15 @@ class SampleSet:
       folder: where it is.
     """
 
-    def __init__(self, root: str | os.PathLike[str], plan: Plan, host: int = 0, hosts: int = 1, *,
-                 image_shape: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        plan: Plan,
+        host: int = 0,
+        hosts: int = 1,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
         """Begins or resumes a set.
 
         Args:
@@ -124,8 +131,7 @@ class SampleSet:
     def missing(self) -> list[int]:
         """This host's batches that are not there yet, in order."""
         there = {path.name for path in self.folder.iterdir()}
-        return [batch for batch in range(self.host, self.plan.num_batches, self.hosts)
-                if _file(batch) not in there]
+        return [batch for batch in range(self.host, self.plan.num_batches, self.hosts) if _file(batch) not in there]
 
     def generate(self, sampler: Sampler, params: Any, show: bool = True) -> None:
         """Makes this host's missing batches, and shows how far it is. Raises UserError: a file cannot be written."""
@@ -134,7 +140,7 @@ class SampleSet:
         clock = _Clock(self.folder / f"timing-{self.host}.json")
         with progress.bar("sampling", mine, "batches", start=mine - len(missing), show=show) as bar:
             for batch, image in self._dispatched(sampler, params, missing):
-                pixels = to_uint8(np.asarray(image)[:len(self.plan.indices(batch))])
+                pixels = to_uint8(np.asarray(image)[: len(self.plan.indices(batch))])
                 write_bytes(self.folder / _file(batch), _to_npy(pixels))
                 clock.tick(len(pixels))
                 bar.update()
@@ -162,8 +168,9 @@ class SampleSet:
             images = read_npy(path, ("u", 4), advice=advice)
             shape = shape or images.shape[1:]
             if images.dtype != np.uint8 or images.shape != (len(indices), *shape):
-                raise UserError(f"{path} is {images.dtype} {images.shape}, expected uint8 {(len(indices), *shape)}; "
-                                f"{advice}")
+                raise UserError(
+                    f"{path} is {images.dtype} {images.shape}, expected uint8 {(len(indices), *shape)}; {advice}"
+                )
             yield indices, images
 
     def seconds_per_image(self) -> float | None:
@@ -197,8 +204,9 @@ class SampleSet:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written ({error.strerror or error}): free space, or give another "
-                            f"folder") from None
+            raise UserError(
+                f"{path} cannot be written ({error.strerror or error}): free space, or give another folder"
+            ) from None
 
     def write_pngs(self, folder: str | os.PathLike[str]) -> None:
         """This host's images as `folder/000123.png`, by index; those that are there are left. Raises UserError."""
@@ -252,5 +260,6 @@ def _to_npy(array: np.ndarray) -> bytes:
 
 
 def _write_header(member: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    np.lib.format.write_array_header_1_0(member, {
-        "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        member, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )

@@ -70,25 +70,40 @@ def check_fits(extractor: FeatureExtractor, reference: Reference, image_size: in
     """
     made = reference.extractor
     if made is not None and made != {"name": extractor.name, "checksum": extractor.checksum}:
-        raise UserError(f"reference {reference.path} was made with {made['name']} (checksum {made['checksum'][:12]}), "
-                        f"but the extractor is {extractor.name} (checksum {extractor.checksum[:12]}): give that one, "
-                        f"or make the reference anew with marjax stats")
-    for gaussian, kind, number in ((reference.gaussian, "features", extractor.num_features),
-                                   (reference.spatial, "spatial features", extractor.num_spatial)):
+        raise UserError(
+            f"reference {reference.path} was made with {made['name']} (checksum {made['checksum'][:12]}), "
+            f"but the extractor is {extractor.name} (checksum {extractor.checksum[:12]}): give that one, "
+            f"or make the reference anew with marjax stats"
+        )
+    for gaussian, kind, number in (
+        (reference.gaussian, "features", extractor.num_features),
+        (reference.spatial, "spatial features", extractor.num_spatial),
+    ):
         if gaussian is not None and number and len(gaussian.mean) != number:
-            raise UserError(f"reference {reference.path} has {len(gaussian.mean)} {kind}, but {extractor.name} has "
-                            f"{number}: give another --reference or --extractor")
+            raise UserError(
+                f"reference {reference.path} has {len(gaussian.mean)} {kind}, but {extractor.name} has "
+                f"{number}: give another --reference or --extractor"
+            )
     try:
         extractor.extract(np.zeros((0, image_size, image_size, channels), np.uint8))
     except ValueError as error:
-        raise UserError(f"{extractor.name} cannot see images of {image_size} pixels with {channels} channels "
-                        f"({error}): give another --extractor") from None
+        raise UserError(
+            f"{extractor.name} cannot see images of {image_size} pixels with {channels} channels "
+            f"({error}): give another --extractor"
+        ) from None
 
 
 @numerics.pinned()
-def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extractor: FeatureExtractor,
-          reference: Reference, hosts: Hosts = Hosts(), *, num_classes: int = 0,  # noqa: B008
-          features: Features | None = None) -> dict[str, float]:
+def score(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    total: int,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    hosts: Hosts = Hosts(),  # noqa: B008
+    *,
+    num_classes: int = 0,
+    features: Features | None = None,
+) -> dict[str, float]:
     """Metrics by name; all hosts call this, each with its own images.
 
     `fid`; `sfid` where both sides have spatial features; `inception_score` and its `inception_score_std` over splits;
@@ -139,8 +154,9 @@ def score(batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int, extracto
     return names.of_extractor(metrics, extractor.name)
 
 
-def _distances(moments: Moments, spatial: Moments, sums: ScoreSums, extractor: FeatureExtractor, reference: Reference,
-               hosts: Hosts) -> dict[str, float]:
+def _distances(
+    moments: Moments, spatial: Moments, sums: ScoreSums, extractor: FeatureExtractor, reference: Reference, hosts: Hosts
+) -> dict[str, float]:
     """The metrics that are made of sums; once a host has them, all have reached this and written their features."""
     metrics: dict[str, float] = {}
     if reference.gaussian is not None:

@@ -21,10 +21,19 @@ from marjax.ranges import check_arguments
 
 @numerics.pinned()
 @takes_paths("out", "images", "npz", "extractor_path")
-def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.ConfigDict | None = None,
-                    images: str | os.PathLike[str] | None = None, npz: str | os.PathLike[str] | None = None,
-                    extractor: str | None = None, extractor_path: str | None = None, image_size: int | None = None,
-                    keep_features: int = 10_000, batch_size: int = 64, overwrite: bool = False) -> Reference:
+def make_statistics(
+    out: str | os.PathLike[str],
+    *,
+    config: ml_collections.ConfigDict | None = None,
+    images: str | os.PathLike[str] | None = None,
+    npz: str | os.PathLike[str] | None = None,
+    extractor: str | None = None,
+    extractor_path: str | None = None,
+    image_size: int | None = None,
+    keep_features: int = 10_000,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> Reference:
     """Sends images through an extractor and writes what `marjax evaluate` measures against.
 
     All processes of a run may call this; each reads its share, and the first writes.
@@ -71,11 +80,20 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
         if there is not None:  # at once, where that is enough to tell
             network_of = {"name": network.name, "checksum": network.checksum}
             if (there.extractor, there.source, there.gaussian and there.gaussian.count) != (
-                    network_of, source.source, len(source)):
+                network_of,
+                source.source,
+                len(source),
+            ):
                 raise _other(out)
         try:
-            made = make_reference(source.batches(batch_size, hosts), len(source), network, source=source.source,
-                                  keep_features=keep_features, hosts=hosts)
+            made = make_reference(
+                source.batches(batch_size, hosts),
+                len(source),
+                network,
+                source=source.source,
+                keep_features=keep_features,
+                hosts=hosts,
+            )
         except ValueError as error:
             raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
         if there is not None:
@@ -89,16 +107,20 @@ def make_statistics(out: str | os.PathLike[str], *, config: ml_collections.Confi
 
 
 def _other(out: str | os.PathLike[str]) -> UserError:
-    return UserError(f"{os.fspath(out)} is there already, with other contents: give another --out, or --overwrite to "
-                     f"replace it")
+    return UserError(
+        f"{os.fspath(out)} is there already, with other contents: give another --out, or --overwrite to replace it"
+    )
 
 
 def _same(one: Reference, other: Reference) -> bool:
     """Whether two files would have the same contents."""
+
     def arrays(reference: Reference) -> list[np.ndarray | None]:
         gaussians = [each for each in (reference.gaussian, reference.spatial) if each is not None]
         return [array for each in gaussians for array in (each.mean, each.cov)] + [reference.features]
 
     pairs = zip(arrays(one), arrays(other), strict=False)
     return len(arrays(one)) == len(arrays(other)) and all(
-        (a is None and b is None) or np.array_equal(a, b) for a, b in pairs)  # type: ignore[arg-type]
+        (a is None and b is None) or np.array_equal(a, b)  # type: ignore[arg-type]
+        for a, b in pairs
+    )

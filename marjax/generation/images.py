@@ -24,8 +24,9 @@ _CAPTION_WIDTH = 320  # pixels that a caption has at least
 _MARGIN = 4  # pixels around text
 
 
-def grid(images: np.ndarray, columns: int, min_side: int = 32, *, rows: Sequence[str] = (),
-         caption: str = "") -> np.ndarray:
+def grid(
+    images: np.ndarray, columns: int, min_side: int = 32, *, rows: Sequence[str] = (), caption: str = ""
+) -> np.ndarray:
     """One picture of images in reading order.
 
     Small images are enlarged by a whole factor to at least `min_side`; empty places are white. Without text, the
@@ -58,7 +59,7 @@ def grid(images: np.ndarray, columns: int, min_side: int = 32, *, rows: Sequence
 def _with_text(picture: np.ndarray, height: int, rows: Sequence[str], caption: str) -> np.ndarray:
     """The picture with a label at the left of each row of `height` pixels, and a caption below."""
     font, small = _font(min(24, max(12, height // 6))), _font(min(14, max(12, height // 6)))
-    labels = [row if len(row) <= _LONGEST else f"{row[:_LONGEST - 1]}…" for row in rows]
+    labels = [row if len(row) <= _LONGEST else f"{row[: _LONGEST - 1]}…" for row in rows]
     left = max((int(font.getlength(label)) + 2 * _MARGIN for label in labels), default=0)
     full_width = max(left + picture.shape[1], _CAPTION_WIDTH if caption else 0)
     lines = _wrapped(caption, small, full_width - 2 * _MARGIN)

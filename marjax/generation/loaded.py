@@ -16,8 +16,14 @@ from marjax.ranges import check_arguments
 
 @numerics.pinned()
 @takes_paths("workdir", "tokenizer_path")
-def load(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
-         tokenizer_path: str | None = None, **settings: Any) -> "Loaded":
+def load(
+    workdir: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    tokenizer_path: str | None = None,
+    **settings: Any,
+) -> "Loaded":
     """Opens a trained work directory: `marjax.load("runs/digits").sample([3, 7])`.
 
     Nothing that the work directory names is imported: a head, backbone or tokenizer of your own must be known by
@@ -48,16 +54,25 @@ class Loaded:
       weights: "ema" or "raw": which they are.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, sampler: Sampler, params: Any, step: int,
-                 weights: str, workdir: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        sampler: Sampler,
+        params: Any,
+        step: int,
+        weights: str,
+        workdir: str | os.PathLike[str],
+    ) -> None:
         self.config, self.params, self.step, self.weights = config, params, step, weights
         self._workdir = workdir  # which has the names of classes
         self._samplers = {sampler.settings.shape(): sampler}
 
     def __repr__(self) -> str:
         size, model = self.config.data.image_size, self.config.model
-        return (f"<{model.variant} with head {model.head}, {self.config.data.num_classes} classes of {size} x {size} "
-                f"pixels, {self.weights} weights of step {self.step}>")
+        return (
+            f"<{model.variant} with head {model.head}, {self.config.data.num_classes} classes of {size} x {size} "
+            f"pixels, {self.weights} weights of step {self.step}>"
+        )
 
     @numerics.pinned()
     def sample(self, labels: Any, *, seed: int = 0, first_index: int = 0, **settings: Any) -> np.ndarray:

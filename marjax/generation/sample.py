@@ -24,9 +24,17 @@ from marjax.workdir import no_checkpoints, read_workdir
 
 @numerics.pinned()
 @takes_paths("workdir", "tokenizer_path")
-def sample(workdir: str | os.PathLike[str], labels: int | str | Sequence[int | str] | np.ndarray, *, seed: int = 0,
-           weights: str | None = None, step: int | None = None, first_index: int = 0,
-           tokenizer_path: str | None = None, **settings: Any) -> np.ndarray:
+def sample(
+    workdir: str | os.PathLike[str],
+    labels: int | str | Sequence[int | str] | np.ndarray,
+    *,
+    seed: int = 0,
+    weights: str | None = None,
+    step: int | None = None,
+    first_index: int = 0,
+    tokenizer_path: str | None = None,
+    **settings: Any,
+) -> np.ndarray:
     """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
 
     Args:
@@ -43,8 +51,16 @@ def sample(workdir: str | os.PathLike[str], labels: int | str | Sequence[int | s
     Raises:
       UserError: anything that cannot be used, before any work is done.
     """
-    return sampled(workdir, labels, seed=seed, weights=weights, step=step, first_index=first_index,
-                   tokenizer_path=tokenizer_path, **settings).images
+    return sampled(
+        workdir,
+        labels,
+        seed=seed,
+        weights=weights,
+        step=step,
+        first_index=first_index,
+        tokenizer_path=tokenizer_path,
+        **settings,
+    ).images
 
 
 class Sampled(NamedTuple):
@@ -67,16 +83,25 @@ class Sampled(NamedTuple):
 
 @numerics.pinned()
 @takes_paths("workdir", "tokenizer_path")
-def sampled(workdir: str | os.PathLike[str], labels: int | str | Sequence[int | str] | np.ndarray, *, seed: int = 0,
-            weights: str | None = None, step: int | None = None, first_index: int = 0,
-            tokenizer_path: str | None = None, **settings: Any) -> Sampled:
+def sampled(
+    workdir: str | os.PathLike[str],
+    labels: int | str | Sequence[int | str] | np.ndarray,
+    *,
+    seed: int = 0,
+    weights: str | None = None,
+    step: int | None = None,
+    first_index: int = 0,
+    tokenizer_path: str | None = None,
+    **settings: Any,
+) -> Sampled:
     """The same as `sample`, with what the images were made with."""
     config = opened_config(workdir, tokenizer_path, settings)
     check_arguments(seed=seed, step=step, first_index=first_index)
     labels = checked_labels(labels, config, workdir)
     opened = opened_sampler(config, workdir, weights, step)
-    images = opened.sampler(opened.params, labels, seed, first_index,
-                            batch_size=min(config.sample.batch_size, len(labels)))
+    images = opened.sampler(
+        opened.params, labels, seed, first_index, batch_size=min(config.sample.batch_size, len(labels))
+    )
     return Sampled(images, labels, config.sample, opened.weights, opened.step)
 
 
@@ -85,8 +110,10 @@ def checked_labels(given: Any, config: ml_collections.ConfigDict, workdir: str |
     labels = _checked_labels(class_names.classes_of(given, workdir, config.data.num_classes))
     wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
     if wrong:
-        raise UserError(f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
-                        f"(and -1 for no class)")
+        raise UserError(
+            f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
+            f"(and -1 for no class)"
+        )
     return labels.astype(np.int64)
 
 
@@ -123,8 +150,15 @@ class Opened(NamedTuple):
 
 @numerics.pinned()
 @takes_paths("workdir", "tokenizer_path")
-def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None,
-                 tokenizer_path: str | None = None, local: bool = False, **settings: Any) -> Opened:
+def open_sampler(
+    workdir: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    tokenizer_path: str | None = None,
+    local: bool = False,
+    **settings: Any,
+) -> Opened:
     """The sampler of a work directory and the parameters it takes, for many calls with one program.
 
     Args and errors are those of `sample`; with `local`, it runs on this process's devices alone, at its own pace.
@@ -132,8 +166,13 @@ def open_sampler(workdir: str | os.PathLike[str], *, weights: str | None = None,
     return opened_sampler(opened_config(workdir, tokenizer_path, settings), workdir, weights, step, local)
 
 
-def opened_sampler(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], weights: str | None,
-                   step: int | None, local: bool = False) -> Opened:
+def opened_sampler(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    weights: str | None,
+    step: int | None,
+    local: bool = False,
+) -> Opened:
     """The sampler of a work directory for its config, as `opened_config` gives it; see `open_sampler`."""
     check_arguments(step=step)
     if weights not in (None, "ema", "raw"):
@@ -151,12 +190,14 @@ def opened_sampler(config: ml_collections.ConfigDict, workdir: str | os.PathLike
     if restored is None:
         raise no_checkpoints(workdir)
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
-    return Opened(sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item],
-                  restored.digests[item])
+    return Opened(
+        sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item], restored.digests[item]
+    )
 
 
-def opened_config(workdir: str | os.PathLike[str], tokenizer_path: str | None,
-                  settings: dict[str, Any]) -> ml_collections.ConfigDict:
+def opened_config(
+    workdir: str | os.PathLike[str], tokenizer_path: str | None, settings: dict[str, Any]
+) -> ml_collections.ConfigDict:
     """The resolved config of a work directory with those fields of `config.sample`. Raises UserError."""
     given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
     if tokenizer_path is not None:

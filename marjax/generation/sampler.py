@@ -52,18 +52,22 @@ class Settings:
 
         scales = orders.guidance_scales(plan, sample.cfg, sample.cfg_schedule)
         annealed = sample.choice_temperature * (1.0 - np.arange(1, len(plan)) / (len(plan) - 1))
-        return cls(orders.group_stages(plan, sample.max_stages, cost, all_unknown=sample.confidence_order),
-                   None if sample.cfg == 1.0 else tuple(map(float, scales)),
-                   sample.num_sampling_steps, sample.temperature,
-                   tuple(map(float, annealed)) if sample.confidence_order else None)
+        return cls(
+            orders.group_stages(plan, sample.max_stages, cost, all_unknown=sample.confidence_order),
+            None if sample.cfg == 1.0 else tuple(map(float, scales)),
+            sample.num_sampling_steps,
+            sample.temperature,
+            tuple(map(float, annealed)) if sample.confidence_order else None,
+        )
 
     def shape(self) -> tuple[Any, ...]:
         """What shapes the program; guidance scales, choice temperatures and the temperature are its arguments."""
         return self.stages, self.num_sampling_steps, self.guidance is None, self.choice is None
 
 
-def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
-                    num_sampling_steps: str) -> SampleRandomness:
+def draw_randomness(
+    generator: Generator, seed: jax.Array, index_B: jax.Array, num_sampling_steps: str
+) -> SampleRandomness:
     """The randomness of the samples with these indices: each a function of (seed, index) alone.
 
     The head's noise is drawn by position, all of it ahead: 1.6 MB an image for 256 tokens of 16 and 100 steps.
@@ -71,16 +75,27 @@ def draw_randomness(generator: Generator, seed: jax.Array, index_B: jax.Array,
 
     def one(index: jax.Array) -> SampleRandomness:
         key_order, key_head = jax.random.split(jax.random.fold_in(numerics.key(seed), index))
-        return SampleRandomness(generator.draw_orders(key_order, 1)[0],
-                                generator.head.draw_sample_noise(key_head, generator.num_tokens, num_sampling_steps))
+        return SampleRandomness(
+            generator.draw_orders(key_order, 1)[0],
+            generator.head.draw_sample_noise(key_head, generator.num_tokens, num_sampling_steps),
+        )
 
     return jax.vmap(one)(index_B)
 
 
-def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: SampleRandomness,
-             guidance_n: jax.Array | None, temperature: jax.Array, codebook: jax.Array | None = None,
-             choice_n: jax.Array | None = None, *, stages: Sequence[orders.Stage],
-             num_sampling_steps: str) -> jax.Array:
+def generate(
+    generator: Generator,
+    params: Any,
+    labels_B: jax.Array,
+    rand: SampleRandomness,
+    guidance_n: jax.Array | None,
+    temperature: jax.Array,
+    codebook: jax.Array | None = None,
+    choice_n: jax.Array | None = None,
+    *,
+    stages: Sequence[orders.Stage],
+    num_sampling_steps: str,
+) -> jax.Array:
     """Tokens in raster order, float32 (B, L, D), by running the plan: a scan a stage.
 
     Args:
@@ -102,14 +117,30 @@ def generate(generator: Generator, params: Any, labels_B: jax.Array, rand: Sampl
         def step(progress: Progress, inputs: Any, stage: orders.Stage = stage) -> tuple[Progress, None]:
             start, num_predicted, scale, choice = inputs
             new: Any = generator.apply(
-                {"params": params}, progress, jnp.maximum(labels_B, 0), drop_B, start, num_predicted, rand.head, scale,
-                choice, known_slots=stage.known_slots, new_slots=stage.new_slots, codebook=codebook,
-                num_sampling_steps=num_sampling_steps, temperature=temperature, method="generate_step")
+                {"params": params},
+                progress,
+                jnp.maximum(labels_B, 0),
+                drop_B,
+                start,
+                num_predicted,
+                rand.head,
+                scale,
+                choice,
+                known_slots=stage.known_slots,
+                new_slots=stage.new_slots,
+                codebook=codebook,
+                num_sampling_steps=num_sampling_steps,
+                temperature=temperature,
+                method="generate_step",
+            )
             return new, None
 
         steps = slice(stage.first_step, stage.first_step + len(stage.start))
-        inputs = (jnp.asarray(stage.start), jnp.asarray(stage.num_predicted),
-                  *(None if each is None else each[steps] for each in (guidance_n, choice_n)))
+        inputs = (
+            jnp.asarray(stage.start),
+            jnp.asarray(stage.num_predicted),
+            *(None if each is None else each[steps] for each in (guidance_n, choice_n)),
+        )
         progress, _ = jax.lax.scan(step, progress, inputs)
     return progress.tokens
 
@@ -122,8 +153,9 @@ def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
 class Sampler:
     """Makes images from parameters; compiles once for a batch size and the static part of its settings."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings,
-                 mesh: Mesh) -> None:
+    def __init__(
+        self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings, mesh: Mesh
+    ) -> None:
         self.generator, self.settings, self.mesh = generator, settings, mesh
         self.tokenizer, self.tokens = tokenizer, tokens
         self.tokenizer_params = sharding.put_whole(tokenizer.params, mesh)
@@ -145,32 +177,61 @@ class Sampler:
 
     def _checked(self) -> memory.Checked:
         """The program, compiled and checked to fit for every batch size before it runs."""
-        return memory.Checked(self.program, "the sampler",
-                              lambda *arguments: sampling_batch(len(arguments[2]), self.mesh))
+        return memory.Checked(
+            self.program, "the sampler", lambda *arguments: sampling_batch(len(arguments[2]), self.mesh)
+        )
 
     def _make_program(self) -> Any:
         generator, settings, mesh, tokenizer = self.generator, self.settings, self.mesh, self.tokenizer
 
-        def program(params: Any, tokenizer_params: Any, labels_B: jax.Array, seed: jax.Array, index_B: jax.Array,
-                    guidance_n: jax.Array | None, temperature: jax.Array, choice_n: jax.Array | None) -> jax.Array:
+        def program(
+            params: Any,
+            tokenizer_params: Any,
+            labels_B: jax.Array,
+            seed: jax.Array,
+            index_B: jax.Array,
+            guidance_n: jax.Array | None,
+            temperature: jax.Array,
+            choice_n: jax.Array | None,
+        ) -> jax.Array:
             with sharding.logical_rules(mesh):
                 rand = draw_randomness(generator, seed, index_B, settings.num_sampling_steps)
                 rand = jax.lax.with_sharding_constraint(
-                    rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
-                tokens_BxLxD = generate(generator, params, labels_B, rand, guidance_n, temperature,
-                                        tokenizer.codebook(tokenizer_params), choice_n, stages=settings.stages,
-                                        num_sampling_steps=settings.num_sampling_steps)
+                    rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand)
+                )
+                tokens_BxLxD = generate(
+                    generator,
+                    params,
+                    labels_B,
+                    rand,
+                    guidance_n,
+                    temperature,
+                    tokenizer.codebook(tokenizer_params),
+                    choice_n,
+                    stages=settings.stages,
+                    num_sampling_steps=settings.num_sampling_steps,
+                )
             return tokenizer.decode(tokenizer_params, self.tokens.unpatchify(tokens_BxLxD))
 
         return jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
 
     def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
         """What `program` takes for these samples; their number must divide over the mesh."""
-        scales, choice = (None if each is None else np.asarray(each, np.float32)
-                          for each in (self.settings.guidance, self.settings.choice))
+        scales, choice = (
+            None if each is None else np.asarray(each, np.float32)
+            for each in (self.settings.guidance, self.settings.choice)
+        )
         rows = sharding.cut_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
-        return (params, self.tokenizer_params, rows[0], np.uint32(seed), rows[1], scales,
-                np.float32(self.settings.temperature), choice)
+        return (
+            params,
+            self.tokenizer_params,
+            rows[0],
+            np.uint32(seed),
+            rows[1],
+            scales,
+            np.float32(self.settings.temperature),
+            choice,
+        )
 
     def described_arguments(self, params: Any, batch_size: int) -> tuple[Any, ...]:
         """What `arguments` gives for so many samples, as shapes: to compile `program` without devices or weights.
@@ -179,10 +240,20 @@ class Sampler:
         """
         rows = sharding.batch_sharding(self.mesh)
         labels, index = (jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.uint32))
-        scales, choice = (None if each is None else np.asarray(each, np.float32)
-                          for each in (self.settings.guidance, self.settings.choice))
-        return (params, self.tokenizer_params, labels, np.uint32(0), index, scales,
-                np.float32(self.settings.temperature), choice)
+        scales, choice = (
+            None if each is None else np.asarray(each, np.float32)
+            for each in (self.settings.guidance, self.settings.choice)
+        )
+        return (
+            params,
+            self.tokenizer_params,
+            labels,
+            np.uint32(0),
+            index,
+            scales,
+            np.float32(self.settings.temperature),
+            choice,
+        )
 
     @numerics.pinned()
     def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
@@ -195,8 +266,9 @@ class Sampler:
         shards = sharding.batch_shards(self.mesh)
         return -(-batch_size // shards) * shards
 
-    def __call__(self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *,
-                 batch_size: int) -> np.ndarray:
+    def __call__(
+        self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *, batch_size: int
+    ) -> np.ndarray:
         """Images uint8 (N, H, W, C) of N labels, the i-th with index first_index + i.
 
         Every batch is filled up to `batch_size`, rounded up to what divides over the mesh, so that one program serves.
@@ -205,11 +277,11 @@ class Sampler:
         done = []
         with progress.bar("sampling", len(labels), "images") as bar:
             for at in range(0, len(labels), batch_size):
-                rows = np.asarray(labels[at:at + batch_size])
+                rows = np.asarray(labels[at : at + batch_size])
                 padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
                 image = self.dispatch(params, padded, seed, first_index + at + np.arange(batch_size))
                 if jax.process_count() > 1:
                     image = multihost_utils.process_allgather(image, tiled=True)
-                done.append(to_uint8(np.asarray(image))[:len(rows)])
+                done.append(to_uint8(np.asarray(image))[: len(rows)])
                 bar.update(len(rows))
         return np.concatenate(done)

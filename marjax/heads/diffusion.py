@@ -135,8 +135,9 @@ def add_noise(schedule: Schedule, tokens: jax.Array, rand: LossNoise) -> jax.Arr
     return signal * tokens + _at(schedule, "sqrt_one_minus_alphas_cumprod", rand.t) * rand.noise
 
 
-def loss_terms(schedule: Schedule, tokens: jax.Array, noised: jax.Array, rand: LossNoise,
-               prediction: jax.Array) -> dict[str, jax.Array]:
+def loss_terms(
+    schedule: Schedule, tokens: jax.Array, noised: jax.Array, rand: LossNoise, prediction: jax.Array
+) -> dict[str, jax.Array]:
     """The hybrid loss of every token and timestep, `mse` and `vb` (bits per dimension), float32 (...).
 
     Args:
@@ -155,17 +156,23 @@ def loss_terms(schedule: Schedule, tokens: jax.Array, noised: jax.Array, rand: L
     true_mean = _posterior_mean(schedule, tokens, noised, rand.t)
     true_log_variance = _at(schedule, "min_log_variance", rand.t)
     mean, log_variance = predicted_gaussian(schedule, noised, rand.t, jax.lax.stop_gradient(eps), interpolation)
-    kl = 0.5 * (-1.0 + log_variance - true_log_variance + jnp.exp(true_log_variance - log_variance)
-                + jnp.square(true_mean - mean) * jnp.exp(-log_variance))
+    kl = 0.5 * (
+        -1.0
+        + log_variance
+        - true_log_variance
+        + jnp.exp(true_log_variance - log_variance)
+        + jnp.square(true_mean - mean) * jnp.exp(-log_variance)
+    )
     likelihood = discretised_log_likelihood(tokens, mean, 0.5 * log_variance)
     vb = jnp.where(rand.t == 0, -jnp.mean(likelihood, axis=-1), jnp.mean(kl, axis=-1)) / math.log(2.0)
     return {"mse": mse, "vb": vb}
 
 
-def predicted_gaussian(schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array,
-                       interpolation: jax.Array) -> tuple[jax.Array, jax.Array]:
+def predicted_gaussian(
+    schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array, interpolation: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Mean and log variance of p(x_{t-1} | x_t), (..., D) each, from the predicted noise and interpolation."""
-    x0 = (_at(schedule, "sqrt_recip_alphas_cumprod", t) * x - _at(schedule, "sqrt_recipm1_alphas_cumprod", t) * eps)
+    x0 = _at(schedule, "sqrt_recip_alphas_cumprod", t) * x - _at(schedule, "sqrt_recipm1_alphas_cumprod", t) * eps
     share = 0.5 * (interpolation + 1.0)
     low, high = _at(schedule, "min_log_variance", t), _at(schedule, "max_log_variance", t)
     return _posterior_mean(schedule, x0, x, t), share * high + (1.0 - share) * low
@@ -183,8 +190,14 @@ def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
     return jnp.log(jnp.maximum(probability, 1e-12))
 
 
-def sample(schedule: Schedule, make_denoise: MakeDenoise, init_noise: jax.Array, step_noise: jax.Array,
-           temperature: float | jax.Array = 1.0, ahead: int = 1) -> jax.Array:
+def sample(
+    schedule: Schedule,
+    make_denoise: MakeDenoise,
+    init_noise: jax.Array,
+    step_noise: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    ahead: int = 1,
+) -> jax.Array:
     """Ancestral sampling along the whole schedule, float32 (..., D); nothing is clipped.
 
     Args:

@@ -69,9 +69,14 @@ class _Source:
 
 @numerics.pinned()
 @takes_paths("checkpoint", "workdir", "tokenizer")
-def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str], *, weights: str | None = None,
-            tokenizer: str | os.PathLike[str] | None = None,
-            overrides: Mapping[str, Any] | None = None) -> Converted:
+def convert(
+    checkpoint: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Converted:
     """Makes a work directory of a MAR checkpoint in PyTorch's or the safetensors format.
 
     Args:
@@ -95,16 +100,18 @@ def convert(checkpoint: str | os.PathLike[str], workdir: str | os.PathLike[str],
     if autoencoder is not None:
         given = {"tokenizer.path": _TOKENIZER, "tokenizer.autoencoder.scale": autoencoder.scale} | given
         if given["tokenizer.autoencoder.scale"] is None:
-            raise UserError(f"{tokenizer} is no released autoencoder, so nobody knows what its latents were multiplied "
-                            f"with: give --config.tokenizer.autoencoder.scale=X (the reference's training has 0.2325)")
-        checked = config_lib.apply_overrides(config_lib.base(), {
-            "tokenizer.autoencoder.scale": given["tokenizer.autoencoder.scale"]})
+            raise UserError(
+                f"{tokenizer} is no released autoencoder, so nobody knows what its latents were multiplied "
+                f"with: give --config.tokenizer.autoencoder.scale=X (the reference's training has 0.2325)"
+            )
+        checked = config_lib.apply_overrides(
+            config_lib.base(), {"tokenizer.autoencoder.scale": given["tokenizer.autoencoder.scale"]}
+        )
         autoencoder = dataclasses.replace(autoencoder, scale=checked.tokenizer.autoencoder.scale)
         given["tokenizer.checksum"] = autoencoder.checksum
     try:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        config = reference.config_of(shapes, source.arguments, autoencoder.spec if autoencoder else None,
-                                     given)
+        config = reference.config_of(shapes, source.arguments, autoencoder.spec if autoencoder else None, given)
         with progress.activity("converting and checking the weights"):
             params = _parameters(config, source.tensors)
     except UserError as error:
@@ -149,9 +156,15 @@ def _select(file: weights_file.WeightsFile, path: str | os.PathLike[str], weight
         _log.warning(
             "%s does not say whether its weights are EMA weights. The known public MAR safetensors files hold the raw "
             "ones, which score far worse: the reference's own .pth files have both. Converted as raw; say --weights "
-            "ema or raw if you know.", path)
-    return _Source(reference.without_tables(chosen.tensors),
-                   said or weights or ("ema" if chosen.is_ema else "raw"), arguments, step)
+            "ema or raw if you know.",
+            path,
+        )
+    return _Source(
+        reference.without_tables(chosen.tensors),
+        said or weights or ("ema" if chosen.is_ema else "raw"),
+        arguments,
+        step,
+    )
 
 
 def _arguments(content: Any) -> dict[str, Any]:
@@ -175,8 +188,11 @@ def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
     """The parameter tree, float32 numpy. Raises UserError: names of tensors and parameters that do not match."""
     generator = generator_lib.of(config, config_lib.tokens_of(config))
     abstract = jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0)))
-    odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items()
-           if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)]
+    odd = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in tensors.items()
+        if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+    ]
     if odd:
         raise UserError(f"tensors that are no floating point numbers: {', '.join(odd)}")
     try:
@@ -191,8 +207,14 @@ def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
     return params
 
 
-def _write(target: pathlib.Path, config: ConfigDict, source: _Source, params: Any, autoencoder: Autoencoder | None,
-           file_name: str) -> None:
+def _write(
+    target: pathlib.Path,
+    config: ConfigDict,
+    source: _Source,
+    params: Any,
+    autoencoder: Autoencoder | None,
+    file_name: str,
+) -> None:
     """Writes the work directory under another name and renames it, so that it is whole or not there."""
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -207,26 +229,32 @@ def _write(target: pathlib.Path, config: ConfigDict, source: _Source, params: An
                     open_tokenizer(read_workdir(partial).tokenizer)
                 cpu = jax.local_devices(backend="cpu")[0]
                 with Checkpoints(partial / "checkpoints") as checkpoints:
-                    checkpoints.save(source.step, **{_OURS[source.weights]: jax.device_put(params, cpu)},
-                                     meta={"converted": {"file": file_name, "weights": source.weights}})
+                    checkpoints.save(
+                        source.step,
+                        **{_OURS[source.weights]: jax.device_put(params, cpu)},
+                        meta={"converted": {"file": file_name, "weights": source.weights}},
+                    )
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"work directory {target} cannot be written ({error.strerror or error}): free space, or give "
-                        f"another") from None
+        raise UserError(
+            f"work directory {target} cannot be written ({error.strerror or error}): free space, or give another"
+        ) from None
 
 
-def _check_same(target: pathlib.Path, config: ConfigDict, source: _Source, params: Any,
-                autoencoder: Autoencoder | None) -> None:
+def _check_same(
+    target: pathlib.Path, config: ConfigDict, source: _Source, params: Any, autoencoder: Autoencoder | None
+) -> None:
     """Raises a UserError unless the work directory is what would be written."""
     advice = "give a new --out, or delete it"
     old, new = (config_lib.flatten(each) for each in (read_workdir(target), config))
     # The tokenizer's path depends on where the work directory is.
     differing = [key for key in new if old[key] != new[key] and key != "tokenizer.path"]
     if differing:
-        raise UserError(f"work directory {target} is there already, with another config ({', '.join(differing[:5])}): "
-                        f"{advice}")
+        raise UserError(
+            f"work directory {target} is there already, with another config ({', '.join(differing[:5])}): {advice}"
+        )
     if autoencoder is not None and not holds(target / _TOKENIZER, autoencoder):
         raise UserError(f"work directory {target} is there already, with another tokenizer: {advice}")
     item, cpu = _OURS[source.weights], jax.local_devices(backend="cpu")[0]

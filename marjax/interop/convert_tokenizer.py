@@ -47,8 +47,9 @@ class Autoencoder:
 
 @numerics.pinned()
 @takes_paths("source", "out")
-def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str], *,
-                      weights: str | None = None) -> tuple[Autoencoder, bool]:
+def convert_tokenizer(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None
+) -> tuple[Autoencoder, bool]:
     """Writes the tokenizer's file of an autoencoder's checkpoint; False if that very file is there already.
 
     Args:
@@ -60,8 +61,10 @@ def convert_tokenizer(source: str | os.PathLike[str], out: str | os.PathLike[str
       UserError: it cannot be read, is no autoencoder, or `out` is something else. Nothing is written then.
     """
     if not os.fspath(out).endswith(".safetensors"):
-        raise UserError(f"--out {out}: a tokenizer alone is a file, so give a name that ends in .safetensors (or a "
-                        f"--checkpoint too, for a work directory)")
+        raise UserError(
+            f"--out {out}: a tokenizer alone is a file, so give a name that ends in .safetensors (or a "
+            f"--checkpoint too, for a work directory)"
+        )
     autoencoder = read_autoencoder(source, weights=weights)
     if os.path.exists(out):
         if not holds(out, autoencoder):
@@ -114,8 +117,9 @@ def read_autoencoder(path: str | os.PathLike[str], *, weights: str | None = None
 def _diffusion_scale(content: Any) -> float | None:
     """The scale that the checkpoint of a latent diffusion model says, or None: LDM keeps it where it was measured."""
     for tensors in (content.get("state_dict"), content) if isinstance(content, dict) else ():
-        if isinstance(tensors, dict) and any(isinstance(name, str) and name.startswith("first_stage_model.")
-                                             for name in tensors):
+        if isinstance(tensors, dict) and any(
+            isinstance(name, str) and name.startswith("first_stage_model.") for name in tensors
+        ):
             measured = tensors.get("scale_factor")
             if isinstance(measured, Tensor) and measured.shape in ((), (1,)):
                 value = float(np.asarray(measured).reshape(()))

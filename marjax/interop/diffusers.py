@@ -16,16 +16,34 @@ from marjax.tokenizers.spec import GROUPS
 
 _SCALE = 0.18215  # of configs that do not say it
 _THEIRS = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block)\.")
-_PARTS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-          "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out", "conv_norm_out": "norm_out"}
+_PARTS = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "conv_norm_out": "norm_out",
+}
 _BLOCKS = (
     (re.compile(r"^(encoder)\.down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\."), "down"),
-    (re.compile(r"^(decoder)\.up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\."), "up"))
+    (re.compile(r"^(decoder)\.up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\."), "up"),
+)
 _MIDDLE = re.compile(r"^(encoder|decoder)\.mid_block\.(resnets|attentions)\.([01])\.")
 # What this program computes; a config with anything else is refused.
-_ONLY = {"act_fn": ("silu",), "norm_num_groups": (GROUPS,), "shift_factor": (None, 0), "latents_mean": (None,),
-         "latents_std": (None,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
-         "mid_block_add_attention": (True,)}
+_ONLY = {
+    "act_fn": ("silu",),
+    "norm_num_groups": (GROUPS,),
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
 
 
 def is_theirs(names: Mapping[str, object]) -> bool:
@@ -43,8 +61,12 @@ def to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def level(way: str, match: re.Match[str]) -> str:
         number = int(match[2][:4]) if way == "down" else levels - 1 - int(match[2])
-        kind = {"resnets": f"block.{match[4]}.", "attentions": f"attn.{match[4]}.", "downsamplers": "downsample.",
-                "upsamplers": "upsample."}[match[3]]
+        kind = {
+            "resnets": f"block.{match[4]}.",
+            "attentions": f"attn.{match[4]}.",
+            "downsamplers": "downsample.",
+            "upsamplers": "upsample.",
+        }[match[3]]
         return f"{match[1]}.{way}.{number}.{kind}"
 
     def middle(match: re.Match[str]) -> str:
@@ -76,17 +98,24 @@ def scale_of(path: str | os.PathLike[str]) -> float | None:
     """
     path = os.fspath(path)
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    config = read_json(file, {"_class_name?": str, "scaling_factor?": float}, missing=None,
-                       advice="get it again, or move the weights elsewhere to convert them without it")
+    config = read_json(
+        file,
+        {"_class_name?": str, "scaling_factor?": float},
+        missing=None,
+        advice="get it again, or move the weights elsewhere to convert them without it",
+    )
     if config is None:
         return None
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"{file} is of a {shortened(config['_class_name'])}, which this program cannot run: give an "
-                        f"AutoencoderKL")
+        raise UserError(
+            f"{file} is of a {shortened(config['_class_name'])}, which this program cannot run: give an AutoencoderKL"
+        )
     for name, allowed in _ONLY.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{file} has {name} {shortened(str(config[name]))}, but this program computes only "
-                            f"{allowed[0]}: give an autoencoder of the kind that Stable Diffusion 1, 2 or XL has")
+            raise UserError(
+                f"{file} has {name} {shortened(str(config[name]))}, but this program computes only "
+                f"{allowed[0]}: give an autoencoder of the kind that Stable Diffusion 1, 2 or XL has"
+            )
     return config.get("scaling_factor", _SCALE)
 
 

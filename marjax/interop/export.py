@@ -27,8 +27,9 @@ from marjax.workdir import no_checkpoints, read_workdir
 
 @numerics.pinned()
 @takes_paths("workdir", "out")
-def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None,
-           step: int | None = None) -> dict[str, str]:
+def export(
+    workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None
+) -> dict[str, str]:
     """Writes the weights of a work directory with PyTorch's names and layouts, float32, to the bit.
 
     The same weights give the same bytes.
@@ -58,8 +59,10 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     arguments = reference.arguments_of(config)
     generator = generator_lib.of(config, config_lib.tokens_of(config))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                            jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0))))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0))),
+    )
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise no_checkpoints(workdir)
@@ -117,5 +120,6 @@ def _holds(path: pathlib.Path, parts: Iterator[bytes | memoryview]) -> bool:
         with open_regular(path) as file:
             return all(file.read(len(part)) == part for part in parts) and not file.read(1)
     except OSError as error:
-        raise UserError(f"--out {path} is there already and cannot be read ({error.strerror or error}): give another "
-                        f"name") from None
+        raise UserError(
+            f"--out {path} is there already and cannot be read ({error.strerror or error}): give another name"
+        ) from None

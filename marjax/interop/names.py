@@ -54,8 +54,10 @@ Entry = tuple[str, str, Linear | Array]
 
 
 def _linear(pytorch: str, ours: str, in_axes: int = 1) -> list[Entry]:
-    return [(f"{pytorch}.weight", f"{ours}/kernel", Linear(in_axes)),
-            (f"{pytorch}.bias", f"{ours}/bias", Array(flat=True))]
+    return [
+        (f"{pytorch}.weight", f"{ours}/kernel", Linear(in_axes)),
+        (f"{pytorch}.bias", f"{ours}/bias", Array(flat=True)),
+    ]
 
 
 def _norm(pytorch: str, ours: str) -> list[Entry]:
@@ -63,10 +65,14 @@ def _norm(pytorch: str, ours: str) -> list[Entry]:
 
 
 def _stack(pytorch: str, ours: str) -> list[Entry]:
-    return [*_norm(f"{pytorch}.norm1", f"{ours}/norm1"), *_linear(f"{pytorch}.attn.qkv", f"{ours}/attn/qkv"),
-            *_linear(f"{pytorch}.attn.proj", f"{ours}/attn/proj", in_axes=2),
-            *_norm(f"{pytorch}.norm2", f"{ours}/norm2"), *_linear(f"{pytorch}.mlp.fc1", f"{ours}/mlp/fc1"),
-            *_linear(f"{pytorch}.mlp.fc2", f"{ours}/mlp/fc2")]
+    return [
+        *_norm(f"{pytorch}.norm1", f"{ours}/norm1"),
+        *_linear(f"{pytorch}.attn.qkv", f"{ours}/attn/qkv"),
+        *_linear(f"{pytorch}.attn.proj", f"{ours}/attn/proj", in_axes=2),
+        *_norm(f"{pytorch}.norm2", f"{ours}/norm2"),
+        *_linear(f"{pytorch}.mlp.fc1", f"{ours}/mlp/fc1"),
+        *_linear(f"{pytorch}.mlp.fc2", f"{ours}/mlp/fc2"),
+    ]
 
 
 _DENOISER, _NET = "head/denoiser", "diffloss.net"
@@ -100,7 +106,8 @@ MAR_TABLE: tuple[Entry, ...] = (
 def is_known(name: str, table: tuple[Entry, ...] = MAR_TABLE) -> bool:
     """Whether the table has a PyTorch name."""
     return re.sub(r"\.\d+\.", ".{i}.", name, count=1) in {entry[0] for entry in table} or name in {
-        entry[0] for entry in table}
+        entry[0] for entry in table
+    }
 
 
 def to_marjax(state_dict: Mapping[str, np.ndarray], abstract: Any, table: tuple[Entry, ...] = MAR_TABLE) -> Any:

@@ -64,9 +64,11 @@ class Foreign(Refused):
         self.path = path
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        raise UserError(f"{self.path} asks for {shortened(self.name, 120)!r} where a tensor was expected, which is not "
-                        f"among the names that a file of weights needs, so nothing of it was run: save its weights as "
-                        f"a plain dict of tensors")
+        raise UserError(
+            f"{self.path} asks for {shortened(self.name, 120)!r} where a tensor was expected, which is not "
+            f"among the names that a file of weights needs, so nothing of it was run: save its weights as "
+            f"a plain dict of tensors"
+        )
 
 
 def read(path: str | os.PathLike[str], budget: Budget | None = None) -> Any:
@@ -99,12 +101,17 @@ def read(path: str | os.PathLike[str], budget: Budget | None = None) -> Any:
             content = (_read_zip if start == b"PK\x03\x04" else _read_legacy)(file, path, size, foreign, budget)
         if names:
             shown = [shortened(name) for name in names][:_SHOWN] + ["others"] * (len(names) > _SHOWN)
-            _log.warning("%s holds objects besides its tensors (%s): they are ignored, and nothing of them was run",
-                         path, ", ".join(shown))
+            _log.warning(
+                "%s holds objects besides its tensors (%s): they are ignored, and nothing of them was run",
+                path,
+                ", ".join(shown),
+            )
         return content
     except PickleError as error:
-        raise UserError(f"{path} cannot be read as a PyTorch file: its pickle {error}. If you trust its source, "
-                        f"{AGAIN}, or save its weights there as a plain dict of tensors") from None
+        raise UserError(
+            f"{path} cannot be read as a PyTorch file: its pickle {error}. If you trust its source, "
+            f"{AGAIN}, or save its weights there as a plain dict of tensors"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file that can") from None
     except MemoryError:
@@ -132,8 +139,10 @@ class _Region:
             raise UserError(f"{self.path} became shorter while it was read: {AGAIN}")
         if whole:
             if zlib.crc32(data.data) != self.crc:
-                raise UserError(f"{self.path} is damaged: the checksum of the {self.size} bytes at {self.start} is "
-                                f"wrong: {AGAIN} (or save it with torch.serialization.set_crc32_options(True))")
+                raise UserError(
+                    f"{self.path} is damaged: the checksum of the {self.size} bytes at {self.start} is "
+                    f"wrong: {AGAIN} (or save it with torch.serialization.set_crc32_options(True))"
+                )
             self.crc = None
             if (first, last) != (0, self.size):
                 data = data[first:last].copy()  # so that the rest can go
@@ -159,8 +168,10 @@ def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], For
     budget.spend(len(members))
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UserError(f"{path} is a zip file with {len(pickles)} members data.pkl (of {len(members)}), so torch.save "
-                        f"has not written it: give a PyTorch checkpoint or a safetensors file")
+        raise UserError(
+            f"{path} is a zip file with {len(pickles)} members data.pkl (of {len(members)}), so torch.save "
+            f"has not written it: give a PyTorch checkpoint or a safetensors file"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     order = b"little"
     if (place := members.get(f"{folder}byteorder")) is not None:
@@ -173,8 +184,9 @@ def _read_zip(file: BinaryIO, path: str, size: int, foreign: Callable[[str], For
             raise PickleError(f"refers to the storage {shortened(key)!r}, which the file does not have")
         region = members[f"{folder}data/{key}"]
         if numel * dtype.itemsize != region.size:
-            raise PickleError(f"says that storage {shortened(key)!r} has {numel} elements of {dtype}, but it has "
-                              f"{region.size} bytes")
+            raise PickleError(
+                f"says that storage {shortened(key)!r} has {numel} elements of {dtype}, but it has {region.size} bytes"
+            )
         return _Storage(region, dtype, 0, numel, order == b"big")
 
     region = members[pickles[0]]
@@ -210,16 +222,20 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
     except Exception:  # a damaged zip file raises almost anything
         entries = None
     if entries is None:
-        raise UserError(f"{path} begins as a PyTorch file, but its end is missing or damaged (it has {size} bytes): "
-                        f"the download was probably interrupted, {AGAIN}")
+        raise UserError(
+            f"{path} begins as a PyTorch file, but its end is missing or damaged (it has {size} bytes): "
+            f"the download was probably interrupted, {AGAIN}"
+        )
     members: dict[str, _Region] = {}
     ranges = []
     for entry in entries:
         name = entry.filename
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-            raise UserError(f"{path} has a compressed or encrypted member {shortened(name)!r}, which torch.save does "
-                            f"not write: give the file as it was published, or unpack it first if it was zipped once "
-                            f"more")
+            raise UserError(
+                f"{path} has a compressed or encrypted member {shortened(name)!r}, which torch.save does "
+                f"not write: give the file as it was published, or unpack it first if it was zipped once "
+                f"more"
+            )
         file.seek(entry.header_offset)
         header = file.read(_LOCAL_HEADER.size)
         start = end = size + 1
@@ -229,15 +245,17 @@ def _members(file: BinaryIO, path: str, size: int) -> dict[str, _Region]:
                 start = entry.header_offset + _LOCAL_HEADER.size + name_size + extra_size
                 end = start + entry.file_size
         if end > directory or name in members:
-            raise UserError(f"{path} is damaged: its member {shortened(name)!r} is there twice or lies outside of "
-                            f"the file: {AGAIN}")
+            raise UserError(
+                f"{path} is damaged: its member {shortened(name)!r} is there twice or lies outside of the file: {AGAIN}"
+            )
         members[name] = _Region(path, start, entry.file_size, entry.CRC)
         ranges.append((entry.header_offset, end, name))
     ranges.sort()
     for (_, end, name), (following, _, other) in itertools.pairwise(ranges):
         if following < end:
-            raise UserError(f"{path} is damaged: its members {shortened(name)!r} and {shortened(other)!r} overlap: "
-                            f"{AGAIN}")
+            raise UserError(
+                f"{path} is damaged: its members {shortened(name)!r} and {shortened(other)!r} overlap: {AGAIN}"
+            )
     return members
 
 
@@ -253,8 +271,10 @@ def _read_legacy(file: BinaryIO, path: str, size: int, foreign: Callable[[str], 
     except PickleError:
         magic = None
     if magic != _MAGIC:
-        raise UserError(f"{path} is no PyTorch file (it begins with neither of the two formats of torch.save): give a "
-                        f"PyTorch checkpoint or a safetensors file")
+        raise UserError(
+            f"{path} is no PyTorch file (it begins with neither of the two formats of torch.save): give a "
+            f"PyTorch checkpoint or a safetensors file"
+        )
     if plain() != _PROTOCOL:
         raise UserError(f"{path} has another version of PyTorch's older format than {_PROTOCOL}: {AGAIN}")
     system = plain()
@@ -275,19 +295,25 @@ def _read_legacy(file: BinaryIO, path: str, size: int, foreign: Callable[[str], 
 
     content = unpickle.load(file, _KNOWN, _BUILDERS, _persistent(storage, size), refused=foreign, budget=budget)
     keys = plain()
-    if (type(keys) is not list or not all(isinstance(key, str) and len(key) <= _MAX_KEY for key in keys)
-            or sorted(keys) != sorted(roots)):
+    if (
+        type(keys) is not list
+        or not all(isinstance(key, str) and len(key) <= _MAX_KEY for key in keys)
+        or sorted(keys) != sorted(roots)
+    ):
         raise PickleError("does not refer to the storages that the file lists")
     for key in keys:
         region, dtype, numel = roots[key]
         count = file.read(8)
         region.start, region.size = file.tell(), numel * dtype.itemsize
         if len(count) < 8 or region.start + region.size > size:
-            raise UserError(f"{path} ends in the middle of its weights (it has {size} bytes, and needs "
-                            f"{region.start + region.size} or more): the download was probably interrupted, {AGAIN}")
+            raise UserError(
+                f"{path} ends in the middle of its weights (it has {size} bytes, and needs "
+                f"{region.start + region.size} or more): the download was probably interrupted, {AGAIN}"
+            )
         if int.from_bytes(count, "little" if system["little_endian"] else "big") != numel:
-            raise UserError(f"{path} is damaged: the storage {shortened(key)!r} has another size than its tensors say: "
-                            f"{AGAIN}")
+            raise UserError(
+                f"{path} is damaged: the storage {shortened(key)!r} has another size than its tensors say: {AGAIN}"
+            )
         file.seek(region.start + region.size)
     return content
 
@@ -316,12 +342,18 @@ def _persistent(storage: Callable[[np.dtype, str, int, Any], _Storage], file_siz
         if type(pid) is not tuple or len(pid) not in (5, 6) or not _is_text(pid[0], "storage"):
             raise PickleError("is damaged (it refers to something that is no storage)")
         _, dtype, key, _, numel, *view = pid
-        if (not isinstance(dtype, _StorageType) or not isinstance(key, str) or len(key) > _MAX_KEY
-                or not _are_sizes([numel])):
+        if (
+            not isinstance(dtype, _StorageType)
+            or not isinstance(key, str)
+            or len(key) > _MAX_KEY
+            or not _are_sizes([numel])
+        ):
             raise PickleError("is damaged (it describes a storage in another way than torch.save)")
         if numel * dtype.dtype.itemsize > file_size:
-            raise PickleError(f"says that the storage {shortened(key)!r} has {numel} elements, which the file of "
-                              f"{file_size} bytes cannot hold: it is cut short or hostile")
+            raise PickleError(
+                f"says that the storage {shortened(key)!r} has {numel} elements, which the file of "
+                f"{file_size} bytes cannot hold: it is cut short or hostile"
+            )
         return storage(dtype.dtype, key, numel, view[0] if view else None)
 
     return load
@@ -334,8 +366,14 @@ class _StorageType:
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None = None) -> Tensor:
     """A view of a storage, checked against its bounds; `dtype` is given for untyped storages."""
-    if (not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple
-            or len(shape) != len(strides) or len(shape) > MAX_DIMS or not _are_sizes((offset, *shape, *strides))):
+    if (
+        not isinstance(storage, _Storage)
+        or type(shape) is not tuple
+        or type(strides) is not tuple
+        or len(shape) != len(strides)
+        or len(shape) > MAX_DIMS
+        or not _are_sizes((offset, *shape, *strides))
+    ):
         raise PickleError("is damaged (it describes a tensor in another way than torch.save)")
     itemsize, numel = storage.dtype.itemsize, storage.numel
     if dtype is not None and dtype != storage.dtype:
@@ -346,8 +384,10 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtyp
     size = math.prod(shape)
     end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if size else offset
     if end > numel or (size > numel and size > _MAX_EXPANDED):
-        raise PickleError(f"has a tensor of shape {shape} with strides {strides} from element {offset} on, which does "
-                          f"not fit its storage of {numel} elements: it is damaged or hostile")
+        raise PickleError(
+            f"has a tensor of shape {shape} with strides {strides} from element {offset} on, which does "
+            f"not fit its storage of {numel} elements: it is damaged or hostile"
+        )
     first = storage.offset * storage.dtype.itemsize + offset * itemsize
 
     def load() -> np.ndarray:
@@ -356,8 +396,10 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtyp
         try:
             return view()
         except MemoryError:
-            raise UserError(f"{storage.region.path} needs more memory than there is, for a tensor of shape {shape}: "
-                            f"use a machine with more") from None
+            raise UserError(
+                f"{storage.region.path} needs more memory than there is, for a tensor of shape {shape}: "
+                f"use a machine with more"
+            ) from None
 
     def view() -> np.ndarray:
         data = storage.region.read(first, first + (end - offset) * itemsize)
@@ -376,14 +418,23 @@ def _rebuild_v1(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     return _rebuild(storage, offset, shape, strides)
 
 
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any,
-                metadata: Any = None) -> Tensor:
+def _rebuild_v2(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> Tensor:
     del requires_grad, hooks, metadata
     return _rebuild(storage, offset, shape, strides)
 
 
-def _rebuild_v3(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any,
-                metadata: Any = None) -> Tensor:
+def _rebuild_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor:
     del requires_grad, hooks, metadata
     if not isinstance(dtype, np.dtype):
         raise PickleError("is damaged (a tensor without a dtype)")
@@ -441,8 +492,10 @@ class _NumpyType:
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
         del align, copy
         if not _is_text(code, "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-            raise PickleError(f"asks for the NumPy type {code[:40] if isinstance(code, str) else type(code).__name__!r}"
-                              f", which is refused")
+            raise PickleError(
+                f"asks for the NumPy type {code[:40] if isinstance(code, str) else type(code).__name__!r}"
+                f", which is refused"
+            )
         self.dtype = np.dtype(f"<{code}")
 
     def build(self, state: Any) -> None:
@@ -475,20 +528,53 @@ def _namespace() -> argparse.Namespace:
 
 
 _DTYPES: Mapping[str, Any] = {
-    "float64": np.float64, "double": np.float64, "float32": np.float32, "float": np.float32, "float16": np.float16,
-    "half": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8, "int16": np.int16, "short": np.int16,
-    "int32": np.int32, "int": np.int32, "int64": np.int64, "long": np.int64, "uint8": np.uint8, "uint16": np.uint16,
-    "uint32": np.uint32, "uint64": np.uint64, "bool": np.bool_, "complex64": np.complex64, "complex128": np.complex128,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+    "float64": np.float64,
+    "double": np.float64,
+    "float32": np.float32,
+    "float": np.float32,
+    "float16": np.float16,
+    "half": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int8": np.int8,
+    "int16": np.int16,
+    "short": np.int16,
+    "int32": np.int32,
+    "int": np.int32,
+    "int64": np.int64,
+    "long": np.int64,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
 _STORAGES: Mapping[str, Any] = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
-    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_, "ComplexFloatStorage": np.complex64,
-    "ComplexDoubleStorage": np.complex128, "UntypedStorage": np.uint8}
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
+    "UntypedStorage": np.uint8,
+}
 
 _REBUILD: Mapping[str, Callable[..., Tensor]] = {
-    "_rebuild_tensor": _rebuild_v1, "_rebuild_tensor_v2": _rebuild_v2, "_rebuild_tensor_v3": _rebuild_v3,
-    "_rebuild_parameter": _parameter, "_rebuild_parameter_with_state": _parameter_with_state}
+    "_rebuild_tensor": _rebuild_v1,
+    "_rebuild_tensor_v2": _rebuild_v2,
+    "_rebuild_tensor_v3": _rebuild_v3,
+    "_rebuild_parameter": _parameter,
+    "_rebuild_parameter_with_state": _parameter_with_state,
+}
 
 # Python 2 and old versions of NumPy and Lightning are there because the public LDM checkpoints name them.
 _KNOWN: Mapping[tuple[str, str], Any] = {
@@ -500,8 +586,11 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     **{("torch._utils", name): Function(call) for name, call in _REBUILD.items()},
     ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
     **{("torch", name): np.dtype(kind) for name, kind in _DTYPES.items()},
-    **{(module, name): _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()
-       for module in ("torch", "torch.cuda", "torch.storage")},
+    **{
+        (module, name): _StorageType(np.dtype(kind))
+        for name, kind in _STORAGES.items()
+        for module in ("torch", "torch.cuda", "torch.storage")
+    },
     ("numpy", "dtype"): Function(_NumpyType),
     ("numpy.core.multiarray", "scalar"): Function(_numpy_scalar),
     ("numpy._core.multiarray", "scalar"): Function(_numpy_scalar),
@@ -517,4 +606,7 @@ def _ignore_attributes(content: dict[Any, Any], state: Any) -> None:
 
 
 _BUILDERS: Mapping[type, Callable[[Any, Any], None]] = {
-    argparse.Namespace: _set_attributes, dict: _ignore_attributes, _NumpyType: _NumpyType.build}
+    argparse.Namespace: _set_attributes,
+    dict: _ignore_attributes,
+    _NumpyType: _NumpyType.build,
+}

@@ -22,10 +22,30 @@ _MAX_NAME = 1000  # characters of a key, or of the name of a class
 _MAX_KEY = 1 << 16  # integers that are keys stay below, so that they cannot be chosen to collide
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset((
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-    "BINBYTES8", "BYTEARRAY8"))
+_LITERALS = frozenset(
+    (
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    )
+)
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _ABSENT = object()
 
@@ -71,14 +91,21 @@ class Budget:
     def read(self, size: int) -> None:
         """Counts bytes of strings. Raises PickleError: they are too many."""
         if size > self.strings:
-            raise PickleError(f"holds a string of {size} bytes, of at most {MAX_STRING} in all, so it is no list of "
-                              f"tensors")
+            raise PickleError(
+                f"holds a string of {size} bytes, of at most {MAX_STRING} in all, so it is no list of tensors"
+            )
         self.strings -= max(0, size)
 
 
-def load(file: BinaryIO, known: Mapping[tuple[str, str], Any], builders: Mapping[type, Callable[[Any, Any], None]],
-         persistent: Callable[[Any], Any], *, refused: Callable[[str], Refused] = Refused,
-         budget: Budget | None = None) -> Any:
+def load(
+    file: BinaryIO,
+    known: Mapping[tuple[str, str], Any],
+    builders: Mapping[type, Callable[[Any, Any], None]],
+    persistent: Callable[[Any], Any],
+    *,
+    refused: Callable[[str], Refused] = Refused,
+    budget: Budget | None = None,
+) -> Any:
     """The object of the pickle at the file's position, which then is behind it.
 
     Dicts, lists, tuples, strings, bytes, numbers, booleans and None are what they are. A key that is neither a string
@@ -133,8 +160,14 @@ class _Bounded:
 class _Machine:
     """The pickle machine: a stack, the stacks below each mark, and a memo."""
 
-    def __init__(self, known: Mapping[tuple[str, str], Any], builders: Mapping[type, Callable[[Any, Any], None]],
-                 persistent: Callable[[Any], Any], refused: Callable[[str], Refused], budget: Budget) -> None:
+    def __init__(
+        self,
+        known: Mapping[tuple[str, str], Any],
+        builders: Mapping[type, Callable[[Any, Any], None]],
+        persistent: Callable[[Any], Any],
+        refused: Callable[[str], Refused],
+        budget: Budget,
+    ) -> None:
         self.known, self.builders, self.persistent = known, builders, persistent
         self.refused, self.budget = refused, budget
         self.stack: list[Any] = []
@@ -322,8 +355,10 @@ def as_dict(items: list[Any], refused: Callable[[str], Refused] = Refused) -> di
     """
     if len(items) % 2:
         raise PickleError("is damaged (a dict with a key that has no value)")
-    return {key if _is_key(key) else refused(f"builtins.{type(key).__name__}"): value
-            for key, value in zip(items[::2], items[1::2], strict=True)}
+    return {
+        key if _is_key(key) else refused(f"builtins.{type(key).__name__}"): value
+        for key, value in zip(items[::2], items[1::2], strict=True)
+    }
 
 
 def _is_key(key: Any) -> bool:

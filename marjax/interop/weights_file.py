@@ -21,7 +21,7 @@ from marjax.paths import takes_paths
 
 _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file that it points to: run git lfs pull in its "
-                                "repository, or download the file itself",
+    "repository, or download the file itself",
     b"\x1f\x8b": "is compressed by gzip: unpack it first",
     b"\x93NUMPY": "is a NumPy array: give a PyTorch checkpoint or a safetensors file",
     b"\x89HDF": "is an HDF5 file: give a PyTorch checkpoint or a safetensors file",
@@ -29,9 +29,21 @@ _BEGINNINGS = {
 }
 _MAX_HEADER = 10_000_000  # bytes of a safetensors file's header; 100 or so a tensor
 _SAFETENSORS_TYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-    "U64": np.uint64, "I32": np.int32, "U32": np.uint32, "I16": np.int16, "U16": np.uint16, "I8": np.int8,
-    "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64}
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "U64": np.uint64,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +85,8 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
             shard = _read(path, budget)
             sizes.append(shard.size or 0)
             if not isinstance(shard.content, dict) or not all(
-                    isinstance(name, str) and isinstance(each, Tensor) for name, each in shard.content.items()):
+                isinstance(name, str) and isinstance(each, Tensor) for name, each in shard.content.items()
+            ):
                 raise UserError(f"{path} holds something else than tensors by name, so it is no shard: {AGAIN}")
             return shard.content
 
@@ -100,16 +113,20 @@ def _read(path: str, budget: Budget) -> WeightsFile:
     if start[257:262] == b"ustar":
         raise UserError(f"{path} is a tar archive: unpack it first")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise UserError(f"{path} is a web page, not a checkpoint: the link leads to a page with a download button, or "
-                        f"to an error; download the file itself (of Dropbox, with dl=1 at the link's end)")
+        raise UserError(
+            f"{path} is a web page, not a checkpoint: the link leads to a page with a download button, or "
+            f"to an error; download the file itself (of Dropbox, with dl=1 at the link's end)"
+        )
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
         return _read_safetensors(path, size)
     if start[0] in b"P\x80":
         return WeightsFile(pytorch.read(path, budget), None, size)
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
         raise UserError(f"{path} is a text, not a checkpoint (it begins with {start[:60].decode()!r}): {AGAIN}")
-    raise UserError(f"{path} is neither a PyTorch checkpoint nor a safetensors file (it begins with the bytes "
-                    f"{start[:8].hex(' ')}): give one of these, or {AGAIN}")
+    raise UserError(
+        f"{path} is neither a PyTorch checkpoint nor a safetensors file (it begins with the bytes "
+        f"{start[:8].hex(' ')}): give one of these, or {AGAIN}"
+    )
 
 
 def _read_safetensors(path: str, size: int) -> WeightsFile:
@@ -119,11 +136,15 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
         for name in handle.keys():  # noqa: SIM118 - it is no dict
             each = handle.get_slice(name)
             if len(each.get_shape()) > pytorch.MAX_DIMS:
-                raise UserError(f"{path} has a tensor {shortened(name)!r} of {len(each.get_shape())} dimensions, of at "
-                                f"most {pytorch.MAX_DIMS}: it is damaged or hostile")
+                raise UserError(
+                    f"{path} has a tensor {shortened(name)!r} of {len(each.get_shape())} dimensions, of at "
+                    f"most {pytorch.MAX_DIMS}: it is damaged or hostile"
+                )
             if each.get_dtype() not in _SAFETENSORS_TYPES:
-                raise UserError(f"{path} has a tensor {shortened(name)!r} of type {each.get_dtype()}, which this "
-                                f"program cannot read: convert it to float32 or bfloat16 first")
+                raise UserError(
+                    f"{path} has a tensor {shortened(name)!r} of type {each.get_dtype()}, which this "
+                    f"program cannot read: convert it to float32 or bfloat16 first"
+                )
 
             def load(name: str = name) -> np.ndarray:
                 return handle.get_tensor(name)
@@ -133,5 +154,7 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # what its Rust code raises is not documented
-        raise UserError(f"{path} begins as a safetensors file, but is damaged or cut short ({first_line(error)[:120]}; "
-                        f"it has {size} bytes): {AGAIN}") from None
+        raise UserError(
+            f"{path} begins as a safetensors file, but is damaged or cut short ({first_line(error)[:120]}; "
+            f"it has {size} bytes): {AGAIN}"
+        ) from None

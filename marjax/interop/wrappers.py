@@ -21,23 +21,56 @@ from marjax.interop.weights_file import WeightsFile
 
 # Modules around a module: DistributedDataParallel and AveragedModel, torch.compile, FSDP and activation checkpointing
 # of PyTorch and of fairscale, Lightning's DeepSpeed. They add a part to names, anywhere.
-WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module",
-                      "_forward_module"))
+WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module")
+)
 # Last parts of names that are no weights: counters of averages and of BatchNorm, what profilers and layers keep, and
 # how the codes of a VQ network were averaged.
-IGNORED = frozenset(("n_averaged", "initted", "step", "num_updates", "decay", "num_batches_tracked", "total_ops",
-                     "total_params", "_extra_state", "_metadata", "position_ids", "cluster_size", "embed_avg",
-                     "embed_prob", "colorize", "scale_factor"))
+IGNORED = frozenset(
+    (
+        "n_averaged",
+        "initted",
+        "step",
+        "num_updates",
+        "decay",
+        "num_batches_tracked",
+        "total_ops",
+        "total_params",
+        "_extra_state",
+        "_metadata",
+        "position_ids",
+        "cluster_size",
+        "embed_avg",
+        "embed_prob",
+        "colorize",
+        "scale_factor",
+    )
+)
 # Words in keys and prefixes ("model_ema", "ema_model.", "shadow_params") that tell an average from live weights.
 _AVERAGE = re.compile(r"emas?\d*|emamodel|modelema|shadow|averaged|averages?|swa|polyak")
 _CONTAINERS = frozenset(("model", "module", "net", "network", "state", "dict", "params", "parameters", "weights"))
 _LIVE = frozenset(("online", "live", "student"))
 # Not weights, whatever their names.
-_OTHERS = re.compile(r"optimizer|exp_avg|discriminator|"
-                     r"(^|_)(optim|opt|sched|scheduler|lr|grads?|moments?|momentum|scaler|loss|losses|metrics?)(_|$)")
+_OTHERS = re.compile(
+    r"optimizer|exp_avg|discriminator|"
+    r"(^|_)(optim|opt|sched|scheduler|lr|grads?|moments?|momentum|scaler|loss|losses|metrics?)(_|$)"
+)
 # The likelier place first; others come last, in the order of the file.
-_KEYS = ("", "model", "state_dict", "model_state_dict", "module", "model_ema", "ema", "ema_state_dict",
-         "state_dict_ema", "ema_model", "ema_params", "params_ema", "shadow_params")
+_KEYS = (
+    "",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "state_dict_ema",
+    "ema_model",
+    "ema_params",
+    "params_ema",
+    "shadow_params",
+)
 _PREFIXES = ("", "model.", "net.", "first_stage_model.", "vae.", "autoencoder.", "model_ema.", "ema_model.", "ema.")
 _MAX_DEPTH, _MAX_VISITS, _MAX_SETS = 5, 4, 50
 _SLACK = 1 << 26  # bytes
@@ -64,9 +97,14 @@ class Weights:
     problem: str = ""
 
 
-def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[str], *,
-           weights: str | None = None, what: str = "a checkpoint with 'model_ema' and 'model' as the reference's, "
-           "'state_dict', or tensors by name") -> Weights:
+def choose(
+    file: WeightsFile,
+    anchors: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    what: str = "a checkpoint with 'model_ema' and 'model' as the reference's, 'state_dict', or tensors by name",
+) -> Weights:
     """The weights of a file: by default the EMA weights where there are several sets.
 
     Args:
@@ -98,8 +136,10 @@ def choose(file: WeightsFile, anchors: Sequence[str], path: str | os.PathLike[st
         raise UserError(f"{path}: {chosen.problem}")
     for name, each in chosen.refused.items():
         if "." in name:  # else it is beside the weights of a bare state dict, or is found to be missing
-            raise UserError(f"{path}: the weight {shortened(name)} is an object of {shortened(each.name)}, which is "
-                            f"refused, and nothing of it was run: save its weights as a plain dict of tensors")
+            raise UserError(
+                f"{path}: the weight {shortened(name)} is an object of {shortened(each.name)}, which is "
+                f"refused, and nothing of it was run: save its weights as a plain dict of tensors"
+            )
     return chosen
 
 
@@ -112,13 +152,16 @@ def check_size(weights: Weights, file: WeightsFile, path: str | os.PathLike[str]
     """
     needed = sum(math.prod(each.shape) * each.dtype.itemsize for each in weights.tensors.values())
     if file.size is not None and needed > 2 * file.size + _SLACK:
-        raise UserError(f"{path} says that its weights have {needed} bytes, but it has {file.size}: it is damaged or "
-                        f"hostile")
+        raise UserError(
+            f"{path} says that its weights have {needed} bytes, but it has {file.size}: it is damaged or hostile"
+        )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     widened = sum(math.prod(each.shape) * 4 for each in weights.tensors.values())
     if widened > memory:
-        raise UserError(f"{path} has weights of {widened} bytes in float32, and this machine {memory} bytes of memory: "
-                        f"use a larger one, or get the file again if it should be smaller")
+        raise UserError(
+            f"{path} has weights of {widened} bytes in float32, and this machine {memory} bytes of memory: "
+            f"use a larger one, or get the file again if it should be smaller"
+        )
 
 
 def find(content: Any, anchors: Sequence[str]) -> list[Weights]:
@@ -127,27 +170,45 @@ def find(content: Any, anchors: Sequence[str]) -> list[Weights]:
     ranked: list[tuple[tuple[int, int], Weights]] = []
     for keys, node in places:
         if isinstance(node, dict):
-            ranked += [((_rank(_KEYS, "/".join(keys)), _rank(_PREFIXES, prefix)), each)
-                       for prefix, each in _sets(keys, node, anchors)]
+            ranked += [
+                ((_rank(_KEYS, "/".join(keys)), _rank(_PREFIXES, prefix)), each)
+                for prefix, each in _sets(keys, node, anchors)
+            ]
     if not ranked:
         # Other weights: whoever asked says what is missing.
-        return [Weights("/".join(keys), _is_ema(keys), *_entries(_plain(node)[0])) for keys, node in places
-                if isinstance(node, dict)][:1]
+        return [
+            Weights("/".join(keys), _is_ema(keys), *_entries(_plain(node)[0]))
+            for keys, node in places
+            if isinstance(node, dict)
+        ][:1]
     found = [each for _, each in sorted(ranked, key=lambda each: each[0])]
     live = next((each for each in found if not each.is_ema), None)
-    lists = (_of_list("/".join(keys), node, live) for keys, node in places
-             if isinstance(node, list | tuple) and _is_ema(keys))
+    lists = (
+        _of_list("/".join(keys), node, live)
+        for keys, node in places
+        if isinstance(node, list | tuple) and _is_ema(keys)
+    )
     return found + [each for each in lists if each is not None] + _refused_averages(content)
 
 
 def _refused_averages(content: Any) -> list[Weights]:
     """Averages that are an object, such as a whole module."""
-    return [Weights(shortened(key), True, {}, {}, f"its EMA weights ({shortened(key)}) are an object of "
-                    f"{shortened(each.name)}, which is refused: give --weights raw, or save its state_dict() where it "
-                    f"can be loaded")
-            for key, each in (content.items() if isinstance(content, dict) else ())
-            if isinstance(each, Refused) and isinstance(key, str) and _is_ema([key])
-            and all(_AVERAGE.fullmatch(word) or word in _CONTAINERS for word in _words(key))]
+    return [
+        Weights(
+            shortened(key),
+            True,
+            {},
+            {},
+            f"its EMA weights ({shortened(key)}) are an object of "
+            f"{shortened(each.name)}, which is refused: give --weights raw, or save its state_dict() where it "
+            f"can be loaded",
+        )
+        for key, each in (content.items() if isinstance(content, dict) else ())
+        if isinstance(each, Refused)
+        and isinstance(key, str)
+        and _is_ema([key])
+        and all(_AVERAGE.fullmatch(word) or word in _CONTAINERS for word in _words(key))
+    ]
 
 
 def _places_of(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -162,20 +223,30 @@ def _places_of(content: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
                 continue
             items = list(node.items() if isinstance(node, dict) else enumerate(node))
             kinds = {Tensor if isinstance(each, Tensor) else None for _, each in items}
-            if Tensor in kinds and (isinstance(node, dict) or len(kinds) == 1) and (
-                    not any(map(_OTHERS.search, keys)) or _is_ema(keys)):
+            if (
+                Tensor in kinds
+                and (isinstance(node, dict) or len(kinds) == 1)
+                and (not any(map(_OTHERS.search, keys)) or _is_ema(keys))
+            ):
                 yield keys, node
             if visits[id(node)] == 1:
-                following += [((*keys, shortened(str(key))), each) for key, each in items
-                              if isinstance(each, dict | list | tuple) and isinstance(key, str | int)]
+                following += [
+                    ((*keys, shortened(str(key))), each)
+                    for key, each in items
+                    if isinstance(each, dict | list | tuple) and isinstance(key, str | int)
+                ]
         level = following
 
 
 def _sets(keys: tuple[str, ...], node: Mapping[Any, Any], anchors: Sequence[str]) -> Iterator[tuple[str, Weights]]:
     """(prefix, weights) of the sets in one dict."""
     names, clashes = _plain(node)
-    found = {name.removesuffix(anchor) for name in names for anchor in anchors
-             if name == anchor or name.endswith(f".{anchor}")}
+    found = {
+        name.removesuffix(anchor)
+        for name in names
+        for anchor in anchors
+        if name == anchor or name.endswith(f".{anchor}")
+    }
     found = set(sorted(found, key=lambda each: (_rank(_PREFIXES, each), len(each), each))[:_MAX_SETS])
     longest = sorted(found, key=len, reverse=True)
     entries: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
@@ -185,8 +256,14 @@ def _sets(keys: tuple[str, ...], node: Mapping[Any, Any], anchors: Sequence[str]
             entries[prefix][name.removeprefix(prefix)] = value
     for prefix in sorted(found):
         place = "/".join((*keys, *([f"{prefix}*"] if prefix else [])))
-        problem = next((f"{first} and {second} are one name without wrappers" for first, second, plain in clashes
-                        if plain.startswith(prefix)), "")
+        problem = next(
+            (
+                f"{first} and {second} are one name without wrappers"
+                for first, second, plain in clashes
+                if plain.startswith(prefix)
+            ),
+            "",
+        )
         flat = _flat_average(names, prefix, entries[prefix])
         if flat:
             for name in [name for name in entries[prefix] if name.startswith("model_ema.")]:
@@ -197,8 +274,11 @@ def _sets(keys: tuple[str, ...], node: Mapping[Any, Any], anchors: Sequence[str]
 
 def _flat_average(names: Mapping[str, Any], prefix: str, live: Mapping[str, Any]) -> dict[str, Tensor]:
     """LDM's LitEma: an average under model_ema, by names without their dots."""
-    flat = {name.removeprefix("model_ema."): value for name, value in names.items()
-            if name.startswith("model_ema.") and isinstance(value, Tensor)}
+    flat = {
+        name.removeprefix("model_ema."): value
+        for name, value in names.items()
+        if name.startswith("model_ema.") and isinstance(value, Tensor)
+    }
     if prefix.startswith("model_ema.") or not flat:
         return {}
     for start in ("", prefix):
@@ -211,8 +291,13 @@ def _flat_average(names: Mapping[str, Any], prefix: str, live: Mapping[str, Any]
 def _of_list(where: str, values: Sequence[Tensor], live: Weights | None) -> Weights | None:
     """An average that is a list, in the order of the live weights' parameters; None for a list of something else."""
     if live is None:
-        return Weights(where, True, {}, {}, f"its EMA weights are a list ({where}), without names: give a file with "
-                                            f"the live weights beside them")
+        return Weights(
+            where,
+            True,
+            {},
+            {},
+            f"its EMA weights are a list ({where}), without names: give a file with the live weights beside them",
+        )
     found: dict[str, Tensor] = {}
     names = [name for name, each in live.tensors.items() if each.dtype.kind not in "iub"]
     for name in names:  # some are buffers, which the list leaves out; a weight that then has none is found missing
@@ -222,8 +307,14 @@ def _of_list(where: str, values: Sequence[Tensor], live: Weights | None) -> Weig
         return Weights(where, True, found)
     if 2 * len(values) < len(names):
         return None
-    return Weights(where, True, {}, {}, f"its EMA weights are a list of {len(values)} tensors ({where}), which do not "
-                                        f"match the {len(names)} of {live.where or 'the others'}: give --weights raw")
+    return Weights(
+        where,
+        True,
+        {},
+        {},
+        f"its EMA weights are a list of {len(values)} tensors ({where}), which do not "
+        f"match the {len(names)} of {live.where or 'the others'}: give --weights raw",
+    )
 
 
 def _plain(node: Mapping[Any, Any]) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
@@ -243,8 +334,10 @@ def _plain(node: Mapping[Any, Any]) -> tuple[dict[str, Any], list[tuple[str, str
 def _entries(entries: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Refused]]:
     """The tensors, and what was refused in place of one."""
     kept = {name: value for name, value in entries.items() if name.rpartition(".")[2] not in IGNORED}
-    return ({name: value for name, value in kept.items() if isinstance(value, Tensor)},
-            {name: value for name, value in kept.items() if isinstance(value, Refused)})
+    return (
+        {name: value for name, value in kept.items() if isinstance(value, Tensor)},
+        {name: value for name, value in kept.items() if isinstance(value, Refused)},
+    )
 
 
 def _is_ema(keys: Sequence[str]) -> bool:
@@ -270,7 +363,9 @@ def _whole(content: Any) -> str:
     for _ in range(3):
         for each in level:
             if isinstance(each, Refused):
-                return (f"; it has an object of {shortened(each.name)}, which is refused: save its state_dict() where "
-                        f"it can be loaded")
+                return (
+                    f"; it has an object of {shortened(each.name)}, which is refused: save its state_dict() where "
+                    f"it can be loaded"
+                )
         level = [value for each in level if isinstance(each, dict) for value in each.values()][:1000]
     return ""

@@ -29,12 +29,20 @@ def check_loggers(log: ConfigDict, given: Sequence[Any] = ()) -> None:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"loggers is a {type(given).__name__}: give a list of loggers")
     for logger in given:
-        missing = [method for method in ("hparams", "text", "scalars", "image", "close")
-                   if not callable(getattr(logger, method, None))]
+        missing = [
+            method
+            for method in ("hparams", "text", "scalars", "image", "close")
+            if not callable(getattr(logger, method, None))
+        ]
         if missing or isinstance(logger, type):
-            raise UserError(f"loggers has {logger if isinstance(logger, type) else type(logger)}, "
-                            + ("a class: give an object" if isinstance(logger, type) else
-                               f"which has no {', '.join(missing)}: make it a subclass of marjax.loggers.Logger"))
+            raise UserError(
+                f"loggers has {logger if isinstance(logger, type) else type(logger)}, "
+                + (
+                    "a class: give an object"
+                    if isinstance(logger, type)
+                    else f"which has no {', '.join(missing)}: make it a subclass of marjax.loggers.Logger"
+                )
+            )
 
 
 def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequence[Logger] = ()) -> list[Guarded]:
@@ -55,8 +63,10 @@ def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequen
         except UserError:
             raise
         except Exception as error:
-            progress.note(f"{name} cannot be started ({type(error).__name__}: "
-                          f"{shortened(first_line(error, ''), 200)}); the run continues without it")
+            progress.note(
+                f"{name} cannot be started ({type(error).__name__}: "
+                f"{shortened(first_line(error, ''), 200)}); the run continues without it"
+            )
         else:
             opened.append(Guarded(logger, name))
     return opened

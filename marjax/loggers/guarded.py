@@ -55,6 +55,8 @@ class Guarded(Logger):
             getattr(self._logger, method)(*arguments)
         except Exception as error:
             if not self._failed:
-                progress.note(f"logger {self._name} failed in {method} ({type(error).__name__}: "
-                              f"{shortened(first_line(error, ''), 200)}); the run continues without it")
+                progress.note(
+                    f"logger {self._name} failed in {method} ({type(error).__name__}: "
+                    f"{shortened(first_line(error, ''), 200)}); the run continues without it"
+                )
             self._failed = True

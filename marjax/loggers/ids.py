@@ -17,8 +17,11 @@ FILE = "loggers.json"
 def read_id(workdir: str | os.PathLike[str], service: str) -> str | None:
     """The id that `keep_id` kept; None if there is none, or none that can be used."""
     found = _read(workdir).get(service)
-    usable = isinstance(found, str) and 0 < len(found) <= 64 and all(
-        each.isascii() and (each.isalnum() or each in "-_") for each in found)
+    usable = (
+        isinstance(found, str)
+        and 0 < len(found) <= 64
+        and all(each.isascii() and (each.isalnum() or each in "-_") for each in found)
+    )
     return found if usable else None
 
 

@@ -18,8 +18,8 @@ class MLflow(Logger):
 
     def __init__(self, uri: str, workdir: str | os.PathLike[str]) -> None:
         """Args:
-          uri: of the tracking server, such as http://HOST:5000, or of a database of this machine, such as sqlite:///mlflow.db.
-          workdir: of the run, which exists; the run's id is kept there.
+        uri: of the tracking server, such as http://HOST:5000, or of a database of this machine, such as sqlite:///mlflow.db.
+        workdir: of the run, which exists; the run's id is kept there.
         """
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -46,7 +46,7 @@ class MLflow(Logger):
         there = self._client.get_run(self._run_id).data.params  # which cannot be changed
         new = [Param(name, str(value)[:_LONGEST]) for name, value in values.items() if name not in there]
         for first in range(0, len(new), _PARAMS):
-            self._client.log_batch(self._run_id, params=new[first:first + _PARAMS])
+            self._client.log_batch(self._run_id, params=new[first : first + _PARAMS])
 
     def text(self, name: str, text: str) -> None:
         self._client.log_text(self._run_id, text, f"{name}.md")

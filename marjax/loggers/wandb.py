@@ -17,8 +17,8 @@ class Wandb(Logger):
 
     def __init__(self, project: str, workdir: str | os.PathLike[str]) -> None:
         """Args:
-          project: "PROJECT", or "ENTITY/PROJECT".
-          workdir: of the run, which exists; the run's id is kept there.
+        project: "PROJECT", or "ENTITY/PROJECT".
+        workdir: of the run, which exists; the run's id is kept there.
         """
         import wandb
 
@@ -29,9 +29,14 @@ class Wandb(Logger):
             keep_id(workdir, "wandb", run_id)
         entity, _, name = project.rpartition("/")
         self._run: Any = wandb.init(
-            entity=entity or None, project=name, id=run_id, resume="allow",
+            entity=entity or None,
+            project=name,
+            id=run_id,
+            resume="allow",
             name=os.path.basename(os.fspath(workdir).rstrip("/")),
-            dir=None if is_remote(workdir) else os.path.abspath(workdir), settings=wandb.Settings(console="off"))
+            dir=None if is_remote(workdir) else os.path.abspath(workdir),
+            settings=wandb.Settings(console="off"),
+        )
 
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
         self._run.config.update(dict(values), allow_val_change=True)

@@ -40,8 +40,14 @@ class CategoricalHead(nn.Module):
         del key, batch, num_tokens
         return ()
 
-    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array,
-                 codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self,
+        z_BxLxW: jax.Array,
+        tokens_BxLxD: jax.Array,
+        noise: tuple[()],
+        weight_BxL: jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Per-token terms, float32 (B, L): "loss", the cross-entropy in nats, and "accuracy" of the likeliest code.
 
         Args:
@@ -68,9 +74,16 @@ class CategoricalHead(nn.Module):
         del num_sampling_steps
         return jax.random.key_data(jax.random.split(key, num_tokens))
 
-    def sample(self, z: jax.Array, noise: jax.Array, guidance: jax.Array | None, *,
-               num_sampling_steps: int | str, temperature: float | jax.Array,
-               codebook: jax.Array | None = None) -> jax.Array:
+    def sample(
+        self,
+        z: jax.Array,
+        noise: jax.Array,
+        guidance: jax.Array | None,
+        *,
+        num_sampling_steps: int | str,
+        temperature: float | jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> jax.Array:
         """Tokens float32 (B, M, D), rows of the codebook.
 
         Args:
@@ -84,9 +97,18 @@ class CategoricalHead(nn.Module):
         del num_sampling_steps
         return self._draw(z, noise, guidance, temperature, _needed(codebook))[0]
 
-    def sample_ranked(self, z: jax.Array, noise: jax.Array, guidance: jax.Array | None, *, step: jax.Array,
-                      choice: jax.Array, num_sampling_steps: int | str, temperature: float | jax.Array,
-                      codebook: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def sample_ranked(
+        self,
+        z: jax.Array,
+        noise: jax.Array,
+        guidance: jax.Array | None,
+        *,
+        step: jax.Array,
+        choice: jax.Array,
+        num_sampling_steps: int | str,
+        temperature: float | jax.Array,
+        codebook: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Tokens as `sample` draws them, and how sure of each the head is, float32 (B, M) (MaskGIT, section 3.2).
 
         The confidence is log p of the drawn code plus `choice` times a Gumbel variate, so that the choice of what to
@@ -98,8 +120,14 @@ class CategoricalHead(nn.Module):
         tokens, log_p = self._draw(z, for_code, guidance, temperature, _needed(codebook))
         return tokens, log_p + choice * categorical.gumbel(for_choice, 1)[..., 0]
 
-    def _draw(self, z: jax.Array, noise: jax.Array, scale: jax.Array | None, temperature: float | jax.Array,
-              codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _draw(
+        self,
+        z: jax.Array,
+        noise: jax.Array,
+        scale: jax.Array | None,
+        temperature: float | jax.Array,
+        codebook: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         logits = self.logits(z)
         if scale is not None:
             logits = guidance_lib.guided(logits, scale)

@@ -48,10 +48,19 @@ class CausalBackbone(nn.Module):
     @classmethod
     def of(cls, model: Any, num_tokens: int, token_dim: int) -> "CausalBackbone":
         """From a resolved `config.model`: both depths make one stack."""
-        return cls(num_tokens=num_tokens, token_dim=token_dim, width=model.width, first_depth=model.encoder_depth,
-                   second_depth=model.decoder_depth, num_heads=model.num_heads, mlp_ratio=model.mlp_ratio,
-                   attn_dropout=model.attn_dropout, proj_dropout=model.proj_dropout, remat=model.remat,
-                   dtype=jnp.dtype(model.dtype))
+        return cls(
+            num_tokens=num_tokens,
+            token_dim=token_dim,
+            width=model.width,
+            first_depth=model.encoder_depth,
+            second_depth=model.decoder_depth,
+            num_heads=model.num_heads,
+            mlp_ratio=model.mlp_ratio,
+            attn_dropout=model.attn_dropout,
+            proj_dropout=model.proj_dropout,
+            remat=model.remat,
+            dtype=jnp.dtype(model.dtype),
+        )
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> Any:
@@ -71,8 +80,16 @@ class CausalBackbone(nn.Module):
         del key
         return jnp.zeros((batch,), jnp.int32)
 
-    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
-                 class_embed_BxW: jax.Array, *, slots: int | None = None, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        num_known_B: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        slots: int | None = None,
+        deterministic: bool,
+    ) -> jax.Array:
         """z of every position, in `dtype`, (B, L, W): the one at position order[i] has seen order[:i].
 
         Args:
@@ -108,13 +125,26 @@ class CausalBackbone(nn.Module):
 
         def empty(depth: int) -> KeyValue:
             shape = (depth, batch, self.num_heads, self.num_tokens, self.width // self.num_heads)
-            return KeyValue(*(nn.with_logical_constraint(jnp.zeros(shape, self.dtype),
-                                                         ("layers", "batch", "heads", None, "kv")) for _ in range(2)))
+            return KeyValue(
+                *(
+                    nn.with_logical_constraint(jnp.zeros(shape, self.dtype), ("layers", "batch", "heads", None, "kv"))
+                    for _ in range(2)
+                )
+            )
 
         return Cache(empty(self.first_depth), empty(self.second_depth))
 
-    def step(self, cache: Any, tokens_BxLxD: jax.Array, order_BxL: jax.Array, start: jax.Array,
-             position_BxM: jax.Array, class_embed_BxW: jax.Array, *, known_slots: int) -> tuple[jax.Array, Any]:
+    def step(
+        self,
+        cache: Any,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        start: jax.Array,
+        position_BxM: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        known_slots: int,
+    ) -> tuple[jax.Array, Any]:
         """z of the token that is generated `start`-th, (B, 1, W), and the cache with one element more.
 
         Args:
@@ -139,8 +169,9 @@ class CausalBackbone(nn.Module):
         x, second = self.second.step(x, seen, cache.second)
 
         def written(old: KeyValue, new: KeyValue) -> KeyValue:
-            return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, start, axis=3),
-                                old, new)
+            return jax.tree.map(
+                lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, start, axis=3), old, new
+            )
 
         return self.norm(x), Cache(written(cache.first, first), written(cache.second, second))
 
@@ -151,9 +182,9 @@ class CausalBackbone(nn.Module):
     def train_flops(self) -> float:
         """Of one forward pass for one image, a query counted with the keys it may look at."""
         length = self.num_tokens
-        return (2 * self.token_dim * self.width * (length - 1)
-                + flops.stack_flops(self.width, self.first_depth + self.second_depth, self.mlp_ratio, length,
-                                    pairs=length * (length + 1) / 2))
+        return 2 * self.token_dim * self.width * (length - 1) + flops.stack_flops(
+            self.width, self.first_depth + self.second_depth, self.mlp_ratio, length, pairs=length * (length + 1) / 2
+        )
 
     @nn.nowrap
     def unknown_in_training(self) -> float:
@@ -164,7 +195,8 @@ class CausalBackbone(nn.Module):
     def step_flops(self, num_known: float) -> float:
         """Of one generation step for one image, with `num_known` tokens known."""
         return 2 * self.token_dim * self.width + flops.stack_flops(
-            self.width, self.first_depth + self.second_depth, self.mlp_ratio, 1, pairs=num_known + 1)
+            self.width, self.first_depth + self.second_depth, self.mlp_ratio, 1, pairs=num_known + 1
+        )
 
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:

@@ -39,8 +39,14 @@ class Head(Protocol):
         """The randomness of the loss, a pytree whose leaves have the batch axis first; () for none. Not a parameter."""
         ...
 
-    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: Any, weight_BxL: jax.Array,
-                 codebook: jax.Array | None = None) -> Terms:
+    def __call__(
+        self,
+        z_BxLxW: jax.Array,
+        tokens_BxLxD: jax.Array,
+        noise: Any,
+        weight_BxL: jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> Terms:
         """Per-token terms, name -> (values, weights); the weighted mean of "loss" is trained on, all are logged.
 
         Args:
@@ -59,8 +65,16 @@ class Head(Protocol):
         """The randomness of sampling one image, a pytree whose leaves have the token axis first; () for none."""
         ...
 
-    def sample(self, z: jax.Array, noise: Any, guidance: jax.Array | None, *, num_sampling_steps: str,
-               temperature: float | jax.Array, codebook: jax.Array | None = None) -> jax.Array:
+    def sample(
+        self,
+        z: jax.Array,
+        noise: Any,
+        guidance: jax.Array | None,
+        *,
+        num_sampling_steps: str,
+        temperature: float | jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> jax.Array:
         """Tokens, float32 (B, M, D), from z (B, M, W).
 
         With `guidance`, a scalar, z is (2 B, M, W): the unconditional half follows the conditional one.
@@ -86,8 +100,16 @@ class Backbone(Protocol):
         """How many tokens of each image are shown, and so left out of the loss: int32 (B,)."""
         ...
 
-    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
-                 class_embed_BxW: jax.Array, *, slots: int | None = None, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        num_known_B: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        slots: int | None = None,
+        deterministic: bool,
+    ) -> jax.Array:
         """z of every position, (B, L, W); see `models/masked.py` for the arguments.
 
         z of a position must not depend on tokens that are unknown there.
@@ -98,8 +120,17 @@ class Backbone(Protocol):
         """What `step` keeps from step to step, a pytree; () for nothing."""
         ...
 
-    def step(self, cache: Any, tokens_BxLxD: jax.Array, order_BxL: jax.Array, start: jax.Array,
-             position_BxM: jax.Array, class_embed_BxW: jax.Array, *, known_slots: int) -> tuple[jax.Array, Any]:
+    def step(
+        self,
+        cache: Any,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        start: jax.Array,
+        position_BxM: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        known_slots: int,
+    ) -> tuple[jax.Array, Any]:
         """z of the positions of one generation step, (B, M, W), and the cache; see `models/masked.py`."""
         ...
 
@@ -121,16 +152,23 @@ def check(generator: Any, model: Any) -> None:
         tokens, labels = jnp.zeros((batch, length, dim)), jnp.zeros((batch,), jnp.int32)
         codebook = jnp.zeros((generator.num_codes, dim)) if generator.num_codes else None
         rand = generator.draw_loss_randomness(key, batch)
-        terms, variables = generator.init_with_output({"params": key, "dropout": key}, tokens, labels, rand,
-                                                      codebook=codebook)
+        terms, variables = generator.init_with_output(
+            {"params": key, "dropout": key}, tokens, labels, rand, codebook=codebook
+        )
         noise = jax.vmap(lambda key: generator.head.draw_sample_noise(key, length, "4"))(jax.random.split(key, batch))
 
         def condition(module: Any) -> jax.Array:
             return module.condition(tokens, labels, rand.drop_label, rand.order, rand.num_known)
 
         def sample(module: Any, z: jax.Array) -> jax.Array:
-            return module.head.sample(jnp.concatenate([z, z]), noise, jnp.float32(2.0), num_sampling_steps="4",
-                                      temperature=jnp.float32(1.0), codebook=codebook)
+            return module.head.sample(
+                jnp.concatenate([z, z]),
+                noise,
+                jnp.float32(2.0),
+                num_sampling_steps="4",
+                temperature=jnp.float32(1.0),
+                codebook=codebook,
+            )
 
         z = generator.apply(variables, method=condition)
         return rand.num_known, z, terms, generator.apply(variables, z, method=sample), variables
@@ -148,12 +186,16 @@ def check(generator: Any, model: Any) -> None:
         except ValueError:
             shape = ()
         if not shape or shape[0] != batch or values.dtype != jnp.float32:
-            raise UserError(f"{head}: the term {name!r} has values {_shown(values)} and weights {_shown(weights)}, "
-                            f"expected float32 values of one shape, such as ({batch}, {length}), which is one a token")
+            raise UserError(
+                f"{head}: the term {name!r} has values {_shown(values)} and weights {_shown(weights)}, "
+                f"expected float32 values of one shape, such as ({batch}, {length}), which is one a token"
+            )
     _expect(f"{head}: sample", tokens, (batch, length, dim), jnp.float32)
     if set(variables) != {"params"}:
-        raise UserError(f"{head}, {variant}: the network has the Flax collections {', '.join(sorted(variables))}, "
-                        f"expected params alone")
+        raise UserError(
+            f"{head}, {variant}: the network has the Flax collections {', '.join(sorted(variables))}, "
+            f"expected params alone"
+        )
 
 
 def _expect(where: str, found: Any, shape: tuple[int, ...], dtype: Any = None) -> None:

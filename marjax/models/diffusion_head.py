@@ -38,21 +38,35 @@ class DiffusionHead(nn.Module):
     def of(cls, model: Any, token_dim: int, num_codes: int) -> "DiffusionHead":
         """From a resolved `config.model`; tokens may be codes or not."""
         del num_codes
-        return cls(token_dim=token_dim, depth=model.denoiser.depth, width=model.denoiser.width, cond_width=model.width,
-                   num_steps=model.diffusion.num_steps, batch_mul=model.diffusion.batch_mul,
-                   remat=model.denoiser.remat, dtype=jnp.dtype(model.dtype))
+        return cls(
+            token_dim=token_dim,
+            depth=model.denoiser.depth,
+            width=model.denoiser.width,
+            cond_width=model.width,
+            num_steps=model.diffusion.num_steps,
+            batch_mul=model.diffusion.batch_mul,
+            remat=model.denoiser.remat,
+            dtype=jnp.dtype(model.dtype),
+        )
 
     def setup(self) -> None:
-        self.denoiser = Denoiser(self.token_dim, self.depth, self.width, self.cond_width, self.num_steps, self.remat,
-                                 self.dtype)
+        self.denoiser = Denoiser(
+            self.token_dim, self.depth, self.width, self.cond_width, self.num_steps, self.remat, self.dtype
+        )
 
     @nn.nowrap
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> diffusion.LossNoise:
         """What `__call__` needs: `t` int32 (B, K, L), `noise` float32 (B, K, L, D)."""
         return diffusion.draw_loss_noise(key, (batch, self.batch_mul, num_tokens, self.token_dim), self.num_steps)
 
-    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: diffusion.LossNoise,
-                 weight_BxL: jax.Array, codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self,
+        z_BxLxW: jax.Array,
+        tokens_BxLxD: jax.Array,
+        noise: diffusion.LossNoise,
+        weight_BxL: jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Per-token terms, name -> (values, weights), float32 and broadcastable to (B, K, L); "loss" is trained on.
 
         A term's mean is sum(values * weights) / sum(weights). `weight_BxL` is 1 where the token counts; the codebook,
@@ -81,12 +95,21 @@ class DiffusionHead(nn.Module):
         """What `sample` needs for one image."""
         steps = len(diffusion.respaced_timesteps(self.num_steps, num_sampling_steps))
         key_init, key_step = jax.random.split(key)
-        return SampleNoise(jax.random.normal(key_init, (num_tokens, self.token_dim)),
-                           jax.random.normal(key_step, (num_tokens, steps, self.token_dim)))
+        return SampleNoise(
+            jax.random.normal(key_init, (num_tokens, self.token_dim)),
+            jax.random.normal(key_step, (num_tokens, steps, self.token_dim)),
+        )
 
-    def sample(self, z: jax.Array, noise: SampleNoise, guidance: jax.Array | None, *,
-               num_sampling_steps: int | str, temperature: float | jax.Array,
-               codebook: jax.Array | None = None) -> jax.Array:
+    def sample(
+        self,
+        z: jax.Array,
+        noise: SampleNoise,
+        guidance: jax.Array | None,
+        *,
+        num_sampling_steps: int | str,
+        temperature: float | jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> jax.Array:
         """Tokens float32 (B, M, D).
 
         Args:
@@ -118,8 +141,12 @@ class DiffusionHead(nn.Module):
     @nn.nowrap
     def denoiser_flops(self) -> tuple[float, float]:
         """Of the denoiser for one token: the part done once a z, and the part done every timestep."""
-        each = 2 * (self.token_dim * self.width + self.depth * 5 * self.width**2 + 2 * self.width**2
-                    + 2 * self.token_dim * self.width)
+        each = 2 * (
+            self.token_dim * self.width
+            + self.depth * 5 * self.width**2
+            + 2 * self.width**2
+            + 2 * self.token_dim * self.width
+        )
         return 2 * self.cond_width * self.width, each
 
     @nn.nowrap

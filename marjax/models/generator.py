@@ -24,10 +24,13 @@ from marjax.registry import Choices
 from marjax.variants import VARIANTS
 
 BACKBONES: Choices[type[Backbone]] = Choices(
-    "backbone", {"bidirectional": MaskedBackbone, "causal": CausalBackbone}, lambda name, found: found)
+    "backbone", {"bidirectional": MaskedBackbone, "causal": CausalBackbone}, lambda name, found: found
+)
 HEADS: Choices[type[Head]] = Choices(
-    "head", {"diffusion": DiffusionHead, "categorical": CategoricalHead, "regression": RegressionHead},
-    lambda name, found: found)
+    "head",
+    {"diffusion": DiffusionHead, "categorical": CategoricalHead, "regression": RegressionHead},
+    lambda name, found: found,
+)
 
 
 class LossRandomness(NamedTuple):
@@ -69,10 +72,12 @@ class Generator(nn.Module):
     num_codes: int = 0  # how many different tokens there are; 0: continuous
 
     def setup(self) -> None:
-        self.class_embedding: Any = self.param("class_embedding", embedding_init, (self.num_classes, self.width),
-                                               jnp.float32)
-        self.null_embedding: Any = self.param("null_embedding", nn.with_logical_partitioning(normal_002, ("embed",)),
-                                              (self.width,), jnp.float32)
+        self.class_embedding: Any = self.param(
+            "class_embedding", embedding_init, (self.num_classes, self.width), jnp.float32
+        )
+        self.null_embedding: Any = self.param(
+            "null_embedding", nn.with_logical_partitioning(normal_002, ("embed",)), (self.width,), jnp.float32
+        )
 
     @nn.nowrap
     def draw_orders(self, key: jax.Array, batch: int) -> jax.Array:
@@ -87,11 +92,17 @@ class Generator(nn.Module):
             order=self.draw_orders(key_order, batch),
             num_known=self.backbone.draw_num_known(key_known, batch),
             drop_label=jax.random.bernoulli(key_drop, self.class_dropout, (batch,)),
-            head=self.head.draw_loss_noise(key_head, batch, self.num_tokens))
+            head=self.head.draw_loss_noise(key_head, batch, self.num_tokens),
+        )
 
-    def __call__(self, tokens_BxLxD: jax.Array, labels_B: jax.Array, rand: LossRandomness,
-                 deterministic: bool = False,
-                 codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self,
+        tokens_BxLxD: jax.Array,
+        labels_B: jax.Array,
+        rand: LossRandomness,
+        deterministic: bool = False,
+        codebook: jax.Array | None = None,
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """The head's per-token terms, name -> (values, weights); see its `__call__`.
 
         Args:
@@ -101,16 +112,32 @@ class Generator(nn.Module):
           deterministic: no dropout; otherwise the rng "dropout" is needed.
           codebook: of a discrete tokenizer, float32 (K, D); tokens are then among its rows.
         """
-        z_BxLxW = self.condition(tokens_BxLxD, labels_B, rand.drop_label, rand.order, rand.num_known,
-                                 deterministic=deterministic)
+        z_BxLxW = self.condition(
+            tokens_BxLxD, labels_B, rand.drop_label, rand.order, rand.num_known, deterministic=deterministic
+        )
         unknown_BxL = (orders.ranks(rand.order) >= rand.num_known[:, None]).astype(jnp.float32)
         return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL, codebook)
 
-    def condition(self, tokens_BxLxD: jax.Array, labels_B: jax.Array, drop_label_B: jax.Array, order_BxL: jax.Array,
-                  num_known_B: jax.Array, *, slots: int | None = None, deterministic: bool = True) -> jax.Array:
+    def condition(
+        self,
+        tokens_BxLxD: jax.Array,
+        labels_B: jax.Array,
+        drop_label_B: jax.Array,
+        order_BxL: jax.Array,
+        num_known_B: jax.Array,
+        *,
+        slots: int | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """z of every position, (B, L, W); for the arguments see the backbone's `__call__`."""
-        return self.backbone(tokens_BxLxD, order_BxL, num_known_B, self._class_embed(labels_B, drop_label_B),
-                             slots=slots, deterministic=deterministic)
+        return self.backbone(
+            tokens_BxLxD,
+            order_BxL,
+            num_known_B,
+            self._class_embed(labels_B, drop_label_B),
+            slots=slots,
+            deterministic=deterministic,
+        )
 
     def _class_embed(self, labels_B: jax.Array, drop_label_B: jax.Array) -> jax.Array:
         return jnp.where(drop_label_B[:, None], self.null_embedding, lookup(self.class_embedding, labels_B))
@@ -122,10 +149,21 @@ class Generator(nn.Module):
         tokens = jnp.zeros((batch, self.num_tokens, self.token_dim), jnp.float32)
         return Progress(tokens, order_BxL, self.backbone.init_cache(2 * batch if guided else batch))
 
-    def generate_step(self, progress: Progress, labels_B: jax.Array, drop_label_B: jax.Array, start: jax.Array,
-                      num_predicted: jax.Array, noise: Any, guidance: jax.Array | None,
-                      choice: jax.Array | None = None, *, known_slots: int, new_slots: int,
-                      **settings: Any) -> Progress:
+    def generate_step(
+        self,
+        progress: Progress,
+        labels_B: jax.Array,
+        drop_label_B: jax.Array,
+        start: jax.Array,
+        num_predicted: jax.Array,
+        noise: Any,
+        guidance: jax.Array | None,
+        choice: jax.Array | None = None,
+        *,
+        known_slots: int,
+        new_slots: int,
+        **settings: Any,
+    ) -> Progress:
         """One autoregressive step: the tokens at order[start : start + num_predicted] filled in.
 
         Args:
@@ -150,8 +188,7 @@ class Generator(nn.Module):
         if guidance is not None:
             rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
             class_embed = jnp.concatenate([class_embed, jnp.broadcast_to(self.null_embedding, class_embed.shape)])
-        z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], class_embed,
-                                          known_slots=known_slots)
+        z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], class_embed, known_slots=known_slots)
 
         def at_positions(x: jax.Array) -> jax.Array:
             return jnp.take_along_axis(x, inside_BxM.reshape(*inside_BxM.shape, *(1,) * (x.ndim - 2)), axis=1)
@@ -161,20 +198,22 @@ class Generator(nn.Module):
             new_BxMxD = self.head.sample(z_new, noise, guidance, **settings)
         else:
             ranked: Any = self.head  # `config.resolve` lets only heads that rank come here
-            new_BxMxD, confidence_BxM = ranked.sample_ranked(z_new, noise, guidance, step=start, choice=choice,
-                                                              **settings)
+            new_BxMxD, confidence_BxM = ranked.sample_ranked(
+                z_new, noise, guidance, step=start, choice=choice, **settings
+            )
             surest = jnp.argsort(jnp.where(position_BxM < self.num_tokens, -confidence_BxM, jnp.inf), axis=1)
             new_BxMxD = jnp.take_along_axis(new_BxMxD, surest[..., None], axis=1)
             position_BxM = jnp.take_along_axis(position_BxM, surest, axis=1)
-            order_BxL = jax.lax.dynamic_update_slice_in_dim(padded, position_BxM, start, axis=1)[:, :self.num_tokens]
+            order_BxL = jax.lax.dynamic_update_slice_in_dim(padded, position_BxM, start, axis=1)[:, : self.num_tokens]
         slot_BxL = orders.ranks(order_BxL) - start
         is_new_BxL = (slot_BxL >= 0) & (slot_BxL < num_predicted)
         filled = jnp.take_along_axis(new_BxMxD, jnp.clip(slot_BxL, 0, new_slots - 1)[..., None], axis=1)
         return Progress(jnp.where(is_new_BxL[..., None], filled, tokens_BxLxD), order_BxL, cache)
 
 
-def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int,
-          num_codes: int = 0) -> Generator:
+def build(
+    model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int, num_codes: int = 0
+) -> Generator:
     """The network that a resolved `config.model` describes (see `marjax/config/schema.py`).
 
     `num_codes` is how many different tokens there are, for heads that model codes.
@@ -186,8 +225,16 @@ def build(model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, 
     except UserError as error:  # of a registered one, which parses its own settings
         raise UserError(f"config.model.extra={shown(model.extra)}: {error}") from None
     return Generator(
-        num_classes=num_classes, num_tokens=num_tokens, token_dim=token_dim, width=model.width,
-        class_dropout=model.class_dropout, order=variant.order, backbone=backbone, head=head, num_codes=num_codes)
+        num_classes=num_classes,
+        num_tokens=num_tokens,
+        token_dim=token_dim,
+        width=model.width,
+        class_dropout=model.class_dropout,
+        order=variant.order,
+        backbone=backbone,
+        head=head,
+        num_codes=num_codes,
+    )
 
 
 def of(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
@@ -196,8 +243,13 @@ def of(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
     Raises:
       UserError: a registered head or backbone that does not keep its contract (`models/contracts.py`).
     """
-    made = build(config.model, num_tokens=tokens.num_tokens, token_dim=tokens.token_dim,
-                 num_classes=config.data.num_classes, num_codes=tokens.num_codes)
+    made = build(
+        config.model,
+        num_tokens=tokens.num_tokens,
+        token_dim=tokens.token_dim,
+        num_classes=config.data.num_classes,
+        num_codes=tokens.num_codes,
+    )
     if not (HEADS.is_own(config.model.head) and BACKBONES.is_own(VARIANTS[config.model.variant].attention)):
         check(made, config.model)
     return made

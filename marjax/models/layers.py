@@ -58,17 +58,24 @@ class Dense(nn.Module):
         """
         kernel, bias = self._weights()
         axis = len(self.in_shape)
-        return tuple(self._apply(x, jax.lax.index_in_dim(kernel, i, axis, keepdims=False), bias[i])
-                     for i in range(self.out_shape[0]))
+        return tuple(
+            self._apply(x, jax.lax.index_in_dim(kernel, i, axis, keepdims=False), bias[i])
+            for i in range(self.out_shape[0])
+        )
 
     @nn.compact
     def _weights(self) -> tuple[jax.Array, jax.Array]:
         fan_in, fan_out = int(np.prod(self.in_shape)), int(np.prod(self.out_shape))
         init = self.kernel_init or xavier(fan_in, fan_out)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes),
-                            (*self.in_shape, *self.out_shape), jnp.float32)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[len(self.in_shape):]),
-                          self.out_shape, jnp.float32)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.axes), (*self.in_shape, *self.out_shape), jnp.float32
+        )
+        bias = self.param(
+            "bias",
+            nn.with_logical_partitioning(nn.initializers.zeros, self.axes[len(self.in_shape) :]),
+            self.out_shape,
+            jnp.float32,
+        )
         return jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
 
     def _apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -176,8 +183,13 @@ def _lookup_forward(table_NxW: jax.Array, index: jax.Array) -> tuple[jax.Array, 
 def _lookup_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
     index, empty = residuals
     one_hot = jax.nn.one_hot(index.reshape(-1), empty.shape[0], dtype=grad.dtype)
-    total = jax.lax.dot_general(one_hot, grad.reshape(-1, grad.shape[-1]), (((0,), (0,)), ((), ())),
-                                precision=precision(grad.dtype), preferred_element_type=jnp.float32)
+    total = jax.lax.dot_general(
+        one_hot,
+        grad.reshape(-1, grad.shape[-1]),
+        (((0,), (0,)), ((), ())),
+        precision=precision(grad.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return total.astype(empty.dtype), None
 
 

@@ -38,11 +38,21 @@ class MaskedBackbone(nn.Module):
     def of(cls, model: Any, num_tokens: int, token_dim: int) -> "MaskedBackbone":
         """From a resolved `config.model`."""
         ratio = model.mask_ratio
-        return cls(num_tokens=num_tokens, token_dim=token_dim, width=model.width, encoder_depth=model.encoder_depth,
-                   decoder_depth=model.decoder_depth, num_heads=model.num_heads, mlp_ratio=model.mlp_ratio,
-                   buffer_size=model.buffer_size, attn_dropout=model.attn_dropout, proj_dropout=model.proj_dropout,
-                   remat=model.remat, dtype=jnp.dtype(model.dtype),
-                   mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per))
+        return cls(
+            num_tokens=num_tokens,
+            token_dim=token_dim,
+            width=model.width,
+            encoder_depth=model.encoder_depth,
+            decoder_depth=model.decoder_depth,
+            num_heads=model.num_heads,
+            mlp_ratio=model.mlp_ratio,
+            buffer_size=model.buffer_size,
+            attn_dropout=model.attn_dropout,
+            proj_dropout=model.proj_dropout,
+            remat=model.remat,
+            dtype=jnp.dtype(model.dtype),
+            mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per),
+        )
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> Any:
@@ -55,8 +65,9 @@ class MaskedBackbone(nn.Module):
         self.encoder = Stack.of(self, self.encoder_depth)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
-        self.mask_token: Any = self.param("mask_token", nn.with_logical_partitioning(normal_002, ("embed",)),
-                                          (self.width,), jnp.float32)
+        self.mask_token: Any = self.param(
+            "mask_token", nn.with_logical_partitioning(normal_002, ("embed",)), (self.width,), jnp.float32
+        )
         self.decoder_pos_embed = embedding("decoder_pos_embed", length)
         self.decoder = Stack.of(self, self.decoder_depth)
         self.decoder_norm = LayerNorm(dtype=self.dtype)
@@ -67,8 +78,16 @@ class MaskedBackbone(nn.Module):
         """How many tokens of each image are shown, and so left out of the loss: int32 (B,)."""
         return self.mask_ratio.draw_num_known(key, batch, self.num_tokens)
 
-    def __call__(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array,
-                 class_embed_BxW: jax.Array, *, slots: int | None = None, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        num_known_B: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        slots: int | None = None,
+        deterministic: bool,
+    ) -> jax.Array:
         """z of every position, in `dtype`, (B, L, W).
 
         Args:
@@ -81,12 +100,21 @@ class MaskedBackbone(nn.Module):
         """
         if slots is None:
             slots = orders.max_visible(self.num_tokens, self.mask_ratio.minimum)
-        known_BxSxW = self.encode(tokens_BxLxD, order_BxL, num_known_B, class_embed_BxW, slots=slots,
-                                  deterministic=deterministic)
+        known_BxSxW = self.encode(
+            tokens_BxLxD, order_BxL, num_known_B, class_embed_BxW, slots=slots, deterministic=deterministic
+        )
         return self.decode(known_BxSxW, order_BxL, num_known_B, deterministic=deterministic)
 
-    def encode(self, tokens_BxLxD: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, class_embed_BxW: jax.Array,
-               *, slots: int, deterministic: bool) -> jax.Array:
+    def encode(
+        self,
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        num_known_B: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        slots: int,
+        deterministic: bool,
+    ) -> jax.Array:
         """The encoder's output for buffer and slots, (B, P + S, W); rows past P + num_known mean nothing."""
         batch, buffer = tokens_BxLxD.shape[0], self.buffer_size
         rank_BxL = orders.ranks(order_BxL)
@@ -97,12 +125,14 @@ class MaskedBackbone(nn.Module):
         x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[:buffer]).astype(self.dtype)
         x = self.z_proj_norm(jnp.concatenate([x_BxPxW, x_BxSxW], axis=1))
         known_BxT = jnp.arange(buffer + slots) < buffer + num_known_B[:, None]
-        x = self.encoder(nn.with_logical_constraint(x, ("batch", None, None)), known_BxT[:, None, None, :],
-                         deterministic)
+        x = self.encoder(
+            nn.with_logical_constraint(x, ("batch", None, None)), known_BxT[:, None, None, :], deterministic
+        )
         return self.encoder_norm(x)
 
-    def decode(self, encoded: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, *,
-               deterministic: bool) -> jax.Array:
+    def decode(
+        self, encoded: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, *, deterministic: bool
+    ) -> jax.Array:
         """z of every position, (B, L, W), from the encoder's output (B, P + S, W)."""
         buffer, num_tokens = self.buffer_size, self.num_tokens
         slots = encoded.shape[1] - buffer
@@ -124,8 +154,17 @@ class MaskedBackbone(nn.Module):
         del batch
         return ()
 
-    def step(self, cache: tuple[()], tokens_BxLxD: jax.Array, order_BxL: jax.Array, start: jax.Array,
-             position_BxM: jax.Array, class_embed_BxW: jax.Array, *, known_slots: int) -> tuple[jax.Array, tuple[()]]:
+    def step(
+        self,
+        cache: tuple[()],
+        tokens_BxLxD: jax.Array,
+        order_BxL: jax.Array,
+        start: jax.Array,
+        position_BxM: jax.Array,
+        class_embed_BxW: jax.Array,
+        *,
+        known_slots: int,
+    ) -> tuple[jax.Array, tuple[()]]:
         """z of the positions of one generation step, (B, M, W), and the cache.
 
         Args:
@@ -156,9 +195,12 @@ class MaskedBackbone(nn.Module):
         """Of one forward pass for one image with `num_known` tokens known."""
         width, buffer = self.width, self.buffer_size
         encoded = buffer + num_known
-        return (2 * self.token_dim * width * num_known
-                + flops.stack_flops(width, self.encoder_depth, self.mlp_ratio, encoded) + 2 * width**2 * encoded
-                + flops.stack_flops(width, self.decoder_depth, self.mlp_ratio, buffer + self.num_tokens))
+        return (
+            2 * self.token_dim * width * num_known
+            + flops.stack_flops(width, self.encoder_depth, self.mlp_ratio, encoded)
+            + 2 * width**2 * encoded
+            + flops.stack_flops(width, self.decoder_depth, self.mlp_ratio, buffer + self.num_tokens)
+        )
 
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:

@@ -38,8 +38,14 @@ class RegressionHead(nn.Module):
         del key, batch, num_tokens
         return ()
 
-    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array,
-                 codebook: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self,
+        z_BxLxW: jax.Array,
+        tokens_BxLxD: jax.Array,
+        noise: tuple[()],
+        weight_BxL: jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """The per-token term "loss", float32 (B, L): the squared error, averaged over D; weights as given."""
         del noise, codebook
         return {"loss": (regression.squared_error(self.mean(z_BxLxW), tokens_BxLxD), weight_BxL)}
@@ -50,8 +56,16 @@ class RegressionHead(nn.Module):
         del key, num_tokens, num_sampling_steps
         return ()
 
-    def sample(self, z: jax.Array, noise: tuple[()], guidance: jax.Array | None, *, num_sampling_steps: int | str,
-               temperature: float | jax.Array, codebook: jax.Array | None = None) -> jax.Array:
+    def sample(
+        self,
+        z: jax.Array,
+        noise: tuple[()],
+        guidance: jax.Array | None,
+        *,
+        num_sampling_steps: int | str,
+        temperature: float | jax.Array,
+        codebook: jax.Array | None = None,
+    ) -> jax.Array:
         """The predicted tokens, float32 (B, M, D), from z (B, M, W) or, under guidance, (2 B, M, W).
 
         Neither noise, steps nor temperature has a meaning here.

@@ -40,8 +40,9 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool,
-                 cache: KeyValue | None = None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(
+        self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool, cache: KeyValue | None = None
+    ) -> tuple[jax.Array, KeyValue | None]:
         width = x_BxTxW.shape[-1]
         heads, head_width = self.num_heads, width // self.num_heads
         qkv = Dense((width,), (3, heads, head_width), ("embed", None, "heads", "kv"), self.dtype, name="qkv")
@@ -67,8 +68,9 @@ class Attention(nn.Module):
         if cache is None:
             out_BxTxHxE = mixed("bhts,bshe->bthe", weights_BxHxTxK, v_BxTxHxE)
         else:
-            out_BxTxHxE = (mixed("bhts,bhse->bthe", weights_BxHxTxK[..., :-1], cache.value)
-                           + mixed("bhts,bshe->bthe", weights_BxHxTxK[..., -1:], v_BxTxHxE))
+            out_BxTxHxE = mixed("bhts,bhse->bthe", weights_BxHxTxK[..., :-1], cache.value) + mixed(
+                "bhts,bshe->bthe", weights_BxHxTxK[..., -1:], v_BxTxHxE
+            )
             new = KeyValue(jnp.swapaxes(k_BxTxHxE, 1, 2), jnp.swapaxes(v_BxTxHxE, 1, 2))
         out_BxTxW = Dense((heads, head_width), (width,), ("heads", "kv", "embed"), self.dtype, name="proj")(out_BxTxHxE)
         return Dropout(self.proj_dropout)(out_BxTxW, deterministic), new
@@ -101,8 +103,9 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool,
-                 cache: KeyValue | None = None) -> tuple[jax.Array, KeyValue | None]:
+    def __call__(
+        self, x_BxTxW: jax.Array, mask: jax.Array | None, deterministic: bool, cache: KeyValue | None = None
+    ) -> tuple[jax.Array, KeyValue | None]:
         attention = Attention(self.num_heads, self.attn_dropout, self.proj_dropout, self.dtype, name="attn")
         mlp = Mlp(self.mlp_ratio, self.proj_dropout, self.dtype, name="mlp")
         attended, new = attention(LayerNorm(dtype=self.dtype, name="norm1")(x_BxTxW), mask, deterministic, cache)
@@ -129,8 +132,15 @@ class Stack(nn.Module):
     @classmethod
     def of(cls, backbone: Any, depth: int) -> "Stack":
         """With the settings of the backbone that it is a part of."""
-        return cls(depth, backbone.num_heads, backbone.mlp_ratio, backbone.attn_dropout, backbone.proj_dropout,
-                   backbone.remat, backbone.dtype)
+        return cls(
+            depth,
+            backbone.num_heads,
+            backbone.mlp_ratio,
+            backbone.attn_dropout,
+            backbone.proj_dropout,
+            backbone.remat,
+            backbone.dtype,
+        )
 
     def setup(self) -> None:
         self.blocks = Block(self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
@@ -154,8 +164,9 @@ class Stack(nn.Module):
         return over_layers(layer, self.depth, per_layer=(True, False))(self.blocks, x_Bx1xW, cache, mask_S)
 
 
-def over_layers(layer: Callable[..., Any], depth: int, remat: str = "none",
-                per_layer: tuple[bool, ...] = (False,)) -> Any:
+def over_layers(
+    layer: Callable[..., Any], depth: int, remat: str = "none", per_layer: tuple[bool, ...] = (False,)
+) -> Any:
     """Applies `depth` copies of a module in turn under one scan: (module, carry, *inputs) -> (carry, outputs).
 
     Args:
@@ -166,6 +177,11 @@ def over_layers(layer: Callable[..., Any], depth: int, remat: str = "none",
     """
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                   in_axes=tuple(0 if own else nn.broadcast for own in per_layer), length=depth,
-                   metadata_params={nn.PARTITION_NAME: "layers"})
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=tuple(0 if own else nn.broadcast for own in per_layer),
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

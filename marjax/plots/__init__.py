@@ -29,12 +29,14 @@ FIGURES: dict[str, Callable[[Sequence[Run]], "Figure | None"]] = {
     "eval": training.evaluations,
     "samples": training.samples,
     "tradeoff_time": tradeoffs.over_time,
-    **{f"tradeoff_{setting}": functools.partial(tradeoffs.over, along=setting) for setting in tradeoffs.AXES}}
+    **{f"tradeoff_{setting}": functools.partial(tradeoffs.over, along=setting) for setting in tradeoffs.AXES},
+}
 
 
 @takes_paths("workdirs", "out")
-def plot(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
-         formats: Sequence[str] = FORMATS) -> list[epath.Path]:
+def plot(
+    workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], formats: Sequence[str] = FORMATS
+) -> list[epath.Path]:
     """Draws what the work directories have: the keys of FIGURES, each in one file a format.
 
     `loss`, `eval` and `samples` are drawn of `metrics.jsonl` and `samples/`, the others of `evaluation.json`, which
@@ -62,9 +64,11 @@ def plot(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
             if figure is not None:
                 files |= {f"{name}.{each}": data for each, data in style.render(figure, formats).items()}
     if not files:
-        raise UserError(f"nothing to draw in {', '.join(map(str, workdirs))}: looked for train/loss or a distance such "
-                        f"as eval/fid in metrics.jsonl, pictures in samples, and two results in evaluation.json that "
-                        f"differ in one of {', '.join(tradeoffs.AXES)}")
+        raise UserError(
+            f"nothing to draw in {', '.join(map(str, workdirs))}: looked for train/loss or a distance such "
+            f"as eval/fid in metrics.jsonl, pictures in samples, and two results in evaluation.json that "
+            f"differ in one of {', '.join(tradeoffs.AXES)}"
+        )
     folder = make_folder(out)
     for name, data in files.items():
         write_bytes(folder / name, data)

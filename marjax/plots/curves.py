@@ -49,8 +49,10 @@ class Curve:
         They are over seeds where there are several, else over the splits that a score is the mean of.
         """
         if self.has_seeds:
-            return [statistics.stdev([each.metrics[metric] for each in point]) if len(point) > 1 else math.nan
-                    for point in self.repeats], "seeds"
+            return [
+                statistics.stdev([each.metrics[metric] for each in point]) if len(point) > 1 else math.nan
+                for point in self.repeats
+            ], "seeds"
         spread = [point[0].metrics.get(f"{metric}_std", math.nan) for point in self.repeats]
         return spread, "" if all(map(math.isnan, spread)) else "splits of the images"
 
@@ -93,9 +95,15 @@ def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list
 def _for_every_schedule(results: Sequence[Result]) -> list[Result]:
     """Those without guidance once for each of its schedules: all of them begin there."""
     schedules = {result.settings["cfg_schedule"]: None for result in results if "cfg_schedule" in result.settings}
-    return [each for result in results for each in
-            ([result._replace(settings={**result.settings, "cfg_schedule": schedule})
-              for schedule in schedules] if schedules and result.settings.get("cfg") == 1.0 else [result])]
+    return [
+        each
+        for result in results
+        for each in (
+            [result._replace(settings={**result.settings, "cfg_schedule": schedule}) for schedule in schedules]
+            if schedules and result.settings.get("cfg") == 1.0
+            else [result]
+        )
+    ]
 
 
 def _split(settings: dict[str, Any], along: str) -> tuple[float, dict[str, Any]] | None:
@@ -122,19 +130,29 @@ def describe(drawn: Sequence[Curve]) -> tuple[str, list[str]]:
     differing = {key for key in keys if len({json.dumps(curve.fixed.get(key)) for curve in drawn}) > 1}
 
     def words(curve: Curve, chosen: Sequence[str], absent: bool = False) -> str:
-        return ", ".join(_phrase(key, curve.fixed.get(key)) for key in chosen
-                         if absent or curve.fixed.get(key) is not None)
+        return ", ".join(
+            _phrase(key, curve.fixed.get(key)) for key in chosen if absent or curve.fixed.get(key) is not None
+        )
 
     own = [key for key in keys if key in differing]
     labels = [words(curve, own) for curve in drawn]
-    labels = [words(curve, own, absent=len(drawn) > 1 and (not label or labels.count(label) > 1))
-              for curve, label in zip(drawn, labels, strict=True)]
+    labels = [
+        words(curve, own, absent=len(drawn) > 1 and (not label or labels.count(label) > 1))
+        for curve, label in zip(drawn, labels, strict=True)
+    ]
     return words(drawn[0], [key for key in keys if key not in differing]) if drawn else "", labels
 
 
 def _phrase(key: str, value: Any) -> str:
-    phrases = {"workdir": "{}", "weights": "{} weights", "cfg_schedule": "{} schedule", "spacing": "{} spacing",
-               "num_images": "{:,} images", "reference": "against {}", "extractor": "features of {}"}
+    phrases = {
+        "workdir": "{}",
+        "weights": "{} weights",
+        "cfg_schedule": "{} schedule",
+        "spacing": "{} spacing",
+        "num_images": "{:,} images",
+        "reference": "against {}",
+        "extractor": "features of {}",
+    }
     if value is None or isinstance(value, bool):
         return key if value else f"no {key}"
     if key == "seed" and isinstance(value, str):

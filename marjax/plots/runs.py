@@ -83,17 +83,23 @@ def _read_run(path: epath.Path, name: str) -> Run:
     try:
         found = {file: (path / file).exists() for file in (METRICS, SAMPLES, RECORD)}
         if not any(found.values()):
-            raise UserError(f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {RECORD}; give "
-                            f"one that a run has written{_suggestion(path)}")
+            raise UserError(
+                f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {RECORD}; give "
+                f"one that a run has written{_suggestion(path)}"
+            )
         missing = [file for file, is_there in found.items() if not is_there]
         if missing:
             print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
-        return Run(name, _read_lines(path) if found[METRICS] else (),
-                   _find_pictures(path / SAMPLES) if found[SAMPLES] else {},
-                   _read_results(path / RECORD, name) if found[RECORD] else ())
+        return Run(
+            name,
+            _read_lines(path) if found[METRICS] else (),
+            _find_pictures(path / SAMPLES) if found[SAMPLES] else {},
+            _read_results(path / RECORD, name) if found[RECORD] else (),
+        )
     except OSError as error:
-        raise UserError(f"work directory {path} cannot be read ({error.strerror or error}): give one that "
-                        f"can") from None
+        raise UserError(
+            f"work directory {path} cannot be read ({error.strerror or error}): give one that can"
+        ) from None
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -126,13 +132,24 @@ def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:
 
 def _read_results(path: epath.Path, name: str) -> list[Result]:
     # Distances depend on these beside the settings; two checksums of one name are two references.
-    return [Result({"workdir": name, **result["settings"],
-                    **{kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
-                       for kind in ("reference", "extractor")}},
-                   {metric: float(value) for metric, value in
-                    {**result["metrics"], "seconds_per_image": result["seconds_per_image"]}.items()
-                    if _is_finite(value)})
-            for result in read_record(path)]
+    return [
+        Result(
+            {
+                "workdir": name,
+                **result["settings"],
+                **{
+                    kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
+                    for kind in ("reference", "extractor")
+                },
+            },
+            {
+                metric: float(value)
+                for metric, value in {**result["metrics"], "seconds_per_image": result["seconds_per_image"]}.items()
+                if _is_finite(value)
+            },
+        )
+        for result in read_record(path)
+    ]
 
 
 def _is_finite(value: Any) -> bool:

@@ -20,12 +20,30 @@ MARKERS = "osD^vPX*"
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow and black.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE = {
-    "figure.dpi": 100, "savefig.dpi": 200, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
-    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
-    "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "lines.linewidth": 1.4, "lines.markersize": 4,
-    "legend.frameon": False, "svg.hashsalt": "marjax"}  # or else the ids in an SVG file are drawn anew every time
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "svg.hashsalt": "marjax",
+}  # or else the ids in an SVG file are drawn anew every time
 
 
 @contextlib.contextmanager
@@ -124,8 +142,9 @@ def legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], titl
     height = 0.15 * (len(title.splitlines()) + sum(map(max, itertools.zip_longest(*lines, fillvalue=0))))
     figure.set_figheight(figure.get_figheight() + height)
     # Labels are set afterwards, because Matplotlib leaves out those that begin with an underscore.
-    made = figure.legend(handles, ["-"] * len(labels), loc="outside lower left", ncols=columns, title=title or None,
-                         alignment="left")
+    made = figure.legend(
+        handles, ["-"] * len(labels), loc="outside lower left", ncols=columns, title=title or None, alignment="left"
+    )
     for text, label in zip(made.get_texts(), labels, strict=True):
         text.set(text=label, parse_math=False)
     made.get_title().set(color=GREY, parse_math=False)

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Settings that curves run along, and what they are called.
-AXES = {"num_iter": "autoregressive steps", "num_sampling_steps": "diffusion steps", "cfg": "guidance scale",
-        "temperature": "temperature"}
+AXES = {
+    "num_iter": "autoregressive steps",
+    "num_sampling_steps": "diffusion steps",
+    "cfg": "guidance scale",
+    "temperature": "temperature",
+}
 _COUNTS = ("num_iter", "num_sampling_steps")
 
 
 def over(runs: Sequence[Run], along: str) -> "Figure | None":
     """FID and Inception Score, or those of another network, over one of AXES, all else fixed."""
-    drawn = {metric: [curve for run in runs for curve in curves(run.results, along, [metric])]
-             for metric in (*_metrics(runs, names.is_distance), *_metrics(runs, names.is_score))}
+    drawn = {
+        metric: [curve for run in runs for curve in curves(run.results, along, [metric])]
+        for metric in (*_metrics(runs, names.is_distance), *_metrics(runs, names.is_score))
+    }
     drawn = {metric: found for metric, found in drawn.items() if found}
     if not drawn:
         return None
@@ -42,9 +48,11 @@ def over(runs: Sequence[Run], along: str) -> "Figure | None":
 
 def over_time(runs: Sequence[Run]) -> "Figure | None":
     """FID, or another distance, over seconds per image along both kinds of steps, which label the points."""
-    drawn = {(metric, along): [curve for run in runs for curve in curves(run.results, along,
-                                                                         [metric, "seconds_per_image"])]
-             for metric in _metrics(runs, names.is_distance) for along in _COUNTS}
+    drawn = {
+        (metric, along): [curve for run in runs for curve in curves(run.results, along, [metric, "seconds_per_image"])]
+        for metric in _metrics(runs, names.is_distance)
+        for along in _COUNTS
+    }
     drawn = {key: found for key, found in drawn.items() if found}
     if not drawn:
         return None
@@ -69,8 +77,9 @@ def over_time(runs: Sequence[Run]) -> "Figure | None":
 
 def _metrics(runs: Sequence[Run], is_kind: Callable[[str], bool]) -> list[str]:
     """The metrics of a kind that any result has."""
-    return list(dict.fromkeys(name for run in runs for result in run.results for name in result.metrics
-                              if is_kind(name)))
+    return list(
+        dict.fromkeys(name for run in runs for result in run.results for name in result.metrics if is_kind(name))
+    )
 
 
 class _Looks:
@@ -86,8 +95,11 @@ class _Looks:
         for name, color in colors.items():
             mine = [family for family, curve in families.items() if curve.fixed["workdir"] == name]
             for i, (family, tint) in enumerate(zip(mine, style.tints(color, len(mine)), strict=True)):
-                self._lines[family] = {"color": tint, "label": named[family],
-                                       "marker": style.MARKERS[i % len(style.MARKERS)]}
+                self._lines[family] = {
+                    "color": tint,
+                    "label": named[family],
+                    "marker": style.MARKERS[i % len(style.MARKERS)],
+                }
 
     def draw(self, axes: "Axes", curve: Curve, x: Sequence[float], metric: str, points: Sequence[str] = ()) -> None:
         """Draws a curve of a metric, with error bars where there are any; `points` are written beside its points."""
@@ -99,8 +111,16 @@ class _Looks:
             self._bars[source] = None
             style.error_bars(axes, x, y, errors, self._lines[curve.family]["color"])
         for place, text in zip(zip(x, y, strict=True), points, strict=False):
-            axes.annotate(text, place, (0, 5), textcoords="offset points", ha="center", fontsize=6, color=style.GREY,
-                          path_effects=[withStroke(linewidth=1.5, foreground="white")])  # lines pass behind it
+            axes.annotate(
+                text,
+                place,
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6,
+                color=style.GREY,
+                path_effects=[withStroke(linewidth=1.5, foreground="white")],
+            )  # lines pass behind it
 
     def legend(self, figure: "Figure") -> None:
         """What tells curves apart, and what all have in common."""
@@ -109,5 +129,9 @@ class _Looks:
         several = len(self._lines) > 1
         lines = list(self._lines.values()) if several else []
         bars = f", bars: standard deviation over {' and over '.join(self._bars)}" if self._bars else ""
-        style.legend(figure, [Line2D([], [], **line) for line in lines], [line["label"] for line in lines],
-                     f"{'all: ' if several else ''}{self._common}{bars}")
+        style.legend(
+            figure,
+            [Line2D([], [], **line) for line in lines],
+            [line["label"] for line in lines],
+            f"{'all: ' if several else ''}{self._common}{bars}",
+        )

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NO_LOSSES = ("train/grad_norm", "train/param_norm", "train/lr")
-_TITLES = {"mse": "squared error", "vb": "variational bound, bits",
-           **{f"loss_t_quarter{i}": f"loss, t in quarter {i} of 4" for i in range(1, 5)}}
+_TITLES = {
+    "mse": "squared error",
+    "vb": "variational bound, bits",
+    **{f"loss_t_quarter{i}": f"loss, t in quarter {i} of 4" for i in range(1, 5)},
+}
 _GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), GUIDED: ("--", "with guidance")}
 _STEPS_SHOWN = 6  # of samples
 _MAX_BYTES, _MAX_PIXELS = 1 << 28, 1 << 26
@@ -36,8 +39,13 @@ def loss(runs: Sequence[Run]) -> "Figure | None":
     if not drawn:
         return None
     names = dict.fromkeys(name for run, _ in drawn for line in run.lines for name in line)
-    parts = [name for name in names if name.startswith("train/") and name not in ("train/loss", *_NO_LOSSES)
-             and any(len(run.series(name)[0]) for run, _ in drawn)]
+    parts = [
+        name
+        for name in names
+        if name.startswith("train/")
+        and name not in ("train/loss", *_NO_LOSSES)
+        and any(len(run.series(name)[0]) for run, _ in drawn)
+    ]
     rows = 1 if len(parts) < 2 else 2 if len(parts) <= 8 else 3
     columns = -(-len(parts) // rows)
     figure = style.new_figure(3.4 + 1.8 * columns, 2.8 if rows < 3 else 3.8, _title("Training loss", drawn))
@@ -75,8 +83,13 @@ def evaluations(runs: Sequence[Run]) -> "Figure | None":
     """FID and Inception Score, or another network's, over steps, without guidance (solid) and with it (dashed)."""
     from matplotlib.lines import Line2D
 
-    found = dict.fromkeys(name.removeprefix("eval/").removesuffix(GUIDED) for run in runs for line in run.lines
-                          for name in line if name.startswith("eval/"))
+    found = dict.fromkeys(
+        name.removeprefix("eval/").removesuffix(GUIDED)
+        for run in runs
+        for line in run.lines
+        for name in line
+        if name.startswith("eval/")
+    )
     metrics = [f"eval/{name}" for is_kind in (names.is_distance, names.is_score) for name in found if is_kind(name)]
     metrics = [metric for metric in metrics if _with_any(runs, [metric + kind for kind in _GUIDANCE])]
     drawn = _with_any(runs, [metric + kind for metric in metrics for kind in _GUIDANCE])
@@ -101,8 +114,14 @@ def evaluations(runs: Sequence[Run]) -> "Figure | None":
     lines += [Line2D([], [], color=style.GREY, linestyle=_GUIDANCE[kind][0]) for kind in kinds]
     counts = [_num_images(run) for run, _ in drawn]
     same = len(set(counts)) == 1
-    labels = [run.name + ("" if same else f" ({count or 'number of images not known'})")
-              for (run, _), count in zip(drawn, counts, strict=True)] if len(drawn) > 1 else []
+    labels = (
+        [
+            run.name + ("" if same else f" ({count or 'number of images not known'})")
+            for (run, _), count in zip(drawn, counts, strict=True)
+        ]
+        if len(drawn) > 1
+        else []
+    )
     common = [f"{counts[0]} a point"] if same and counts[0] else []
     common += ["bars: standard deviation over splits of the images"] if bars else []
     style.legend(figure, lines, labels + [_GUIDANCE[kind][1] for kind in kinds], ", ".join(common))
@@ -156,13 +175,16 @@ def ema_half(path: epath.Path) -> np.ndarray:
     except Exception as error:  # broken files make Pillow raise almost anything
         reason = "no PNG" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise UserError(f"picture {path} cannot be read ({reason}): {advice}") from None
-    return picture[:, -((picture.shape[1] - _GAP) // 2):]
+    return picture[:, -((picture.shape[1] - _GAP) // 2) :]
 
 
 def _with_any(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[Run, str]]:
     """The runs with any of the metrics, and their colours."""
-    return [(run, color) for run, color in zip(runs, style.colors(len(runs)), strict=True)
-            if any(len(run.series(metric)[0]) for metric in metrics)]
+    return [
+        (run, color)
+        for run, color in zip(runs, style.colors(len(runs)), strict=True)
+        if any(len(run.series(metric)[0]) for metric in metrics)
+    ]
 
 
 def _title(text: str, drawn: Sequence[tuple[Run, str]]) -> str:

@@ -64,8 +64,10 @@ class Sweep:
             raise UserError("a sweep has no points: give at least one")
         for name in (point.name for point in self.points):
             if not _NAME.fullmatch(name) or name.lower() in _TAKEN:
-                raise UserError(f"a sweep's point is named {name!r}: give letters, digits and _.,=+- (at most 200, a "
-                                f"letter or digit first, not {', '.join(_TAKEN)})")
+                raise UserError(
+                    f"a sweep's point is named {name!r}: give letters, digits and _.,=+- (at most 200, a "
+                    f"letter or digit first, not {', '.join(_TAKEN)})"
+                )
         counts = Counter(point.name.lower() for point in self.points)
         twice = [point.name for point in self.points if counts[point.name.lower()] > 1]
         if twice:
@@ -106,8 +108,10 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
         overlay = dict(zip(axes, values, strict=True))
         name = _joined(overlay)
         if not _NAME.fullmatch(name):
-            raise UserError(f"grid: {name!r} cannot name a folder (letters, digits and _.,=+-, at most 200): name "
-                            f"these points yourself")
+            raise UserError(
+                f"grid: {name!r} cannot name a folder (letters, digits and _.,=+-, at most 200): name "
+                f"these points yourself"
+            )
         if name in overlays:
             raise UserError(f"grid: {name!r} is there twice: give each value once")
         overlays[name] = overlay
@@ -130,8 +134,10 @@ def select(only: str | Sequence[str], names: Sequence[str]) -> list[str]:
                 break
         else:
             close = difflib.get_close_matches(pieces[0], names, 1, 0.5)
-            raise UserError(f"the sweep has no point {pieces[0]!r}; "
-                            + (f"the closest is {close[0]!r}" if close else f"there are: {' '.join(names)}"))
+            raise UserError(
+                f"the sweep has no point {pieces[0]!r}; "
+                + (f"the closest is {close[0]!r}" if close else f"there are: {' '.join(names)}")
+            )
     if not wanted:
         raise UserError("no points asked for: give at least one name")
     return [name for name in names if name in wanted]
@@ -153,8 +159,9 @@ def load(path: str | os.PathLike[str]) -> Sweep:
     if isinstance(loaded, Sweep):
         return loaded
     if isinstance(loaded, str | Mapping) or not isinstance(loaded, Iterable):
-        raise UserError(f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep: return one, or yield "
-                        f"overlays")
+        raise UserError(
+            f"get_sweep of {path!r} returned {type(loaded).__name__}, not a Sweep: return one, or yield overlays"
+        )
     names = getattr(function, "__globals__", {})
     with errors_of(os.fspath(path), "sweep"):
         points = [_point(each, names.get("CONFIG"), path) for each in loaded]
@@ -166,9 +173,10 @@ def _point(given: Any, config: Any, path: Any) -> Point:
     if isinstance(given, Point):
         return given
     if not isinstance(name, str) or not isinstance(overlay, Mapping):
-        raise UserError(f"get_sweep of {path!r} yielded {given!r:.100}: yield a Point, an overlay (a dict of config "
-                        f"fields), or a name and an overlay")
+        raise UserError(
+            f"get_sweep of {path!r} yielded {given!r:.100}: yield a Point, an overlay (a dict of config "
+            f"fields), or a name and an overlay"
+        )
     if not isinstance(config, str):
-        raise UserError(f"{path!r} yields overlays, but does not say of which config: set CONFIG = 'NAME:ARG' in "
-                        f"it")
+        raise UserError(f"{path!r} yields overlays, but does not say of which config: set CONFIG = 'NAME:ARG' in it")
     return Point(name or name_of(overlay), config, overlay)

@@ -23,8 +23,15 @@ _ASK = {"local": jobs_lib.local_states, "slurm": slurm.states, "xpk": xpk.states
 
 
 @takes_paths("path", "root")
-def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: int | None = None,
-          only: str | Sequence[str] | None = None, engine: str = "local", engine_args: str = "") -> list[Row]:
+def sweep(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    only: str | Sequence[str] | None = None,
+    engine: str = "local",
+    engine_args: str = "",
+) -> list[Row]:
     """Runs what is not finished of the sweep in file `path`, or submits it; returns the rows of the table.
 
     A finished point is skipped; one whose config has changed since fails; one whose job is queued or running is left to
@@ -70,9 +77,11 @@ def sweep(path: str | os.PathLike[str], root: str | os.PathLike[str], *, jobs: i
         if plan.sweep.report is not None and not busy and not unknown:
             plan.sweep.report(plan.root, rows)
     if unknown:
-        raise TrainingError(f"{len(unknown)} of {len(chosen)} points were skipped, since nothing can be learnt here of "
-                            f"their jobs: {' '.join(unknown)}; where a job has ended, delete its file in "
-                            f"{plan.root / 'jobs'}, then start the sweep again")
+        raise TrainingError(
+            f"{len(unknown)} of {len(chosen)} points were skipped, since nothing can be learnt here of "
+            f"their jobs: {' '.join(unknown)}; where a job has ended, delete its file in "
+            f"{plan.root / 'jobs'}, then start the sweep again"
+        )
     return rows
 
 
@@ -109,8 +118,15 @@ def write(plan: Plan) -> list[Row]:
         state = plan.state(name)
         last = {"status": state.status, "seconds": state.seconds, "error": state.error}
         for measured in state.measured or [{}]:
-            rows.append({"point": name, **varying[name], **last_metrics(plan.root / name), **measured,
-                         **{key: value for key, value in last.items() if value is not None}})
+            rows.append(
+                {
+                    "point": name,
+                    **varying[name],
+                    **last_metrics(plan.root / name),
+                    **measured,
+                    **{key: value for key, value in last.items() if value is not None},
+                }
+            )
     write_table(plan.root, rows, list(next(iter(varying.values()))))
     return rows
 
@@ -123,8 +139,9 @@ def _checked(engine: str, engine_args: str, at_once: int | None, root: str | os.
     try:
         arguments = shlex.split(engine_args)
     except ValueError as error:
-        raise UserError(f"engine_args {engine_args!r} cannot be split as a shell would ({error}): mend the "
-                        f"quotes") from None
+        raise UserError(
+            f"engine_args {engine_args!r} cannot be split as a shell would ({error}): mend the quotes"
+        ) from None
     if engine == "local" and arguments:
         raise UserError("engine_args are for slurm and xpk: leave them out, or give --engine")
     if engine == "xpk":
@@ -132,8 +149,10 @@ def _checked(engine: str, engine_args: str, at_once: int | None, root: str | os.
             raise UserError("jobs is not for xpk, whose cluster has its own queue: leave it out")
         xpk.check(arguments)
         if not os.path.isabs(root) and "://" not in os.fspath(root):
-            raise UserError(f"root {os.fspath(root)} is a folder of this machine, which a workload does not see: give "
-                            f"a gs:// address, or the absolute path of a mount that both have")
+            raise UserError(
+                f"root {os.fspath(root)} is a folder of this machine, which a workload does not see: give "
+                f"a gs:// address, or the absolute path of a mount that both have"
+            )
     return arguments
 
 
@@ -160,15 +179,19 @@ def _waiting(plan: Plan, chosen: Sequence[str], alone: bool) -> tuple[list[str],
             tell(name, f"{job} as {given[name].engine} {given[name].id}, left to it")
         elif job == UNKNOWN and state.status != "failed":
             unknown.append(name)
-            tell(name, f"given to {given[name].engine} {given[name].id}, of which nothing can be learnt here: skipped; "
-                       f"if it has ended, delete {plan.job(name)}")
+            tell(
+                name,
+                f"given to {given[name].engine} {given[name].id}, of which nothing can be learnt here: skipped; "
+                f"if it has ended, delete {plan.job(name)}",
+            )
         else:
             waiting.append(name)
     return waiting, busy, unknown
 
 
-def _submit(plan: Plan, names: Sequence[str], engine: str, arguments: Sequence[str], at_once: int | None,
-            prepares: bool) -> None:
+def _submit(
+    plan: Plan, names: Sequence[str], engine: str, arguments: Sequence[str], at_once: int | None, prepares: bool
+) -> None:
     if engine == "slurm":
         made = slurm.submit(plan, names, prepare=prepares, at_once=at_once, arguments=arguments)
     else:
@@ -193,7 +216,7 @@ def _status(plan: Plan, name: str, job: Job | None, job_state: str | None) -> st
 
 
 def _progress(plan: Plan, name: str) -> str:
-    """", step 20 of 40, updated 3 min ago" as far as metrics.jsonl says; "" if there is none."""
+    """ ", step 20 of 40, updated 3 min ago" as far as metrics.jsonl says; "" if there is none."""
     last = last_metrics(plan.root / name)
     if "step" not in last:
         return ""

@@ -20,8 +20,11 @@ from marjax.sweep.points import Plan, write_json
 
 QUEUED, RUNNING, ENDED, UNKNOWN = "queued", "running", "ended", "unknown"
 # Whoever wrote the file: no option of squeue or kubectl but these, of which others would run a program.
-_SHAPE = {"engine": {"local", "slurm", "xpk"}, "id": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,300}"),
-          "where": [re.compile(r"--(clusters|context|namespace)=[^-\x00-\x1f][^\x00-\x1f]*")]}
+_SHAPE = {
+    "engine": {"local", "slurm", "xpk"},
+    "id": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,300}"),
+    "where": [re.compile(r"--(clusters|context|namespace)=[^-\x00-\x1f][^\x00-\x1f]*")],
+}
 _SHOWN = 15  # lines of a command that fails
 
 
@@ -62,8 +65,11 @@ def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
 
     If the engine refuses, what was noted of them and of their jobs is put back.
     """
-    before = {path: path.read_bytes() if path.exists() else None
-              for name in names for path in (plan.failure(name), plan.job(name))}
+    before = {
+        path: path.read_bytes() if path.exists() else None
+        for name in names
+        for path in (plan.failure(name), plan.job(name))
+    }
     for name in names:
         plan.failure(name).unlink(missing_ok=True)
     try:
@@ -127,13 +133,15 @@ def run(command: Sequence[str], text: str | None = None) -> str:
     """
     done = _call(command, text)
     if done is None:
-        raise UserError(f"there is no {command[0]} on this machine: start the sweep where there is one, or give "
-                        f"another --engine")
+        raise UserError(
+            f"there is no {command[0]} on this machine: start the sweep where there is one, or give another --engine"
+        )
     if done.returncode:
         said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()] or ["without a word"]
         print(*said[-_SHOWN:-1], sep="\n", end="\n" if said[1:] else "", file=sys.stderr, flush=True)
-        raise TrainingError(f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: "
-                            f"{said[-1].strip():.300}")
+        raise TrainingError(
+            f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: {said[-1].strip():.300}"
+        )
     return done.stdout
 
 
@@ -146,7 +154,8 @@ def ask(command: Sequence[str]) -> str | None:
 def _call(command: Sequence[str], text: str | None = None) -> "subprocess.CompletedProcess[str] | None":
     """None where there is no such program. Without `text` it can ask nothing, which nobody would see."""
     try:
-        return subprocess.run(command, input=text, stdin=subprocess.DEVNULL if text is None else None,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            command, input=text, stdin=subprocess.DEVNULL if text is None else None, capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None

@@ -115,29 +115,34 @@ class Plan:
 
     def finish(self, name: str, measured: list[Row], seconds: float) -> None:
         """Notes that a point is done."""
-        write_json(self.root / name / "result.json", {
-            "fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)})
+        write_json(
+            self.root / name / "result.json",
+            {"fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)},
+        )
 
     def varying(self) -> dict[str, Row]:
         """By point, the fields that any overlay names and that differ between points; "config" first if that does."""
         keys = list(dict.fromkeys(key for point in self.sweep.points for key in point.overlay))
         flat = {name: config_lib.flatten(config) for name, config in self.configs.items()}
-        fields = {point.name: {"config": point.config} | {key: flat[point.name][key] for key in keys}
-                  for point in self.sweep.points}
+        fields = {
+            point.name: {"config": point.config} | {key: flat[point.name][key] for key in keys}
+            for point in self.sweep.points
+        }
         varying = [key for key in ["config", *keys] if len({repr(row[key]) for row in fields.values()}) > 1]
         return {name: {key: row[key] for key in varying} for name, row in fields.items()}
 
     def _contradiction(self, name: str) -> str:
         workdir = self.root / name
         try:
-            before, after = (_fields_that_count(config) for config in (
-                read_workdir(workdir), self.configs[name]))
+            before, after = (_fields_that_count(config) for config in (read_workdir(workdir), self.configs[name]))
         except UserError as error:
             return str(error)
         keys = [key for key in sorted(before) if before[key] != after[key] and key != "tokenizer.checksum"]
         listed = ", ".join(f"{key} (was {before[key]!r}, now {after[key]!r})" for key in keys)
-        return (f"{workdir} was finished with another config{': ' if listed else ''}{listed}. Use another --root or "
-                f"name, or delete its result.json to train on and measure again, if training may go on")
+        return (
+            f"{workdir} was finished with another config{': ' if listed else ''}{listed}. Use another --root or "
+            f"name, or delete its result.json to train on and measure again, if training may go on"
+        )
 
 
 @takes_paths("path", "root")
@@ -188,6 +193,7 @@ def end_with_parent(pid: int) -> None:
     Args:
       pid: of the parent, which may be gone already.
     """
+
     def watch() -> None:
         while os.getppid() == pid:
             time.sleep(0.2)

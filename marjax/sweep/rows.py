@@ -19,7 +19,7 @@ FIXED_COLUMNS = (*_FIRST, *_TRAINING, *_LAST)
 
 
 def last_metrics(workdir: epath.Path) -> Row:
-    """"step" and "train/loss" of the last line of `metrics.jsonl`, those that it has. Raises UserError."""
+    """ "step" and "train/loss" of the last line of `metrics.jsonl`, those that it has. Raises UserError."""
     lines = read_metrics(workdir / METRICS).lines
     return {key: lines[-1][key] for key in _TRAINING if lines and key in lines[-1]}
 
@@ -43,13 +43,17 @@ def to_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def to_markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
     """Floats with 4 significant digits, "" where a row has no value; numbers are right-aligned."""
+
     def cell(value: Any) -> str:
         text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         return " ".join(text.split()).replace("|", "\\|")
 
     numeric = [all(isinstance(row.get(name, 0), int | float) for row in rows) for name in names]
-    lines = [[cell(name) for name in names], ["---:" if right else "---" for right in numeric],
-             *([cell(row.get(name)) for name in names] for row in rows)]
+    lines = [
+        [cell(name) for name in names],
+        ["---:" if right else "---" for right in numeric],
+        *([cell(row.get(name)) for name in names] for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

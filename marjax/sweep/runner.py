@@ -83,9 +83,15 @@ def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]"
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {name}\n")
         log.flush()
         command = [*plan.command(name, sys.executable), "--alone", "--parent", str(os.getpid())]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                   env=_environment(), start_new_session=True,
-                                   pass_fds=() if lock is None else (lock,))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
     if name != PREPARE:
         jobs.write(plan, name, jobs.Job("local", f"{socket.gethostname()}:{process.pid}"))
     return process

@@ -19,8 +19,9 @@ _QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 
 
-def submit(plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | None,
-           arguments: Sequence[str]) -> dict[str, Job]:
+def submit(
+    plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | None, arguments: Sequence[str]
+) -> dict[str, Job]:
     """Submits points, after `prepare` if there is one, and notes their jobs.
 
     Args:
@@ -44,7 +45,7 @@ def submit(plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | No
         after = [f"--dependency=afterok:{before.id}", "--kill-on-invalid-dep=yes"]
     made = {}
     for first in range(0, len(names), LARGEST):
-        part = names[first:first + LARGEST]
+        part = names[first : first + LARGEST]
         array = _sbatch(plan, part, at_once, [*arguments, *after])
         for task, name in enumerate(part):
             made[name] = Job("slurm", f"{array.id}_{task}", array.where)
@@ -68,8 +69,9 @@ def _states(ids: Sequence[str], where: Sequence[str]) -> dict[str, str]:
         listed = jobs.ask(squeue)
     found = _parse(listed or "", " ")
     if any(id_ not in found for id_ in ids):
-        past = jobs.ask(["sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID,State",
-                         about, *where])
+        past = jobs.ask(
+            ["sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID,State", about, *where]
+        )
         found = _parse(past or "", "|") | found
         if listed is not None:  # it answers, and does not know them: they are through
             found |= {id_: ENDED for id_ in ids if id_ not in found}
@@ -83,36 +85,42 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(os.path.basename(plan.path))[0])
     single = list(names) == [PREPARE]
     throttle = f"%{at_once}" if at_once else ""
-    options = [f"--job-name={stem}{PREPARE if single else ''}",
-               f'--output="{_quoted(logs)}/slurm-%{"j" if single else "A_%a"}.log"',
-               "--open-mode=append", "--requeue",
-               "--signal=TERM@120",  # to the steps: before the time is up, they save
-               *([] if single else [f"--array=0-{len(names) - 1}{throttle}"])]
+    options = [
+        f"--job-name={stem}{PREPARE if single else ''}",
+        f'--output="{_quoted(logs)}/slurm-%{"j" if single else "A_%a"}.log"',
+        "--open-mode=append",
+        "--requeue",
+        "--signal=TERM@120",  # to the steps: before the time is up, they save
+        *([] if single else [f"--array=0-{len(names) - 1}{throttle}"]),
+    ]
     command = plan.command("", sys.executable)[:-1]
     # Whoever is first to end leaves the others time to end in order: to save, or to notice that a process is lost.
     srun = "srun --kill-on-bad-exit=0 --wait=180"
     told = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
     kills = f'{shlex.quote(logs)}/slurm-"$id".kills'
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options),
-             f"cd {shlex.quote(os.getcwd())} || exit 1",
-             f"names=({' '.join(shlex.quote(name) for name in names)})",
-             'name="${names[${SLURM_ARRAY_TASK_ID:-0}]}"',
-             "trap : TERM  # which the steps get too; if this script ended by it, they would not have time to save",
-             f'{srun} {shlex.join(command)} "$name"{" --alone" if single else ""}{told}',
-             "code=$?",
-             "# 42: preempted, and saved. From 128 on: killed, or another process of the run was lost. Not 127: what",
-             "# is not found will not be found the next time either.",
-             'id="$SLURM_JOB_ID"; [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
-             "# A task that was cancelled, or that Slurm itself is about to put back, is not running any more.",
-             'if { [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; } && '
-             '[ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
-             f'    [ "$code" -eq 42 ] || echo "$code" >> {kills}  # Slurm itself counts all restarts',
-             f'    if [ "$code" -eq 42 ] || [ "$(wc -l < {kills})" -le {RESTARTS} ]; then',
-             '        scontrol requeue "$id" && sleep 60  # which ends this script',
-             "    fi",
-             "fi",
-             f"rm -f {kills}",
-             'exit "$code"']
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options),
+        f"cd {shlex.quote(os.getcwd())} || exit 1",
+        f"names=({' '.join(shlex.quote(name) for name in names)})",
+        'name="${names[${SLURM_ARRAY_TASK_ID:-0}]}"',
+        "trap : TERM  # which the steps get too; if this script ended by it, they would not have time to save",
+        f'{srun} {shlex.join(command)} "$name"{" --alone" if single else ""}{told}',
+        "code=$?",
+        "# 42: preempted, and saved. From 128 on: killed, or another process of the run was lost. Not 127: what",
+        "# is not found will not be found the next time either.",
+        'id="$SLURM_JOB_ID"; [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        "# A task that was cancelled, or that Slurm itself is about to put back, is not running any more.",
+        'if { [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; } && '
+        '[ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
+        f'    [ "$code" -eq 42 ] || echo "$code" >> {kills}  # Slurm itself counts all restarts',
+        f'    if [ "$code" -eq 42 ] || [ "$(wc -l < {kills})" -le {RESTARTS} ]; then',
+        '        scontrol requeue "$id" && sleep 60  # which ends this script',
+        "    fi",
+        "fi",
+        f"rm -f {kills}",
+        'exit "$code"',
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -128,8 +136,9 @@ def _sbatch(plan: Plan, names: Sequence[str], at_once: int | None, arguments: Se
         answer = jobs.run(["sbatch", "--parsable", *arguments], text).strip()
         id_, _, cluster = (answer.splitlines() or [""])[-1].partition(";")  # the latter after --clusters
         if not id_.isdecimal():
-            raise TrainingError(f"sbatch said {answer!r:.200}, which is no job's id: look with squeue before you try "
-                                f"again")
+            raise TrainingError(
+                f"sbatch said {answer!r:.200}, which is no job's id: look with squeue before you try again"
+            )
     return Job("slurm", id_, (f"--clusters={cluster}",) if cluster else ())
 
 

@@ -14,11 +14,16 @@ from marjax.sweep.points import Plan
 
 # Of `xpk workload create`, unless they are given. 42 and 127 to 255 are what marjax ends with where the same command
 # goes on; a pod gets these seconds to save in; the cluster keeps what has ended for a week.
-DEFAULTS = {"--max-restarts": "100", "--restart-on-exit-codes": "42,127-255",
-            "--termination-grace-period-seconds": "300", "--ttl-seconds-after-finished": "604800"}
+DEFAULTS = {
+    "--max-restarts": "100",
+    "--restart-on-exit-codes": "42,127-255",
+    "--termination-grace-period-seconds": "300",
+    "--ttl-seconds-after-finished": "604800",
+}
 NEEDED = ("--cluster", "--docker-image", "--tpu-type")
-_JOBSET_LIST = {"items": [{"metadata": {"name": str}, "spec?": dict,
-                           "status?": {"conditions?": [{"type": str, "status": str}]}}]}
+_JOBSET_LIST = {
+    "items": [{"metadata": {"name": str}, "spec?": dict, "status?": {"conditions?": [{"type": str, "status": str}]}}]
+}
 _JOBSETS = "jobsets.jobset.x-k8s.io"
 
 
@@ -27,7 +32,7 @@ def check(arguments: Sequence[str]) -> None:
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     missing = [name for name in NEEDED if name not in given and not (name == "--tpu-type" and "--device-type" in given)]
     if missing:
-        raise UserError(f"xpk needs {' '.join(missing)}: give them in --engine_args=\"{missing[0]}=... ...\"")
+        raise UserError(f'xpk needs {" ".join(missing)}: give them in --engine_args="{missing[0]}=... ..."')
     if own := sorted(given & {"--workload", "--command"}):
         raise UserError(f"{own[0]} is made for each point: leave it out of --engine_args")
 
@@ -102,8 +107,10 @@ def _parse(text: str) -> dict[str, str]:
     found = {}
     for item in items:
         status = item.get("status", {})
-        over = {condition.get("type") for condition in status.get("conditions", ())
-                if condition.get("status") == "True"} & {"Completed", "Failed"}
-        found[item["metadata"]["name"]] = (ENDED if over or status.get("terminalState") else
-                                           QUEUED if item.get("spec", {}).get("suspend") else RUNNING)
+        over = {
+            condition.get("type") for condition in status.get("conditions", ()) if condition.get("status") == "True"
+        } & {"Completed", "Failed"}
+        found[item["metadata"]["name"]] = (
+            ENDED if over or status.get("terminalState") else QUEUED if item.get("spec", {}).get("suspend") else RUNNING
+        )
     return found

@@ -13,15 +13,23 @@ from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 if TYPE_CHECKING:
     from marjax.tokenizers.autoencoder_file import Stored
 
-__all__ = ["Cacheable", "TokenShape", "Tokenizer", "described_tokenizer", "make_tokenizer", "open_tokenizer",
-           "token_shape"]
+__all__ = [
+    "Cacheable",
+    "TokenShape",
+    "Tokenizer",
+    "described_tokenizer",
+    "make_tokenizer",
+    "open_tokenizer",
+    "token_shape",
+]
 
 # Those without a network have stride 1 and the image's channels; whether tokens are codes.
 _PATCHES = {"pixels": False, "codebook": True}
 
 
-def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, num_codes: int = 0,
-                spec: Spec | None = None) -> TokenShape:
+def token_shape(
+    name: str, *, image_size: int, channels: int, patch_size: int, num_codes: int = 0, spec: Spec | None = None
+) -> TokenShape:
     """The tokens of a square image under the named tokenizer; its weights are not needed.
 
     Args:
@@ -41,8 +49,9 @@ def token_shape(name: str, *, image_size: int, channels: int, patch_size: int, n
         spec, discrete = spec or AUTOENCODERS[name].preset or Spec(), AUTOENCODERS[name].discrete
         stride, channels, num_codes = spec.stride, spec.embed_dim, spec.num_codes
         if discrete and patch_size != 1:
-            raise UserError(f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it "
-                            f"to 1")
+            raise UserError(
+                f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it to 1"
+            )
     elif (found := registry.find("tokenizer", name)) is not None:
         stride, discrete = found.stride, getattr(found, "discrete", False)
         channels = found.latent_channels(channels) if hasattr(found, "latent_channels") else channels
@@ -75,30 +84,44 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     from marjax.tokenizers import autoencoder_file  # imports Flax, which a config need not
 
     wanted = spec_of(tokenizer)
-    how = (f"marjax convert makes it from {_OFFICIAL.get(name, 'the checkpoint of an LDM autoencoder')} "
-           f"(marjax convert --tokenizer FILE --out {shlex.quote(path or 'FILE.safetensors')})")
+    how = (
+        f"marjax convert makes it from {_OFFICIAL.get(name, 'the checkpoint of an LDM autoencoder')} "
+        f"(marjax convert --tokenizer FILE --out {shlex.quote(path or 'FILE.safetensors')})"
+    )
     if name not in _OFFICIAL:
         how += ", marjax train-tokenizer trains one"
     if not path:
-        raise UserError(f"config.tokenizer.path is empty, but tokenizer {name!r} is a file: {how}; give its path "
-                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)")
+        raise UserError(
+            f"config.tokenizer.path is empty, but tokenizer {name!r} is a file: {how}; give its path "
+            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
+        )
     try:
         stored = autoencoder_file.read(path)
     except FileNotFoundError:
-        raise UserError(f"config.tokenizer.path {path} does not exist: {how}, or say where it is now "
-                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)") from None
+        raise UserError(
+            f"config.tokenizer.path {path} does not exist: {how}, or say where it is now "
+            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
+        ) from None
     if tokenizer.autoencoder.in_channels is None and AUTOENCODERS[name].preset is None:  # the images decide
         wanted = dataclasses.replace(wanted, in_channels=stored.spec.in_channels)
     if stored.spec.kind != wanted.kind:
-        raise UserError(f"{path} holds a {stored.spec.kind.upper()} autoencoder, but config.tokenizer.name is {name}: "
-                        f"give another file or another name")
+        raise UserError(
+            f"{path} holds a {stored.spec.kind.upper()} autoencoder, but config.tokenizer.name is {name}: "
+            f"give another file or another name"
+        )
     if differences := stored.spec.differences(wanted):
-        raise UserError(f"the autoencoder {path} is another than config.tokenizer asks for: it has "
-                        f"{'; '.join(differences)}: change config.tokenizer.autoencoder (or num_codes), or the path")
+        raise UserError(
+            f"the autoencoder {path} is another than config.tokenizer asks for: it has "
+            f"{'; '.join(differences)}: change config.tokenizer.autoencoder (or num_codes), or the path"
+        )
     check_checksum(tokenizer.checksum, stored.checksum, "autoencoder", path)
     scale = tokenizer.autoencoder.scale
-    return make_tokenizer(name, stored if scale is None else dataclasses.replace(stored, scale=scale),
-                          tokenizer.autoencoder.dtype, tokenizer.posterior)
+    return make_tokenizer(
+        name,
+        stored if scale is None else dataclasses.replace(stored, scale=scale),
+        tokenizer.autoencoder.dtype,
+        tokenizer.posterior,
+    )
 
 
 def _open_registered(tokenizer: Any) -> Tokenizer:
@@ -106,13 +129,16 @@ def _open_registered(tokenizer: Any) -> Tokenizer:
     name = tokenizer.name
     found = registry.find("tokenizer", name)
     if found is None:
-        raise UserError(f"tokenizer.name is {shortened(name)!r}: "
-                        f"{registry.unknown('tokenizer', name, registry.names('tokenizer'))}")
+        raise UserError(
+            f"tokenizer.name is {shortened(name)!r}: {registry.unknown('tokenizer', name, registry.names('tokenizer'))}"
+        )
     opened: Tokenizer = found.of(tokenizer)
-    if missing := [each for each in ("params", "checksum", "scale", "encode", "decode", "codebook")
-                   if not hasattr(opened, each)]:
-        raise UserError(f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}: see "
-                        f"docs/extending.md")
+    if missing := [
+        each for each in ("params", "checksum", "scale", "encode", "decode", "codebook") if not hasattr(opened, each)
+    ]:
+        raise UserError(
+            f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}: see docs/extending.md"
+        )
     check_checksum(tokenizer.checksum, opened.checksum, f"tokenizer {name!r}", "this")
     return opened
 
@@ -147,12 +173,15 @@ def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
     return make_tokenizer(name, stored, tokenizer.autoencoder.dtype, tokenizer.posterior)
 
 
-_OFFICIAL = {"kl16": "the reference's kl16.ckpt", "kl8": "the checkpoint of LDM's kl-f8",
-             "vq16": "the checkpoint of LDM's vq-f16", "vq16_continuous": "the checkpoint of LDM's vq-f16"}
+_OFFICIAL = {
+    "kl16": "the reference's kl16.ckpt",
+    "kl8": "the checkpoint of LDM's kl-f8",
+    "vq16": "the checkpoint of LDM's vq-f16",
+    "vq16_continuous": "the checkpoint of LDM's vq-f16",
+}
 
 
-def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32",
-                   posterior: str = "sample") -> Tokenizer:
+def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32", posterior: str = "sample") -> Tokenizer:
     """The tokenizer of that name, a key of AUTOENCODERS, around weights of the right kind.
 
     The scale is that of the weights, or else the name's.
@@ -166,9 +195,12 @@ def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32",
     kind = AUTOENCODERS[name]
     scale = 1.0 if kind.discrete else kind.scale if stored.scale is None else stored.scale
     if scale is None:
-        raise UserError(f"nobody has said what the latents of this {name!r} are multiplied with: measure it with "
-                        f"marjax tokenizer check, and set config.tokenizer.autoencoder.scale")
+        raise UserError(
+            f"nobody has said what the latents of this {name!r} are multiplied with: measure it with "
+            f"marjax tokenizer check, and set config.tokenizer.autoencoder.scale"
+        )
     if kind.vq:
-        return VQ(stored.spec, stored.params, discrete=kind.discrete, scale=scale, dtype=dtype,
-                  checksum=stored.checksum)
+        return VQ(
+            stored.spec, stored.params, discrete=kind.discrete, scale=scale, dtype=dtype, checksum=stored.checksum
+        )
     return KL(stored.spec, stored.params, scale=scale, dtype=dtype, checksum=stored.checksum, posterior=posterior)

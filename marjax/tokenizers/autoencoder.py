@@ -32,14 +32,20 @@ class _Conv(nn.Module):
         # On the way down the window starts at the pixel itself: one row and column of zeros below and to the right.
         side = self.size // 2
         padding = ((0, 1), (0, 1)) if self.stride == 2 else ((side, side), (side, side))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(),
-                            (self.size, self.size, x.shape[-1], self.features), jnp.float32)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (self.size, self.size, x.shape[-1], self.features), jnp.float32
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         # Float32 means float32: without this, TPUs multiply in bfloat16 and newer GPUs in TF32.
         precision = jax.lax.Precision.HIGHEST if jnp.dtype(self.dtype) == jnp.float32 else None
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), jnp.asarray(kernel, self.dtype), (self.stride, self.stride), padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+            x.astype(self.dtype),
+            jnp.asarray(kernel, self.dtype),
+            (self.stride, self.stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
         return y + jnp.asarray(bias, self.dtype)
 
 
@@ -167,8 +173,10 @@ class Autoencoder(nn.Module):
             # All codes start within reach of each other, so that none is the nearest to everything (van den Oord 2017).
             bound = 1.0 / spec.num_codes
             self.codebook = self.param(
-                "codebook", lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound),
-                (spec.num_codes, spec.embed_dim))
+                "codebook",
+                lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound),
+                (spec.num_codes, spec.embed_dim),
+            )
 
     def encode(self, image: jax.Array) -> jax.Array:
         """What the bottleneck starts from, float32 (B, h, w, C), from float images (B, H, W, in_channels) in [-1, 1].
@@ -181,8 +189,10 @@ class Autoencoder(nn.Module):
         _, height, width, channels = image.shape
         stride = self.spec.stride
         if channels != self.spec.in_channels or height % stride or width % stride:
-            raise UserError(f"images are {height} x {width} with {channels} channels, but the tokenizer takes "
-                            f"{self.spec.in_channels} and sides that {stride} divides: change config.data")
+            raise UserError(
+                f"images are {height} x {width} with {channels} channels, but the tokenizer takes "
+                f"{self.spec.in_channels} and sides that {stride} divides: change config.data"
+            )
         return self.quant_conv(self.encoder(image)).astype(jnp.float32)
 
     def decode(self, latent: jax.Array) -> jax.Array:
@@ -191,7 +201,7 @@ class Autoencoder(nn.Module):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Everything once, for `init`."""
-        return self.decode(self.encode(image)[..., :self.spec.embed_dim])
+        return self.decode(self.encode(image)[..., : self.spec.embed_dim])
 
 
 def init_params(spec: Spec, key: jax.Array) -> Any:

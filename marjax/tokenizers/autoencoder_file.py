@@ -78,12 +78,17 @@ def read(path: str | os.PathLike[str]) -> Stored:
             header = parse_json(file.read(length), {str: dict}, where=f"the header of {path}", advice=again)
             check_json(header, {"__metadata__?": {str: str}}, where=f"the header of {path}", advice=again)
             metadata = header.pop("__metadata__", {})
-            check_json(header, {str: {"shape": [range(1 << 48)], "data_offsets": [int]}},
-                       where=f"the header of {path}", advice=again)
+            check_json(
+                header,
+                {str: {"shape": [range(1 << 48)], "data_offsets": [int]}},
+                where=f"the header of {path}",
+                advice=again,
+            )
             ends = [offset for each in header.values() for offset in each["data_offsets"]]
             if 8 + length + max(ends, default=0) != size:
-                raise UserError(f"{damaged} (it has {size} bytes, and its header says "
-                                f"{8 + length + max(ends, default=0)}): {again}")
+                raise UserError(
+                    f"{damaged} (it has {size} bytes, and its header says {8 + length + max(ends, default=0)}): {again}"
+                )
             spec, scale = _network(metadata, path, again)
             try:
                 # Before the tensors are read, and before a network is made of them.
@@ -114,8 +119,10 @@ def read(path: str | os.PathLike[str]) -> Stored:
 def _network(metadata: dict[str, str], path: str | os.PathLike[str], again: str) -> tuple[Spec, float | None]:
     """The network and the scale that the metadata says. Raises UserError."""
     if KEY not in metadata:
-        raise UserError(f"{path} is a safetensors file, but not one of marjax (its metadata has no {KEY!r}): "
-                        f"marjax convert makes one of it")
+        raise UserError(
+            f"{path} is a safetensors file, but not one of marjax (its metadata has no {KEY!r}): "
+            f"marjax convert makes one of it"
+        )
     where = f"{path} does not say what network it holds: its metadata"
     meta = parse_json(metadata[KEY], {"kind": str, "spec": dict, "scale": (float, None)}, where=where, advice=again)
     try:

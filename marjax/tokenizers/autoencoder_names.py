@@ -32,12 +32,17 @@ def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
     names: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def conv(theirs: str, ours: str, before: int, after: int, side: int = 3) -> None:
-        names.update({f"{theirs}.weight": (f"{ours}/kernel", (after, before, side, side)),
-                      f"{theirs}.bias": (f"{ours}/bias", (after,))})
+        names.update(
+            {
+                f"{theirs}.weight": (f"{ours}/kernel", (after, before, side, side)),
+                f"{theirs}.bias": (f"{ours}/bias", (after,)),
+            }
+        )
 
     def norm(theirs: str, ours: str, features: int) -> None:
-        names.update({f"{theirs}.weight": (f"{ours}/scale", (features,)),
-                      f"{theirs}.bias": (f"{ours}/bias", (features,))})
+        names.update(
+            {f"{theirs}.weight": (f"{ours}/scale", (features,)), f"{theirs}.bias": (f"{ours}/bias", (features,))}
+        )
 
     def block(theirs: str, ours: str, before: int, after: int) -> None:
         for i, features in ((1, before), (2, after)):
@@ -54,10 +59,25 @@ def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
     widths = [spec.width * mult for mult in spec.channel_mults]
     levels, halves = list(range(len(widths))), 1 if spec.num_codes else 2
     for half, way, order, sample, blocks, first, last in (
-            ("encoder", "down", levels, "downsample", spec.num_res_blocks, (spec.in_channels, spec.width),
-             spec.latent_channels * halves),
-            ("decoder", "up", levels[::-1], "upsample", spec.num_res_blocks + 1, (spec.latent_channels, widths[-1]),
-             spec.in_channels)):
+        (
+            "encoder",
+            "down",
+            levels,
+            "downsample",
+            spec.num_res_blocks,
+            (spec.in_channels, spec.width),
+            spec.latent_channels * halves,
+        ),
+        (
+            "decoder",
+            "up",
+            levels[::-1],
+            "upsample",
+            spec.num_res_blocks + 1,
+            (spec.latent_channels, widths[-1]),
+            spec.in_channels,
+        ),
+    ):
         conv(f"{half}.conv_in", f"{half}/conv_in", *first)
         before = first[1]
         for level in order:
@@ -102,8 +122,9 @@ def from_state_dict(state_dict: Mapping[str, Any], spec: Spec | None = None) -> 
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     spec = infer_spec(shapes) if spec is None else spec
     check(shapes, spec)
-    filled = {ours: _to_marjax(np.asarray(tensors[theirs]).astype(np.float32))
-              for theirs, (ours, _) in layout(spec).items()}
+    filled = {
+        ours: _to_marjax(np.asarray(tensors[theirs]).astype(np.float32)) for theirs, (ours, _) in layout(spec).items()
+    }
     return spec, traverse_util.unflatten_dict(filled, sep="/")
 
 
@@ -114,17 +135,24 @@ def check(shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
     """
     blocks = len(spec.channel_mults) * (2 * spec.num_res_blocks + 1)
     if blocks * _PER_BLOCK > len(shapes):
-        raise UserError(f"{len(shapes)} tensors do not fit a {spec.kind.upper()} autoencoder of {blocks} blocks, "
-                        f"which has {blocks * _PER_BLOCK} or more: it is damaged, or of another kind")
+        raise UserError(
+            f"{len(shapes)} tensors do not fit a {spec.kind.upper()} autoencoder of {blocks} blocks, "
+            f"which has {blocks * _PER_BLOCK} or more: it is damaged, or of another kind"
+        )
     names = layout(spec)
     problems = [f"{theirs} is missing" for theirs in names if theirs not in shapes]
-    problems += [f"{theirs} has shape {shapes[theirs]} instead of {expected}"
-                 for theirs, (_, expected) in names.items() if theirs in shapes and shapes[theirs] != expected]
+    problems += [
+        f"{theirs} has shape {shapes[theirs]} instead of {expected}"
+        for theirs, (_, expected) in names.items()
+        if theirs in shapes and shapes[theirs] != expected
+    ]
     problems += [f"{shortened(name)} is not used" for name in shapes if name not in names]
     if problems:
         more = f"; and {len(problems) - _LISTED} others" if len(problems) > _LISTED else ""
-        raise UserError(f"{len(problems)} tensors do not fit a {spec.kind.upper()} autoencoder of width {spec.width} "
-                        f"and channel_mults {spec.channel_mults}: {'; '.join(problems[:_LISTED])}{more}")
+        raise UserError(
+            f"{len(problems)} tensors do not fit a {spec.kind.upper()} autoencoder of width {spec.width} "
+            f"and channel_mults {spec.channel_mults}: {'; '.join(problems[:_LISTED])}{more}"
+        )
 
 
 def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
@@ -133,12 +161,15 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     Raises:
       UserError: it is no autoencoder of this kind.
     """
+
     def shape(name: str) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != 4:
             what = f"has shape {shapes[name]}" if name in shapes else "is missing"
             some = ", ".join(map(shortened, sorted(shapes)[:3])) or "none"
-            raise UserError(f"this is no LDM autoencoder: {name} {what} (there are {len(shapes)} tensors, such as "
-                            f"{some}): give the file of a KL or VQ first stage")
+            raise UserError(
+                f"this is no LDM autoencoder: {name} {what} (there are {len(shapes)} tensors, such as "
+                f"{some}): give the file of a KL or VQ first stage"
+            )
         return shapes[name]
 
     def count(pattern: str) -> int:
@@ -154,12 +185,23 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     latent_channels, embed_dim = shape("post_quant_conv.weight")[:2]
     codes = shapes.get("quantize.embedding.weight", (0,))
     if not width or any(each % width for each in features):
-        raise UserError(f"this is no LDM autoencoder: its levels have {features} channels, which are no multiples of "
-                        f"the first layer's {width}")
+        raise UserError(
+            f"this is no LDM autoencoder: its levels have {features} channels, which are no multiples of "
+            f"the first layer's {width}"
+        )
     try:
-        return Spec(in_channels, width, tuple(each // width for each in features),
-                    count(r"encoder\.down\.0\.block\.(\d+)\."), latent_channels, embed_dim,
-                    attention("encoder", "down"), attention("decoder", "up"), 256, codes[0])
+        return Spec(
+            in_channels,
+            width,
+            tuple(each // width for each in features),
+            count(r"encoder\.down\.0\.block\.(\d+)\."),
+            latent_channels,
+            embed_dim,
+            attention("encoder", "down"),
+            attention("decoder", "up"),
+            256,
+            codes[0],
+        )
     except ValueError as error:
         raise UserError(f"this is no LDM autoencoder: {error}") from None
 
@@ -168,8 +210,10 @@ def count_layers(numbers: Sequence[str]) -> int:
     """How many layers there are, by the numbers in names of tensors. Raises UserError: more than any network has."""
     for number in numbers:
         if len(number) > len(str(_MAX_LAYERS)) or int(number) >= _MAX_LAYERS:
-            raise UserError(f"it names a layer {number[:20]}, and no such network has {_MAX_LAYERS}: it is damaged, or "
-                            f"of another kind")
+            raise UserError(
+                f"it names a layer {number[:20]}, and no such network has {_MAX_LAYERS}: it is damaged, or "
+                f"of another kind"
+            )
     return 1 + max(map(int, numbers), default=-1)
 
 
@@ -179,4 +223,3 @@ def _to_marjax(array: np.ndarray) -> np.ndarray:
 
 def _to_pytorch(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
-

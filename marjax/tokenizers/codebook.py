@@ -19,8 +19,16 @@ from marjax.errors import UserError
 from marjax.npz_file import read_npz
 from marjax.tokenizers.protocol import TokenShape, check_checksum
 
-_ARRAYS = {"codes": ("f", 2), "patch_size": ("i", 0), "channels": ("i", 0), "mse": ("f", 0), "psnr": ("f", 0),
-           "num_images": ("i", 0), "seed": ("i", 0), "source": ("U", 0)}
+_ARRAYS = {
+    "codes": ("f", 2),
+    "patch_size": ("i", 0),
+    "channels": ("i", 0),
+    "mse": ("f", 0),
+    "psnr": ("f", 0),
+    "num_images": ("i", 0),
+    "seed": ("i", 0),
+    "source": ("U", 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +78,14 @@ class Codebook:
         del key
         _, height, width, channels = image.shape
         if channels != self.channels or height % self.patch_size or width % self.patch_size:
-            raise UserError(f"images are {height} x {width} with {channels} channels, but the codebook is of "
-                            f"{self.patch_size} x {self.patch_size} patches with {self.channels}: change config.data, "
-                            f"or train another with marjax train-tokenizer")
-        shape = TokenShape(height // self.patch_size, width // self.patch_size, channels, self.patch_size,
-                           self.num_codes)
+            raise UserError(
+                f"images are {height} x {width} with {channels} channels, but the codebook is of "
+                f"{self.patch_size} x {self.patch_size} patches with {self.channels}: change config.data, "
+                f"or train another with marjax train-tokenizer"
+            )
+        shape = TokenShape(
+            height // self.patch_size, width // self.patch_size, channels, self.patch_size, self.num_codes
+        )
         codebook = self.codebook(params)
         return shape.unpatchify(codebook[nearest(shape.patchify(image), codebook)])
 
@@ -91,8 +102,10 @@ class Codebook:
 def arrays_of(codebook: Codebook, fit: Fit) -> dict[str, np.ndarray]:
     """What the .npz file of a codebook holds; equal codebooks with equal fits give equal files."""
     sizes = {"patch_size": codebook.patch_size, "channels": codebook.channels}
-    return {"codes": codebook.params["codebook"],
-            **{name: np.array(value) for name, value in (sizes | dataclasses.asdict(fit)).items()}}
+    return {
+        "codes": codebook.params["codebook"],
+        **{name: np.array(value) for name, value in (sizes | dataclasses.asdict(fit)).items()},
+    }
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
@@ -122,16 +135,22 @@ def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
     """
     how = "make one with marjax train-tokenizer --config NAME"
     if not tokenizer.path:
-        raise UserError(f"config.tokenizer.path is empty, but tokenizer 'codebook' is a file: {how} --out FILE.npz, "
-                        f"and give its path")
+        raise UserError(
+            f"config.tokenizer.path is empty, but tokenizer 'codebook' is a file: {how} --out FILE.npz, "
+            f"and give its path"
+        )
     try:
         codebook, _ = read(tokenizer.path)
     except FileNotFoundError:
-        raise UserError(f"config.tokenizer.path {tokenizer.path} does not exist: {how}, or say where it is now "
-                        f"(--config.tokenizer.path, or --tokenizer_path when sampling)") from None
+        raise UserError(
+            f"config.tokenizer.path {tokenizer.path} does not exist: {how}, or say where it is now "
+            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
+        ) from None
     for key, given in (("num_codes", codebook.num_codes), ("patch_size", codebook.patch_size)):
         if given != tokenizer[key]:
-            raise UserError(f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
-                            f"with {given}: set it to {given}, or {how}")
+            raise UserError(
+                f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
+                f"with {given}: set it to {given}, or {how}"
+            )
     check_checksum(tokenizer.checksum, codebook.checksum, "codebook", tokenizer.path)
     return codebook

@@ -34,8 +34,16 @@ class Discriminator(nn.Module):
         precision = jax.lax.Precision.HIGHEST if jnp.dtype(self.dtype) == jnp.float32 else None
 
         def conv(x: jax.Array, features: int, stride: int, name: str) -> jax.Array:
-            return nn.Conv(features, (4, 4), (stride, stride), ((1, 1), (1, 1)), dtype=self.dtype, precision=precision,
-                           kernel_init=nn.initializers.normal(0.02), name=name)(x)
+            return nn.Conv(
+                features,
+                (4, 4),
+                (stride, stride),
+                ((1, 1), (1, 1)),
+                dtype=self.dtype,
+                precision=precision,
+                kernel_init=nn.initializers.normal(0.02),
+                name=name,
+            )(x)
 
         x = nn.leaky_relu(conv(image, self.width, 2, "conv_in"), 0.2)
         for layer in range(1, self.layers + 1):

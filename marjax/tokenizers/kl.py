@@ -24,8 +24,16 @@ class KL:
       posterior: "sample" to draw latents from the posterior, "mean" to take its mean.
     """
 
-    def __init__(self, spec: Spec, params: Any, *, scale: float, dtype: Any = jnp.float32, checksum: str = "",
-                 posterior: str = "sample") -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        params: Any,
+        *,
+        scale: float,
+        dtype: Any = jnp.float32,
+        checksum: str = "",
+        posterior: str = "sample",
+    ) -> None:
         """Raises ValueError: another posterior."""
         if posterior not in POSTERIORS:
             raise ValueError(f"posterior is {posterior!r}: give one of {', '.join(POSTERIORS)}")
@@ -39,6 +47,7 @@ class KL:
         Raises:
           UserError: images of another number of channels, or with sides that the stride does not divide.
         """
+
         def rows(part: jax.Array) -> jax.Array:
             return self.network.apply({"params": params}, part, method="encode")  # type: ignore[return-value]
 
@@ -55,6 +64,7 @@ class KL:
 
     def decode(self, params: Any, latent: jax.Array) -> jax.Array:
         """Images, float32 (B, H, W, in_channels), not clipped, from scaled latents (B, h, w, C)."""
+
         def rows(part: jax.Array) -> jax.Array:
             return self.network.apply({"params": params}, part / self.scale, method="decode")  # type: ignore[return-value]
 

@@ -77,8 +77,10 @@ class TokenShape:
           ValueError: stride x patch does not divide the image.
         """
         if image_size < 1 or patch < 1 or image_size % (stride * patch):
-            raise ValueError(f"image size {image_size} is not divisible by the tokenizer's stride {stride} times the "
-                             f"patch size {patch}: give a multiple of {stride * max(patch, 1)}")
+            raise ValueError(
+                f"image size {image_size} is not divisible by the tokenizer's stride {stride} times the "
+                f"patch size {patch}: give a multiple of {stride * max(patch, 1)}"
+            )
         side = image_size // stride // patch
         return cls(side, side, channels, patch, num_codes)
 
@@ -116,6 +118,8 @@ def check_checksum(trained: str | None, opened: str, kind: str, where: str) -> N
       UserError: the two differ.
     """
     if trained and trained != opened:
-        raise UserError(f"the model was trained with another {kind} (checksum {trained[:12]}) than {where} (checksum "
-                        f"{opened[:12]}): give the path of that one (--config.tokenizer.path, or --tokenizer_path when "
-                        f"sampling)")
+        raise UserError(
+            f"the model was trained with another {kind} (checksum {trained[:12]}) than {where} (checksum "
+            f"{opened[:12]}): give the path of that one (--config.tokenizer.path, or --tokenizer_path when "
+            f"sampling)"
+        )

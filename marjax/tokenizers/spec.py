@@ -56,21 +56,28 @@ class Spec:
                 raise ValueError(f"{name} is {value!r}: give 1 to {_MAX_SIZE}")
         mults = self.channel_mults
         if not 1 <= len(mults) <= _MAX_LEVELS or any(
-                type(mult) is not int or not 1 <= mult <= _MAX_SIZE for mult in mults):
-            raise ValueError(f"channel_mults is {mults[:_MAX_LEVELS]!r}: give a number of at least 1 for every level, "
-                             f"of at most {_MAX_LEVELS}")
+            type(mult) is not int or not 1 <= mult <= _MAX_SIZE for mult in mults
+        ):
+            raise ValueError(
+                f"channel_mults is {mults[:_MAX_LEVELS]!r}: give a number of at least 1 for every level, "
+                f"of at most {_MAX_LEVELS}"
+            )
         if not 0 <= self.num_codes <= _MAX_CODES:
             raise ValueError(f"num_codes is {self.num_codes}: give 1 to {_MAX_CODES}, or 0 for a KL network")
         if self.width % GROUPS:
             raise ValueError(f"width is {self.width}: give a multiple of {GROUPS}, the groups of every GroupNorm")
         if self.resolution % self.stride:
-            raise ValueError(f"resolution {self.resolution} is not divisible by {self.stride}, the stride of "
-                             f"{len(self.channel_mults)} levels: give a multiple of it")
+            raise ValueError(
+                f"resolution {self.resolution} is not divisible by {self.stride}, the stride of "
+                f"{len(self.channel_mults)} levels: give a multiple of it"
+            )
         for name in ("encoder_attn_resolutions", "decoder_attn_resolutions"):
             odd = [size for size in getattr(self, name) if size not in self.level_resolutions]
             if odd:
-                raise ValueError(f"{name} has {odd[0]}, but the levels of a network of resolution {self.resolution} "
-                                 f"are {', '.join(map(str, self.level_resolutions))}: give any of these")
+                raise ValueError(
+                    f"{name} has {odd[0]}, but the levels of a network of resolution {self.resolution} "
+                    f"are {', '.join(map(str, self.level_resolutions))}: give any of these"
+                )
 
     @property
     def stride(self) -> int:
@@ -98,8 +105,9 @@ class Spec:
                 continue
             if field.name.endswith("_attn_resolutions"):
                 half = field.name.removesuffix("_attn_resolutions")
-                mine, others = ([i for i in range(len(spec.channel_mults)) if spec.has_attention(half, i)]
-                                for spec in (self, other))
+                mine, others = (
+                    [i for i in range(len(spec.channel_mults)) if spec.has_attention(half, i)] for spec in (self, other)
+                )
                 if mine != others:
                     lines.append(f"{half} attention at levels {mine} instead of {others}")
             elif mine != others:
@@ -112,8 +120,9 @@ class Spec:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Spec":
         """Raises ValueError or TypeError: an unknown field, or no possible network."""
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                                 for name, value in fields.items()}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
         return cls(**given)
 
 
@@ -136,8 +145,9 @@ class Kind:
 
 _KL16 = Spec(latent_channels=16, embed_dim=16, encoder_attn_resolutions=(16,))
 _KL8 = Spec(channel_mults=(1, 2, 4, 4), latent_channels=4, embed_dim=4)
-_VQ16 = Spec(latent_channels=8, embed_dim=8, encoder_attn_resolutions=(16,), decoder_attn_resolutions=(16,),
-             num_codes=16384)
+_VQ16 = Spec(
+    latent_channels=8, embed_dim=8, encoder_attn_resolutions=(16,), decoder_attn_resolutions=(16,), num_codes=16384
+)
 
 # Codes are never scaled: the tokens of a discrete tokenizer are rows of its codebook.
 AUTOENCODERS = {
@@ -151,9 +161,12 @@ AUTOENCODERS = {
 }
 
 # Of networks without a preset. As in LDM, what follows the encoder keeps its number of channels.
-_FREE = {False: dataclasses.replace(_KL16, encoder_attn_resolutions=()),
-         True: dataclasses.replace(_VQ16, encoder_attn_resolutions=(), decoder_attn_resolutions=(),
-                                   num_codes=DEFAULT_NUM_CODES)}
+_FREE = {
+    False: dataclasses.replace(_KL16, encoder_attn_resolutions=()),
+    True: dataclasses.replace(
+        _VQ16, encoder_attn_resolutions=(), decoder_attn_resolutions=(), num_codes=DEFAULT_NUM_CODES
+    ),
+}
 
 
 def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
@@ -169,8 +182,9 @@ def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
       UserError: no such network, or a field at odds with the name's preset.
     """
     kind, name = AUTOENCODERS[tokenizer.name], tokenizer.name
-    given = {field.name: tokenizer.autoencoder[field.name] for field in dataclasses.fields(Spec)
-             if field.name != "num_codes"}
+    given = {
+        field.name: tokenizer.autoencoder[field.name] for field in dataclasses.fields(Spec) if field.name != "num_codes"
+    }
     given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
     if kind.vq:
         given["num_codes"] = tokenizer.num_codes
@@ -191,11 +205,15 @@ def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
         for field, value in given.items():
             if value != getattr(spec, field):
                 path = "" if field == "num_codes" else "autoencoder."
-                raise UserError(f"config.tokenizer.{path}{field} is {value}, but {name} has {getattr(spec, field)}: "
-                                f"leave it out, or set config.tokenizer.name={name.replace('16', '').replace('8', '')}")
+                raise UserError(
+                    f"config.tokenizer.{path}{field} is {value}, but {name} has {getattr(spec, field)}: "
+                    f"leave it out, or set config.tokenizer.name={name.replace('16', '').replace('8', '')}"
+                )
     if channels is not None and spec.in_channels != channels:
-        raise UserError(f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}: set it to "
-                        f"{spec.in_channels} (grey images are repeated, colour ones become grey)")
+        raise UserError(
+            f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}: set it to "
+            f"{spec.in_channels} (grey images are repeated, colour ones become grey)"
+        )
     return spec
 
 
@@ -212,7 +230,9 @@ def fill(tokenizer: Any, channels: int) -> None:
         if scale is not None and not scale > 0.0:
             raise UserError(f"config.tokenizer.autoencoder.scale is {scale}: give a positive number")
         if scale not in (None, 1.0) and kind.discrete:
-            raise UserError(f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
-                            f"are not scaled: leave it out")
+            raise UserError(
+                f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
+                f"are not scaled: leave it out"
+            )
     elif tokenizer.num_codes is None:
         tokenizer.num_codes = DEFAULT_NUM_CODES

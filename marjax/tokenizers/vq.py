@@ -26,8 +26,16 @@ class VQ:
       scale: what continuous latents are multiplied with; 1 for codes.
     """
 
-    def __init__(self, spec: Spec, params: Any, *, discrete: bool, scale: float = 1.0, dtype: Any = jnp.float32,
-                 checksum: str = "") -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        params: Any,
+        *,
+        discrete: bool,
+        scale: float = 1.0,
+        dtype: Any = jnp.float32,
+        checksum: str = "",
+    ) -> None:
         """Raises ValueError: codes with a scale."""
         if discrete and scale != 1.0:
             raise ValueError(f"scale is {scale}: codes are not scaled")
@@ -64,6 +72,7 @@ class VQ:
 
     def decode(self, params: Any, latent: jax.Array) -> jax.Array:
         """Images, float32 (B, H, W, in_channels), not clipped, from latents (B, h, w, D) as `encode` gives them."""
+
         def rows(part: jax.Array) -> jax.Array:
             codes = part if self.discrete else _quantise(params, part / self.scale)
             return self.network.apply({"params": params}, codes, method="decode")  # type: ignore[return-value]

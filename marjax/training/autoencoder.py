@@ -76,8 +76,7 @@ class Trainer:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, clipped by the global norm, after a linear warmup; both networks have one of their own."""
-        return optax.chain(clipping(self.train.clip),
-                           optax.adam(self.learning_rate, self.train.b1, self.train.b2))
+        return optax.chain(clipping(self.train.clip), optax.adam(self.learning_rate, self.train.b1, self.train.b2))
 
     def learning_rate(self, step: jax.Array) -> jax.Array:
         """By step, float32."""
@@ -94,8 +93,9 @@ class Trainer:
             image = jnp.zeros((1, 64, 64, self.spec.in_channels))
             disc = self.discriminator.init(key_disc, image)["params"]
             rest["disc"] = {"params": disc, "opt_state": optimizer.init(disc)}
-        return AutoencoderState(step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
-                                rest=rest)
+        return AutoencoderState(
+            step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params), rest=rest
+        )
 
     def forward(self, params: Any, image: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         """((reconstruction (B, S, S, C), the bottleneck's term ()), (its parts by name, latents before it, codes)).
@@ -132,7 +132,8 @@ class Trainer:
         image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         key_posterior, key_codes = jax.random.split(jax.random.fold_in(numerics.key(self.seed), state.step))
         (made, term), backward, (parts, before, codes) = jax.vjp(
-            lambda params: self.forward(params, image, key_posterior), state.params, has_aux=True)
+            lambda params: self.forward(params, image, key_posterior), state.params, has_aux=True
+        )
         (distance, l1), towards = jax.value_and_grad(lambda made: self._distance(made, image), has_aux=True)(made)
         metrics = {"train/loss": distance + term, "train/l1": l1, "train/psnr": _psnr(made, image)}
         if self.discriminator is not None:
@@ -148,8 +149,11 @@ class Trainer:
             params, ema, rest["usage"], used = self._restart(params, ema, rest["usage"], before, codes, key_codes)
             metrics |= {"train/codes_used": used}
         metrics |= {f"train/{name}": value for name, value in parts.items()}
-        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/param_norm": optax.tree.norm(params),
-                    "train/lr": self.learning_rate(state.step)}
+        metrics |= {
+            "train/grad_norm": optax.tree.norm(grads),
+            "train/param_norm": optax.tree.norm(params),
+            "train/lr": self.learning_rate(state.step),
+        }
         finite = [jnp.isfinite(metrics[f"train/{name}"]) for name in ("loss", "grad_norm", "param_norm")]
         new = AutoencoderState(step=state.step + 1, params=params, ema=ema, rest=rest)
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
@@ -161,8 +165,14 @@ class Trainer:
             return l1, l1
         return l1 + self.train.lpips.weight * jnp.mean(lpips.distance(self.lpips, made, image)), l1
 
-    def _adversarial(self, state: AutoencoderState, image: jax.Array, made: jax.Array, towards: jax.Array,
-                     backward: Callable[[Any], Any]) -> tuple[jax.Array, Metrics, dict[str, Any]]:
+    def _adversarial(
+        self,
+        state: AutoencoderState,
+        image: jax.Array,
+        made: jax.Array,
+        towards: jax.Array,
+        backward: Callable[[Any], Any],
+    ) -> tuple[jax.Array, Metrics, dict[str, Any]]:
         """The weighted gradient with respect to `made`, metrics, and the discriminator after its own step."""
         assert self.discriminator is not None
         apply, disc, settings = self.discriminator.apply, state.rest["disc"], self.train.disc
@@ -178,19 +188,25 @@ class Trainer:
         started = (state.step >= settings.start).astype(jnp.float32)
         generator_loss, pull = jax.value_and_grad(looks)(made)
         # Of the backward pass through the decoder only its last layer is kept here; the rest of it is never computed.
-        last = [backward((towards_or_pull, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"]
-                for towards_or_pull in (towards, pull)]
+        last = [
+            backward((towards_or_pull, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"]
+            for towards_or_pull in (towards, pull)
+        ]
         weight = started * settings.weight * adaptive_weight(*last)
         disc_loss, grads = jax.value_and_grad(judge)(disc["params"])
         optimizer = self.optimizer()
         grads = jax.tree.map(lambda grad: started * grad, grads)
         updates, opt_state = optimizer.update(grads, disc["opt_state"], disc["params"])
         new = {"params": optax.apply_updates(disc["params"], updates), "opt_state": opt_state}
-        return weight * pull, {"train/disc_loss": disc_loss, "train/gen_loss": generator_loss,
-                               "train/disc_weight": weight}, new
+        return (
+            weight * pull,
+            {"train/disc_loss": disc_loss, "train/gen_loss": generator_loss, "train/disc_weight": weight},
+            new,
+        )
 
-    def _restart(self, params: Any, ema: Any, usage: jax.Array, before: jax.Array, codes: jax.Array,
-                 key: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
+    def _restart(
+        self, params: Any, ema: Any, usage: jax.Array, before: jax.Array, codes: jax.Array, key: jax.Array
+    ) -> tuple[Any, Any, jax.Array, jax.Array]:
         """Moves codes that hardly any latent has chosen of late to where latents are (Dhariwal et al. 2020, Jukebox).
 
         At step 0 all are moved: that is their initialisation. Returns parameters, EMA, usage, and how many are in use.
@@ -200,8 +216,9 @@ class Trainer:
         usage = usage + (share - usage) / _USAGE_STEPS
         idle = usage < self.train.restart_below
         places = rows[jax.random.randint(key, (num_codes,), 0, len(rows))]
-        params, ema = ({**tree, "codebook": jnp.where(idle[:, None], places, tree["codebook"])}
-                       for tree in (params, ema))
+        params, ema = (
+            {**tree, "codebook": jnp.where(idle[:, None], places, tree["codebook"])} for tree in (params, ema)
+        )
         return params, ema, jnp.where(idle, 1.0, usage), jnp.sum(share > 0).astype(jnp.float32)
 
 

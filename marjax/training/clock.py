@@ -14,15 +14,23 @@ class Clock:
     devices at most two; what `pause` covers is left out. The first step after a start compiles and is not counted.
     """
 
-    def __init__(self, images: int, devices: int, flops_share: float = 0.0, *, productive: float = 0.0,
-                 first_start: float | None = None, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        images: int,
+        devices: int,
+        flops_share: float = 0.0,
+        *,
+        productive: float = 0.0,
+        first_start: float | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """Args:
-          images: of a step.
-          devices: of all processes.
-          flops_share: FLOPs of an image over a device's FLOP/s, for `perf/mfu`; 0 to leave that out.
-          productive: seconds of the steps done before this start, those done again left out.
-          first_start: when the run was first started, in seconds since 1970; now, by default.
-          now: the clock.
+        images: of a step.
+        devices: of all processes.
+        flops_share: FLOPs of an image over a device's FLOP/s, for `perf/mfu`; 0 to leave that out.
+        productive: seconds of the steps done before this start, those done again left out.
+        first_start: when the run was first started, in seconds since 1970; now, by default.
+        now: the clock.
         """
         self.images, self.devices, self.flops_share, self.now = images, devices, flops_share, now
         self.productive = productive
@@ -82,4 +90,5 @@ class Clock:
             **{f"perf/step_seconds_p{percent}": float(np.percentile(seconds, percent)) for percent in (50, 90, 99)},
             "perf/host_seconds_p50": float(np.percentile(host, 50)),
             "data/wait_frac": idle / max(seconds.sum(), 1e-9),
-            **always}
+            **always,
+        }

@@ -14,12 +14,15 @@ from marjax.errors import UserError
 def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of these examples as shapes, sharded along its first axis."""
     rows = sharding.batch_sharding(mesh)
-    return {examples.kind: jax.ShapeDtypeStruct((batch_size, *examples.shape), examples.dtype, sharding=rows),
-            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)}
+    return {
+        examples.kind: jax.ShapeDtypeStruct((batch_size, *examples.shape), examples.dtype, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
 
 
-def compile_step(step: Any, abstract: Any, *others: Any, params: Any, batch: memory.Batch,
-                 weights: Any = ()) -> jax.stages.Compiled:
+def compile_step(
+    step: Any, abstract: Any, *others: Any, params: Any, batch: memory.Batch, weights: Any = ()
+) -> jax.stages.Compiled:
     """The compiled train step, once it and the state are known to fit; every process calls this.
 
     Args:
@@ -38,11 +41,15 @@ def compile_step(step: Any, abstract: Any, *others: Any, params: Any, batch: mem
     # No more than the gradients, which are not there yet while the state is made.
     freed = min(memory.held_by(weights), memory.held_by(params))
     # The state alone first: compiling the step of a model that is far too large takes minutes.
-    refuse(memory.problem("the training state with its gradients", state, memory.available() + freed,
-                          batch._replace(size=1)))
+    refuse(
+        memory.problem(
+            "the training state with its gradients", state, memory.available() + freed, batch._replace(size=1)
+        )
+    )
     with jax.set_mesh(sharding_mesh(abstract)):
-        compiled, problem = memory.compile_checked(step, abstract, *others, what="the train step", batch=batch,
-                                                   freed=freed)
+        compiled, problem = memory.compile_checked(
+            step, abstract, *others, what="the train step", batch=batch, freed=freed
+        )
     refuse(problem)
     return compiled
 
@@ -65,8 +72,11 @@ def training_batch(config: Any, mesh: Mesh) -> memory.Batch:
 
     def others(most: int) -> list[str]:
         advice = []
-        parts = [parts for parts in range(2 * accumulate, size // shards + 1, accumulate)
-                 if size % (shards * parts) == 0 and size // parts <= most // accumulate]
+        parts = [
+            parts
+            for parts in range(2 * accumulate, size // shards + 1, accumulate)
+            if size % (shards * parts) == 0 and size // parts <= most // accumulate
+        ]
         if parts:
             advice.append(f"set config.train.accumulate={parts[0]}")
         if config.model.remat != "full" or config.model.denoiser.remat != "full":

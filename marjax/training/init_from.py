@@ -73,8 +73,11 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh) -> 
 def _with_recorded(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
     """The config with the source that the work directory records, where the config has none or the same."""
     old, new = read_workdir(workdir).init.to_dict(), config.init.to_dict()
-    if old["path"] and new["path"] in ("", old["path"]) and all(
-            new[key] in (None, old[key]) for key in ("weights", "step", "checksum")):
+    if (
+        old["path"]
+        and new["path"] in ("", old["path"])
+        and all(new[key] in (None, old[key]) for key in ("weights", "step", "checksum"))
+    ):
         return config_lib.apply_overrides(config, {f"init.{key}": value for key, value in old.items()})
     return config
 
@@ -102,8 +105,10 @@ def _open(config: ConfigDict) -> Checkpoints:
     """The source's checkpoints. Raises UserError: it has none."""
     folder = epath.Path(config.init.path) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"config.init.path {config.init.path} has no checkpoints: give a work directory that marjax "
-                        f"convert or marjax train has made")
+        raise UserError(
+            f"config.init.path {config.init.path} has no checkpoints: give a work directory that marjax "
+            f"convert or marjax train has made"
+        )
     return Checkpoints(folder, read_only=True)
 
 
@@ -113,8 +118,10 @@ def _weights(config: ConfigDict, trees: list[str]) -> str:
     if given is None:
         return "ema" if "ema" in trees else "raw"
     if _ITEMS[given] not in trees:
-        raise UserError(f"config.init.weights is {given!r}, but {config.init.path} has only "
-                        f"{' and '.join(name for name, item in _ITEMS.items() if item in trees)} weights")
+        raise UserError(
+            f"config.init.weights is {given!r}, but {config.init.path} has only "
+            f"{' and '.join(name for name, item in _ITEMS.items() if item in trees)} weights"
+        )
     return given
 
 
@@ -135,8 +142,10 @@ def _identified(config: ConfigDict) -> ConfigDict:
 
 def _filled(config: ConfigDict, weights: str, step: int, checksum: str) -> ConfigDict:
     if config.init.checksum not in (None, checksum):
-        raise UserError(f"config.init.checksum is {config.init.checksum}, but the {weights} weights of step {step} in "
-                        f"{config.init.path} have {checksum}: give the work directory that the run started from")
+        raise UserError(
+            f"config.init.checksum is {config.init.checksum}, but the {weights} weights of step {step} in "
+            f"{config.init.path} have {checksum}: give the work directory that the run started from"
+        )
     return config_lib.apply_overrides(config, {"init.weights": weights, "init.step": step, "init.checksum": checksum})
 
 
@@ -148,14 +157,19 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
     denoises = same_head and any(path.startswith("head/denoiser/") for path in wanted)
     _check_meaning(config, source, denoises)
     there = _abstract(source, mesh)
-    taken = {path for path, leaf in wanted.items()
-             if path in there and there[path].shape == leaf.shape and (same_head or not path.startswith("head/"))}
+    taken = {
+        path
+        for path, leaf in wanted.items()
+        if path in there and there[path].shape == leaf.shape and (same_head or not path.startswith("head/"))
+    }
     fresh = [path for path in wanted if path not in taken]
     odd = [path for path in fresh if not _MAY_DIFFER.fullmatch(path)]
     if odd:
-        raise UserError(f"config.init.path {init.path} does not fit config.model: {odd[0]} is "
-                        f"{_shape(there.get(odd[0]))} there, expected {_shape(wanted[odd[0]])}; set the fields of "
-                        f"config.model as in its config.json")
+        raise UserError(
+            f"config.init.path {init.path} does not fit config.model: {odd[0]} is "
+            f"{_shape(there.get(odd[0]))} there, expected {_shape(wanted[odd[0]])}; set the fields of "
+            f"config.model as in its config.json"
+        )
     with _open(config) as checkpoints:
         found = checkpoints.describe(init.step)
         weights = _weights(config, list(_ITEMS.values()) if found is None else list(found[1]))
@@ -165,10 +179,15 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
         raise UserError(f"config.init.path {init.path} has no checkpoint yet: give another work directory")
     config = _filled(config, weights, restored.step, restored.digests[item])
     if jax.process_index() == 0:
-        for text in [*_warnings(config, source, denoises), f"starting from {init.path}: {weights} weights of step "
-                     f"{restored.step}, checksum {config.init.checksum[:8]}; {len(taken)} of {len(wanted)} tensors",
-                     *(f"freshly initialised: {path}, {_shape(wanted[path])} here, {_shape(there.get(path))} there"
-                       for path in fresh)]:
+        for text in [
+            *_warnings(config, source, denoises),
+            f"starting from {init.path}: {weights} weights of step "
+            f"{restored.step}, checksum {config.init.checksum[:8]}; {len(taken)} of {len(wanted)} tensors",
+            *(
+                f"freshly initialised: {path}, {_shape(wanted[path])} here, {_shape(there.get(path))} there"
+                for path in fresh
+            ),
+        ]:
             print(text, file=sys.stderr)
     params = traverse_util.flatten_dict(restored.items[item], sep="/")
     return Start(config, {path: params[path] for path in taken})
@@ -184,8 +203,10 @@ def _check_meaning(config: ConfigDict, source: ConfigDict, denoises: bool) -> No
     """Raises a UserError that names all fields in which the weights would have another meaning."""
     ours, theirs = VARIANTS[config.model.variant].attention, VARIANTS[source.model.variant].attention
     if ours != theirs:
-        raise UserError(f"config.model.variant is {config.model.variant!r} ({ours} attention), but {config.init.path} "
-                        f"has {theirs} attention: set --config.model.variant={source.model.variant}")
+        raise UserError(
+            f"config.model.variant is {config.model.variant!r} ({ours} attention), but {config.init.path} "
+            f"has {theirs} attention: set --config.model.variant={source.model.variant}"
+        )
     keys = [f"model.{name}" for name in _BACKBONE]
     if ours == "bidirectional":
         keys.append("model.buffer_size")
@@ -196,9 +217,11 @@ def _check_meaning(config: ConfigDict, source: ConfigDict, denoises: bool) -> No
     before, after = config_lib.flatten(source), config_lib.flatten(config)
     differing = [key for key in keys if before[key] != after[key]]
     if differing:
-        raise UserError(f"config.init.path {config.init.path} has another "
-                        f"{', '.join(f'{key} ({before[key]}, not {after[key]})' for key in differing)}: add "
-                        f"{' '.join(f'--config.{key}={before[key]}' for key in differing)}")
+        raise UserError(
+            f"config.init.path {config.init.path} has another "
+            f"{', '.join(f'{key} ({before[key]}, not {after[key]})' for key in differing)}: add "
+            f"{' '.join(f'--config.{key}={before[key]}' for key in differing)}"
+        )
 
 
 def _same_tokenizer(config: ConfigDict, source: ConfigDict) -> bool:
@@ -211,15 +234,21 @@ def _warnings(config: ConfigDict, source: ConfigDict, denoises: bool) -> list[st
     """What is worth a second look: tokens with another meaning, and a denoiser that could have been taken."""
     lines = []
     if not _same_tokenizer(config, source):
-        ours, theirs = (f"{each.name}{f' ({each.checksum[:8]})' if each.checksum else ''}"
-                        for each in (config.tokenizer, source.tokenizer))
-        lines.append(f"warning: the tokenizer is {ours}, but {config.init.path} was trained with {theirs}: the tokens "
-                     f"have another meaning")
+        ours, theirs = (
+            f"{each.name}{f' ({each.checksum[:8]})' if each.checksum else ''}"
+            for each in (config.tokenizer, source.tokenizer)
+        )
+        lines.append(
+            f"warning: the tokenizer is {ours}, but {config.init.path} was trained with {theirs}: the tokens "
+            f"have another meaning"
+        )
     size = source.model.denoiser
     sizes = [name for name in ("depth", "width") if config.model.denoiser[name] != size[name]]
     if denoises and sizes:
-        lines.append("warning: the denoiser has another size; to start from all its weights, add "
-                     + " ".join(f"--config.model.denoiser.{name}={size[name]}" for name in sizes))
+        lines.append(
+            "warning: the denoiser has another size; to start from all its weights, add "
+            + " ".join(f"--config.model.denoiser.{name}={size[name]}" for name in sizes)
+        )
     return lines
 
 

@@ -48,10 +48,17 @@ from marjax.workdir import check_workdir, first_start, refuse_weights_alone, set
 
 @numerics.pinned()
 @takes_paths("workdir", "init_from")
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *, data: Any = None,
-          profile: tuple[int, int] | None = None, init_from: str | os.PathLike[str] | None = None,
-          on_metrics: OnMetrics | None = None, on_step: OnStep | None = None,
-          loggers: Sequence[Logger] = ()) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    data: Any = None,
+    profile: tuple[int, int] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    on_metrics: OnMetrics | None = None,
+    on_step: OnStep | None = None,
+    loggers: Sequence[Logger] = (),
+) -> TrainState:
     """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
 
     With several processes (see `marjax/distributed.py`) all of them call this, with the same config.
@@ -120,14 +127,40 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *,
     config, weights = init_from_lib.prepare(config, workdir, mesh)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
         distributed.on_first(lambda: check_workdir(workdir, config))
-        return _train(config, workdir, mesh, tokens, tokenizer, examples, names, batch, probe, tracer, about, weights,
-                      callbacks, loggers)
+        return _train(
+            config,
+            workdir,
+            mesh,
+            tokens,
+            tokenizer,
+            examples,
+            names,
+            batch,
+            probe,
+            tracer,
+            about,
+            weights,
+            callbacks,
+            loggers,
+        )
 
 
-def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh, tokens: TokenShape,
-           tokenizer: Tokenizer, examples: Examples | None, names: class_names.Names, batch: Any, probe: Probe | None,
-           tracer: Profile | None, about: str, weights: dict[str, jax.Array], callbacks: Callbacks,
-           loggers: Sequence[Logger]) -> TrainState:
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    mesh: Mesh,
+    tokens: TokenShape,
+    tokenizer: Tokenizer,
+    examples: Examples | None,
+    names: class_names.Names,
+    batch: Any,
+    probe: Probe | None,
+    tracer: Profile | None,
+    about: str,
+    weights: dict[str, jax.Array],
+    callbacks: Callbacks,
+    loggers: Sequence[Logger],
+) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
     generator = generator_lib.of(config, tokens)
@@ -135,12 +168,19 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
     abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
     sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
     train_step = compile_step(
-        make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh), abstract, batch,
-        sampler.tokenizer_params, params=abstract.params, batch=training_batch(config, mesh), weights=weights)
+        make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh),
+        abstract,
+        batch,
+        sampler.tokenizer_params,
+        params=abstract.params,
+        batch=training_batch(config, mesh),
+        weights=weights,
+    )
     distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
 
-    with Checkpoints(epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep,
-                     keep_every=config.checkpoint.keep_every) as checkpoints:
+    with Checkpoints(
+        epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    ) as checkpoints:
         restored = checkpoints.restore(checkpoint_items(abstract))
         if restored is None:
             with progress.activity("creating the parameters", show=config.log.progress):
@@ -148,16 +188,30 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
             weights.clear()  # of `train` too: one copy stays
         else:
             items = restored.items
-            state = TrainState(step=items["optimizer"]["step"], params=items["params"], ema=items["ema"],
-                               opt_state=items["optimizer"]["opt_state"])
+            state = TrainState(
+                step=items["optimizer"]["step"],
+                params=items["params"],
+                ema=items["ema"],
+                opt_state=items["optimizer"]["opt_state"],
+            )
         start, meta = int(state.step), {} if restored is None else restored.meta
         active = jax.process_index() == 0
-        clock = Clock(config.train.batch_size, mesh.size,
-                      flops.train_flops(generator) / peak.device_peak(config.model.dtype),
-                      productive=meta.get("productive_seconds", 0.0), first_start=first_start(workdir, write=active))
-        with MetricWriter(workdir, start_step=start, total_steps=config.train.steps,
-                          tensorboard=config.log.tensorboard, progress=config.log.progress, active=active,
-                          loggers=open_loggers(config.log, workdir, loggers) if active else ()) as writer:
+        clock = Clock(
+            config.train.batch_size,
+            mesh.size,
+            flops.train_flops(generator) / peak.device_peak(config.model.dtype),
+            productive=meta.get("productive_seconds", 0.0),
+            first_start=first_start(workdir, write=active),
+        )
+        with MetricWriter(
+            workdir,
+            start_step=start,
+            total_steps=config.train.steps,
+            tensorboard=config.log.tensorboard,
+            progress=config.log.progress,
+            active=active,
+            loggers=open_loggers(config.log, workdir, loggers) if active else (),
+        ) as writer:
             writer.describe(config_lib.flatten(config))
             writer.note(about)
             if mesh.size > 1:
@@ -174,24 +228,40 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], m
                 writer.note(str(picture))
             log, evaluate_every = config.log, config.eval.every
             every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, evaluate_every)
-            run = Run(every, config.train.batch_size, mesh, writer, checkpoints, items=checkpoint_items,
-                      draw=lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
-                      advice="Lower config.train.lr or look at the data, then start again", clock=clock, profile=tracer,
-                      evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
-                      callbacks=callbacks)
+            run = Run(
+                every,
+                config.train.batch_size,
+                mesh,
+                writer,
+                checkpoints,
+                items=checkpoint_items,
+                draw=lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
+                advice="Lower config.train.lr or look at the data, then start again",
+                clock=clock,
+                profile=tracer,
+                evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
+                callbacks=callbacks,
+            )
             with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                return run.steps(state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params),
-                                 batches)
+                return run.steps(
+                    state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params), batches
+                )
 
 
-def open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int,
-                 examples: Examples | None = None) -> Batches:
+def open_batches(
+    config: ml_collections.ConfigDict, mesh: Mesh, start_step: int, examples: Examples | None = None
+) -> Batches:
     """This process's part of the training batches from `start_step` on, of `examples` or else of the images."""
-    return Batches(config.data, config.train.batch_size, config.seed, start_step=start_step,
-                   rows=sharding.rows_held(mesh, config.train.batch_size), examples=examples)
+    return Batches(
+        config.data,
+        config.train.batch_size,
+        config.seed,
+        start_step=start_step,
+        rows=sharding.rows_held(mesh, config.train.batch_size),
+        examples=examples,
+    )
 
 
 def checkpoint_items(state: TrainState) -> dict[str, Any]:
     """The state as the items of a checkpoint: sampling reads only one of the first two."""
-    return {"params": state.params, "ema": state.ema,
-            "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, "opt_state": state.opt_state}}

@@ -52,18 +52,24 @@ def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
     shares = _read(linear, linear_names(), "LPIPS's linear layers over VGG16")
     places = [name.removesuffix(".weight") for name in names() if name.endswith(".weight")]
     layers = [(features[f"{place}.weight"], features[f"{place}.bias"]) for place in places]
-    return {"features": [{"kernel": weight.transpose(2, 3, 1, 0), "bias": bias} for weight, bias in layers],
-            "linear": [share.reshape(-1) for share in shares.values()]}
+    return {
+        "features": [{"kernel": weight.transpose(2, 3, 1, 0), "bias": bias} for weight, bias in layers],
+        "linear": [share.reshape(-1) for share in shares.values()],
+    }
 
 
-def _read(path: str | os.PathLike[str], wanted: dict[str, tuple[int, ...]], what: str,
-          ignored: re.Pattern[str] | None = None) -> dict[str, np.ndarray]:
+def _read(
+    path: str | os.PathLike[str], wanted: dict[str, tuple[int, ...]], what: str, ignored: re.Pattern[str] | None = None
+) -> dict[str, np.ndarray]:
     tensors = wrappers.choose(weights_file.read(path), list(wanted)[:2], path, what=what).tensors
     given = {name: each for name, each in tensors.items() if not (ignored and ignored.fullmatch(name))}
     odd = [f"{name} is missing" for name in wanted if name not in given]
     odd += [f"{shortened(name)} is unknown" for name in given if name not in wanted]
-    odd += [f"{name} is {each.shape} instead of {wanted[name]}" for name, each in given.items()
-            if name in wanted and each.shape != wanted[name]]
+    odd += [
+        f"{name} is {each.shape} instead of {wanted[name]}"
+        for name, each in given.items()
+        if name in wanted and each.shape != wanted[name]
+    ]
     if odd:
         raise UserError(f"{path} is not {what}: {'; '.join(odd[:8])}{'; and others' if len(odd) > 8 else ''}")
     arrays = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
@@ -94,9 +100,14 @@ def _features(params: Any, image: jax.Array) -> list[jax.Array]:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         for _ in block:
             layer = next(layers)
-            x = jax.lax.conv_general_dilated(x, jnp.asarray(layer["kernel"]), (1, 1), ((1, 1), (1, 1)),
-                                             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                                             precision=jax.lax.Precision.HIGHEST)
+            x = jax.lax.conv_general_dilated(
+                x,
+                jnp.asarray(layer["kernel"]),
+                (1, 1),
+                ((1, 1), (1, 1)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=jax.lax.Precision.HIGHEST,
+            )
             x = jax.nn.relu(x + layer["bias"])
         outputs.append(x)
     return outputs

@@ -43,8 +43,10 @@ def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransforma
     """Clipping by the global norm, then AdamW, from a resolved `config.train`."""
     return optax.chain(
         clipping(train.clip),
-        optax.adamw(learning_rate(train), train.b1, train.b2, eps=1e-8, weight_decay=train.weight_decay,
-                    mask=decay_mask))
+        optax.adamw(
+            learning_rate(train), train.b1, train.b2, eps=1e-8, weight_decay=train.weight_decay, mask=decay_mask
+        ),
+    )
 
 
 def clipping(norm: float | None) -> optax.GradientTransformation:

@@ -46,12 +46,15 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
         return state.replace(step=state.step + 1), {name: jnp.ones(()) for name in names}  # type: ignore[attr-defined]
 
     step = jax.jit(count, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    state = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
-                    out_shardings=shardings)()
+    state = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
+    )()
     data = config.data
     rows = config.train.batch_size // jax.process_count()
-    batch = {"image": aligned_empty((rows, data.image_size, data.image_size, data.channels), np.uint8),
-             "label": np.zeros((rows,), np.int32)}
+    batch = {
+        "image": aligned_empty((rows, data.image_size, data.image_size, data.channels), np.uint8),
+        "label": np.zeros((rows,), np.int32),
+    }
     batch["image"][...] = 0
 
     def batches() -> Iterator[Batch]:
@@ -67,13 +70,31 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
                 seconds.append(host)
             return host
 
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints, \
-            MetricWriter(folder, start_step=0, total_steps=steps, tensorboard=False, progress=False,
-                         active=False) as writer:
-        run = Run(Intervals(steps + 1, config.log.every, steps + 1, 0), config.train.batch_size, mesh, writer,
-                  checkpoints, items=checkpoint_items, draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)),
-                  advice="", clock=Listening(config.train.batch_size, mesh.size))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Checkpoints(pathlib.Path(folder) / "checkpoints") as checkpoints,
+        MetricWriter(
+            folder, start_step=0, total_steps=steps, tensorboard=False, progress=False, active=False
+        ) as writer,
+    ):
+        run = Run(
+            Intervals(steps + 1, config.log.every, steps + 1, 0),
+            config.train.batch_size,
+            mesh,
+            writer,
+            checkpoints,
+            items=checkpoint_items,
+            draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)),
+            advice="",
+            clock=Listening(config.train.batch_size, mesh.size),
+        )
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
             run.steps(state, step, batches())
-    return {"devices": mesh.size, "mesh": dict(mesh.shape), "arrays": len(jax.tree.leaves(abstract)), "steps": steps,
-            "seconds": float(np.median(seconds)), "seconds_p90": float(np.percentile(seconds, 90))}
+    return {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "arrays": len(jax.tree.leaves(abstract)),
+        "steps": steps,
+        "seconds": float(np.median(seconds)),
+        "seconds_p90": float(np.percentile(seconds, 90)),
+    }

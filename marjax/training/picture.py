@@ -50,8 +50,13 @@ class Picture:
             with sample.unlocked():
                 sample.num_iter = num_iter
             plan = orders.generation_plan(generator.num_tokens, num_iter)
-            one = 2 * flops.sample_flops(generator, plan, sample.num_sampling_steps, sample.cfg != 1.0,
-                                         sample.confidence_order) / max(steps, 1.0)
+            one = (
+                2
+                * flops.sample_flops(
+                    generator, plan, sample.num_sampling_steps, sample.cfg != 1.0, sample.confidence_order
+                )
+                / max(steps, 1.0)
+            )
             affordable = math.floor(_SHARE / one) if one else fewest
             if affordable >= fewest or not VARIANTS[config.model.variant].many or num_iter <= _FEWEST_STEPS:
                 break
@@ -63,8 +68,10 @@ class Picture:
 
     def __str__(self) -> str:
         share = f"; {self.share:.1%} of the FLOPs of training" if self.share else ""
-        return (f"pictures every {self.every} steps: {self.count} samples of raw and of EMA weights, num_iter "
-                f"{self.sample.num_iter}{share}")
+        return (
+            f"pictures every {self.every} steps: {self.count} samples of raw and of EMA weights, num_iter "
+            f"{self.sample.num_iter}{share}"
+        )
 
     def draw(self, sampler: Sampler, params: Any, ema: Any, seed: int) -> np.ndarray:
         """The same samples, all classes in turn, from raw weights, left, and EMA weights, right; uint8 (H, W, 3)."""

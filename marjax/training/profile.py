@@ -22,8 +22,10 @@ class Profile:
         if not 0 < first <= last <= total_steps:
             raise UserError(f"steps {first}:{last} cannot be traced: the run goes from step 1 to {total_steps}")
         if jax.default_backend() == "cpu" and "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu"):
-            raise UserError("libtpu is installed, whose profiler ends a process that has no TPU: set JAX_PLATFORMS=cpu "
-                            "to trace steps on the CPU")
+            raise UserError(
+                "libtpu is installed, whose profiler ends a process that has no TPU: set JAX_PLATFORMS=cpu "
+                "to trace steps on the CPU"
+            )
         self.first, self.last, self.active = first, last, jax.process_index() == 0
         self.folder = epath.Path(workdir) / "profile"
         self._local: tempfile.TemporaryDirectory[str] | None = None

@@ -69,24 +69,35 @@ class Run(Generic[S]):
     "finite" among the metrics, 1 or 0, says whether the run may go on.
     """
 
-    def __init__(self, every: Intervals, batch_size: int, mesh: Mesh, writer: MetricWriter, checkpoints: Checkpoints, *,
-                 items: Callable[[S], dict[str, Any]], draw: Callable[[S], tuple[str, np.ndarray]], advice: str,
-                 clock: Clock, profile: Profile | None = None,
-                 evaluate: Callable[[S], dict[str, float]] | None = None,
-                 callbacks: Callbacks | None = None) -> None:
+    def __init__(
+        self,
+        every: Intervals,
+        batch_size: int,
+        mesh: Mesh,
+        writer: MetricWriter,
+        checkpoints: Checkpoints,
+        *,
+        items: Callable[[S], dict[str, Any]],
+        draw: Callable[[S], tuple[str, np.ndarray]],
+        advice: str,
+        clock: Clock,
+        profile: Profile | None = None,
+        evaluate: Callable[[S], dict[str, float]] | None = None,
+        callbacks: Callbacks | None = None,
+    ) -> None:
         """Args:
-          every: when what is done.
-          batch_size: images a step, of all processes.
-          mesh: that batches are put on.
-          writer: of metrics and pictures.
-          checkpoints: where the state is saved.
-          items: the trees of a checkpoint.
-          draw: the name and the picture, uint8 (H, W, 3), of a state.
-          advice: what to do about a loss that is not finite.
-          clock: of this start.
-          profile: which steps to trace, or None.
-          evaluate: metrics of a state, by name; needed if `every.evaluate`.
-          callbacks: of the user.
+        every: when what is done.
+        batch_size: images a step, of all processes.
+        mesh: that batches are put on.
+        writer: of metrics and pictures.
+        checkpoints: where the state is saved.
+        items: the trees of a checkpoint.
+        draw: the name and the picture, uint8 (H, W, 3), of a state.
+        advice: what to do about a loss that is not finite.
+        clock: of this start.
+        profile: which steps to trace, or None.
+        evaluate: metrics of a state, by name; needed if `every.evaluate`.
+        callbacks: of the user.
         """
         self.every, self.batch_size, self.mesh = every, batch_size, mesh
         self.writer, self.checkpoints, self.clock = writer, checkpoints, clock
@@ -109,8 +120,11 @@ class Run(Generic[S]):
         self.writer.progress(start)
         if start and distributed.preempted_before(start):
             raise distributed.stopped(f"before the first step after {start} of {every.total}")
-        if start and every.is_due(start, every.evaluate) and distributed.any_process(
-                self.writer.active and not self.writer.has(start, "eval/")):
+        if (
+            start
+            and every.is_due(start, every.evaluate)
+            and distributed.any_process(self.writer.active and not self.writer.has(start, "eval/"))
+        ):
             self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
         for step in range(start + 1, every.total + 1):
             begun, first = time.perf_counter(), step == start + 1
@@ -135,8 +149,13 @@ class Run(Generic[S]):
             self.callbacks.step(step, state)
             stops, ended = distributed.preempted(step), self.callbacks.ended(step % every.log == 0)
             evaluates = every.is_due(step, every.evaluate)  # for minutes, maybe longer than a preemption's notice
-            if stops or ended or evaluates or every.is_due(step, every.save) or (
-                    self.unsaved and step % every.log == 0):
+            if (
+                stops
+                or ended
+                or evaluates
+                or every.is_due(step, every.save)
+                or (self.unsaved and step % every.log == 0)
+            ):
                 self._save(step, state, waits=stops or ended or step == every.total)
             if ended:
                 self.writer.note(f"ended by a callback, saved at step {step} of {every.total}")
@@ -150,8 +169,9 @@ class Run(Generic[S]):
                     try:
                         self.writer.image(step, *self.draw(state))
                     except memory.DoesNotFitError as error:  # a resumed run would end here again
-                        self.writer.note(f"warning: no picture of step {step}: {error}; or set "
-                                         f"config.log.samples_every=0")
+                        self.writer.note(
+                            f"warning: no picture of step {step}: {error}; or set config.log.samples_every=0"
+                        )
             if evaluates:
                 self._evaluate(step, state)
         self.callbacks.finish()
@@ -168,9 +188,16 @@ class Run(Generic[S]):
                 return
             if not self.writer.flush(seconds=10.0):  # a resumed run does not write these lines again
                 self.writer.note(f"step {step}: metrics.jsonl is still being written")
-            self.checkpoints.save(step, **self.items(state), meta={
-                "images": step * self.batch_size, "productive_seconds": self.clock.productive,
-                "first_start": self.clock.first_start, "numerics": numerics.recorded()})
+            self.checkpoints.save(
+                step,
+                **self.items(state),
+                meta={
+                    "images": step * self.batch_size,
+                    "productive_seconds": self.clock.productive,
+                    "first_start": self.clock.first_start,
+                    "numerics": numerics.recorded(),
+                },
+            )
             self.unsaved = False
 
     def _evaluate(self, step: int, state: S) -> None:
@@ -204,7 +231,8 @@ class Run(Generic[S]):
                 f"loss, gradient or parameters were not finite in step{'s' if len(bad) > 1 else ''} "
                 f"{', '.join(map(str, bad[:10]))}{' and later' if len(bad) > 10 else ''}; "
                 + (f"the newest checkpoint is of step {steps[-1]}. " if steps else "there is no checkpoint yet. ")
-                + self.advice)
+                + self.advice
+            )
         for step, metrics in fetched:
             if step % self.every.log == 0:
                 self._log(step, {**metrics, **self.clock.line()})

@@ -30,8 +30,9 @@ def init_params(generator: Generator, key: jax.Array) -> Any:
     tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
     rand = generator.draw_loss_randomness(key, 1)
     codebook = jnp.zeros((generator.num_codes, generator.token_dim)) if generator.num_codes else None
-    return generator.init({"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True,
-                          codebook=codebook)["params"]
+    return generator.init(
+        {"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True, codebook=codebook
+    )["params"]
 
 
 def init_unboxed(generator: Generator, key: jax.Array) -> Any:
@@ -48,20 +49,33 @@ def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sha
     return sharding.parameters(boxed, mesh, replicate_below)
 
 
-def abstract_state(generator: Generator, optimizer: optax.GradientTransformation, mesh: Mesh,
-                   replicate_below: int = sharding.REPLICATE_BELOW) -> TrainState:
+def abstract_state(
+    generator: Generator,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    replicate_below: int = sharding.REPLICATE_BELOW,
+) -> TrainState:
     """The whole state as ShapeDtypeStructs with shardings: optimizer and EMA follow the parameters."""
     params = abstract_params(generator, mesh, replicate_below)
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda leaf, param: _struct(leaf, param.sharding), jax.eval_shape(optimizer.init, params), params,
-        transform_non_params=lambda leaf: _struct(leaf, whole))
+        optimizer,
+        lambda leaf, param: _struct(leaf, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: _struct(leaf, whole),
+    )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(step=step, params=params, ema=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 
-def create(generator: Generator, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int,
-           given: Mapping[str, jax.Array] | None = None) -> TrainState:
+def create(
+    generator: Generator,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    given: Mapping[str, jax.Array] | None = None,
+) -> TrainState:
     """The state at step 0, created on the devices where it stays; the EMA starts at the parameters.
 
     `given` are parameters by path ("backbone/mask_token"), sharded as in `abstract`, that take the place of random
@@ -71,8 +85,12 @@ def create(generator: Generator, optimizer: optax.GradientTransformation, abstra
     def init(key: jax.Array, given: dict[str, jax.Array]) -> TrainState:
         flat = traverse_util.flatten_dict(init_unboxed(generator, key), sep="/")
         params = traverse_util.unflatten_dict(flat | given, sep="/")
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
-                          opt_state=optimizer.init(params))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer.init(params),
+        )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.

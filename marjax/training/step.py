@@ -26,9 +26,16 @@ def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     return key_tokenizer, key_loss, key_dropout
 
 
-def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, labels_B: jax.Array,
-                   rand: LossRandomness, key_dropout: jax.Array, accumulate: int = 1,
-                   codebook: jax.Array | None = None) -> tuple[Metrics, Any]:
+def loss_and_grads(
+    generator: Generator,
+    params: Any,
+    tokens_BxLxD: jax.Array,
+    labels_B: jax.Array,
+    rand: LossRandomness,
+    key_dropout: jax.Array,
+    accumulate: int = 1,
+    codebook: jax.Array | None = None,
+) -> tuple[Metrics, Any]:
     """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
 
     Args:
@@ -45,10 +52,10 @@ def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, l
       The means, float32 scalars (NaN for a term without any token), and the gradient tree.
     """
 
-    def sums(params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness,
-             key: jax.Array) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-        terms: Any = generator.apply({"params": params}, tokens, labels, rand, codebook=codebook,
-                                     rngs={"dropout": key})
+    def sums(
+        params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        terms: Any = generator.apply({"params": params}, tokens, labels, rand, codebook=codebook, rngs={"dropout": key})
         totals = {name: (jnp.sum(value * weight), jnp.sum(weight)) for name, (value, weight) in terms.items()}
         return totals["loss"][0], totals
 
@@ -57,8 +64,9 @@ def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, l
         (_, totals), grads = value_and_grad(params, tokens_BxLxD, labels_B, rand, key_dropout)
     else:
         # Every A-th row goes to a microbatch, so that each device keeps its own rows.
-        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1),
-                             (tokens_BxLxD, labels_B, rand))
+        micro = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (tokens_BxLxD, labels_B, rand)
+        )
 
         def body(carry: Any, inputs: Any) -> tuple[Any, None]:
             index, (tokens, labels, rand) = inputs
@@ -72,8 +80,9 @@ def loss_and_grads(generator: Generator, params: Any, tokens_BxLxD: jax.Array, l
     return means, jax.tree.map(lambda grad: grad / totals["loss"][1], grads)
 
 
-def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation,
-           train: ml_collections.ConfigDict) -> TrainState:
+def update(
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, train: ml_collections.ConfigDict
+) -> TrainState:
     """One optimizer step and one EMA step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -82,9 +91,15 @@ def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
 
 
-def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape,
-                    optimizer: optax.GradientTransformation, abstract: TrainState,
-                    mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(
+    config: ml_collections.ConfigDict,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    tokens: TokenShape,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+) -> jax.stages.Wrapped:
     """The jitted step (state, batch, tokenizer params) -> (state, metrics); the state is donated.
 
     The batch has "image", uint8 (B, H, W, C), or else "moments" of a `tokenizers.Cacheable`, (B, ...), and "label",
@@ -104,12 +119,23 @@ def make_train_step(config: ml_collections.ConfigDict, generator: Generator, tok
         rand = generator.draw_loss_randomness(key_loss, latent.shape[0])
         rand = jax.lax.with_sharding_constraint(rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
         with sharding.logical_rules(mesh):
-            means, grads = loss_and_grads(generator, state.params, tokens_BxLxD, batch["label"], rand, key_dropout,
-                                          config.train.accumulate, tokenizer.codebook(tokenizer_params))
+            means, grads = loss_and_grads(
+                generator,
+                state.params,
+                tokens_BxLxD,
+                batch["label"],
+                rand,
+                key_dropout,
+                config.train.accumulate,
+                tokenizer.codebook(tokenizer_params),
+            )
         new = update(state, grads, optimizer, config.train)
         metrics = {f"train/{name}": value for name, value in means.items()}
-        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/param_norm": optax.tree.norm(new.params),
-                    "train/lr": schedule(state.step)}
+        metrics |= {
+            "train/grad_norm": optax.tree.norm(grads),
+            "train/param_norm": optax.tree.norm(new.params),
+            "train/lr": schedule(state.step),
+        }
         finite = [jnp.isfinite(metrics[f"train/{name}"]) for name in ("loss", "grad_norm", "param_norm")]
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
 

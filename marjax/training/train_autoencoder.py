@@ -38,8 +38,13 @@ _MEASURED_AT_ONCE = 32
 
 @numerics.pinned()
 @takes_paths("path", "workdir")
-def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *,
-                      workdir: str | os.PathLike[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+def train_autoencoder(
+    config: ml_collections.ConfigDict,
+    path: str | os.PathLike[str],
+    *,
+    workdir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Trains the network of `config.tokenizer` on `config.data`, and writes its EMA weights and scale to one file.
 
     A second start resumes from the newest checkpoint, to the bit. The scale is 1 over the standard deviation of all
@@ -63,8 +68,10 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     start = time.perf_counter()
     config = config_lib.resolve(config)
     if config.tokenizer.name not in AUTOENCODERS:
-        raise UserError(f"config.tokenizer.name is {config.tokenizer.name!r}, which has nothing to train: give "
-                        f"codebook or one with a network ({', '.join(sorted(AUTOENCODERS))})")
+        raise UserError(
+            f"config.tokenizer.name is {config.tokenizer.name!r}, which has nothing to train: give "
+            f"codebook or one with a network ({', '.join(sorted(AUTOENCODERS))})"
+        )
     if not os.fspath(path).endswith(".safetensors"):
         raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
@@ -81,8 +88,10 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         finished = train.steps in checkpoints.steps()
     if not finished and not overwrite and epath.Path(path).exists():
-        raise UserError(f"{path} is there already, and {folder} is not the finished run that has made it: give "
-                        f"another --out, or --overwrite it")
+        raise UserError(
+            f"{path} is there already, and {folder} is not the finished run that has made it: give "
+            f"another --out, or --overwrite it"
+        )
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
     about = distributed.check(mesh, settings_of_all(config))
     with distributed.first_holds(locked_folder(folder, _COMMAND)):
@@ -90,38 +99,69 @@ def train_autoencoder(config: ml_collections.ConfigDict, path: str | os.PathLike
         state = _run(config, folder, trainer, abstract, batch, mesh, about)
         stored = Stored(spec, jax.device_get(state.ema), 1.0, "")
         report = _measured(config, stored)
-        report |= {"path": os.fspath(path), "checksum": _write(path, stored, report["scale"], overwrite),
-                   "seconds": time.perf_counter() - start}
+        report |= {
+            "path": os.fspath(path),
+            "checksum": _write(path, stored, report["scale"], overwrite),
+            "seconds": time.perf_counter() - start,
+        }
     return report | ({"num_codes": spec.num_codes} if spec.num_codes else {})
 
 
-def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Trainer, abstract: AutoencoderState,
-         batch: Any, mesh: Mesh, about: str) -> AutoencoderState:
+def _run(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    trainer: Trainer,
+    abstract: AutoencoderState,
+    batch: Any,
+    mesh: Mesh,
+    about: str,
+) -> AutoencoderState:
     train, whole = config.tokenizer.train, sharding.replicated(mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
     step = compile_step(
-        make_step(trainer, abstract, mesh), abstract, batch, params=abstract.params, batch=memory.Batch(
-            "config.tokenizer.train.batch_size", train.batch_size, sharding.batch_shards(mesh),
-            others=lambda most: [] if train.remat else ["set config.tokenizer.train.remat=true"]))
+        make_step(trainer, abstract, mesh),
+        abstract,
+        batch,
+        params=abstract.params,
+        batch=memory.Batch(
+            "config.tokenizer.train.batch_size",
+            train.batch_size,
+            sharding.batch_shards(mesh),
+            others=lambda most: [] if train.remat else ["set config.tokenizer.train.remat=true"],
+        ),
+    )
     distributed.on_first(lambda: write_config(workdir, config))  # written once it is known to fit
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
-                     keep_every=config.checkpoint.keep_every) as checkpoints:
+    with Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    ) as checkpoints:
         restored = checkpoints.restore(_items(abstract))
         if restored is None:
             with progress.activity("creating the parameters", show=config.log.progress):
                 state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
-                    numerics.key(config.seed))
+                    numerics.key(config.seed)
+                )
         else:
             items = restored.items
-            state = AutoencoderState(step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"],
-                                     rest=items["optimizer"])
+            state = AutoencoderState(
+                step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"], rest=items["optimizer"]
+            )
         start, meta = int(state.step), {} if restored is None else restored.meta
         active = jax.process_index() == 0
-        clock = Clock(train.batch_size, mesh.size, productive=meta.get("productive_seconds", 0.0),
-                      first_start=first_start(workdir, write=active))
-        with MetricWriter(workdir, start_step=start, total_steps=train.steps, tensorboard=config.log.tensorboard,
-                          progress=config.log.progress, active=active,
-                          loggers=open_loggers(config.log, workdir) if active else ()) as writer:
+        clock = Clock(
+            train.batch_size,
+            mesh.size,
+            productive=meta.get("productive_seconds", 0.0),
+            first_start=first_start(workdir, write=active),
+        )
+        with MetricWriter(
+            workdir,
+            start_step=start,
+            total_steps=train.steps,
+            tensorboard=config.log.tensorboard,
+            progress=config.log.progress,
+            active=active,
+            loggers=open_loggers(config.log, workdir) if active else (),
+        ) as writer:
             writer.describe(config_lib.flatten(config))
             writer.note(about)
             writer.note(headline(abstract.params, start, train.steps))
@@ -129,17 +169,25 @@ def _run(config: ml_collections.ConfigDict, workdir: epath.Path, trainer: Traine
                 writer.note(changed)
             every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
             run: Run[AutoencoderState] = Run(
-                every, train.batch_size, mesh, writer, checkpoints, items=_items,
+                every,
+                train.batch_size,
+                mesh,
+                writer,
+                checkpoints,
+                items=_items,
                 draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
-                advice="Lower config.tokenizer.train.lr or look at the data, then start again", clock=clock)
+                advice="Lower config.tokenizer.train.lr or look at the data, then start again",
+                clock=clock,
+            )
             with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
                 return run.steps(state, step, batches)
 
 
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:
     batch_size = config.tokenizer.train.batch_size
-    return Batches(config.data, batch_size, config.seed, start_step=start_step,
-                   rows=sharding.rows_held(mesh, batch_size))
+    return Batches(
+        config.data, batch_size, config.seed, start_step=start_step, rows=sharding.rows_held(mesh, batch_size)
+    )
 
 
 def _items(state: AutoencoderState) -> dict[str, Any]:
@@ -157,15 +205,17 @@ def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, An
     images = from_config(config.data, _MEASURED_AT_ONCE)
     report, _, _ = measure(_tokenizer(stored), images, config.tokenizer.train.scale_images, config.seed)
     if not math.isfinite(report["scale"]):
-        raise UserError("all latents are the same: look at the pictures in the work directory, and train for longer, "
-                        "or with other settings")
+        raise UserError(
+            "all latents are the same: look at the pictures in the work directory, and train for longer, "
+            "or with other settings"
+        )
     return report
 
 
 def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderState) -> np.ndarray:
     """The first images of the data, left, and what raw and EMA weights make of them."""
     with Batches(config.data, _SHOWN, 0, train=False) as batches:
-        original = next(batches)["image"][:min(_SHOWN, batches.num_examples)]
+        original = next(batches)["image"][: min(_SHOWN, batches.num_examples)]
     tokenizer = _tokenizer(Stored(spec, None, 1.0, ""))
 
     @jax.jit
@@ -173,8 +223,9 @@ def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderSt
         image = image.astype("float32") / 127.5 - 1.0
         return tokenizer.decode(params, tokenizer.encode(params, image, numerics.key(0)))
 
-    pictures = [to_uint8(jax.device_get(back(jax.device_get(params), original)))
-                for params in (state.params, state.ema)]
+    pictures = [
+        to_uint8(jax.device_get(back(jax.device_get(params), original))) for params in (state.params, state.ema)
+    ]
     columns = math.ceil(math.sqrt(len(original)))
     return beside([grid(each, columns) for each in (original, *pictures)])
 
@@ -188,8 +239,9 @@ def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite
             if overwrite or not epath.Path(path).exists():
                 autoencoder_file.write(path, stored.spec, stored.params, scale)
             elif autoencoder_file.read(path).checksum != checksum:
-                raise UserError(f"{path} holds another autoencoder than this run has made: give another --out, or "
-                                f"--overwrite it")
+                raise UserError(
+                    f"{path} holds another autoencoder than this run has made: give another --out, or --overwrite it"
+                )
 
     distributed.on_first(write)
     return checksum

@@ -34,8 +34,9 @@ _LOOKED_UP = 16_384
 
 @numerics.pinned()
 @takes_paths("path")
-def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[str], *, seed: int | None = None,
-                   overwrite: bool = False) -> dict[str, Any]:
+def train_codebook(
+    config: ml_collections.ConfigDict, path: str | os.PathLike[str], *, seed: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Finds the K codes that the patches of `config.data` are nearest to, and writes them to one file.
 
     Images are read without flips. All their patches, or MAX_PATCHES of them, go through k-means (k-means++, then
@@ -60,25 +61,38 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
     check_arguments(seed=seed)
     config = config_lib.resolve(config)
     if config.tokenizer.name != "codebook":
-        raise UserError(f"config.tokenizer.name is {config.tokenizer.name!r}, which cannot be trained here: give "
-                        f"'codebook'")
+        raise UserError(
+            f"config.tokenizer.name is {config.tokenizer.name!r}, which cannot be trained here: give 'codebook'"
+        )
     seed = config.seed if seed is None else seed
     tokens, data = config_lib.tokens_of(config), config.data
     source = f"{data.source}, split {data.split}, {data.image_size} x {data.image_size}"
     old = None if overwrite else _read_old(path)
     if old is not None:
-        given = {"codes": old[0].num_codes, "patch_size": old[0].patch_size, "channels": old[0].channels,
-                 "seed": old[1].seed, "data": old[1].source}
-        wanted = {"codes": tokens.num_codes, "patch_size": tokens.patch, "channels": tokens.channels, "seed": seed,
-                  "data": source}
+        given = {
+            "codes": old[0].num_codes,
+            "patch_size": old[0].patch_size,
+            "channels": old[0].channels,
+            "seed": old[1].seed,
+            "data": old[1].source,
+        }
+        wanted = {
+            "codes": tokens.num_codes,
+            "patch_size": tokens.patch,
+            "channels": tokens.channels,
+            "seed": seed,
+            "data": source,
+        }
         _refuse(path, [f"{key} {given[key]!r}, not {wanted[key]!r}" for key in wanted if given[key] != wanted[key]])
 
     with progress.activity("reading the images"):  # errors follow: the bar inside is not shown at once
         patches_PxD, num_images = _draw_patches(config, tokens, seed)
     distinct_UxD, counts_U = np.unique(patches_PxD, axis=0, return_counts=True)
     if len(distinct_UxD) < tokens.num_codes:
-        raise UserError(f"config.tokenizer.num_codes is {tokens.num_codes}, but the patches of {source}, are of only "
-                        f"{len(distinct_UxD)} kinds: give at most {len(distinct_UxD)}")
+        raise UserError(
+            f"config.tokenizer.num_codes is {tokens.num_codes}, but the patches of {source}, are of only "
+            f"{len(distinct_UxD)} kinds: give at most {len(distinct_UxD)}"
+        )
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
     with distributed.first_holds(locked_file(path, "marjax train-tokenizer")):
         codes = _kmeans(_normalised(distinct_UxD), counts_U, tokens.num_codes, seed)
@@ -90,9 +104,16 @@ def train_codebook(config: ml_collections.ConfigDict, path: str | os.PathLike[st
             distributed.on_first(lambda: write_npz(path, **arrays_of(codebook, fit)))
         elif old[0].checksum != codebook.checksum or old[1] != fit:
             _refuse(path, [f"mse {old[1].mse:.6g}, not {mse:.6g}, for the same settings"])
-    return {"path": os.fspath(path), "checksum": codebook.checksum, "num_codes": codebook.num_codes,
-            "codes_used": codes_used, "num_images": num_images, "mse": mse, "psnr": psnr,
-            "seconds": time.perf_counter() - start}
+    return {
+        "path": os.fspath(path),
+        "checksum": codebook.checksum,
+        "num_codes": codebook.num_codes,
+        "codes_used": codes_used,
+        "num_images": num_images,
+        "mse": mse,
+        "psnr": psnr,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def _read_old(path: str | os.PathLike[str]) -> tuple[Codebook, Fit] | None:
@@ -106,12 +127,14 @@ def _read_old(path: str | os.PathLike[str]) -> tuple[Codebook, Fit] | None:
 
 def _refuse(path: str | os.PathLike[str], differences: list[str]) -> None:
     if differences:
-        raise UserError(f"{path} holds another codebook ({'; '.join(differences)}): give another file, or --overwrite "
-                        f"this one")
+        raise UserError(
+            f"{path} holds another codebook ({'; '.join(differences)}): give another file, or --overwrite this one"
+        )
 
 
-def _images(config: ml_collections.ConfigDict, tokens: TokenShape, seed: int,
-            what: str) -> Iterator[tuple[np.ndarray, int]]:
+def _images(
+    config: ml_collections.ConfigDict, tokens: TokenShape, seed: int, what: str
+) -> Iterator[tuple[np.ndarray, int]]:
     """All images in the source's order, uint8 (B, S, S, C) with B the same for all, and how many of the B count."""
     batch_size = max(1, _LOOKED_UP // tokens.num_tokens)
     with Batches(config.data, batch_size, seed, train=False) as batches:
@@ -129,8 +152,11 @@ def _draw_patches(config: ml_collections.ConfigDict, tokens: TokenShape, seed: i
     with Batches(config.data, 1, seed, train=False) as batches:
         num_images = batches.num_examples
     total = num_images * tokens.num_tokens
-    chosen = np.arange(total) if total <= MAX_PATCHES else np.sort(
-        np.random.default_rng(seed).choice(total, MAX_PATCHES, replace=False, shuffle=False))
+    chosen = (
+        np.arange(total)
+        if total <= MAX_PATCHES
+        else np.sort(np.random.default_rng(seed).choice(total, MAX_PATCHES, replace=False, shuffle=False))
+    )
     drawn, first = [], 0
     for images, count in _images(config, tokens, seed, "reading"):
         rows = count * tokens.num_tokens
@@ -161,6 +187,7 @@ def _kmeans(patches_UxD: np.ndarray, counts_U: np.ndarray, num_codes: int, seed:
 
 def _reconstruction(config: ml_collections.ConfigDict, tokens: TokenShape, codebook: Codebook) -> tuple[float, int]:
     """Mean squared error of what `encode` makes of all images, and how many codes it uses."""
+
     @jax.jit
     def encode(params: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         latent = codebook.encode(params, image, numerics.key(0))
