@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from marjax.evaluation.evaluate import evaluate
     from marjax.generation.loaded import load
     from marjax.generation.sample import sample
-    from marjax.training.loop import train
+    from marjax.training.train import train
 
 __all__ = ["config", "evaluate", "load", "loggers", "register", "sample", "train"]
 __version__ = "0.1.0"
 
 # Imported on first use: a config file or `--help` should not have to wait for JAX.
 _LAZY = {
-    "train": "marjax.training.loop",
+    "train": "marjax.training.train",
     "sample": "marjax.generation.sample",
     "load": "marjax.generation.loaded",
     "evaluate": "marjax.evaluation.evaluate",

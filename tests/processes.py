@@ -17,7 +17,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "marjax.cli",
-        "marjax.training.loop",
+        "marjax.training.train",
         "marjax.training.train_autoencoder",
         "marjax.data.cache",
         "marjax.evaluation.evaluate",

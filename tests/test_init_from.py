@@ -21,8 +21,9 @@ from marjax.cli import main
 from marjax.errors import UserError
 from marjax.interop.convert import convert
 from marjax.models import generator as generator_lib
-from marjax.training import init_from, loop
+from marjax.training import init_from
 from marjax.training import state as state_lib
+from marjax.training import train as train_lib
 from marjax.training.optimizer import make_optimizer
 from marjax.workdir import read_workdir
 
@@ -152,7 +153,7 @@ def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypa
     config, begun, given = make_digits(**QUICK, seed=1), [], []
     real = state_lib.create
     monkeypatch.setattr(
-        loop.state_lib,
+        train_lib.state_lib,
         "create",
         lambda *args: begun.append(flat((state := real(*args)).params)) or given.append(args[-1]) or state,
     )

@@ -66,7 +66,7 @@ def test_dockerignore_keeps_what_is_copied_and_no_more():
     assert copied
     for source in copied:
         assert (ROOT / source).exists() and is_in_context(source), source
-    assert is_in_context("marjax/training/loop.py") and not is_in_context("marjax/__pycache__/cli.cpython-312.pyc")
+    assert is_in_context("marjax/training/train.py") and not is_in_context("marjax/__pycache__/cli.cpython-312.pyc")
     for path in (
         ".git",
         ".git/config",

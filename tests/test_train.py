@@ -103,9 +103,9 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
     train(make_digits(**QUICK, train__steps=2), tmp_path)
     import unittest.mock
 
-    from marjax.training import loop
+    from marjax.training import train as train_lib
 
-    real = loop.make_train_step
+    real = train_lib.make_train_step
 
     def poisoned(*args, **kwargs):
         step = real(*args, **kwargs)
@@ -117,7 +117,7 @@ def test_the_last_good_checkpoint_stays_the_newest(tmp_path):
         return jax.jit(run)
 
     with (
-        unittest.mock.patch.object(loop, "make_train_step", poisoned),
+        unittest.mock.patch.object(train_lib, "make_train_step", poisoned),
         pytest.raises(TrainingError, match="in steps? 3.*newest checkpoint is of step 2"),
     ):
         train(make_digits(**QUICK, train__steps=8), tmp_path)

@@ -52,7 +52,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     check_files(config, given.config, overrides)
     from etils import epath
 
-    from marjax.training.loop import train
+    from marjax.training.train import train
 
     train(config, given.workdir, profile=profile, init_from=given.init_from)
     pictures = sorted((epath.Path(given.workdir) / "samples").glob("*.png")) if config.log.samples_every else []

@@ -177,7 +177,7 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
 
 
 def _train_and_measure(plan: Plan, name: str, start: float) -> None:
-    from marjax.training.loop import train  # imports jax, which the process of the sweep need not
+    from marjax.training.train import train
 
     workdir = plan.root / name
     train(plan.configs[name], workdir)

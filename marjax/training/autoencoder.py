@@ -25,8 +25,8 @@ from marjax.tokenizers.autoencoder import Autoencoder, init_params
 from marjax.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
 from marjax.tokenizers.spec import Spec
 from marjax.training import lpips
+from marjax.training.loop import Metrics
 from marjax.training.optimizer import clipping, ema_decay
-from marjax.training.run import Metrics
 
 # Codes' shares of all latents are averaged over about so many steps.
 _USAGE_STEPS = 100

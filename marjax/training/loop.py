@@ -1,267 +1,238 @@
-"""The training run, from a config and a work directory to a final state.
+"""The loop of a training run and what it does every so many steps, whatever is trained."""
 
-Nothing here knows a variant or a head. The order of the phases matters: what can be wrong with the config, the data
-and the mesh is found before anything is written; the state is made sharded, so that no device ever holds all of it;
-the data starts where the restored state stands.
-"""
-
-import os
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
-import ml_collections
-from etils import epath
+import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 
-from marjax import class_names, distributed, flops, numerics, peak, progress, sharding
-from marjax import config as config_lib
+from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
-from marjax.data.cache import open_fitting
-from marjax.data.examples import Examples, Images
-from marjax.data.latents import Latents
-from marjax.data.pipeline import Batches
-from marjax.data.preprocess import Preprocess
-from marjax.data.python_source import fingerprint_of, is_registered, with_data
-from marjax.data.sources import open_source
-from marjax.evaluation.probe import Probe
-from marjax.generation.sampler import Sampler, Settings
-from marjax.lock import locked_folder
-from marjax.loggers import Logger, check_loggers, open_loggers
+from marjax.data.pipeline import Batch
+from marjax.errors import TrainingError
 from marjax.metrics import MetricWriter
-from marjax.models import generator as generator_lib
-from marjax.paths import takes_paths
-from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
-from marjax.training import init_from as init_from_lib
-from marjax.training import state as state_lib
-from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
+from marjax.training.callbacks import Callbacks
 from marjax.training.clock import Clock
-from marjax.training.fit import compile_step, described_batch, training_batch
-from marjax.training.optimizer import make_optimizer
-from marjax.training.picture import Picture
 from marjax.training.profile import Profile
-from marjax.training.run import Intervals, Run, headline
-from marjax.training.state import TrainState
-from marjax.training.step import make_train_step
-from marjax.workdir import check_workdir, first_start, refuse_weights_alone, settings_of_all, write_config
+
+Metrics = dict[str, jax.Array]
+S = TypeVar("S", bound="State")
 
 
-@numerics.pinned()
-@takes_paths("workdir", "init_from")
-def train(
-    config: ml_collections.ConfigDict,
-    workdir: str | os.PathLike[str],
-    *,
-    data: Any = None,
-    profile: tuple[int, int] | None = None,
-    init_from: str | os.PathLike[str] | None = None,
-    on_metrics: OnMetrics | None = None,
-    on_step: OnStep | None = None,
-    loggers: Sequence[Logger] = (),
-) -> TrainState:
-    """Trains until `config.train.steps`, resuming from the newest whole checkpoint in `workdir`.
+def headline(params: Any, start: int, total: int) -> str:
+    """A line about a run that begins after step `start`, 0 for a new one."""
+    count = parameter_overview.count_parameters(params)
+    return f"{count / 1e6:.2f} M parameters; " + (f"resuming at step {start} of {total}" if start else f"{total} steps")
 
-    With several processes (see `marjax/distributed.py`) all of them call this, with the same config.
 
-    Args:
-      config: as a config file returns it, or resolved.
-      workdir: local path or gs:// address; created if missing. All processes of a run must see the same one.
-      data: the images and labels to train on, instead of `config.data.source`: (images, labels), with images uint8
-        (N, H, W, C) or a list of uint8 (H, W, C) of any sizes, labels integers (N,); or any object with `__len__` and
-        `__getitem__(i)` that gives (image, label) or {"image": image, "label": label}. They are cropped to
-        `config.data.image_size` and converted to `config.data.channels`; `config.data.num_classes` is derived where it
-        is None. A resumed run must be given the same data.
-      on_metrics: called as on_metrics(step, metrics) for every line of metrics, every `config.log.every` steps and
-        after an evaluation, with finite floats by name such as "train/loss". They are read while later steps run, so
-        the call does not hold up the devices.
-      on_step: called as on_step(step, state) after every step that is dispatched. Reading the state waits for the
-        devices; its arrays are donated to the next step, so copy what is kept (`jax.device_get(state.ema)`).
-        A callback that returns True ends the run, which saves first. One that raises ends it too, and the exception is
-        raised once the run is saved. Of several processes, each calls its own.
-      loggers: of the first process, objects with the methods of `marjax.loggers.Logger`; beside those of `config.log`.
-      profile: the first and the last step of a trace, written below the work directory.
-      init_from: work directory of converted weights or of another run, whose weights a new run starts from; sets
-        `config.init.path`. To resume, give the same or none.
+class State(Protocol):
+    """What a step takes and gives: any pytree that counts the finished steps."""
 
-    Returns:
-      The final state, on the devices.
+    @property
+    def step(self) -> jax.Array:
+        """int32 ()."""
 
-    Raises:
-      UserError: a config, data set, work directory or checkpoint that cannot be used, or a work directory that another
-        process writes.
-      PreemptedError: SIGTERM came to a process that listens for it (`distributed.start`), and the run has saved.
-      TrainingError: a loss, gradient or parameter became infinite or NaN.
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """When something is done, in steps.
+
+    Attributes:
+      total: the last step.
+      log: between lines of metrics.
+      save: between checkpoints; the last step is always saved, and so is one that is evaluated, before that.
+      draw: between pictures, and after the last step; 0 for none.
+      evaluate: between evaluations, and after the last step; 0 for none.
     """
-    callbacks, source = Callbacks(on_metrics, on_step), None
-    if init_from:
-        config = config_lib.apply_overrides(config, {"init.path": init_from})
-    if data is not None:
-        config, source = with_data(config, data)
-    config = config_lib.resolve(config)
-    if source is None and not config.data.cache and is_registered(config.data):
-        source = open_source(config.data)
-        config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
-    refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
-    check_loggers(config.log, loggers)
-    # What may be wrong with the machine, the tokenizer or the data, before anything is written.
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
-    tokens = config_lib.tokens_of(config)
-    tokenizer = open_tokenizer(config.tokenizer)
-    config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
-    image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
-    jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
-    examples: Examples | None = None
-    if source is not None:
-        examples = Images(source, Preprocess(config.data.image_size, config.data.channels, config.data.flip))
-    if config.data.cache:
-        examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
-    generator_lib.of(config, tokens)  # of a registered head, its settings and contract
-    with open_batches(config, mesh, start_step=0, examples=examples) as batches:
-        names = batches.class_names
-        batch = described_batch(batches.examples, config.train.batch_size, mesh)
-    probe = Probe(config) if config.eval.every else None
-    tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
-    about = distributed.check(mesh, settings_of_all(config))
-    config, weights = init_from_lib.prepare(config, workdir, mesh)
-    with distributed.first_holds(locked_folder(workdir, "marjax train")):
-        distributed.on_first(lambda: check_workdir(workdir, config))
-        return _train(
-            config,
-            workdir,
-            mesh,
-            tokens,
-            tokenizer,
-            examples,
-            names,
-            batch,
-            probe,
-            tracer,
-            about,
-            weights,
-            callbacks,
-            loggers,
-        )
+    total: int
+    log: int
+    save: int
+    draw: int
+    evaluate: int = 0
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and after the last, is done after this one."""
+        return bool(every) and (step % every == 0 or step == self.total)
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    workdir: str | os.PathLike[str],
-    mesh: Mesh,
-    tokens: TokenShape,
-    tokenizer: Tokenizer,
-    examples: Examples | None,
-    names: class_names.Names,
-    batch: Any,
-    probe: Probe | None,
-    tracer: Profile | None,
-    about: str,
-    weights: dict[str, jax.Array],
-    callbacks: Callbacks,
-    loggers: Sequence[Logger],
-) -> TrainState:
-    """What `train` does once the work directory is its own."""
-    # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
-    generator = generator_lib.of(config, tokens)
-    optimizer = make_optimizer(config.train)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
-    train_step = compile_step(
-        make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh),
-        abstract,
-        batch,
-        sampler.tokenizer_params,
-        params=abstract.params,
-        batch=training_batch(config, mesh),
-        weights=weights,
-    )
-    distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
+class Run(Generic[S]):
+    """Takes a state from its step to the last.
 
-    with Checkpoints(
-        epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-    ) as checkpoints:
-        restored = checkpoints.restore(checkpoint_items(abstract))
-        if restored is None:
-            with progress.activity("creating the parameters", show=config.log.progress):
-                state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
-            weights.clear()  # of `train` too: one copy stays
-        else:
-            items = restored.items
-            state = TrainState(
-                step=items["optimizer"]["step"],
-                params=items["params"],
-                ema=items["ema"],
-                opt_state=items["optimizer"]["opt_state"],
+    The devices never wait for the host: a step is dispatched while the one before runs, and metrics are read later. Nor
+    for the storage: a checkpoint that is due while the one before is still being written is saved a little later.
+    "finite" among the metrics, 1 or 0, says whether the run may go on.
+    """
+
+    def __init__(
+        self,
+        every: Intervals,
+        batch_size: int,
+        mesh: Mesh,
+        writer: MetricWriter,
+        checkpoints: Checkpoints,
+        *,
+        items: Callable[[S], dict[str, Any]],
+        draw: Callable[[S], tuple[str, np.ndarray]],
+        advice: str,
+        clock: Clock,
+        profile: Profile | None = None,
+        evaluate: Callable[[S], dict[str, float]] | None = None,
+        callbacks: Callbacks | None = None,
+    ) -> None:
+        """Args:
+        every: when what is done.
+        batch_size: images a step, of all processes.
+        mesh: that batches are put on.
+        writer: of metrics and pictures.
+        checkpoints: where the state is saved.
+        items: the trees of a checkpoint.
+        draw: the name and the picture, uint8 (H, W, 3), of a state.
+        advice: what to do about a loss that is not finite.
+        clock: of this start.
+        profile: which steps to trace, or None.
+        evaluate: metrics of a state, by name; needed if `every.evaluate`.
+        callbacks: of the user.
+        """
+        self.every, self.batch_size, self.mesh = every, batch_size, mesh
+        self.writer, self.checkpoints, self.clock = writer, checkpoints, clock
+        self.items, self.draw, self.advice = items, draw, advice
+        self.evaluate, self.profile = evaluate, profile
+        self.callbacks = callbacks or Callbacks()
+        self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
+        self.unsaved = False  # whether a checkpoint was due and is still to be saved
+
+    def steps(self, state: S, step_fn: Callable[[S, Any], tuple[S, Metrics]], batches: Iterator[Batch]) -> S:
+        """Runs `step_fn` on one batch after the other; `state` may be donated.
+
+        Raises:
+          Exception: what a callback has raised.
+          PreemptedError: the run was asked to stop, by SIGTERM or Ctrl-C, and has saved.
+          TrainingError: it cannot go on.
+        """
+        every, clock = self.every, self.clock
+        start = int(state.step)
+        self.writer.progress(start)
+        if start and distributed.preempted_before(start):
+            raise distributed.stopped(f"before the first step after {start} of {every.total}")
+        if (
+            start
+            and every.is_due(start, every.evaluate)
+            and distributed.any_process(self.writer.active and not self.writer.has(start, "eval/"))
+        ):
+            self._evaluate(start, state)  # the run was ended between saving this step and evaluating it
+        for step in range(start + 1, every.total + 1):
+            begun, first = time.perf_counter(), step == start + 1
+            with progress.activity("waiting for the first batch") if first else contextlib.nullcontext():
+                rows = next(batches)
+            waited, idle = time.perf_counter() - begun, self._is_idle()
+            batch = sharding.put_batch(rows, self.mesh)
+            if self.profile is not None:
+                self.profile.before(step, [metrics for _, metrics in self.unread])
+            state, metrics = step_fn(state, batch)
+            if self.profile is not None:
+                self.profile.after(step, metrics)
+            begun = time.perf_counter()
+            # While this one runs, the host gets the next ready, and no more: batches would pile up. The first compiles.
+            if self.unread or first:
+                jax.block_until_ready((self.unread[-1][1] if self.unread else metrics)["finite"])
+            clock.step(waited, idle, time.perf_counter() - begun)
+            if self.unread and self.unread[-1][0] % every.log == 0:
+                self._read()
+            self.unread.append((step, metrics))
+            self.writer.progress(step)
+            self.callbacks.step(step, state)
+            stops, ended = distributed.preempted(step), self.callbacks.ended(step % every.log == 0)
+            evaluates = every.is_due(step, every.evaluate)  # for minutes, maybe longer than a preemption's notice
+            if (
+                stops
+                or ended
+                or evaluates
+                or every.is_due(step, every.save)
+                or (self.unsaved and step % every.log == 0)
+            ):
+                self._save(step, state, waits=stops or ended or step == every.total)
+            if ended:
+                self.writer.note(f"ended by a callback, saved at step {step} of {every.total}")
+                break
+            if stops and step < every.total:
+                self.checkpoints.wait()
+                raise distributed.stopped(f"saved at step {step} of {every.total}")
+            if every.is_due(step, every.draw):
+                self._read()
+                with clock.pause("draw"), self.writer.pause("drawing pictures"):
+                    try:
+                        self.writer.image(step, *self.draw(state))
+                    except memory.DoesNotFitError as error:  # a resumed run would end here again
+                        self.writer.note(
+                            f"warning: no picture of step {step}: {error}; or set config.log.samples_every=0"
+                        )
+            if evaluates:
+                self._evaluate(step, state)
+        self.callbacks.finish()
+        return state
+
+    def _save(self, step: int, state: S, waits: bool) -> None:
+        """Saves a checkpoint, unless the storage is still busy with the one before and this one can wait."""
+        self._read()  # also makes sure that what is saved is finite
+        with self.clock.pause("checkpoint"), self.writer.pause("saving a checkpoint"):
+            if not waits and self.checkpoints.is_busy():
+                if not self.unsaved:
+                    self.writer.note(f"step {step}: the checkpoint before is still being written; this one is put off")
+                self.unsaved = True
+                return
+            if not self.writer.flush(seconds=10.0):  # a resumed run does not write these lines again
+                self.writer.note(f"step {step}: metrics.jsonl is still being written")
+            self.checkpoints.save(
+                step,
+                **self.items(state),
+                meta={
+                    "images": step * self.batch_size,
+                    "productive_seconds": self.clock.productive,
+                    "first_start": self.clock.first_start,
+                    "numerics": numerics.recorded(),
+                },
             )
-        start, meta = int(state.step), {} if restored is None else restored.meta
-        active = jax.process_index() == 0
-        clock = Clock(
-            config.train.batch_size,
-            mesh.size,
-            flops.train_flops(generator) / peak.device_peak(config.model.dtype),
-            productive=meta.get("productive_seconds", 0.0),
-            first_start=first_start(workdir, write=active),
-        )
-        with MetricWriter(
-            workdir,
-            start_step=start,
-            total_steps=config.train.steps,
-            tensorboard=config.log.tensorboard,
-            progress=config.log.progress,
-            active=active,
-            loggers=open_loggers(config.log, workdir, loggers) if active else (),
-        ) as writer:
-            writer.describe(config_lib.flatten(config))
-            writer.note(about)
-            if mesh.size > 1:
-                writer.note(sharding.overview(abstract.params))
-            writer.note(headline(abstract.params, start, config.train.steps))
-            if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
-                writer.note(changed)
-            if tracer is not None and start >= tracer.first:  # a start that follows a preemption
-                writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
-                tracer = None
-            picture = Picture.of(config, generator)
-            painter = sampler.with_settings(picture.sample)
-            if config.log.samples_every:
-                writer.note(str(picture))
-            log, evaluate_every = config.log, config.eval.every
-            every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, evaluate_every)
-            run = Run(
-                every,
-                config.train.batch_size,
-                mesh,
-                writer,
-                checkpoints,
-                items=checkpoint_items,
-                draw=lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
-                advice="Lower config.train.lr or look at the data, then start again",
-                clock=clock,
-                profile=tracer,
-                evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
-                callbacks=callbacks,
+            self.unsaved = False
+
+    def _evaluate(self, step: int, state: S) -> None:
+        assert self.evaluate is not None
+        self._read()
+        with self.clock.pause("eval"), self.writer.pause("evaluating"):
+            try:
+                self._log(step, self.evaluate(state))
+            except memory.DoesNotFitError as error:  # as with pictures
+                self.writer.note(f"warning: no evaluation of step {step}: {error}; or set config.eval.every=0")
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self.writer.scalars(step, values)
+        self.callbacks.metrics(step, values)
+
+    def _is_idle(self) -> bool:
+        """Whether the devices are through with all steps dispatched."""
+        last: Any = self.unread[-1][1]["finite"] if self.unread else None
+        return last is None or last.is_ready()
+
+    def _read(self) -> None:
+        """Fetches the metrics kept back, stops if any step was not finite, and writes the lines that are due."""
+        if not self.unread:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.unread]
+        self.unread = []
+        bad = [step for step, metrics in fetched if not metrics.pop("finite")]
+        if bad:
+            steps = self.checkpoints.steps()
+            raise TrainingError(
+                f"loss, gradient or parameters were not finite in step{'s' if len(bad) > 1 else ''} "
+                f"{', '.join(map(str, bad[:10]))}{' and later' if len(bad) > 10 else ''}; "
+                + (f"the newest checkpoint is of step {steps[-1]}. " if steps else "there is no checkpoint yet. ")
+                + self.advice
             )
-            with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                return run.steps(
-                    state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params), batches
-                )
-
-
-def open_batches(
-    config: ml_collections.ConfigDict, mesh: Mesh, start_step: int, examples: Examples | None = None
-) -> Batches:
-    """This process's part of the training batches from `start_step` on, of `examples` or else of the images."""
-    return Batches(
-        config.data,
-        config.train.batch_size,
-        config.seed,
-        start_step=start_step,
-        rows=sharding.rows_held(mesh, config.train.batch_size),
-        examples=examples,
-    )
-
-
-def checkpoint_items(state: TrainState) -> dict[str, Any]:
-    """The state as the items of a checkpoint: sampling reads only one of the first two."""
-    return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+        for step, metrics in fetched:
+            if step % self.every.log == 0:
+                self._log(step, {**metrics, **self.clock.line()})

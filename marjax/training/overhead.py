@@ -19,10 +19,10 @@ from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.training import state as state_lib
 from marjax.training.clock import Clock
-from marjax.training.loop import checkpoint_items
+from marjax.training.loop import Intervals, Metrics, Run
 from marjax.training.optimizer import make_optimizer
-from marjax.training.run import Intervals, Metrics, Run
 from marjax.training.state import TrainState
+from marjax.training.train import checkpoint_items
 
 
 @numerics.pinned()

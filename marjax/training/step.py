@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from marjax import numerics, sharding
 from marjax.models.generator import Generator, LossRandomness
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape
+from marjax.training.loop import Metrics
 from marjax.training.optimizer import ema_decay, learning_rate
-from marjax.training.run import Metrics
 from marjax.training.state import TrainState
 
 

@@ -28,7 +28,7 @@ from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch
-from marjax.training.run import Intervals, Run, headline
+from marjax.training.loop import Intervals, Run, headline
 from marjax.workdir import check_workdir, first_start, settings_of_all, write_config
 
 _COMMAND = "marjax train-tokenizer"
