@@ -10,7 +10,7 @@ from conftest import make_generator, perturbed_params
 
 from marjax import orders
 from marjax.generation.sampler import draw_randomness, generate
-from marjax.heads import categorical, guidance
+from marjax.heads import categorical, cfg
 
 K, L, D = 24, 16, 4
 CODEBOOK = jax.random.normal(jax.random.key(9), (K, D))
@@ -54,7 +54,7 @@ def test_temperature_towards_zero_is_the_argmax():
     logits = jax.random.normal(jax.random.key(0), (1000, K))
     noise = categorical.gumbel(jax.random.key_data(jax.random.split(jax.random.key(1), 1000)), K)
     best = jnp.argmax(logits, -1)
-    agree = [float((categorical.sample(logits, noise, t) == best).mean()) for t in (1.0, 0.3, 0.1, 1e-6, 0.0)]
+    agree = [float((categorical.sample_codes(logits, noise, t) == best).mean()) for t in (1.0, 0.3, 0.1, 1e-6, 0.0)]
     assert agree == sorted(agree) and agree[0] < 0.5 and agree[-2:] == [1.0, 1.0]
 
 
@@ -62,7 +62,7 @@ def test_temperature_towards_zero_is_the_argmax():
 def test_samples_follow_the_softmax_of_logits_over_temperature(temperature):
     logits, n = jnp.array([0.0, 1.0, 2.0, -1.0]), 40_000
     noise = categorical.gumbel(jax.random.key_data(jax.random.split(jax.random.key(1), n)), 4)
-    drawn = categorical.sample(jnp.broadcast_to(logits, (n, 4)), noise, temperature)
+    drawn = categorical.sample_codes(jnp.broadcast_to(logits, (n, 4)), noise, temperature)
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, jax.nn.softmax(logits / temperature), atol=0.01)
 
 
@@ -75,9 +75,9 @@ def test_every_token_has_a_key_of_its_own():
 def test_guidance():
     both = jax.random.normal(jax.random.key(0), (6, 2, K))
     conditional, unconditional = both[:3], both[3:]
-    np.testing.assert_allclose(guidance.guided(both, 1.0), conditional, atol=1e-6)
-    np.testing.assert_allclose(guidance.guided(both, 0.0), unconditional, atol=1e-6)
-    np.testing.assert_allclose(guidance.guided(both, 2.5), 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
+    np.testing.assert_allclose(cfg.guided(both, 1.0), conditional, atol=1e-6)
+    np.testing.assert_allclose(cfg.guided(both, 0.0), unconditional, atol=1e-6)
+    np.testing.assert_allclose(cfg.guided(both, 2.5), 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
 
 
 def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, guidance_n=None):

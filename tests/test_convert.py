@@ -18,13 +18,13 @@ from marjax.cli import main
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import SampleRandomness, generate
-from marjax.heads.diffusion import cosine_schedule
+from marjax.heads.diffusion import SampleNoise
+from marjax.heads.gaussian_diffusion import cosine_schedule
 from marjax.interop import reference, weights_file
 from marjax.interop.convert import convert
 from marjax.interop.convert_tokenizer import convert_tokenizer, read_autoencoder
 from marjax.interop.export import export
 from marjax.models import generator as generator_lib
-from marjax.models.diffusion_head import SampleNoise
 from marjax.tokenizers import autoencoder_file, open_tokenizer
 from marjax.training.state import abstract_params
 from marjax.workdir import claim_workdir, read_workdir

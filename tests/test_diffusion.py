@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import parity
 
-from marjax.heads import diffusion
+from marjax.heads import gaussian_diffusion
 
 
 @pytest.mark.parametrize("spacing", ["1000", "100", "25", "7", "ddim50"])
 def test_tables_agree_with_the_reference(spacing):
     theirs, _ = parity("diffusion_tables")
-    schedule = diffusion.respace(1000, spacing)
+    schedule = gaussian_diffusion.respace(1000, spacing)
     np.testing.assert_array_equal(schedule.timestep_map, theirs[f"{spacing}/timestep_map"])
     for name in (
         "betas",
@@ -27,12 +27,12 @@ def test_tables_agree_with_the_reference(spacing):
 @pytest.mark.parametrize("spacing", [0, 1001, "ddim0", "ddim999", "x", "", -3, "2.5"])
 def test_respacing_refuses(spacing):
     with pytest.raises(ValueError, match="num_sampling_steps is"):
-        diffusion.respaced_timesteps(1000, spacing)
+        gaussian_diffusion.respaced_timesteps(1000, spacing)
 
 
 def test_one_step_chain():
-    assert list(diffusion.respaced_timesteps(1000, 1)) == [0]
-    assert np.isfinite(list(diffusion.respace(1000, 1).tables.values())).all()
+    assert list(gaussian_diffusion.respaced_timesteps(1000, 1)) == [0]
+    assert np.isfinite(list(gaussian_diffusion.respace(1000, 1).tables.values())).all()
 
 
 def ideal(schedule, variance):
@@ -54,10 +54,10 @@ def ideal(schedule, variance):
 
 @pytest.mark.parametrize("variance", [0.01, 1.0])
 def test_sampler_recovers_a_gaussian(variance):
-    full = diffusion.respace(1000, 1000)
+    full = gaussian_diffusion.respace(1000, 1000)
     schedule = full
     key_init, key_step = jax.random.split(jax.random.key(0))
-    x = diffusion.sample(
+    x = gaussian_diffusion.sample(
         schedule,
         ideal(full, variance),
         jax.random.normal(key_init, (4000, 2)),
@@ -68,28 +68,28 @@ def test_sampler_recovers_a_gaussian(variance):
 
 
 def test_steps_prepared_together_make_the_same_chain():
-    schedule, full = diffusion.respace(1000, "24"), diffusion.respace(1000, 1000)
+    schedule, full = gaussian_diffusion.respace(1000, "24"), gaussian_diffusion.respace(1000, 1000)
     init = jax.random.normal(jax.random.key(0), (5, 2))
     noise = jax.random.normal(jax.random.key(1), (24, 5, 2))
-    one = diffusion.sample(schedule, ideal(full, 0.5), init, noise)
+    one = gaussian_diffusion.sample(schedule, ideal(full, 0.5), init, noise)
     for ahead in (4, 24):
         np.testing.assert_allclose(
-            diffusion.sample(schedule, ideal(full, 0.5), init, noise, ahead=ahead), one, rtol=1e-6, atol=1e-6
+            gaussian_diffusion.sample(schedule, ideal(full, 0.5), init, noise, ahead=ahead), one, rtol=1e-6, atol=1e-6
         )
 
 
 @pytest.mark.parametrize("steps, rows, ahead", [(100, 16, 10), (100, 10, 25), (100, 1, 100), (25, 300, 1), (7, 40, 1)])
 def test_steps_ahead(steps, rows, ahead):
-    assert diffusion.steps_ahead(steps, rows) == ahead
+    assert gaussian_diffusion.steps_ahead(steps, rows) == ahead
 
 
 def test_temperature_scales_only_the_noise_of_the_steps():
-    schedule, full = diffusion.respace(1000, "25"), diffusion.respace(1000, 1000)
+    schedule, full = gaussian_diffusion.respace(1000, "25"), gaussian_diffusion.respace(1000, 1000)
     init = jax.random.normal(jax.random.key(0), (500, 2))
     noise = jax.random.normal(jax.random.key(1), (25, 500, 2))
 
     def run(temperature, step_noise):
-        return diffusion.sample(schedule, ideal(full, 1.0), init, step_noise, temperature)
+        return gaussian_diffusion.sample(schedule, ideal(full, 1.0), init, step_noise, temperature)
 
     np.testing.assert_allclose(run(0.5, noise), run(1.0, 0.5 * noise), atol=1e-5)
     np.testing.assert_array_equal(run(0.0, noise), run(1.0, 0.0 * noise))
@@ -99,14 +99,16 @@ def test_temperature_scales_only_the_noise_of_the_steps():
 
 
 def test_loss_trains_the_variance_and_not_the_mean_through_the_variational_term():
-    schedule = diffusion.respace(1000, 1000)
+    schedule = gaussian_diffusion.respace(1000, 1000)
     tokens = jax.random.normal(jax.random.key(0), (64, 3))
-    rand = diffusion.draw_loss_noise(jax.random.key(1), (64, 3), 1000)
-    noised = diffusion.add_noise(schedule, tokens, rand)
+    rand = gaussian_diffusion.draw_loss_noise(jax.random.key(1), (64, 3), 1000)
+    noised = gaussian_diffusion.add_noise(schedule, tokens, rand)
     prediction = jnp.concatenate([0.9 * rand.noise, jnp.zeros_like(tokens)], axis=-1)
 
     def grad(name):
-        return jax.grad(lambda p: diffusion.loss_terms(schedule, tokens, noised, rand, p)[name].sum())(prediction)
+        return jax.grad(lambda p: gaussian_diffusion.loss_terms(schedule, tokens, noised, rand, p)[name].sum())(
+            prediction
+        )
 
     assert not grad("vb")[:, :3].any() and grad("vb")[:, 3:].any()
     assert grad("mse")[:, :3].any() and not grad("mse")[:, 3:].any()
@@ -115,12 +117,12 @@ def test_loss_trains_the_variance_and_not_the_mean_through_the_variational_term(
 def test_discretised_likelihood_sums_to_one_over_all_bins():
     bins = jnp.linspace(-1.0, 1.0, 256)
     for mean, scale in ((0.0, 0.3), (-1.2, 0.05), (0.9, 2.0)):
-        log_p = diffusion.discretised_log_likelihood(bins, jnp.full(256, mean), jnp.full(256, np.log(scale)))
+        log_p = gaussian_diffusion.discretised_log_likelihood(bins, jnp.full(256, mean), jnp.full(256, np.log(scale)))
         assert abs(float(jnp.exp(log_p).sum()) - 1.0) < 1e-3
 
 
 def test_guidance_of_one_is_the_conditional_branch_and_of_zero_the_other():
     prediction = jax.random.normal(jax.random.key(0), (4, 5, 6))
-    np.testing.assert_allclose(diffusion.guided(prediction, 1.0), prediction[:2], atol=1e-6)
-    np.testing.assert_allclose(diffusion.guided(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
-    np.testing.assert_array_equal(diffusion.guided(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])
+    np.testing.assert_allclose(gaussian_diffusion.guided(prediction, 1.0), prediction[:2], atol=1e-6)
+    np.testing.assert_allclose(gaussian_diffusion.guided(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
+    np.testing.assert_array_equal(gaussian_diffusion.guided(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marjax.models.layers import Dense, Dropout, LayerNorm, dropout, lookup
+from marjax.nn.layers import Dense, Dropout, LayerNorm, dropout, lookup
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 33, 33), (500, 301), (200_000,)])

@@ -13,11 +13,11 @@ from parity.seeded_weights import seeded_array
 from marjax import config as config_lib
 from marjax import orders
 from marjax.generation.sampler import SampleRandomness, generate
-from marjax.heads import diffusion
-from marjax.heads.diffusion import LossNoise
+from marjax.heads import gaussian_diffusion
+from marjax.heads.diffusion import SampleNoise
+from marjax.heads.gaussian_diffusion import LossNoise
 from marjax.interop import names
 from marjax.models import generator as generator_lib
-from marjax.models.diffusion_head import SampleNoise
 from marjax.models.generator import LossRandomness
 from marjax.tokenizers import TokenShape
 from marjax.training import state as state_lib
@@ -108,7 +108,9 @@ def test_denoiser(forward):
     arrays, generator, _, params = forward
     bound = generator.bind({"params": params})
     t, noise = jnp.asarray(arrays["in/t"]), jnp.asarray(arrays["in/noise"])
-    noised = diffusion.add_noise(diffusion.respace(1000, 1000), jnp.asarray(arrays["out/tokens"]), LossNoise(t, noise))
+    noised = gaussian_diffusion.add_noise(
+        gaussian_diffusion.respace(1000, 1000), jnp.asarray(arrays["out/tokens"]), LossNoise(t, noise)
+    )
     out = bound.head.denoiser(noised, t, jnp.asarray(arrays["out/z"]))
     assert relative_error(out, arrays["out/denoiser"]) < 1e-4
 
@@ -124,10 +126,12 @@ def rounding_of_vb(arrays):
         given = {
             name: jnp.asarray(arrays[name].astype(np.float64)) for name in ("out/tokens", "in/noise", "out/denoiser")
         }
-        t, schedule = jnp.asarray(arrays["in/t"]), diffusion.respace(1000, 1000)
-        noised = diffusion.add_noise(schedule, given["out/tokens"], LossNoise(t, given["in/noise"]))
-        mean, log_variance = diffusion.predicted_gaussian(schedule, noised, t, *jnp.split(given["out/denoiser"], 2, -1))
-        likelihood = diffusion.discretised_log_likelihood(given["out/tokens"], mean, 0.5 * log_variance)
+        t, schedule = jnp.asarray(arrays["in/t"]), gaussian_diffusion.respace(1000, 1000)
+        noised = gaussian_diffusion.add_noise(schedule, given["out/tokens"], LossNoise(t, given["in/noise"]))
+        mean, log_variance = gaussian_diffusion.predicted_gaussian(
+            schedule, noised, t, *jnp.split(given["out/denoiser"], 2, -1)
+        )
+        likelihood = gaussian_diffusion.discretised_log_likelihood(given["out/tokens"], mean, 0.5 * log_variance)
         assert likelihood.dtype == jnp.float64
     below = np.asarray(likelihood) < np.log(2.0**-20)
     unresolved = (below & (arrays["in/t"] == 0)[..., None]).sum(-1)

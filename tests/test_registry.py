@@ -14,9 +14,9 @@ import marjax
 from marjax import config as config_lib
 from marjax import registry
 from marjax.errors import UserError
+from marjax.heads.regression import RegressionHead
 from marjax.models import generator as generator_lib
-from marjax.models.masked import MaskedBackbone
-from marjax.models.regression_head import RegressionHead
+from marjax.models.encoder_decoder import MaskedBackbone
 from marjax.workdir import claim_workdir, read_workdir
 
 
@@ -117,7 +117,7 @@ def test_a_run_with_parts_of_ones_own(tmp_path):
 
 PLUGIN = """
 import marjax
-from marjax.models.regression_head import RegressionHead
+from marjax.heads.regression import RegressionHead
 class Mine(RegressionHead):
     pass
 marjax.register("head", "mine", Mine)

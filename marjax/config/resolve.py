@@ -193,7 +193,7 @@ def tokens_of(config: ConfigDict) -> TokenShape:
 
 def check_sample(config: ConfigDict) -> None:
     """Checks `config.sample` against the number of tokens and diffusion steps. Raises UserError."""
-    from marjax.heads.diffusion import respaced_timesteps  # imports jax, which `--help` need not
+    from marjax.heads.gaussian_diffusion import respaced_timesteps
 
     sample, variant = config.sample, VARIANTS[config.model.variant]
     num_tokens = tokens_of(config).num_tokens

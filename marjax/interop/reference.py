@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from marjax import config as config_lib
 from marjax.config.schema import NONE_IS_OFF
 from marjax.errors import UserError, shortened
-from marjax.heads.diffusion import cosine_schedule
+from marjax.heads.gaussian_diffusion import cosine_schedule
 from marjax.interop import names
 from marjax.interop.pytorch import Tensor
 from marjax.tokenizers.autoencoder_names import count_layers

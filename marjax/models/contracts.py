@@ -21,7 +21,7 @@ class Head(Protocol):
     """The distribution of one token given its z.
 
     A class may also have these attributes: `discrete = True` for a head that models codes, `schedule = "cosine"` for
-    its default learning rate schedule; a method `sample_ranked` (see `models/categorical_head.py`) for orders by
+    its default learning rate schedule; a method `sample_ranked` (see `heads/categorical.py`) for orders by
     confidence; and `loss_flops()` and `sample_flops(num_sampling_steps)`, FLOPs of one token, which otherwise count as
     0 in the reported MFU.
     """
@@ -110,7 +110,7 @@ class Backbone(Protocol):
         slots: int | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """z of every position, (B, L, W); see `models/masked.py` for the arguments.
+        """z of every position, (B, L, W); see `models/encoder_decoder.py` for the arguments.
 
         z of a position must not depend on tokens that are unknown there.
         """
@@ -131,7 +131,7 @@ class Backbone(Protocol):
         *,
         known_slots: int,
     ) -> tuple[jax.Array, Any]:
-        """z of the positions of one generation step, (B, M, W), and the cache; see `models/masked.py`."""
+        """z of the positions of one generation step, (B, M, W), and the cache; see `models/encoder_decoder.py`."""
         ...
 
 

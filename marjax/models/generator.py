@@ -12,13 +12,13 @@ import ml_collections
 
 from marjax import orders
 from marjax.errors import UserError
-from marjax.models.categorical_head import CategoricalHead
-from marjax.models.causal import CausalBackbone
+from marjax.heads.categorical import CategoricalHead
+from marjax.heads.diffusion import DiffusionHead
+from marjax.heads.regression import RegressionHead
 from marjax.models.contracts import Backbone, Head, check
-from marjax.models.diffusion_head import DiffusionHead
-from marjax.models.layers import embedding_init, lookup, normal_002
-from marjax.models.masked import MaskedBackbone
-from marjax.models.regression_head import RegressionHead
+from marjax.models.decoder_only import CausalBackbone
+from marjax.models.encoder_decoder import MaskedBackbone
+from marjax.nn.layers import embedding_init, lookup, normal_002
 from marjax.ranges import shown
 from marjax.registry import Choices
 from marjax.variants import VARIANTS

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from marjax import flops, orders
-from marjax.models.layers import Dense, LayerNorm, embedding_init
-from marjax.models.transformer import KeyValue, Stack
+from marjax.nn.attention import KeyValue
+from marjax.nn.layers import Dense, LayerNorm, embedding_init
+from marjax.nn.transformer import Stack
 
 
 class Cache(NamedTuple):

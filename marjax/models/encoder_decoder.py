@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from marjax import flops, orders
-from marjax.models.layers import Dense, LayerNorm, embedding_init, normal_002
-from marjax.models.transformer import Stack
+from marjax.nn.layers import Dense, LayerNorm, embedding_init, normal_002
+from marjax.nn.transformer import Stack
 
 
 class MaskedBackbone(nn.Module):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marjax.models.layers import Dense, LayerNorm, lookup, normal_002
-from marjax.models.transformer import over_layers
+from marjax.nn.layers import Dense, LayerNorm, lookup, normal_002
+from marjax.nn.transformer import over_layers
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features
 
