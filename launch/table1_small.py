@@ -158,8 +158,8 @@ def draw(
 
 def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_iter: int, name: str) -> dict[str, Any]:
     """Tuned on the grid without guidance and with, then measured on other samples."""
-    from marjax.generation.images import grid, write_png
     from marjax.generation.sample import open_sampler
+    from marjax.images import grid, write_png
 
     row: dict[str, Any] = {"row": name}
     sample = read_workdir(workdir).sample

@@ -21,7 +21,7 @@ from marjax.closing import Closing
 from marjax.errors import StorageError, UserError
 from marjax.events import Events
 from marjax.files import write_bytes
-from marjax.generation.images import write_png
+from marjax.images import write_png
 from marjax.loggers import Guarded
 from marjax.metrics_file import METRICS, read_metrics
 from marjax.storage import explain, is_remote

@@ -147,7 +147,7 @@ def make_model(variant, head, codebook, **overrides):
 @pytest.fixture(scope="session")
 def codebook(tmp_path_factory):
     """A file with 16 codes for the digits' patches of 2 x 2: random ones, which all but the pictures is served by."""
-    from marjax.generation.images import write_npz
+    from marjax.images import write_npz
     from marjax.tokenizers.codebook import Codebook, Fit, arrays_of
 
     path = tmp_path_factory.mktemp("codebook") / "codebook.npz"

@@ -19,7 +19,7 @@ from marjax.evaluation.frechet import frechet_distance, gaussian
 from marjax.evaluation.inception_score import ScoreSums
 from marjax.evaluation.reference import read_reference
 from marjax.evaluation.stats import make_statistics
-from marjax.generation.images import write_npz
+from marjax.images import write_npz
 
 
 @pytest.fixture(scope="module")

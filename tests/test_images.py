@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from marjax import images
 from marjax.errors import UserError
-from marjax.generation import images
 
 
 def test_to_uint8_rounds_and_clips():

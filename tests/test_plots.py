@@ -14,7 +14,7 @@ from PIL import Image
 
 from marjax import plots
 from marjax.errors import UserError
-from marjax.generation.images import beside, write_png
+from marjax.images import beside, write_png
 from marjax.plots import style, tradeoffs, training
 from marjax.plots.curves import Result, curves, describe
 from marjax.plots.runs import Run, distinct_names, read_runs

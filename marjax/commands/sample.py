@@ -59,8 +59,8 @@ def run(given: argparse.Namespace) -> None:
     from etils import epath
 
     from marjax import distributed
-    from marjax.generation.images import make_folder, write_npz, write_png
     from marjax.generation.sample import sampled
+    from marjax.images import make_folder, write_npz, write_png
 
     labels = np.repeat(np.array(classes), given.num_per_label)
     out = epath.Path(normalised(given.out, "out"))
@@ -110,7 +110,7 @@ def _picture(
     made: "Sampled", classes: Sequence[int], num_per_label: int, names: class_names.Names, caption: str
 ) -> "np.ndarray":
     """A grid with a row for each class, or a square one of a single class."""
-    from marjax.generation.images import grid
+    from marjax.images import grid
 
     images = made.images
     side = min(64, 4 * images.shape[1])  # larger ones of 8 pixels are hard to recognise

@@ -22,7 +22,7 @@ from marjax import numerics, progress
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.extractor import Extracted, checksum
-from marjax.generation.images import make_folder, write_npz
+from marjax.images import make_folder, write_npz
 from marjax.lock import locked_file
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths

@@ -19,7 +19,7 @@ from marjax import numerics
 from marjax.errors import UserError, shortened
 from marjax.evaluation.inception import BN_EPSILON, Inception, abstract_params
 from marjax.files import write_bytes
-from marjax.generation.images import make_folder
+from marjax.images import make_folder
 from marjax.interop import weights_file, wrappers
 from marjax.json_file import parse_json
 from marjax.lock import locked_file

@@ -24,7 +24,7 @@ from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.errors import UserError
-from marjax.generation.images import beside, grid, make_folder, to_uint8, write_png
+from marjax.images import beside, grid, make_folder, to_uint8, write_png
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer

@@ -21,7 +21,7 @@ from marjax.evaluation.frechet import Gaussian, Moments
 from marjax.evaluation.hosts import Hosts
 from marjax.evaluation.image_sets import Batch, NpzImages
 from marjax.files import open_regular
-from marjax.generation.images import write_npz
+from marjax.images import write_npz
 from marjax.json_file import parse_json
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths

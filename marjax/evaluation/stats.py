@@ -13,7 +13,7 @@ from marjax.evaluation.extractor import open_extractor
 from marjax.evaluation.hosts import all_processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
-from marjax.generation.images import make_folder
+from marjax.images import make_folder
 from marjax.lock import locked_file
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from marjax import flops, memory, numerics, orders, progress, sharding
-from marjax.generation.images import to_uint8
+from marjax.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.tokenizers import Tokenizer, TokenShape
 

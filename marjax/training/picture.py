@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 
 from marjax import flops, orders
-from marjax.generation.images import beside, grid
 from marjax.generation.sampler import Sampler
+from marjax.images import beside, grid
 from marjax.models.generator import Generator
 from marjax.variants import VARIANTS
 

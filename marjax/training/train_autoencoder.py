@@ -17,7 +17,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.reconstruction import from_config, measure
-from marjax.generation.images import beside, grid, make_folder, to_uint8
+from marjax.images import beside, grid, make_folder, to_uint8
 from marjax.lock import locked_file, locked_folder
 from marjax.loggers import check_loggers, open_loggers
 from marjax.metrics import MetricWriter

@@ -19,7 +19,7 @@ from marjax import distributed, numerics, progress
 from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.generation.images import make_folder, write_npz
+from marjax.images import make_folder, write_npz
 from marjax.lock import locked_file
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
