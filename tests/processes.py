@@ -43,7 +43,7 @@ def _run(variables, devices, log, target, arguments):
     gc.set_threshold(200_000, 50, 50)  # see conftest.py
     import jax
 
-    from marjax import peak
+    from marjax.perf import peak
 
     jax.config.update("jax_num_cpu_devices", devices)
     peak.device_peak = lambda dtype: 1e11  # every start of a run measures it anew, with all cores

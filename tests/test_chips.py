@@ -2,7 +2,7 @@
 
 import pytest
 
-from marjax import chips, peak
+from marjax.perf import chips, peak
 
 
 @pytest.mark.parametrize(

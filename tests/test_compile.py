@@ -16,10 +16,11 @@ import pytest
 from conftest import DIGITS, make_autoencoder, make_digits
 from jax.sharding import AxisType, Mesh
 
-from marjax import chips, cli, sharding
+from marjax import cli, sharding
 from marjax import config as config_lib
 from marjax.compile import hlo, process, programs, report, roofline, run, search, topology
 from marjax.errors import UserError
+from marjax.perf import chips
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: marjax[tpu]")
 

@@ -323,7 +323,7 @@ def test_scans_count_fully_where_xla_counts_once():
 
 
 def test_an_autoencoder_s_flops_by_hand_are_those_of_its_program():
-    from marjax import flops
+    from marjax.perf import flops
     from marjax.tokenizers import autoencoder
     from marjax.tokenizers.spec import Spec
 

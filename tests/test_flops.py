@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from marjax import config as config_lib
-from marjax import flops, orders
+from marjax import orders
 from marjax.models import generator as generator_lib
+from marjax.perf import flops
 from marjax.training import state as state_lib
 
 

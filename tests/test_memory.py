@@ -13,7 +13,7 @@ from conftest import DIGITS
 import marjax
 from marjax import config as config_lib
 from marjax import host_memory, memory
-from marjax.benchmark import benchmark
+from marjax.benchmarks.steps import benchmark
 from marjax.errors import UserError
 from marjax.memory import Batch, Need
 from marjax.training.fit import compile_step

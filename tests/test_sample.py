@@ -8,11 +8,12 @@ import pytest
 from conftest import DIGITS, ROOT, make_digits, make_model
 
 from marjax import config as config_lib
-from marjax import load, peak, sample, train
+from marjax import load, sample, train
 from marjax.cli import main
 from marjax.commands.arguments import parse_labels
 from marjax.errors import UserError
 from marjax.generation.sample import open_sampler
+from marjax.perf import peak
 from marjax.workdir import read_workdir
 
 

@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from marjax.benchmark import benchmark
+    from marjax.benchmarks.steps import benchmark
 
     check_arguments(repeats=given.repeats, recompute=given.recompute)
     if given.what == "metrics":
-        from marjax.evaluation.rates import metric_seconds
+        from marjax.benchmarks.evaluation import metric_seconds
 
         print(json.dumps(metric_seconds()))
         return
@@ -41,13 +41,13 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError(f"benchmark {given.what} needs --config NAME")
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     if given.what == "features":
-        from marjax.evaluation.rates import feature_rate
+        from marjax.benchmarks.evaluation import feature_rate
 
         config = config_lib.check_fields(config)
         print(json.dumps(feature_rate(config.data.image_size, max(1, given.repeats))))
         return
     if given.what == "host":
-        from marjax.training.overhead import host_work
+        from marjax.benchmarks.host_overhead import host_work
 
         print(json.dumps(host_work(config)))
         return

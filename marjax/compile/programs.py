@@ -20,12 +20,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import flops, numerics, orders, sharding
+from marjax import numerics, orders, sharding
 from marjax.compile import hlo
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings
 from marjax.memory import held_by, needed_and_usable
 from marjax.models import generator as generator_lib
+from marjax.perf import flops
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape, described_tokenizer
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer

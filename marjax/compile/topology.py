@@ -6,8 +6,8 @@ import os
 import re
 from typing import Any
 
-from marjax import chips
 from marjax.errors import UserError, missing_extra
+from marjax.perf import chips
 from marjax.quiet import LIBTPU
 
 # The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
@@ -89,7 +89,9 @@ def describe(name: str) -> Slice:
         raise UserError(f"--topology {name}: libtpu does not take {text}: {str(error).splitlines()[0]}") from None
     chip = chips.of_kind(devices[0].device_kind)
     if chip is None:
-        raise UserError(f"--topology {name}: nothing is known of chip {devices[0].device_kind!r}; see marjax/chips.py")
+        raise UserError(
+            f"--topology {name}: nothing is known of chip {devices[0].device_kind!r}; see marjax/perf/chips.py"
+        )
     return Slice(text, chip, shape, tuple(devices))
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import flops, memory, numerics, orders, progress, sharding
+from marjax import memory, numerics, orders, progress, sharding
 from marjax.images import to_uint8
 from marjax.models.generator import Generator, Progress
+from marjax.perf import flops
 from marjax.tokenizers import Tokenizer, TokenShape
 
 UNCONDITIONAL = -1  # the label that asks for no class

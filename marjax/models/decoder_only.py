@@ -13,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marjax import flops, orders
+from marjax import orders
 from marjax.nn.attention import KeyValue
 from marjax.nn.layers import Dense, LayerNorm, embedding_init
 from marjax.nn.transformer import Stack
+from marjax.perf import flops
 
 
 class Cache(NamedTuple):

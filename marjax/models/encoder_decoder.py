@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marjax import flops, orders
+from marjax import orders
 from marjax.nn.layers import Dense, LayerNorm, embedding_init, normal_002
 from marjax.nn.transformer import Stack
+from marjax.perf import flops
 
 
 class MaskedBackbone(nn.Module):

@@ -7,10 +7,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from marjax import flops, orders
+from marjax import orders
 from marjax.generation.sampler import Sampler
 from marjax.images import beside, grid
 from marjax.models.generator import Generator
+from marjax.perf import flops
 from marjax.variants import VARIANTS
 
 _SHARE = 0.02  # of the FLOPs of the steps between two pictures

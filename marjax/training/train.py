@@ -14,7 +14,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from marjax import class_names, distributed, flops, numerics, peak, progress, sharding
+from marjax import class_names, distributed, numerics, progress, sharding
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.cache import open_fitting
@@ -31,6 +31,7 @@ from marjax.loggers import Logger, check_loggers, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
+from marjax.perf import flops, peak
 from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib

@@ -12,10 +12,11 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import flops, memory, numerics, orders, peak, progress, sharding
+from marjax import memory, numerics, orders, progress, sharding
 from marjax.errors import UserError
 from marjax.generation.sampler import Sampler, Settings, draw_randomness, sampling_batch
 from marjax.models import generator as generator_lib
+from marjax.perf import flops, peak
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, TokenShape
 from marjax.tokenizers.codebook import Codebook

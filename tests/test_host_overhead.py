@@ -2,7 +2,7 @@
 
 from conftest import make_digits
 
-from marjax.training.overhead import host_work
+from marjax.benchmarks.host_overhead import host_work
 
 
 def test_what_is_measured():
