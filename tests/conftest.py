@@ -81,7 +81,7 @@ LONGEST = (
     "test_launch_gke",
     "test_storage",
     "test_two_modes",
-    "test_cache",
+    "test_latent_cache",
     "test_inception",
     "test_fuzz",
 )

@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
         "marjax.cli",
         "marjax.training.train",
         "marjax.training.train_autoencoder",
-        "marjax.data.cache",
+        "marjax.data.latent_cache.write",
         "marjax.evaluation.evaluate",
         "marjax.distributed",
         "sklearn.datasets",

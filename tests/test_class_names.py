@@ -13,7 +13,7 @@ from marjax.cli import main
 from marjax.commands.arguments import parse_labels
 from marjax.config import base
 from marjax.data import sources
-from marjax.data.latents import Manifest
+from marjax.data.latent_cache.read import Manifest
 from marjax.data.python_source import Part, python_source
 from marjax.errors import UserError
 

@@ -475,7 +475,7 @@ def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
         raise AssertionError("opened")
 
     monkeypatch.setattr("marjax.data.sources.open_source", opened)
-    monkeypatch.setattr("marjax.data.latents.read_manifest", opened)
+    monkeypatch.setattr("marjax.data.latent_cache.read.read_manifest", opened)
 
     def change(content):
         content["data"].update(source=name, data_dir="evil", cache="evil", num_examples=None)

@@ -16,7 +16,7 @@ from processes import Run
 
 from marjax import cli, distributed, memory, sharding
 from marjax.commands import sample
-from marjax.data.latents import Latents, read_manifest
+from marjax.data.latent_cache.read import Latents, read_manifest
 from marjax.errors import LOST_PEER, LostPeerError, UserError
 
 ALONE = [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "JAX_COORDINATOR", "JAX_NUM_PROC"))]
@@ -271,7 +271,7 @@ def test_who_is_through_waits_for_who_still_writes_but_not_for_the_dead(tmp_path
 def work(folder, train_fields, cache_fields):
     """Trains, saves, samples and, with fields for it, encodes latents in `folder`."""
     from marjax import train
-    from marjax.data.cache import cache_latents
+    from marjax.data.latent_cache.write import cache_latents
     from marjax.evaluation.samples import Plan, SampleSet
     from marjax.generation.sample import open_sampler, sample
 

@@ -26,10 +26,10 @@ from fuzz import Target
 from marjax import class_names
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
-from marjax.data.imagenet import list_imagenet
-from marjax.data.latents import Latents, Manifest, pack, read_manifest
-from marjax.data.pictures import UnreadableError, storable
-from marjax.data.shards import Record, Shard, read_record
+from marjax.data.latent_cache.read import Latents, Manifest, pack, read_manifest
+from marjax.data.prepare.imagenet import list_imagenet
+from marjax.data.prepare.pictures import UnreadableError, storable
+from marjax.data.prepare.shards import Record, Shard, read_record
 from marjax.data.sources import open_source
 from marjax.evaluation.classifier import Classifier
 from marjax.evaluation.evaluate import table as evaluation_table

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from marjax.data.imagenet import list_imagenet
+from marjax.data.prepare.imagenet import list_imagenet
 from marjax.errors import UserError
 
 VAL = "ILSVRC2012_val_00000001.JPEG"

@@ -90,7 +90,7 @@ def left(folder):
 
 RUNS = {
     "marjax/cli.py",
-    "marjax/data/cache.py",
+    "marjax/data/latent_cache/write.py",
     "configs/mine.py",
     "launch/sky.yaml",
     "setup.cfg",

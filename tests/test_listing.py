@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from marjax.data.listing import list_folder
+from marjax.data.prepare.listing import list_folder
 from marjax.errors import UserError
 
 

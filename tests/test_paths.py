@@ -17,8 +17,8 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.config import shipped
 from marjax.config.schema import PATHS
-from marjax.data.cache import cache_latents
-from marjax.data.prepare import prepare
+from marjax.data.latent_cache.write import cache_latents
+from marjax.data.prepare.prepare import prepare
 from marjax.errors import UserError
 from marjax.evaluation.classifier import classifier_of
 from marjax.evaluation.evaluate import Request, evaluate

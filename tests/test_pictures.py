@@ -1,4 +1,4 @@
-"""What is stored of each kind of picture: the table of marjax/data/pictures.py, line by line."""
+"""What is stored of each kind of picture: the table of marjax/data/prepare/pictures.py, line by line."""
 
 import io
 import os
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin, features
 
-from marjax.data import png
-from marjax.data.pictures import MAX_BYTES, UnreadableError, decode, read_bytes, storable
+from marjax.data.prepare import png
+from marjax.data.prepare.pictures import MAX_BYTES, UnreadableError, decode, read_bytes, storable
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)

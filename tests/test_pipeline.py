@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from marjax.data import workers
+from marjax.data import worker_processes
 from marjax.data.pipeline import Batch, Batches
 from marjax.data.sources import open_source
 from marjax.errors import UserError
@@ -208,31 +208,33 @@ def test_slips_are_refused(arguments: dict[str, Any], changes: dict[str, Any], w
 
 def test_little_shared_memory_is_named_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker's 64 MiB: a bus error would end the workers."""
-    monkeypatch.setattr(workers, "shared_memory_free", lambda: 64 * 2**20)
+    monkeypatch.setattr(worker_processes, "shared_memory_free", lambda: 64 * 2**20)
     big = data_config(image_size=256, channels=3, workers=8)
     with pytest.raises(UserError, match=r"^/dev/shm .*--shm-size=1g.*data\.workers=0"):
         Batches(big, 32, 0)
     assert not multiprocessing.active_children()
     Batches(data_config(image_size=256, channels=3, workers=0), 32, 0).close()
     batch = 32 * 256 * 256 * 3
-    workers.check_shared_memory(batch, 1)
-    workers.check_shared_memory(batch // 4, 8)  # of four hosts
-    monkeypatch.setattr(workers, "shared_memory_free", lambda: None)  # macOS
-    workers.check_shared_memory(batch, 8)
+    worker_processes.check_shared_memory(batch, 1)
+    worker_processes.check_shared_memory(batch // 4, 8)  # of four hosts
+    monkeypatch.setattr(worker_processes, "shared_memory_free", lambda: None)  # macOS
+    worker_processes.check_shared_memory(batch, 8)
 
 
 def test_shared_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SHARED_MEMORY", "/there/is/none")
-    assert workers.shared_memory_free() is None
-    monkeypatch.setattr(workers, "SHARED_MEMORY", os.curdir)
-    assert workers.shared_memory_free() is not None
+    monkeypatch.setattr(worker_processes, "SHARED_MEMORY", "/there/is/none")
+    assert worker_processes.shared_memory_free() is None
+    monkeypatch.setattr(worker_processes, "SHARED_MEMORY", os.curdir)
+    assert worker_processes.shared_memory_free() is not None
 
 
 @pytest.mark.parametrize("code, word", [(-7, "/dev/shm"), (-9, "memory")])
 def test_a_worker_that_was_killed_is_one_line(code: int, word: str) -> None:
     error = RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search the logs above.")
-    assert word in str(workers.explain_death(error)) and "data.workers" in str(workers.explain_death(error))
-    assert workers.explain_death(RuntimeError("something else")) is None
+    assert word in str(worker_processes.explain_death(error)) and "data.workers" in str(
+        worker_processes.explain_death(error)
+    )
+    assert worker_processes.explain_death(RuntimeError("something else")) is None
 
 
 def test_closing_ends_the_batches() -> None:

@@ -26,8 +26,8 @@ from test_pictures import as_file, decoded, exif
 import marjax
 from marjax import cli, lock
 from marjax import config as config_lib
-from marjax.data.pictures import storable
-from marjax.data.prepare import SIZES, prepare
+from marjax.data.prepare.pictures import storable
+from marjax.data.prepare.prepare import SIZES, prepare
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.workdir import read_workdir
@@ -169,7 +169,7 @@ def sized(root, side, count=4):
 @pytest.mark.parametrize("folder", ["plain", 'my data\'s "é" $HOME', "~", "a,b:c=d", "-x", "写真", "2026"])
 def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
     """As a shell reads it, from another folder; fewer pictures than a batch has are enough."""
-    monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: False)
+    monkeypatch.setattr("marjax.data.prepare.prepare.has_accelerator", lambda: False)
     sized(tmp_path / folder, 70)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", f"--images={tmp_path / folder}", f"--out={tmp_path / folder}.sets", "--workers=1"]) == 0
@@ -206,9 +206,9 @@ def test_the_printed_command_trains(tmp_path, monkeypatch, capsys, folder):
 def test_the_suggested_size_and_model_suit_pictures_and_machine(tmp_path, monkeypatch):
     for side, size in ((9, 32), (63, 32), (64, 64), (300, 64)):
         made = prepare(sized(tmp_path / f"of{side}", side), out=tmp_path / "data", workers=1)
-        monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: False)
+        monkeypatch.setattr("marjax.data.prepare.prepare.has_accelerator", lambda: False)
         assert "size=32,model=tiny" in made.train_command()
-        monkeypatch.setattr("marjax.data.prepare.has_accelerator", lambda: True)
+        monkeypatch.setattr("marjax.data.prepare.prepare.has_accelerator", lambda: True)
         assert f"size={size},model=small" in made.train_command()
     for model in ("tiny", "small"):
         for size in SIZES[model]:
@@ -291,7 +291,7 @@ def test_files_that_are_lost_are_missed(tmp_path, monkeypatch):
 
 
 def test_records_that_are_none_are_written_again(tmp_path):
-    from marjax.data.shards import Shard, read_record
+    from marjax.data.prepare.shards import Shard, read_record
 
     for text in ("", "[]", "null", '{"unreadable": 3}', '{"unreadable": [], "odd": 1}'):
         (tmp_path / "record.json").write_text(text)
@@ -604,12 +604,12 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path, capsys, monk
 
     for name in ("rename", "remove", "replace"):
         with monkeypatch.context() as patched:
-            patched.setattr(f"marjax.data.prepare.os.{name}", read_only)
+            patched.setattr(f"marjax.data.prepare.prepare.os.{name}", read_only)
             assert cli.main([*arguments, str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
         assert "Read-only file system" in error and "Traceback" not in error and error.count("error") == 1
     assert cli.main([*arguments, str(tmp_path / "data")]) == 0
-    monkeypatch.setattr("marjax.data.prepare.os.remove", read_only)
+    monkeypatch.setattr("marjax.data.prepare.prepare.os.remove", read_only)
     assert cli.main([*arguments, str(tmp_path / "data")]) == 0  # all is there, and nothing to write
 
 

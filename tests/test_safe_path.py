@@ -90,7 +90,7 @@ import sys
 if __name__ == "__main__":
     from marjax import config
     from marjax.data.pipeline import Batches
-    from marjax.data.prepare import prepare
+    from marjax.data.prepare.prepare import prepare
     prepare(sys.argv[1], out=sys.argv[2], workers=2, num_shards=2)
     given = config.resolve(config.load(sys.argv[3]))
     given.data.workers = 1

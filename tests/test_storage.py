@@ -72,7 +72,7 @@ def test_commands_without_the_client(monkeypatch, capsys, tmp_path):
 
 def test_what_array_record_cannot_read(capsys):
     """Its reader waits for ever for an address, so nothing may come that far."""
-    from marjax.data.latents import read_manifest
+    from marjax.data.latent_cache.read import read_manifest
     from marjax.data.sources import open_source
 
     config = config_lib.base()

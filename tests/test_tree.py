@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from marjax.data.listing import list_folder, list_pictures
-from marjax.data.tree import read_tree
+from marjax.data.prepare.listing import list_folder, list_pictures
+from marjax.data.prepare.tree import read_tree
 from marjax.errors import UserError
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from marjax.data.prepare import prepare
+    from marjax.data.prepare.prepare import prepare
 
     if (given.images is None) == (given.imagenet is None):
         raise UserError("nothing to prepare: give either --images DIR or --imagenet TAR")

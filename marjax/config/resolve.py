@@ -162,7 +162,7 @@ def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
 def _count(data: ConfigDict) -> None:
     """Asks the latent cache, or else the source, for the numbers that are not given."""
     if data.cache:
-        from marjax.data.latents import read_manifest
+        from marjax.data.latent_cache.read import read_manifest
 
         manifest = read_manifest(data.cache)
         num_classes, num_examples = manifest.num_classes, manifest.num_examples

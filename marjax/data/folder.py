@@ -2,8 +2,8 @@
 
 import os
 
-from marjax.data.listing import list_pictures
-from marjax.data.pictures import UnreadableError, decode, read_bytes, storable
+from marjax.data.prepare.listing import list_pictures
+from marjax.data.prepare.pictures import UnreadableError, decode, read_bytes, storable
 from marjax.data.records import remedy
 from marjax.data.sources import Pixels
 from marjax.errors import UserError

@@ -32,7 +32,7 @@ from marjax.class_names import Names
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.sources import open_source
-from marjax.data.workers import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
+from marjax.data.worker_processes import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
 from marjax.errors import UserError, first_line
 
 # The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.

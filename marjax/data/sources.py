@@ -21,7 +21,7 @@ import numpy.typing as npt
 from marjax import registry
 from marjax.class_names import Names, usable
 from marjax.data import tfds_files
-from marjax.data.pictures import decode
+from marjax.data.prepare.pictures import decode
 from marjax.data.records import remedy
 from marjax.errors import UserError, first_line, missing_extra
 from marjax.paths import optional

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from marjax import class_names, distributed, numerics, progress, sharding
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
-from marjax.data.cache import open_fitting
 from marjax.data.examples import Examples, Images
-from marjax.data.latents import Latents
+from marjax.data.latent_cache.read import Latents
+from marjax.data.latent_cache.write import open_fitting
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.data.python_source import fingerprint_of, is_registered, with_data

@@ -28,12 +28,12 @@ from typing import Any
 
 from PIL import Image
 
-from marjax.data.imagenet import IMAGENET
-from marjax.data.items import Item, Listing
-from marjax.data.listing import list_folder, list_imagenet
-from marjax.data.pictures import DOUBTS, read_bytes
-from marjax.data.shards import Record, Shard, features_of
-from marjax.data.workers import available_cores, write_shards
+from marjax.data.prepare.imagenet import IMAGENET
+from marjax.data.prepare.items import Item, Listing
+from marjax.data.prepare.listing import list_folder, list_imagenet
+from marjax.data.prepare.pictures import DOUBTS, read_bytes
+from marjax.data.prepare.shards import Record, Shard, features_of
+from marjax.data.worker_processes import available_cores, write_shards
 from marjax.errors import TrainingError, UserError, listed, shortened
 from marjax.files import write_text
 from marjax.json_file import read_json
@@ -63,7 +63,7 @@ class Prepared:
       version: of the data set.
       classes: their names, by label.
       num_examples: of each split.
-      kinds: how many pictures of each kind (see `marjax.data.pictures`) there are.
+      kinds: how many pictures of each kind (see `marjax.data.prepare.pictures`) there are.
       unreadable: the pictures left out, each with the reason.
       ignored: how many files were no pictures, by suffix.
       warnings: what looked odd.
@@ -151,7 +151,7 @@ def prepare(
 ) -> Prepared:
     """Prepares a data set that marjax and plain `tfds.data_source` read; a second call goes on where one was killed.
 
-    Every picture is decoded once. What is stored of it: see `marjax.data.pictures`. Examples have the features "image",
+    Every picture is decoded once (see `marjax.data.prepare.pictures`). Examples have the features "image",
     "label" and "file_name". As with all worker processes, a script must start its work below
     `if __name__ == "__main__":`, or say `workers=1`.
 
@@ -166,7 +166,7 @@ def prepare(
       workers: processes; by default, one for each core that this process may use.
       overwrite: start afresh, and replace what was prepared there.
       progress: whether to show how far it is.
-      bits: how many bits are used of pictures with 16 bits a channel; see `marjax.data.deep` for None.
+      bits: how many bits are used of pictures with 16 bits a channel; see `marjax.data.prepare.deep` for None.
 
     Raises:
       UserError: an argument, a folder or a tar that cannot be used; more than `max_bad` unreadable pictures; another

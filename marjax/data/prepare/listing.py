@@ -11,9 +11,9 @@ import shlex
 import unicodedata
 from collections.abc import Iterator
 
-from marjax.data.imagenet import list_imagenet as list_imagenet
-from marjax.data.items import Item, Listing
-from marjax.data.tree import Folder, Tree, read_tree
+from marjax.data.prepare.imagenet import list_imagenet as list_imagenet
+from marjax.data.prepare.items import Item, Listing
+from marjax.data.prepare.tree import Folder, Tree, read_tree
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from marjax import progress as progress_lib
-from marjax.data.items import Item, Listing
+from marjax.data.prepare.items import Item, Listing
 from marjax.errors import UserError, shortened
 
 IMAGENET = "imagenet2012"

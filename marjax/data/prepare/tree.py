@@ -9,8 +9,8 @@ import errno
 import os
 import stat
 
-from marjax.data.items import Item
-from marjax.data.pictures import SUFFIXES
+from marjax.data.prepare.items import Item
+from marjax.data.prepare.pictures import SUFFIXES
 from marjax.errors import UserError, shortened
 
 # Files and folders of systems, file servers and programs, in lower case; and all that begin with a dot.

@@ -15,8 +15,8 @@ from processes import Run
 from marjax import config as config_lib
 from marjax import distributed, train
 from marjax.config import resolve
-from marjax.data.cache import cache_latents, open_fitting
-from marjax.data.latents import Latents, Manifest, pack, read_manifest, runs, unpack
+from marjax.data.latent_cache.read import Latents, Manifest, pack, read_manifest, runs, unpack
+from marjax.data.latent_cache.write import cache_latents, open_fitting
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.tokenizers import open_tokenizer
@@ -214,7 +214,7 @@ def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache
     def gone(data):
         raise UserError("gone")
 
-    monkeypatch.setattr("marjax.data.cache.open_source", gone)
+    monkeypatch.setattr("marjax.data.latent_cache.write.open_source", gone)
     assert (
         open_fitting(
             resolve(make(autoencoders, data__cache=str(cache))), open_tokenizer(make(autoencoders).tokenizer)

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from marjax import config as config_lib
 from marjax import distributed, memory, numerics, progress, sharding
-from marjax.data.latents import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
+from marjax.data.latent_cache.read import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
 from marjax.data.sources import fingerprint, open_source

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
-from marjax.data import png
+from marjax.data.prepare import png
 
 _GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _GUESSES = (8, 10, 12)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from marjax.data.items import Item
-from marjax.data.pictures import UnreadableError, doubts, read_bytes, storable
+from marjax.data.prepare.items import Item
+from marjax.data.prepare.pictures import UnreadableError, doubts, read_bytes, storable
 from marjax.data.records import remedy
 from marjax.errors import TrainingError, UserError
 from marjax.files import sync, write_text

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from marjax import progress
-from marjax.data.shards import Record, Shard, read_record, write_shard
+from marjax.data.prepare.shards import Record, Shard, read_record, write_shard
 from marjax.errors import TrainingError, UserError, shortened
 
 SHARED_MEMORY = "/dev/shm"

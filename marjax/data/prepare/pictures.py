@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from marjax.data import deep, jpeg, png
+from marjax.data.prepare import deep, jpeg, png
 from marjax.data.records import reached_limit
 from marjax.errors import first_line
 from marjax.files import open_regular
