@@ -83,8 +83,8 @@ def prepare(root: pathlib.Path) -> None:
     """The codebook, the classifier and what the distances mean: root/classifier.npz, root/reference.json."""
     import jax
 
-    from marjax.evaluation.classifier import train_classifier
-    from marjax.evaluation.frechet import frechet_distance, gaussian
+    from marjax.evaluation.metrics.frechet import frechet_distance, gaussian
+    from marjax.evaluation.networks.classifier import train_classifier
     from marjax.tokenizers.codebook import open_codebook, read
     from marjax.training.train_codebook import train_codebook
 
@@ -131,15 +131,15 @@ class Judge:
     """What samples are measured with: the classifier, and the real images' features."""
 
     def __init__(self, root: pathlib.Path) -> None:
-        from marjax.evaluation.classifier import Classifier
-        from marjax.evaluation.frechet import gaussian
+        from marjax.evaluation.metrics.frechet import gaussian
+        from marjax.evaluation.networks.classifier import Classifier
 
         self.classifier = Classifier.load(root / "classifier.npz")
         self.real = gaussian(self.classifier.extract(real_images()[0]).features)
 
     def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """Frechet distance to the real images, and the share recognised as their label."""
-        from marjax.evaluation.frechet import frechet_distance, gaussian
+        from marjax.evaluation.metrics.frechet import frechet_distance, gaussian
 
         found = self.classifier.extract(images)
         return frechet_distance(gaussian(found.features), self.real), float((found.logits.argmax(1) == labels).mean())

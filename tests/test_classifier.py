@@ -5,8 +5,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from marjax.errors import UserError
-from marjax.evaluation import classifier as classifier_lib
-from marjax.evaluation.classifier import Classifier, train_classifier
+from marjax.evaluation.networks import classifier as classifier_lib
+from marjax.evaluation.networks.classifier import Classifier, train_classifier
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import marjax
 from marjax import distributed, train
 from marjax.cli import main
 from marjax.errors import UserError
-from marjax.evaluation.classifier import Classifier
 from marjax.evaluation.evaluate import Request, evaluate
-from marjax.evaluation.frechet import frechet_distance, gaussian
-from marjax.evaluation.inception_score import ScoreSums
-from marjax.evaluation.reference import read_reference
+from marjax.evaluation.metrics.frechet import frechet_distance, gaussian
+from marjax.evaluation.metrics.inception_score import ScoreSums
+from marjax.evaluation.networks.classifier import Classifier
+from marjax.evaluation.statistics import read_reference
 from marjax.evaluation.stats import make_statistics
 from marjax.images import write_npz
 

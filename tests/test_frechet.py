@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 from conftest import parity
 
-from marjax.evaluation.frechet import Gaussian, Moments, frechet_distance, gaussian
+from marjax.evaluation.metrics.frechet import Gaussian, Moments, frechet_distance, gaussian
 
 
 def spd(rng, size):

@@ -31,12 +31,12 @@ from marjax.data.prepare.imagenet import list_imagenet
 from marjax.data.prepare.pictures import UnreadableError, storable
 from marjax.data.prepare.shards import Record, Shard, read_record
 from marjax.data.sources import open_source
-from marjax.evaluation.classifier import Classifier
 from marjax.evaluation.evaluate import table as evaluation_table
+from marjax.evaluation.networks.classifier import Classifier
 from marjax.evaluation.record import Record as EvaluationRecord
-from marjax.evaluation.reference import read_reference
 from marjax.evaluation.samples import Plan as SamplePlan
 from marjax.evaluation.samples import SampleSet
+from marjax.evaluation.statistics import read_reference
 from marjax.interop import weights_file, wrappers
 from marjax.metrics import MetricWriter
 from marjax.plots.curves import curves
@@ -244,7 +244,7 @@ def make_sound_files(root, autoencoders):
         (folder / "timing-0.json").write_text(json.dumps({"images": 4, "seconds": 0.5}))
         for batch in range(2):
             np.save(folder / f"batch-{batch:06d}.npy", rng.integers(0, 256, (4, 8, 8, 1), np.uint8))
-    from marjax.evaluation.classifier import train_classifier
+    from marjax.evaluation.networks.classifier import train_classifier
 
     train_classifier(rng.integers(0, 256, (8, 8, 8, 1), np.uint8), np.arange(8), 8, steps=1, batch_size=2).save(
         root / "classifier" / "classifier.npz"

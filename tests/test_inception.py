@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from test_pytorch import storage, tensor, write_zip
 
 from marjax.errors import UserError
-from marjax.evaluation import inception, inception_file
-from marjax.evaluation.inception import Network, layers, resize
-from marjax.evaluation.inception_file import SOURCES, cache_path, checksum, convert_inception, open_inception
+from marjax.evaluation.networks import inception, inception_file
+from marjax.evaluation.networks.inception import Network, layers, resize
+from marjax.evaluation.networks.inception_file import SOURCES, cache_path, checksum, convert_inception, open_inception
 from marjax.interop import weights_file
 
 LAYERS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
@@ -145,7 +145,7 @@ def test_resize(height, width):
 CHILD = """
 import sys
 import jax, numpy as np
-from marjax.evaluation.inception_file import open_inception
+from marjax.evaluation.networks.inception_file import open_inception
 assert jax.device_count() == 2
 images = np.load(sys.argv[2])
 found = open_inception(sys.argv[1], batch_size=2).extract(images)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import parity
 
-from marjax.evaluation.inception_score import ScoreSums
+from marjax.evaluation.metrics.inception_score import ScoreSums
 
 
 def score(logits, order=None, batch=64, **arguments):

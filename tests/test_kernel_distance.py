@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marjax.evaluation.kernel_distance import kernel_distance
+from marjax.evaluation.metrics.kernel_distance import kernel_distance
 
 
 def direct(x, y):

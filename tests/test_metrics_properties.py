@@ -14,15 +14,15 @@ import pytest
 from processes import Run
 
 from marjax import distributed
-from marjax.evaluation import hosts as hosts_lib
-from marjax.evaluation import precision_recall as precision_recall_lib
-from marjax.evaluation.extractor import Extracted
-from marjax.evaluation.frechet import Moments, frechet_distance
-from marjax.evaluation.hosts import Hosts, all_processes
-from marjax.evaluation.inception_score import ScoreSums
-from marjax.evaluation.kernel_distance import kernel_distance
-from marjax.evaluation.precision_recall import precision_recall
-from marjax.evaluation.reference import make_reference
+from marjax.evaluation import across_processes as hosts_lib
+from marjax.evaluation.across_processes import Hosts, all_processes
+from marjax.evaluation.metrics import precision_recall as precision_recall_lib
+from marjax.evaluation.metrics.frechet import Moments, frechet_distance
+from marjax.evaluation.metrics.inception_score import ScoreSums
+from marjax.evaluation.metrics.kernel_distance import kernel_distance
+from marjax.evaluation.metrics.precision_recall import precision_recall
+from marjax.evaluation.networks.extractor import Extracted
+from marjax.evaluation.statistics import make_reference
 
 N, F, K = 250, 12, 5
 

@@ -20,11 +20,11 @@ from marjax.config.schema import PATHS
 from marjax.data.latent_cache.write import cache_latents
 from marjax.data.prepare.prepare import prepare
 from marjax.errors import UserError
-from marjax.evaluation.classifier import classifier_of
 from marjax.evaluation.evaluate import Request, evaluate
-from marjax.evaluation.extractor import open_extractor
+from marjax.evaluation.networks.classifier import classifier_of
+from marjax.evaluation.networks.extractor import open_extractor
 from marjax.evaluation.reconstruction import check
-from marjax.evaluation.reference import read_reference
+from marjax.evaluation.statistics import read_reference
 from marjax.evaluation.stats import make_statistics
 from marjax.generation.sample import open_sampler
 from marjax.interop.convert import convert

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from marjax.evaluation import precision_recall as module
-from marjax.evaluation.precision_recall import precision_recall
+from marjax.evaluation.metrics import precision_recall as module
+from marjax.evaluation.metrics.precision_recall import precision_recall
 
 
 def direct(real, generated, k=3):

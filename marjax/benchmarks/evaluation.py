@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from marjax import numerics
-from marjax.evaluation.frechet import Moments, frechet_distance
-from marjax.evaluation.inception import IMAGE_SIZE, NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL, Inception, Network
-from marjax.evaluation.inception_score import ScoreSums
-from marjax.evaluation.kernel_distance import kernel_distance
-from marjax.evaluation.precision_recall import precision_recall
+from marjax.evaluation.metrics.frechet import Moments, frechet_distance
+from marjax.evaluation.metrics.inception_score import ScoreSums
+from marjax.evaluation.metrics.kernel_distance import kernel_distance
+from marjax.evaluation.metrics.precision_recall import precision_recall
+from marjax.evaluation.networks.inception import IMAGE_SIZE, NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL, Inception, Network
 
 
 @numerics.pinned()

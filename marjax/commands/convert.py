@@ -41,7 +41,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     if given.inception is not None:
         if given.checkpoint or given.tokenizer or given.weights or overrides:
             raise UserError("--inception is converted alone: leave out --checkpoint, --tokenizer and the rest")
-        from marjax.evaluation.inception_file import convert_inception
+        from marjax.evaluation.networks.inception_file import convert_inception
 
         path, is_new = convert_inception(given.inception, given.out)
         print(f"{path}{'' if is_new else ' is there already'}: FID's Inception network")

@@ -25,7 +25,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     out = given.out or config.eval.extractor_path
     if not out:
         raise UserError("no file to write the classifier to: give --out FILE.npz, or --config.eval.extractor_path=FILE")
-    from marjax.evaluation.classifier import classifier_of
+    from marjax.evaluation.networks.classifier import classifier_of
 
     made = classifier_of(
         config.data, out, seed=given.seed, steps=given.steps, held_out=given.held_out, overwrite=given.overwrite

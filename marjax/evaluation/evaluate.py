@@ -22,13 +22,13 @@ from marjax import config as config_lib
 from marjax import distributed, numerics, progress
 from marjax.config.overrides import closest
 from marjax.errors import UserError
-from marjax.evaluation.extractor import FeatureExtractor, open_extractor
-from marjax.evaluation.hosts import Hosts, all_processes
+from marjax.evaluation.across_processes import Hosts, all_processes
 from marjax.evaluation.missing import check_there
+from marjax.evaluation.networks.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.record import RECORD, Record
-from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
 from marjax.evaluation.samples import Plan, SampleSet
 from marjax.evaluation.score import Features, check_fits, score
+from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
 from marjax.images import make_folder

@@ -18,7 +18,7 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess, center_crop, to_channels
 from marjax.data.sources import open_source
 from marjax.errors import UserError
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from marjax.evaluation import names
+from marjax.evaluation.metrics import names
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 

@@ -14,14 +14,14 @@ from etils import epath
 
 from marjax import numerics, progress
 from marjax.errors import UserError
-from marjax.evaluation import names
-from marjax.evaluation.extractor import FeatureExtractor
-from marjax.evaluation.frechet import Moments, frechet_distance
-from marjax.evaluation.hosts import Hosts
-from marjax.evaluation.inception_score import ScoreSums
-from marjax.evaluation.kernel_distance import kernel_distance
-from marjax.evaluation.precision_recall import precision_recall
-from marjax.evaluation.reference import Reference
+from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.metrics import names
+from marjax.evaluation.metrics.frechet import Moments, frechet_distance
+from marjax.evaluation.metrics.inception_score import ScoreSums
+from marjax.evaluation.metrics.kernel_distance import kernel_distance
+from marjax.evaluation.metrics.precision_recall import precision_recall
+from marjax.evaluation.networks.extractor import FeatureExtractor
+from marjax.evaluation.statistics import Reference
 from marjax.files import write_bytes
 from marjax.npz_file import read_npy
 

@@ -9,10 +9,10 @@ from etils import epath
 from marjax import config as config_lib
 from marjax import distributed, numerics
 from marjax.errors import UserError
-from marjax.evaluation.extractor import open_extractor
-from marjax.evaluation.hosts import all_processes
+from marjax.evaluation.across_processes import all_processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
-from marjax.evaluation.reference import Reference, make_reference, read_reference, write_reference
+from marjax.evaluation.networks.extractor import open_extractor
+from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
 from marjax.images import make_folder
 from marjax.lock import locked_file
 from marjax.paths import takes_paths

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from marjax.errors import UserError
-from marjax.evaluation import names
+from marjax.evaluation.metrics import names
 from marjax.evaluation.record import RECORD, read_record
 from marjax.json_file import read_json
 from marjax.metrics_file import METRICS, read_metrics

@@ -6,7 +6,7 @@ Every kind of distance and score has panels of its own: those of different netwo
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from marjax.evaluation import names
+from marjax.evaluation.metrics import names
 from marjax.plots import style
 from marjax.plots.curves import Curve, curves, describe
 from marjax.plots.runs import Run

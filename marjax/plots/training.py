@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from marjax.errors import StorageError, UserError
-from marjax.evaluation import names
+from marjax.evaluation.metrics import names
 from marjax.files import read_whole
 from marjax.plots import style
 from marjax.plots.runs import GUIDED, NUM_IMAGES, Run

@@ -24,7 +24,7 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.data.python_source import fingerprint_of, is_registered, with_data
 from marjax.data.sources import open_source
-from marjax.evaluation.probe import Probe
+from marjax.evaluation.during_training import Probe
 from marjax.generation.sampler import Sampler, Settings
 from marjax.lock import locked_folder
 from marjax.loggers import Logger, check_loggers, open_loggers

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from marjax import numerics
 from marjax.errors import UserError, shortened
-from marjax.evaluation.inception import BN_EPSILON, Inception, abstract_params
+from marjax.evaluation.networks.inception import BN_EPSILON, Inception, abstract_params
 from marjax.files import write_bytes
 from marjax.images import make_folder
 from marjax.interop import weights_file, wrappers

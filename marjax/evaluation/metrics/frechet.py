@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
 
 _ROWS = 4096  # that are held as float64 at a time
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.blocks import Blocks, Rows
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.metrics.pairwise import Blocks, Rows
 
 _SUBSETS = 8  # for which one pass over the blocks gathers the rows
 

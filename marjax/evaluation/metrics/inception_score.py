@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
 
 
 class Score(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from marjax.evaluation.extractor import open_extractor
-from marjax.evaluation.hosts import all_processes
-from marjax.evaluation.reference import read_reference
+from marjax.evaluation.across_processes import all_processes
+from marjax.evaluation.networks.extractor import open_extractor
 from marjax.evaluation.score import check_fits, score
+from marjax.evaluation.statistics import read_reference
 from marjax.generation.sampler import Sampler
 
 

@@ -12,10 +12,10 @@ from test_metrics_properties import Network
 from marjax.data.preprocess import center_crop
 from marjax.data.sources import open_source
 from marjax.errors import UserError
-from marjax.evaluation.frechet import gaussian
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, NpzImages
-from marjax.evaluation.reference import make_reference, read_reference, write_reference
+from marjax.evaluation.metrics.frechet import gaussian
+from marjax.evaluation.statistics import make_reference, read_reference, write_reference
 
 RNG = np.random.default_rng(0)
 STATS = gaussian(RNG.normal(size=(30, 5)))

@@ -21,7 +21,7 @@ from etils import epath
 from marjax import numerics, progress
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.evaluation.extractor import Extracted, checksum
+from marjax.evaluation.networks.extractor import Extracted, checksum
 from marjax.images import make_folder, write_npz
 from marjax.lock import locked_file
 from marjax.npz_file import NpzFile

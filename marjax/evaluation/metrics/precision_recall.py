@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.blocks import Blocks, Rows
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.metrics.pairwise import Blocks, Rows
 
 # Distances are computed tile by tile. Tiles are cut by row numbers only, so that a float32 product is the same to the
 # bit wherever it is computed: neither blocks nor hosts change the result.

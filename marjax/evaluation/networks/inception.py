@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marjax import memory, numerics
-from marjax.evaluation.extractor import Extracted
+from marjax.evaluation.networks.extractor import Extracted
 
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048

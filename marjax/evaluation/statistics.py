@@ -16,10 +16,10 @@ from etils import epath
 
 from marjax import numerics, progress
 from marjax.errors import UserError, shortened
-from marjax.evaluation.extractor import FeatureExtractor
-from marjax.evaluation.frechet import Gaussian, Moments
-from marjax.evaluation.hosts import Hosts
+from marjax.evaluation.across_processes import Hosts
 from marjax.evaluation.image_sets import Batch, NpzImages
+from marjax.evaluation.metrics.frechet import Gaussian, Moments
+from marjax.evaluation.networks.extractor import FeatureExtractor
 from marjax.files import open_regular
 from marjax.images import write_npz
 from marjax.json_file import parse_json

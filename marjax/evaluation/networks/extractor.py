@@ -70,11 +70,11 @@ def open_extractor(name: str, path: str = "") -> FeatureExtractor:
       UserError: there is none of that name, or no weights.
     """
     if name == "inception":
-        from marjax.evaluation.inception_file import open_inception
+        from marjax.evaluation.networks.inception_file import open_inception
 
         return open_inception(path or None)
     if name == "classifier":
-        from marjax.evaluation.classifier import Classifier
+        from marjax.evaluation.networks.classifier import Classifier
 
         if not path:
             raise UserError(
