@@ -85,8 +85,8 @@ def prepare(root: pathlib.Path) -> None:
 
     from marjax.evaluation.metrics.frechet import frechet_distance, gaussian
     from marjax.evaluation.networks.classifier import train_classifier
+    from marjax.tokenizer_training.codebook import train_codebook
     from marjax.tokenizers.codebook import open_codebook, read
-    from marjax.training.train_codebook import train_codebook
 
     config = config_lib.resolve(config_lib.load(CODEBOOK))
     path = pathlib.Path(config.tokenizer.path)

@@ -18,7 +18,7 @@ CONTEXT.set_forkserver_preload(
     [
         "marjax.cli",
         "marjax.training.train",
-        "marjax.training.train_autoencoder",
+        "marjax.tokenizer_training.autoencoder",
         "marjax.data.latent_cache.write",
         "marjax.evaluation.evaluate",
         "marjax.distributed",

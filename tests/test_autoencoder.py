@@ -13,12 +13,12 @@ from flax import traverse_util
 from parity.seeded_weights import seeded_array
 
 from marjax import sharding
-from marjax.codes import nearest
 from marjax.errors import UserError
 from marjax.tokenizers import autoencoder, open_tokenizer, token_shape
 from marjax.tokenizers import kl as kl_lib
 from marjax.tokenizers.autoencoder_names import from_state_dict, table, to_state_dict
 from marjax.tokenizers.kl import KL
+from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.spec import AUTOENCODERS, Spec
 from marjax.tokenizers.vq import VQ
 

@@ -11,14 +11,14 @@ from conftest import DIGITS, make_digits
 
 from marjax import config as config_lib
 from marjax.cli import main
-from marjax.codes import nearest
 from marjax.data.sources import open_source
 from marjax.errors import UserError
+from marjax.tokenizer_training import codebook as training
+from marjax.tokenizer_training.codebook import train_codebook
 from marjax.tokenizers import codebook as codebook_lib
 from marjax.tokenizers import open_tokenizer
 from marjax.tokenizers.codebook import Codebook
-from marjax.training import train_codebook as training
-from marjax.training.train_codebook import train_codebook
+from marjax.tokenizers.nearest_code import nearest
 
 NUM_CODES = 16
 

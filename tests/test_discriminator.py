@@ -5,7 +5,7 @@ import pytest
 
 from marjax import config as config_lib
 from marjax.errors import UserError
-from marjax.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
+from marjax.tokenizer_training.discriminator import Discriminator, adaptive_weight, hinge
 
 
 @pytest.mark.parametrize("layers, side, patches", [(1, 8, 2), (2, 12, 1), (3, 32, 2), (3, 24, 1)])

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from marjax.errors import UserError
-from marjax.training import lpips
+from marjax.tokenizer_training import lpips
 
 
 @pytest.fixture(scope="module")

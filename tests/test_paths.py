@@ -23,7 +23,6 @@ from marjax.errors import UserError
 from marjax.evaluation.evaluate import Request, evaluate
 from marjax.evaluation.networks.classifier import classifier_of
 from marjax.evaluation.networks.extractor import open_extractor
-from marjax.evaluation.reconstruction import check
 from marjax.evaluation.statistics import read_reference
 from marjax.evaluation.stats import make_statistics
 from marjax.generation.sample import open_sampler
@@ -33,7 +32,8 @@ from marjax.interop.export import export
 from marjax.paths import normalised, optional
 from marjax.plots import plot
 from marjax.sweep import sweep
-from marjax.training.train_codebook import train_codebook
+from marjax.tokenizer_training.codebook import train_codebook
+from marjax.tokenizer_training.reconstruction import check
 from marjax.workdir import read_workdir
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from marjax.cli import main
 from marjax.data.preprocess import center_crop
 from marjax.errors import UserError
-from marjax.evaluation import reconstruction
-from marjax.evaluation.reconstruction import check
+from marjax.tokenizer_training import reconstruction
+from marjax.tokenizer_training.reconstruction import check
 from marjax.tokenizers import kl as kl_lib
 from marjax.tokenizers import open_tokenizer
 

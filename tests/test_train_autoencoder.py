@@ -17,12 +17,12 @@ from marjax import distributed
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import TrainingError, UserError
-from marjax.evaluation.reconstruction import check
+from marjax.tokenizer_training.autoencoder import train_autoencoder
+from marjax.tokenizer_training.autoencoder_step import Trainer
+from marjax.tokenizer_training.discriminator import adaptive_weight
+from marjax.tokenizer_training.reconstruction import check
 from marjax.tokenizers import autoencoder_file, open_tokenizer
-from marjax.tokenizers.discriminator import adaptive_weight
 from marjax.tokenizers.spec import spec_of
-from marjax.training.autoencoder import Trainer
-from marjax.training.train_autoencoder import train_autoencoder
 from marjax.workdir import read_workdir
 
 SMALL = {

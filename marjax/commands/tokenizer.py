@@ -31,7 +31,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         if config is None:
             raise UserError("--config.key=value sets a field of a config: give --config NAME too")
         config = config_lib.apply_overrides(config, overrides)
-    from marjax.evaluation.reconstruction import check
+    from marjax.tokenizer_training.reconstruction import check
 
     report = check(
         given.images,

@@ -30,11 +30,11 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     if config.tokenizer.name == "codebook":
         if given.workdir:
             raise UserError("--workdir is for networks: a codebook is found in one go")
-        from marjax.training.train_codebook import train_codebook
+        from marjax.tokenizer_training.codebook import train_codebook
 
         made = train_codebook(config, out, overwrite=given.overwrite)
     else:
-        from marjax.training.train_autoencoder import train_autoencoder
+        from marjax.tokenizer_training.autoencoder import train_autoencoder
 
         made = train_autoencoder(config, out, workdir=given.workdir, overwrite=given.overwrite)
     codes = f"{made['num_codes']} codes ({made['codes_used']} used), " if "num_codes" in made else ""

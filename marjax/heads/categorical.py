@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marjax import codes, numerics
+from marjax import numerics
 from marjax.heads import cfg
 from marjax.nn.layers import Dense
+from marjax.tokenizers import nearest_code
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -91,7 +92,7 @@ class CategoricalHead(nn.Module):
           codebook: float32 (K, D).
         """
         del noise
-        target_BxL = codes.nearest(tokens_BxLxD, _needed(codebook))
+        target_BxL = nearest_code.nearest(tokens_BxLxD, _needed(codebook))
         logits_BxLxK = self.logits(z_BxLxW)
         hit = (jnp.argmax(logits_BxLxK, axis=-1) == target_BxL).astype(jnp.float32)
         loss = cross_entropy(logits_BxLxK, target_BxL)

@@ -14,9 +14,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from marjax.codes import nearest
 from marjax.errors import UserError
 from marjax.npz_file import read_npz
+from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.protocol import TokenShape, check_checksum
 
 _ARRAYS = {

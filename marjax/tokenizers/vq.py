@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from marjax import sharding
-from marjax.codes import nearest
 from marjax.tokenizers.autoencoder import Autoencoder, rows_at_once
+from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.spec import Spec
 
 

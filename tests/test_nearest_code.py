@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marjax.codes import nearest
+from marjax.tokenizers.nearest_code import nearest
 
 
 def test_agrees_with_float64():

@@ -19,7 +19,6 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import numerics, progress
-from marjax.codes import nearest
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
@@ -29,6 +28,7 @@ from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer
 from marjax.tokenizers import spec as autoencoder_spec
+from marjax.tokenizers.nearest_code import nearest
 
 PICTURE = "reconstructions.png"
 _SHOWN = 32  # images in the picture

@@ -19,12 +19,12 @@ import optax
 from jax.sharding import Mesh
 
 from marjax import numerics, sharding
-from marjax.codes import nearest
+from marjax.tokenizer_training import lpips
+from marjax.tokenizer_training.discriminator import Discriminator, adaptive_weight, hinge
 from marjax.tokenizers import kl
 from marjax.tokenizers.autoencoder import Autoencoder, init_params
-from marjax.tokenizers.discriminator import Discriminator, adaptive_weight, hinge
+from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.spec import Spec
-from marjax.training import lpips
 from marjax.training.loop import Metrics
 from marjax.training.optimizer import clipping, ema_decay
 

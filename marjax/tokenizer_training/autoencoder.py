@@ -16,16 +16,16 @@ from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.evaluation.reconstruction import from_config, measure
 from marjax.images import beside, grid, make_folder, to_uint8
 from marjax.lock import locked_file, locked_folder
 from marjax.loggers import check_loggers, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.paths import takes_paths
+from marjax.tokenizer_training.autoencoder_step import AutoencoderState, Trainer, make_step
+from marjax.tokenizer_training.reconstruction import from_config, measure
 from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
-from marjax.training.autoencoder import AutoencoderState, Trainer, make_step
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch
 from marjax.training.loop import Intervals, Run, headline

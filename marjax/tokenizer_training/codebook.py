@@ -16,7 +16,6 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import distributed, numerics, progress
-from marjax.codes import nearest
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.images import make_folder, write_npz
@@ -25,6 +24,7 @@ from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import TokenShape
 from marjax.tokenizers.codebook import Codebook, Fit, arrays_of, read
+from marjax.tokenizers.nearest_code import nearest
 
 # Of larger data sets, k-means sees this many patches, drawn evenly without replacement.
 MAX_PATCHES = 500_000
