@@ -14,10 +14,10 @@ import optax
 
 from marjax import config as config_lib
 from marjax import numerics
+from marjax.generation.plan import Stage
 from marjax.generation.sampler import draw_randomness, generate
 from marjax.models import generator as generator_lib
-from marjax.orders import Stage
-from marjax.training import state as state_lib
+from marjax.models.init import init_unboxed
 from marjax.training.step import loss_and_grads
 
 # (class, mode, value): modes are 0.9 to either side of a class's mean.
@@ -51,7 +51,7 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
     config.model.denoiser.update(depth=3, width=64)
     generator = generator_lib.build(config.model, num_tokens=1, token_dim=2, num_classes=2)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.0)
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(numerics.key(0))
+    params = jax.jit(lambda key: init_unboxed(generator, key))(numerics.key(0))
 
     def step(carry, inputs):
         (params, opt_state), (i, tokens, labels) = carry, inputs

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import uuid
 from typing import BinaryIO, cast
 
 from etils import epath
@@ -116,3 +117,16 @@ def sync(path: str) -> None:
     """Waits until what was written to a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def make_folder(path: str | os.PathLike[str]) -> epath.Path:
+    """The folder, created if need be and checked to be writable. Raises UserError."""
+    folder = epath.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".writable-{uuid.uuid4().hex}"  # several processes may try at once
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"folder {path} cannot be written ({error.strerror or error}): give one that can") from None
+    return folder

@@ -3,14 +3,11 @@
 import functools
 import io
 import os
-import uuid
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from marjax.errors import UserError
 from marjax.files import write_bytes
 
 
@@ -102,19 +99,6 @@ def beside(pictures: Sequence[np.ndarray], gap: int = 16) -> np.ndarray:
     """Pictures of one height side by side, with a white gap."""
     parts = [np.pad(picture, ((0, 0), (0, gap), (0, 0)), constant_values=255) for picture in pictures]
     return np.concatenate(parts, axis=1)[:, :-gap]
-
-
-def make_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """The folder, created if need be and checked to be writable. Raises UserError."""
-    folder = epath.Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".writable-{uuid.uuid4().hex}"  # several processes may try at once
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise UserError(f"folder {path} cannot be written ({error.strerror or error}): give one that can") from None
-    return folder
 
 
 def write_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:

@@ -212,7 +212,7 @@ def overview(params: Any) -> str:
     Further lines warn of mesh axes that cut less than the rules would have them.
 
     Args:
-      params: a tree of Parameter, as `training.state.abstract_params` gives it.
+      params: a tree of Parameter, as `models.init.abstract_params` gives it.
     """
     leaves = _named(params)
     mesh = leaves[0][1].sharding.mesh

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from marjax import numerics
+from marjax.models.init import init_unboxed
 
 # Children inherit what is ignored here, as in the background of a shell (SIGINT) and under nohup (SIGHUP).
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -243,9 +244,7 @@ def perturbed_params(generator, seed=0):
     """Parameters away from their start: layers that begin at zero would hide what depends on what."""
     import jax
 
-    from marjax.training import state as state_lib
-
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(seed))
+    params = jax.jit(lambda key: init_unboxed(generator, key))(jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_generator, perturbed_params
 
-from marjax import orders
+from marjax.generation.plan import generation_plan, group_stages
 from marjax.generation.sampler import draw_randomness, generate
 from marjax.heads import categorical, cfg
 
@@ -82,8 +82,8 @@ def test_guidance():
 
 def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, guidance_n=None):
     rand = draw_randomness(generator, seed, jnp.arange(4), "4")
-    plan = orders.generation_plan(L, num_iter)
-    stages = orders.group_stages(plan, 2, lambda known, new: 1.0 + known + new, all_unknown=choice is not None)
+    plan = generation_plan(L, num_iter)
+    stages = group_stages(plan, 2, lambda known, new: 1.0 + known + new, all_unknown=choice is not None)
     choices = None if choice is None else jnp.full(num_iter, choice)
     return jax.jit(
         lambda params: generate(

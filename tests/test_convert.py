@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 from test_pytorch import Call, Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
-from marjax import orders, sample, sharding, train
+from marjax import sample, sharding, train
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import UserError
+from marjax.generation.plan import cfg_scales, generation_plan, group_stages
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import SampleRandomness, generate
 from marjax.heads.diffusion import SampleNoise
@@ -25,8 +26,8 @@ from marjax.interop.convert import convert
 from marjax.interop.convert_tokenizer import convert_tokenizer, read_autoencoder
 from marjax.interop.export import export
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params
 from marjax.tokenizers import autoencoder_file, open_tokenizer
-from marjax.training.state import abstract_params
 from marjax.workdir import claim_workdir, read_workdir
 
 FILES = PARITY / "checkpoints"
@@ -87,9 +88,9 @@ def test_a_whole_generation(ema, raw):
     arrays, theirs = parity("mar_sample_cfg_linear")
 
     def draw(generator, params):
-        plan = orders.generation_plan(64, theirs["num_iter"])
-        scales = orders.guidance_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
-        stages = orders.group_stages(plan, 2, lambda known, new: known + new)
+        plan = generation_plan(64, theirs["num_iter"])
+        scales = cfg_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
+        stages = group_stages(plan, 2, lambda known, new: known + new)
         noise = SampleNoise(
             jnp.asarray(arrays["in/init_noise"]), jnp.moveaxis(jnp.asarray(arrays["in/step_noise"]), 0, 2)
         )

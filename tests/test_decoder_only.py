@@ -9,8 +9,8 @@ import pytest
 from conftest import make_generator, perturbed_params
 
 from marjax import orders
+from marjax.generation.plan import group_stages
 from marjax.generation.sampler import draw_randomness, generate
-from marjax.orders import group_stages
 
 L, D, B = 16, 4, 3
 LABELS = jnp.array([0, 1, 4])

@@ -6,9 +6,10 @@ import pytest
 
 from marjax import config as config_lib
 from marjax import orders
+from marjax.generation.plan import generation_plan
 from marjax.models import generator as generator_lib
+from marjax.models.init import init_unboxed
 from marjax.perf import flops
-from marjax.training import state as state_lib
 
 
 def build(variant="mar", head="diffusion", num_codes=0):
@@ -33,7 +34,7 @@ def count(function, *arguments):
 
 
 def abstract(generator):
-    return jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("variant, known", [("mar", 0), ("mar", 5), ("ar", 0)])
@@ -102,7 +103,7 @@ def test_totals():
     assert flops.train_flops(generator) == pytest.approx(
         3 * (backbone.step_flops(known) + (16 - known) * (once + 4 * each))
     )
-    plan = orders.generation_plan(16, 4)
+    plan = generation_plan(16, 4)
     expected = sum(backbone.step_flops(k) for k in plan[:-1]) + 16 * (once + 7 * each)
     assert flops.sample_flops(generator, plan, "7", False) == pytest.approx(expected)
     assert flops.sample_flops(generator, plan, "7", True) == pytest.approx(2 * expected)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marjax import images
+from marjax import files, images
 from marjax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written"):
         images.write_npz(tmp_path / "missing" / "x.npz", a=np.zeros(3))
     with pytest.raises(UserError, match="cannot be written"):
-        images.make_folder(tmp_path / "x.npz")
+        files.make_folder(tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 

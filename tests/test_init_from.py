@@ -21,6 +21,7 @@ from marjax.cli import main
 from marjax.errors import UserError
 from marjax.interop.convert import convert
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params
 from marjax.training import init_from
 from marjax.training import state as state_lib
 from marjax.training import train as train_lib
@@ -84,7 +85,7 @@ def weights_of(workdir, item):
     config = read_workdir(workdir)
     generator = generator_lib.of(config, config_lib.tokens_of(config))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        abstract = state_lib.abstract_params(generator, sharding.make_mesh(1))
+        abstract = abstract_params(generator, sharding.make_mesh(1))
         return flat(checkpoints.restore({item: abstract}).items[item])
 
 

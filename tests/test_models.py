@@ -10,7 +10,7 @@ from conftest import make_generator, perturbed_params
 
 from marjax import config as config_lib
 from marjax.models import generator as generator_lib
-from marjax.training import state as state_lib
+from marjax.models.init import init_unboxed
 
 L, D = 16, 4
 
@@ -144,7 +144,7 @@ def test_compile_size_does_not_grow_with_depth(case):
     def lines(depth):
         generator = make_generator(encoder_depth=depth, decoder_depth=depth, **{"denoiser.depth": depth})
         _, _, tokens, labels, rand = case
-        params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
+        params = jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0)))
         return len(
             jax.jit(jax.grad(lambda p: generator.apply({"params": p}, tokens, labels, rand, True)["loss"][0].sum()))
             .lower(params)
@@ -160,6 +160,6 @@ def test_sizes_of_the_paper(size, millions):
     config = config_lib.base()
     config_lib.set_model_size(config.model, size)
     generator = generator_lib.build(config.model, num_tokens=256, token_dim=16, num_classes=1000)
-    params = jax.eval_shape(lambda: state_lib.init_unboxed(generator, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0)))
     # The paper rounds up: 207.9, 478.3 and 942.4 million.
     assert math.ceil(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == millions

@@ -12,6 +12,7 @@ from parity.seeded_weights import seeded_array
 
 from marjax import config as config_lib
 from marjax import orders
+from marjax.generation.plan import cfg_scales, generation_plan, group_stages
 from marjax.generation.sampler import SampleRandomness, generate
 from marjax.heads import gaussian_diffusion
 from marjax.heads.diffusion import SampleNoise
@@ -19,6 +20,7 @@ from marjax.heads.gaussian_diffusion import LossNoise
 from marjax.interop import names
 from marjax.models import generator as generator_lib
 from marjax.models.generator import LossRandomness
+from marjax.models.init import init_params
 from marjax.tokenizers import TokenShape
 from marjax.training import state as state_lib
 from marjax.training.optimizer import make_optimizer
@@ -43,7 +45,7 @@ def build(theirs):
     generator = generator_lib.build(
         config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim, num_classes=theirs["class_num"]
     )
-    abstract = jax.eval_shape(lambda: nn.unbox(state_lib.init_params(generator, jax.random.key(0))))
+    abstract = jax.eval_shape(lambda: nn.unbox(init_params(generator, jax.random.key(0))))
     return config, generator, shape, abstract
 
 
@@ -213,13 +215,13 @@ def test_whole_generations(name, max_stages):
     # Their orders are generated from the back.
     order = jnp.asarray(arrays["in/orders"][:, ::-1])
     noise = SampleNoise(jnp.asarray(arrays["in/init_noise"]), jnp.moveaxis(jnp.asarray(arrays["in/step_noise"]), 0, 2))
-    plan = orders.generation_plan(shape.num_tokens, theirs["num_iter"])
+    plan = generation_plan(shape.num_tokens, theirs["num_iter"])
     step_of_token = np.searchsorted(plan, np.asarray(orders.ranks(order)), side="right") - 1
     np.testing.assert_array_equal(step_of_token, arrays["out/step_of_token"])
-    scales = orders.guidance_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
+    scales = cfg_scales(plan, theirs["cfg"], theirs["cfg_schedule"])
     np.testing.assert_allclose(scales, arrays["out/cfg_per_step"], rtol=1e-12)
 
-    stages = orders.group_stages(
+    stages = group_stages(
         plan,
         max_stages,
         lambda known, new: generator.backbone.padded_step_flops(known) + new * generator.head.sample_flops(10),

@@ -15,7 +15,7 @@ from marjax import config as config_lib
 from marjax import sharding
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
-from marjax.training import state as state_lib
+from marjax.models.init import init_params
 
 CHILD = """
 import json, sys
@@ -78,7 +78,7 @@ def worst(a, b):
 def compare(fields, meshes):
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
     generator = generator_lib.of(config, config_lib.tokens_of(config))
-    weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, state_lib.init_unboxed(
+    weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, init_unboxed(
         generator, key)))(jax.random.key(1)))
     one = run(config, (1, 1, 1), jax.devices()[:1], weights)
     report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
@@ -182,7 +182,7 @@ def large():
     """The 60 parameters of MAR-L with their logical names, as shapes."""
     config = config_lib.resolve(config_lib.load(str(ROOT / "configs" / "imagenet256.py") + ":model=mar_large"))
     generator = generator_lib.of(config, config_lib.tokens_of(config))
-    return jax.eval_shape(lambda: state_lib.init_params(generator, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
 
 
 def abstract_mesh(data, fsdp, tensor):

@@ -9,6 +9,7 @@ from conftest import make_digits
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.models import generator as generator_lib
+from marjax.models.init import init_unboxed
 from marjax.tokenizers import Pixels, token_shape
 from marjax.training import state as state_lib
 from marjax.training import step as step_lib
@@ -36,7 +37,7 @@ def batch(n=16, seed=0):
 
 def test_accumulation_changes_only_memory():
     _, _, generator = setup(make_digits())
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(jax.random.key(0))
+    params = jax.jit(lambda key: init_unboxed(generator, key))(jax.random.key(0))
     tokens, labels = jax.random.normal(jax.random.key(1), (16, 16, 4)), jnp.arange(16) % 10
     rand = generator.draw_loss_randomness(jax.random.key(2), 16)
     means, grads = {}, {}

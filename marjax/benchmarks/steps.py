@@ -12,10 +12,12 @@ import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
-from marjax import memory, numerics, orders, progress, sharding
+from marjax import memory, numerics, progress, sharding
 from marjax.errors import UserError
+from marjax.generation.plan import generation_plan
 from marjax.generation.sampler import Sampler, Settings, draw_randomness, sampling_batch
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params, init_unboxed
 from marjax.perf import flops, peak
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -58,7 +60,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "dtype": config.model.dtype,
-        "parameters": int(parameter_overview.count_parameters(state_lib.abstract_params(generator, mesh))),
+        "parameters": int(parameter_overview.count_parameters(abstract_params(generator, mesh))),
         "batch_size": config.train.batch_size if what == "train" else config.sample.batch_size,
     }
     if what == "sample":
@@ -94,7 +96,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         sample = config.sample
         per_image = flops.sample_flops(
             generator,
-            orders.generation_plan(tokens.num_tokens, sample.num_iter),
+            generation_plan(tokens.num_tokens, sample.num_iter),
             sample.num_sampling_steps,
             sample.cfg != 1.0,
             sample.confidence_order,
@@ -168,14 +170,14 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
 
 def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """The same for one batch of samples."""
-    abstract = state_lib.abstract_params(generator, mesh, config.mesh.replicate_below)
+    abstract = abstract_params(generator, mesh, config.mesh.replicate_below)
     sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.of(config.sample, generator), mesh)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
 
     def make_run(compiled: Any) -> Callable[[], None]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        init = jax.jit(lambda key: state_lib.init_unboxed(generator, key), out_shardings=shardings)
+        init = jax.jit(lambda key: init_unboxed(generator, key), out_shardings=shardings)
         params = init(numerics.key(config.seed))
         return lambda: compiled(params, *inputs[1:]).block_until_ready()
 
@@ -190,7 +192,7 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
     rand = jax.jit(lambda index: draw_randomness(generator, config.seed, index, sample.num_sampling_steps))(
         np.arange(size)
     )
-    params = jax.jit(lambda key: state_lib.init_unboxed(generator, key))(numerics.key(config.seed))
+    params = jax.jit(lambda key: init_unboxed(generator, key))(numerics.key(config.seed))
     codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
 
     @jax.jit

@@ -59,8 +59,9 @@ def run(given: argparse.Namespace) -> None:
     from etils import epath
 
     from marjax import distributed
+    from marjax.files import make_folder
     from marjax.generation.sample import sampled
-    from marjax.images import make_folder, write_npz, write_png
+    from marjax.images import write_npz, write_png
 
     labels = np.repeat(np.array(classes), given.num_per_label)
     out = epath.Path(normalised(given.out, "out"))

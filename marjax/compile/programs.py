@@ -20,12 +20,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import numerics, orders, sharding
+from marjax import numerics, sharding
 from marjax.compile import hlo
 from marjax.errors import UserError
+from marjax.generation.plan import generation_plan
 from marjax.generation.sampler import Sampler, Settings
 from marjax.memory import held_by, needed_and_usable
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params
 from marjax.perf import flops
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape, described_tokenizer
 from marjax.training import state as state_lib
@@ -257,9 +259,9 @@ def _sample(
 ) -> Lowered:
     settings = Settings.of(config.sample, generator)
     sampler = Sampler(generator, tokenizer, tokens, settings, mesh)
-    params = state_lib.abstract_params(generator, mesh, config.mesh.replicate_below)
+    params = abstract_params(generator, mesh, config.mesh.replicate_below)
     size = sampler.fitting(config.sample.batch_size)
-    plan = orders.generation_plan(generator.num_tokens, config.sample.num_iter)
+    plan = generation_plan(generator.num_tokens, config.sample.num_iter)
     each = flops.sample_flops(
         generator, plan, settings.num_sampling_steps, settings.guidance is not None, settings.choice is not None
     )

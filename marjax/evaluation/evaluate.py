@@ -29,9 +29,9 @@ from marjax.evaluation.record import RECORD, Record
 from marjax.evaluation.samples import Plan, SampleSet
 from marjax.evaluation.score import Features, check_fits, score
 from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
+from marjax.files import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
-from marjax.images import make_folder
 from marjax.lock import locked_folder
 from marjax.paths import optional, takes_paths
 from marjax.ranges import check_arguments, shown

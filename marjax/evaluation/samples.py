@@ -26,9 +26,9 @@ from etils import epath
 
 from marjax import progress
 from marjax.errors import UserError
-from marjax.files import write_bytes
+from marjax.files import make_folder, write_bytes
 from marjax.generation.sampler import Sampler
-from marjax.images import make_folder, to_uint8, write_png
+from marjax.images import to_uint8, write_png
 from marjax.json_file import read_json
 from marjax.npz_file import read_npy
 

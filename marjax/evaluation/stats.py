@@ -13,7 +13,7 @@ from marjax.evaluation.across_processes import all_processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.networks.extractor import open_extractor
 from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
-from marjax.images import make_folder
+from marjax.files import make_folder
 from marjax.lock import locked_file
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments

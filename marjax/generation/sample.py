@@ -15,10 +15,10 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments, shown
 from marjax.tokenizers import open_tokenizer
-from marjax.training.state import abstract_params
 from marjax.workdir import no_checkpoints, read_workdir
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from marjax import memory, numerics, orders, progress, sharding
+from marjax import memory, numerics, progress, sharding
+from marjax.generation.plan import Stage, cfg_scales, generation_plan, group_stages
 from marjax.images import to_uint8
 from marjax.models.generator import Generator, Progress
 from marjax.perf import flops
@@ -35,7 +36,7 @@ class SampleRandomness(NamedTuple):
 class Settings:
     """How to sample, as in `config.sample`. Only `stages` and the chain's length shape the program."""
 
-    stages: tuple[orders.Stage, ...]
+    stages: tuple[Stage, ...]
     guidance: tuple[float, ...] | None  # the scale of every step; None: no guidance, no second branch
     num_sampling_steps: str
     temperature: float
@@ -45,16 +46,16 @@ class Settings:
     def of(cls, sample: ml_collections.ConfigDict, generator: Generator) -> "Settings":
         """The settings of a resolved `config.sample`, its steps grouped so that the padded FLOPs are least."""
         num_tokens = generator.num_tokens
-        plan = orders.generation_plan(num_tokens, sample.num_iter)
+        plan = generation_plan(num_tokens, sample.num_iter)
         token = flops.counted(generator.head, "sample_flops", sample.num_sampling_steps)
 
         def cost(known_slots: int, new_slots: int) -> float:
             return flops.counted(generator.backbone, "padded_step_flops", known_slots) + token * new_slots
 
-        scales = orders.guidance_scales(plan, sample.cfg, sample.cfg_schedule)
+        scales = cfg_scales(plan, sample.cfg, sample.cfg_schedule)
         annealed = sample.choice_temperature * (1.0 - np.arange(1, len(plan)) / (len(plan) - 1))
         return cls(
-            orders.group_stages(plan, sample.max_stages, cost, all_unknown=sample.confidence_order),
+            group_stages(plan, sample.max_stages, cost, all_unknown=sample.confidence_order),
             None if sample.cfg == 1.0 else tuple(map(float, scales)),
             sample.num_sampling_steps,
             sample.temperature,
@@ -94,7 +95,7 @@ def generate(
     codebook: jax.Array | None = None,
     choice_n: jax.Array | None = None,
     *,
-    stages: Sequence[orders.Stage],
+    stages: Sequence[Stage],
     num_sampling_steps: str,
 ) -> jax.Array:
     """Tokens in raster order, float32 (B, L, D), by running the plan: a scan a stage.
@@ -115,7 +116,7 @@ def generate(
     progress = generator.begin(rand.order, guided=guidance_n is not None)
     for stage in stages:
 
-        def step(progress: Progress, inputs: Any, stage: orders.Stage = stage) -> tuple[Progress, None]:
+        def step(progress: Progress, inputs: Any, stage: Stage = stage) -> tuple[Progress, None]:
             start, num_predicted, scale, choice = inputs
             new: Any = generator.apply(
                 {"params": params},

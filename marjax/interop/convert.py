@@ -27,9 +27,9 @@ from marjax.interop.pytorch import Tensor
 from marjax.json_file import parse_json
 from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
+from marjax.models.init import init_unboxed
 from marjax.paths import takes_paths
 from marjax.tokenizers import open_tokenizer
-from marjax.training.state import init_unboxed
 from marjax.workdir import claim_workdir, read_workdir
 
 _OURS = {"ema": "ema", "raw": "params"}  # item of a checkpoint with each kind of weights

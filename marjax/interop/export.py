@@ -19,9 +19,9 @@ from marjax.files import open_regular
 from marjax.interop import names, reference
 from marjax.lock import locked_file
 from marjax.models import generator as generator_lib
+from marjax.models.init import init_unboxed
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
-from marjax.training.state import init_unboxed
 from marjax.workdir import no_checkpoints, read_workdir
 
 

@@ -28,7 +28,7 @@ def train_flops(generator: Any) -> float:
 def sample_flops(
     generator: Any, plan: Sequence[int], num_sampling_steps: str, guided: bool, confidence_order: bool = False
 ) -> float:
-    """Generation of one image by a plan (`orders.generation_plan`), both branches of guidance included.
+    """Generation of one image by a plan (`generation.plan`), both branches of guidance included.
 
     In an order by confidence the head has to look at every unknown token at every step.
     """

@@ -12,8 +12,7 @@ from etils import epath
 
 from marjax import progress
 from marjax.errors import UserError
-from marjax.files import write_bytes
-from marjax.images import make_folder
+from marjax.files import make_folder, write_bytes
 from marjax.paths import takes_paths
 from marjax.plots import style, tradeoffs, training
 from marjax.plots.runs import Run, read_runs

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from marjax.errors import TrainingError, UserError
-from marjax.images import make_folder
+from marjax.files import make_folder
 from marjax.lock import locked_folder
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments

@@ -16,7 +16,8 @@ from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.images import beside, grid, make_folder, to_uint8
+from marjax.files import make_folder
+from marjax.images import beside, grid, to_uint8
 from marjax.lock import locked_file, locked_folder
 from marjax.loggers import check_loggers, open_loggers
 from marjax.metrics import MetricWriter

@@ -25,8 +25,9 @@ from marjax.tokenizers import kl
 from marjax.tokenizers.autoencoder import Autoencoder, init_params
 from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.spec import Spec
+from marjax.training.ema import ema_decay, update_ema
 from marjax.training.loop import Metrics
-from marjax.training.optimizer import clipping, ema_decay
+from marjax.training.optimizer import clipping
 
 # Codes' shares of all latents are averaged over about so many steps.
 _USAGE_STEPS = 100
@@ -143,8 +144,7 @@ class Trainer:
         optimizer = self.optimizer()
         updates, rest["opt_state"] = optimizer.update(grads, rest["opt_state"], state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(train, state.step)
-        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+        ema = update_ema(state.ema, params, ema_decay(train.ema_decay, train.ema_warmup, state.step))
         if codes is not None:
             params, ema, rest["usage"], used = self._restart(params, ema, rest["usage"], before, codes, key_codes)
             metrics |= {"train/codes_used": used}

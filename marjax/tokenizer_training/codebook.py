@@ -18,7 +18,8 @@ from marjax import config as config_lib
 from marjax import distributed, numerics, progress
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
-from marjax.images import make_folder, write_npz
+from marjax.files import make_folder
+from marjax.images import write_npz
 from marjax.lock import locked_file
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments

@@ -23,7 +23,8 @@ from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
 from marjax.errors import UserError
-from marjax.images import beside, grid, make_folder, to_uint8, write_png
+from marjax.files import make_folder
+from marjax.images import beside, grid, to_uint8, write_png
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, make_tokenizer, open_tokenizer

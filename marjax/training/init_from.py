@@ -21,8 +21,8 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
+from marjax.models.init import abstract_params
 from marjax.training.fit import refuse
-from marjax.training.state import abstract_params
 from marjax.variants import VARIANTS
 from marjax.workdir import read_workdir
 

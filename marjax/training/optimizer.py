@@ -52,12 +52,3 @@ def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransforma
 def clipping(norm: float | None) -> optax.GradientTransformation:
     """Clipping of the gradient by its global norm; None or 0 is no clipping. The state has the same structure."""
     return optax.clip_by_global_norm(norm) if norm else optax.identity()
-
-
-def ema_decay(train: ml_collections.ConfigDict, step: jax.Array) -> jax.Array:
-    """The EMA's decay in the update that ends step `step` (0 for the first), float32."""
-    decay = jnp.asarray(train.ema_decay, jnp.float32)
-    if not train.ema_warmup:
-        return decay
-    n = jnp.asarray(step, jnp.float32)
-    return jnp.minimum(decay, (1.0 + n) / (10.0 + n))

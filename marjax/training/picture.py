@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from marjax import orders
+from marjax.generation.plan import generation_plan
 from marjax.generation.sampler import Sampler
 from marjax.images import beside, grid
 from marjax.models.generator import Generator
@@ -50,7 +50,7 @@ class Picture:
             sample = config.sample.copy_and_resolve_references()
             with sample.unlocked():
                 sample.num_iter = num_iter
-            plan = orders.generation_plan(generator.num_tokens, num_iter)
+            plan = generation_plan(generator.num_tokens, num_iter)
             one = (
                 2
                 * flops.sample_flops(

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from marjax import numerics, sharding
 from marjax.models.generator import Generator, LossRandomness
 from marjax.tokenizers import Cacheable, Tokenizer, TokenShape
+from marjax.training.ema import ema_decay, update_ema
 from marjax.training.loop import Metrics
-from marjax.training.optimizer import ema_decay, learning_rate
+from marjax.training.optimizer import learning_rate
 from marjax.training.state import TrainState
 
 
@@ -86,8 +87,7 @@ def update(
     """One optimizer step and one EMA step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(train, state.step)
-    ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+    ema = update_ema(state.ema, params, ema_decay(train.ema_decay, train.ema_warmup, state.step))
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
 
 

@@ -22,7 +22,8 @@ from marjax import numerics, progress
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.evaluation.networks.extractor import Extracted, checksum
-from marjax.images import make_folder, write_npz
+from marjax.files import make_folder
+from marjax.images import write_npz
 from marjax.lock import locked_file
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths

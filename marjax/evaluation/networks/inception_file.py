@@ -18,8 +18,7 @@ from safetensors.numpy import save
 from marjax import numerics
 from marjax.errors import UserError, shortened
 from marjax.evaluation.networks.inception import BN_EPSILON, Inception, abstract_params
-from marjax.files import write_bytes
-from marjax.images import make_folder
+from marjax.files import make_folder, write_bytes
 from marjax.interop import weights_file, wrappers
 from marjax.json_file import parse_json
 from marjax.lock import locked_file

@@ -1,0 +1,35 @@
+"""The parameters of a generator: fresh ones, and their shapes and shardings alone."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from marjax import numerics, sharding
+from marjax.models.generator import Generator
+
+
+def init_params(generator: Generator, key: jax.Array) -> Any:
+    """Fresh parameters, float32, still carrying their logical axis names."""
+    tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
+    rand = generator.draw_loss_randomness(key, 1)
+    codebook = jnp.zeros((generator.num_codes, generator.token_dim)) if generator.num_codes else None
+    return generator.init(
+        {"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True, codebook=codebook
+    )["params"]
+
+
+def init_unboxed(generator: Generator, key: jax.Array) -> Any:
+    """Fresh parameters as plain arrays, float32."""
+    return nn.unbox(init_params(generator, key))
+
+
+def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sharding.REPLICATE_BELOW) -> Any:
+    """The parameters as ShapeDtypeStructs with their shardings (`sharding.Parameter`), without computing anything.
+
+    `replicate_below` is `config.mesh.replicate_below`.
+    """
+    boxed = jax.eval_shape(lambda: init_params(generator, numerics.key(0)))
+    return sharding.parameters(boxed, mesh, replicate_below)
