@@ -44,7 +44,13 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
         latent = tokenizer.encode(tokenizer.params, images, numerics.key(0))
         real = tokens.patchify(latent)
         z = generator.apply(
-            {"params": params}, real, labels, jnp.zeros(NUM_IMAGES, bool), rand.order, num_known, method="condition"
+            {"params": params},
+            real,
+            labels,
+            jnp.zeros(NUM_IMAGES, bool),
+            rand.order,
+            num_known,
+            method="backbone_output",
         )
         head: Any = generator.bind({"params": params}).head
         return real, head.sample(

@@ -79,7 +79,7 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
 
 
 def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
-    waiting = threading.Timer(_SAID_AFTER, _tell_waiting, [given])
+    waiting = threading.Timer(_SAID_AFTER, _log_waiting, [given])
     waiting.daemon = True
     waiting.start()
     try:
@@ -125,7 +125,7 @@ def _without_proxies() -> Iterator[None]:
             os.environ |= {"grpc_proxy": ""}
 
 
-def _tell_waiting(given: Mapping[str, Any]) -> None:
+def _log_waiting(given: Mapping[str, Any]) -> None:
     said = ", ".join(f"{name} {value}" for name, value in given.items())
     print(
         f"marjax: waiting for the other processes of this run{f' ({said})' if said else ''}: all must start within "

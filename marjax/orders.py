@@ -70,7 +70,7 @@ class MaskRatio:
 
 
 @jax.custom_vjp
-def take(x_BxNxW: jax.Array, index_BxM: jax.Array, inverse_BxN: jax.Array) -> jax.Array:
+def gather_rows(x_BxNxW: jax.Array, index_BxM: jax.Array, inverse_BxN: jax.Array) -> jax.Array:
     """Rows of x by index, zero where the index is out of range: (B, M, W) from (B, N, W).
 
     `inverse` says where each row of x went: `inverse[b, n]` is the m with `index[b, m] == n`, or anything outside
@@ -90,12 +90,12 @@ def _gather(x_BxNxW: jax.Array, index_BxM: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], rows, jnp.zeros((), x_BxNxW.dtype))
 
 
-def _take_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gather_rows_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _gather(x, index), inverse
 
 
-def _take_backward(inverse: jax.Array, grad: jax.Array) -> tuple[jax.Array, None, None]:
+def _gather_rows_backward(inverse: jax.Array, grad: jax.Array) -> tuple[jax.Array, None, None]:
     return _gather(grad, inverse), None, None
 
 
-take.defvjp(_take_forward, _take_backward)
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)

@@ -51,16 +51,16 @@ class Range:
         return f"at least {self.low:g}" + (f" and at most {self.high:g}" if math.isnan(value) else "")
 
 
-def whole(low: int, high: int = MAX_INT) -> Range:
+def integer(low: int, high: int = MAX_INT) -> Range:
     """The integers from `low` to `high`."""
     return Range(low, high, whole=True)
 
 
-COUNT = whole(1)
-COUNT_OR_NONE = whole(0)  # where 0 turns something off
-BATCH = whole(1, 2**24)
-SEED = whole(0, 2**32 - 1)
-IMAGE_SIZE = whole(1, 16_384)
+COUNT = integer(1)
+COUNT_OR_NONE = integer(0)  # where 0 turns something off
+BATCH = integer(1, 2**24)
+SEED = integer(0, 2**32 - 1)
+IMAGE_SIZE = integer(1, 16_384)
 SHARE = Range(0.0, 1.0)
 SHARE_BELOW_ONE = Range(0.0, BELOW_ONE)
 SHARE_BETWEEN = Range(MIN_FLOAT, BELOW_ONE)
@@ -69,16 +69,16 @@ POSITIVE = Range(MIN_FLOAT, MAX_FLOAT)
 # Arguments of functions, and of the commands that call them; the same name has the same range everywhere.
 ARGUMENTS = {
     "batch_size": BATCH,
-    "bits": whole(8, 16),
+    "bits": integer(8, 16),
     "first_index": COUNT_OR_NONE,
     "held_out": SHARE_BETWEEN,
     "image_size": IMAGE_SIZE,
-    "jobs": whole(1, 100_000),
+    "jobs": integer(1, 100_000),
     "keep_features": COUNT_OR_NONE,
     "max_bad": COUNT_OR_NONE,
     "num_images": COUNT,
-    "num_per_label": whole(1, 10**6),
-    "num_shards": whole(1, 99_999),
+    "num_per_label": integer(1, 10**6),
+    "num_shards": integer(1, 99_999),
     "recompute": COUNT_OR_NONE,
     "repeats": COUNT_OR_NONE,
     "seed": SEED,
@@ -86,7 +86,7 @@ ARGUMENTS = {
     "step": COUNT_OR_NONE,
     "steps": COUNT,
     "val_share": SHARE_BELOW_ONE,
-    "workers": whole(1, 1024),
+    "workers": integer(1, 1024),
 }
 
 

@@ -22,9 +22,9 @@ PLUGINS = "MARJAX_PLUGINS"
 # What an object of each kind must have; `marjax/models/contracts.py`, `marjax/tokenizers/protocol.py` and
 # `marjax/data/sources.py` say what it means. A source is an opened data set, or a function that opens it.
 KINDS: dict[str, tuple[str, ...]] = {
-    "head": ("of", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
-    "backbone": ("of", "draw_num_known", "__call__", "init_cache", "step"),
-    "tokenizer": ("of", "stride"),
+    "head": ("from_config", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
+    "backbone": ("from_config", "draw_num_known", "__call__", "init_cache", "step"),
+    "tokenizer": ("from_config", "stride"),
     "source": (),
 }
 ORDERS = ("raster", "random")  # of tokens, that a backbone may ask for

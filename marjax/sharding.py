@@ -289,7 +289,7 @@ def logical_rules(mesh: Mesh) -> Any:
     return nn.logical_axis_rules(RULES)
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has, such as frozen weights, as arrays with a copy on every device.
 
     Those that are only described, as ShapeDtypeStruct, stay so, with that sharding.
@@ -321,6 +321,6 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-def cut_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """A global batch that every process has as a whole, numpy, as arrays cut over the mesh."""
     return put_batch(jax.tree.map(lambda whole: whole[rows_held(mesh, len(whole))], batch), mesh)

@@ -238,7 +238,7 @@ def run(shape, devices):
     mesh = sharding.make_mesh(*shape, devices=devices)
     with jax.set_mesh(mesh):
         given = sharding.put_batch(images, mesh)
-        params = sharding.put_whole(tokenizer.params, mesh)
+        params = sharding.put_replicated(tokenizer.params, mesh)
         cut = sharding.batch_sharding(mesh)
         encode = jax.jit(lambda p, x: tokenizer.encode(p, x, jax.random.key(0)), out_shardings=cut)
         decode = jax.jit(tokenizer.decode, out_shardings=cut)

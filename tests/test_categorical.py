@@ -75,9 +75,9 @@ def test_every_token_has_a_key_of_its_own():
 def test_guidance():
     both = jax.random.normal(jax.random.key(0), (6, 2, K))
     conditional, unconditional = both[:3], both[3:]
-    np.testing.assert_allclose(cfg.guided(both, 1.0), conditional, atol=1e-6)
-    np.testing.assert_allclose(cfg.guided(both, 0.0), unconditional, atol=1e-6)
-    np.testing.assert_allclose(cfg.guided(both, 2.5), 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
+    np.testing.assert_allclose(cfg.apply_cfg(both, 1.0), conditional, atol=1e-6)
+    np.testing.assert_allclose(cfg.apply_cfg(both, 0.0), unconditional, atol=1e-6)
+    np.testing.assert_allclose(cfg.apply_cfg(both, 2.5), 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
 
 
 def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, guidance_n=None):
@@ -122,7 +122,9 @@ def test_confident_order_takes_the_surest_first(mar):
     net = generator.bind({"params": params})
     tokens, known = np.zeros((4, L, D), np.float32), [[] for _ in range(4)]
     look = jax.jit(
-        lambda tokens, order, n: net.head.logits(net.condition(tokens, labels, drop, order, jnp.full(4, n), slots=L))
+        lambda tokens, order, n: net.head.logits(
+            net.backbone_output(tokens, labels, drop, order, jnp.full(4, n), slots=L)
+        )
     )
     for n in range(L):
         order = jnp.asarray([k + [p for p in range(L) if p not in k] for k in known])

@@ -71,7 +71,7 @@ def test_every_config_traces(form):
     config = config_lib.resolve(load(form))
     mesh = sharding.make_mesh(1)
     shape = config_lib.tokens_of(config)
-    generator = generator_lib.of(config, shape)
+    generator = generator_lib.from_config(config, shape)
     tokenizer = Pixels()
     if shape.num_codes:
         tokenizer = Codebook(np.zeros((shape.num_codes, shape.token_dim), np.float32), shape.patch, shape.channels)

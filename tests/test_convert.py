@@ -57,7 +57,7 @@ def raw(tmp_path_factory):
 def restored(workdir, weights="ema"):
     """The network and the parameters that `marjax sample` would use; its autoencoder nobody has here."""
     config = read_workdir(workdir)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     item = {"ema": "ema", "raw": "params"}[weights]
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.trees() == checkpoints.trees(0) == [item]
@@ -206,7 +206,7 @@ def test_only_the_weights_asked_for_are_read(tmp_path, monkeypatch):
 def test_training_cannot_go_on_and_says_so(raw, ema):
     for workdir, item in ((raw, "params"), (ema, "ema")):
         config = read_workdir(workdir)
-        generator = generator_lib.of(config, config_lib.tokens_of(config))
+        generator = generator_lib.from_config(config, config_lib.tokens_of(config))
         abstract = abstract_params(generator, sharding.make_mesh(1))
         trees = {"params": abstract, "ema": abstract, "optimizer": {"step": abstract["null_embedding"]}}
         with (
@@ -465,7 +465,7 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     config = config_lib.resolve(make_digits(sample__num_sampling_steps="ddim5"))
     claim_workdir(workdir, config)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     abstract = abstract_params(generator, sharding.make_mesh(1))
     rng = np.random.default_rng(0)
 

@@ -25,7 +25,7 @@ def cases():
         generator = make_generator(variant=variant)
         params = perturbed_params(generator)
         order = generator.draw_orders(jax.random.key(3), B)
-        z = jax.jit(functools.partial(generator.apply, method="condition"))
+        z = jax.jit(functools.partial(generator.apply, method="backbone_output"))
         out[variant] = z, params, jax.random.normal(jax.random.key(2), (B, L, D)), order
     return out
 
@@ -178,7 +178,7 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
         labels < 0,
         rand.order,
         jnp.zeros(B, jnp.int32),
-        method="condition",
+        method="backbone_output",
     )
     again = generator.bind({"params": params}).head.sample(
         z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook

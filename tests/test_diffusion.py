@@ -123,6 +123,6 @@ def test_discretised_likelihood_sums_to_one_over_all_bins():
 
 def test_guidance_of_one_is_the_conditional_branch_and_of_zero_the_other():
     prediction = jax.random.normal(jax.random.key(0), (4, 5, 6))
-    np.testing.assert_allclose(gaussian_diffusion.guided(prediction, 1.0), prediction[:2], atol=1e-6)
-    np.testing.assert_allclose(gaussian_diffusion.guided(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
-    np.testing.assert_array_equal(gaussian_diffusion.guided(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])
+    np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 1.0), prediction[:2], atol=1e-6)
+    np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
+    np.testing.assert_array_equal(gaussian_diffusion.apply_cfg(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])

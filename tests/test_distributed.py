@@ -148,7 +148,7 @@ def batches_between_processes(index):
     whole = np.arange(8) * 3
     held = sharding.rows_held(mesh, 8)
     assert held.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]][index], held
-    for batch in (sharding.put_batch(whole[held], mesh), sharding.cut_batch(whole, mesh)):
+    for batch in (sharding.put_batch(whole[held], mesh), sharding.shard_batch(whole, mesh)):
         assert batch.shape == (8,)
         assert multihost_utils.process_allgather(batch, tiled=True).tolist() == whole.tolist()
     return distributed.end(0, None)
@@ -272,7 +272,7 @@ def work(folder, train_fields, cache_fields):
     """Trains, saves, samples and, with fields for it, encodes latents in `folder`."""
     from marjax import train
     from marjax.data.latent_cache.write import cache_latents
-    from marjax.evaluation.samples import Plan, SampleSet
+    from marjax.evaluation.samples import SampleSet, SampleSpec
     from marjax.generation.sample import open_sampler, sample
 
     distributed.start()
@@ -287,7 +287,7 @@ def work(folder, train_fields, cache_fields):
     if cache_fields is None:
         return distributed.end(0, None)
     opened = open_sampler(folder / "run", local=True)
-    plan = Plan(
+    plan = SampleSpec(
         num_images=12, seed=3, num_classes=10, settings={}, weights="ema", step=4, digest="", tokenizer="", batch_size=4
     )
     samples = SampleSet(folder / "samples", plan, jax.process_index(), jax.process_count())

@@ -51,7 +51,7 @@ def test_forward_pass_agrees_with_xla(variant, known):
             order,
             jnp.full(1, known),
             slots=known,
-            method="condition",
+            method="backbone_output",
         )
 
     backbone = generator.backbone

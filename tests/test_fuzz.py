@@ -34,15 +34,14 @@ from marjax.data.sources import open_source
 from marjax.evaluation.evaluate import table as evaluation_table
 from marjax.evaluation.networks.classifier import Classifier
 from marjax.evaluation.record import Record as EvaluationRecord
-from marjax.evaluation.samples import Plan as SamplePlan
-from marjax.evaluation.samples import SampleSet
+from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.evaluation.statistics import read_reference
 from marjax.interop import weights_file, wrappers
 from marjax.metrics import MetricWriter
 from marjax.plots.curves import curves
 from marjax.plots.runs import read_runs
 from marjax.sweep import engines, jobs
-from marjax.sweep.points import Plan
+from marjax.sweep.points import SweepRun
 from marjax.tokenizers import autoencoder_file, codebook
 from marjax.workdir import first_start, read_workdir
 
@@ -54,7 +53,7 @@ def get_sweep():
     yield "a", {{"seed": 1}}
     yield "b", {{"seed": 2}}
 """
-PLAN = SamplePlan(
+PLAN = SampleSpec(
     num_images=8, seed=0, num_classes=10, settings={}, weights="ema", step=1, digest="d", tokenizer="", batch_size=4
 )
 MANIFEST = Manifest("c", "digits", "train", "f", 8, 1, "center", 6, 10, True, (2, 2, 4), "float32", "float32", 3)
@@ -86,7 +85,7 @@ def read_run(folder):
 
 @functools.cache
 def sweep_plan(path):
-    return Plan.of(path, path.parent)
+    return SweepRun.open(path, path.parent)
 
 
 def read_sweep(folder):
@@ -222,12 +221,12 @@ def make_sound_files(root, autoencoders):
     first_start(root / "workdir", write=True)
 
     (root / "sweep" / "sweep_file.py").write_text(SWEEP)
-    plan = Plan.of(root / "sweep" / "sweep_file.py", root / "sweep")
+    sweep_run = SweepRun.open(root / "sweep" / "sweep_file.py", root / "sweep")
     for name in ("a", "jobs", "logs"):
         (root / "sweep" / name).mkdir()
-    plan.finish("a", [{"weights": "ema", "fid": 3.5, "n": 2}], 3.0)
-    plan.fail("b", "ValueError: no", 2.0)
-    jobs.write(plan, "a", jobs.Job("slurm", "5_0", ("--clusters=c",)))
+    sweep_run.finish("a", [{"weights": "ema", "fid": 3.5, "n": 2}], 3.0)
+    sweep_run.fail("b", "ValueError: no", 2.0)
+    jobs.write(sweep_run, "a", jobs.Job("slurm", "5_0", ("--clusters=c",)))
 
     with Checkpoints(root / "checkpoint") as checkpoints:
         checkpoints.save(1, params={"w": jax.numpy.arange(100.0)}, meta={"images": 3})

@@ -66,7 +66,7 @@ def start(config, taken):
     """The parameters at step 0 by path."""
     config = config_lib.resolve(config)
     mesh, optimizer = sharding.make_mesh(1), make_optimizer(config.train)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     state = state_lib.create(
         generator, optimizer, state_lib.abstract_state(generator, optimizer, mesh), config.seed, taken
     )
@@ -83,7 +83,7 @@ def flat(params):
 
 def weights_of(workdir, item):
     config = read_workdir(workdir)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         abstract = abstract_params(generator, sharding.make_mesh(1))
         return flat(checkpoints.restore({item: abstract}).items[item])

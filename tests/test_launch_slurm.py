@@ -15,7 +15,7 @@ from marjax import train
 from marjax.errors import LOST_PEER, PREEMPTED
 from marjax.sweep import slurm as engine
 from marjax.sweep.jobs import ENDED, Job
-from marjax.sweep.points import Plan
+from marjax.sweep.points import SweepRun
 
 pytestmark = pytest.mark.slow
 
@@ -72,10 +72,10 @@ def array(cluster):
     (root / "logs").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-        patch.setattr(Plan, "command", lambda *_: [sys.executable, str(cluster.task), ""])
+        patch.setattr(SweepRun, "command", lambda *_: [sys.executable, str(cluster.task), ""])
         patch.setattr(engine, "RESTARTS", 1)
         made = engine.submit(
-            Plan.of(str(file), root), list(ENDS), prepare=False, at_once=None, arguments=["--ntasks=2"]
+            SweepRun.open(str(file), root), list(ENDS), prepare=False, at_once=None, arguments=["--ntasks=2"]
         )
         states = engine.states([*made.values(), Job("slurm", "999_0")])
         assert {id_ for id_, state in states.items() if state == ENDED} == {"999_0"}

@@ -1,6 +1,6 @@
 """What all metrics promise: the same result for any number of hosts, any blocks and any order of rows.
 
-Hosts are threads that meet at every gather, and once two real processes. Legend: N rows, F features.
+Processes are threads that meet at every gather, and once two real processes. Legend: N rows, F features.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from processes import Run
 
 from marjax import distributed
 from marjax.evaluation import across_processes as hosts_lib
-from marjax.evaluation.across_processes import Hosts, all_processes
+from marjax.evaluation.across_processes import Processes, all_processes
 from marjax.evaluation.metrics import precision_recall as precision_recall_lib
 from marjax.evaluation.metrics.frechet import Moments, frechet_distance
 from marjax.evaluation.metrics.inception_score import ScoreSums
@@ -28,7 +28,7 @@ N, F, K = 250, 12, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Thread(Hosts):
+class Thread(Processes):
     """One of several hosts within this process."""
 
     meeting: Any = None
@@ -80,7 +80,7 @@ def cut(rows, size):
 
 def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
     """All metrics; batch b of the generated rows, in the order given, is on host b % count."""
-    hosts = hosts or Hosts()
+    hosts = hosts or Processes()
     order = np.arange(N) if order is None else order
     moments, score = [Moments(F), Moments(F)], ScoreSums(N, K)
     batches = cut(order, size)
@@ -93,8 +93,8 @@ def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
     return {
         "fid": frechet_distance(a, b),
         "is": score.merged(hosts).result(),
-        "precision": precision_recall(*blocks, hosts=hosts),
-        "kid": kernel_distance(*blocks, subsets=5, size=N, hosts=hosts),
+        "precision": precision_recall(*blocks, processes=hosts),
+        "kid": kernel_distance(*blocks, subsets=5, size=N, processes=hosts),
     }
 
 
@@ -167,17 +167,17 @@ def test_blocks_are_looked_at_as_often_as_there_are_passes(small_tiles):
 
 def test_shares_make_a_whole():
     for count in (1, 2, 4):
-        shares = [Hosts(index, count).share(11) for index in range(count)]
+        shares = [Processes(index, count).share(11) for index in range(count)]
         assert sorted(piece for share in shares for piece in share) == list(range(11))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert all_processes() == Hosts(0, 1)
+    assert all_processes() == Processes(0, 1)
     with pytest.raises(ValueError, match="float32: expected float64 or int64"):
-        Hosts().allgather(np.zeros(3, np.float32))
-    assert Hosts().allgather(np.arange(3)).tolist() == [[0, 1, 2]]
+        Processes().allgather(np.zeros(3, np.float32))
+    assert Processes().allgather(np.arange(3)).tolist() == [[0, 1, 2]]
 
 
 def made(hosts=None, size=50, total=40, keep=10, seed=0):
-    hosts = hosts or Hosts()
+    hosts = hosts or Processes()
     images = np.random.default_rng(2).integers(0, 256, (total, 4, 4, 3), np.uint8)
     batches = cut(np.arange(total), size)
     found = make_reference(
@@ -186,7 +186,7 @@ def made(hosts=None, size=50, total=40, keep=10, seed=0):
         Network(),
         keep_features=keep,
         seed=seed,
-        hosts=hosts,
+        processes=hosts,
     )
     numbers = np.concatenate(
         [found.gaussian.mean, found.gaussian.cov.ravel(), found.spatial.mean, found.spatial.cov.ravel()]
@@ -207,7 +207,7 @@ def measure(index, folder):
     """In one of two processes."""
     distributed.start()
     hosts = all_processes()
-    assert hosts == Hosts(index, 2)
+    assert hosts == Processes(index, 2)
     mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # whose digits 32 bits could not hold
     both = hosts.allgather(mine)
     assert both.shape == (2, 2, 2) and both[index].tobytes() == mine.tobytes() and (both[0] == -both[1]).all()

@@ -35,7 +35,7 @@ def z_of(case, tokens=None, slots=6, **changes):
         rand.order,
         rand.num_known,
         slots=slots,
-        method="condition",
+        method="backbone_output",
     )
 
 

@@ -11,7 +11,7 @@ from marjax.training.picture import Picture
 def picture(name, **fields):
     given = {key.replace("__", "."): value for key, value in fields.items()}
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.load(f"configs/{name}"), given))
-    return Picture.of(config, generator_lib.of(config, config_lib.tokens_of(config)))
+    return Picture.from_config(config, generator_lib.from_config(config, config_lib.tokens_of(config)))
 
 
 @pytest.fixture(autouse=True)

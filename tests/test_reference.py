@@ -41,7 +41,9 @@ def build(theirs):
         proj_dropout=theirs["proj_dropout"],
     )
     config.model.denoiser.update(depth=theirs["diffloss_d"], width=theirs["diffloss_w"])
-    shape = TokenShape.of(theirs["img_size"], theirs["vae_stride"], theirs["vae_embed_dim"], theirs["patch_size"])
+    shape = TokenShape.of_images(
+        theirs["img_size"], theirs["vae_stride"], theirs["vae_embed_dim"], theirs["patch_size"]
+    )
     generator = generator_lib.build(
         config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim, num_classes=theirs["class_num"]
     )
@@ -80,7 +82,7 @@ def test_tokens(forward):
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_tokens_are_ordered_channel_row_column(patch):
-    shape = TokenShape.of(8, 1, 3, patch)
+    shape = TokenShape.of_images(8, 1, 3, patch)
     latent = jnp.arange(2 * 8 * 8 * 3.0).reshape(2, 8, 8, 3)
     tokens = shape.patchify(latent)
     assert tokens.shape == (2, (8 // patch) ** 2, 3 * patch**2)
@@ -101,7 +103,7 @@ def test_encoder_and_z(forward, spare):
     )
     assert relative_error(encoded[:, : 8 + int(known[0])], arrays["out/encoder"]) < 1e-4
     for name, dropped in (("out/z", drop), ("out/z_uncond", ~drop)):
-        z = bound.condition(tokens, labels, dropped, order, known, slots=slots)
+        z = bound.backbone_output(tokens, labels, dropped, order, known, slots=slots)
         assert relative_error(z, arrays[name]) < 1e-4
     assert relative_error(arrays["out/z"], arrays["out/z_uncond"]) > 1e-2
 

@@ -41,7 +41,7 @@ class Scaled(RegressionHead):
     sample_flops = None
 
     @classmethod
-    def of(cls, model, token_dim, num_codes):
+    def from_config(cls, model, token_dim, num_codes):
         return cls(
             token_dim=token_dim,
             cond_width=model.width,
@@ -65,7 +65,7 @@ class Tripled:
     stride, params, checksum, scale = 2, {}, "abc", 1 / 3
 
     @classmethod
-    def of(cls, tokenizer):
+    def from_config(cls, tokenizer):
         return cls()
 
     @staticmethod
@@ -131,7 +131,7 @@ def test_a_strangers_work_directory_imports_nothing_but_what_the_user_lists(tmp_
     claim_workdir(tmp_path / "run", config_lib.resolve(make_digits(model__head="mine")))
     forget(monkeypatch)
     config = read_workdir(tmp_path / "run")
-    assert type(generator_lib.of(config, config_lib.tokens_of(config)).head).__name__ == "Mine"
+    assert type(generator_lib.from_config(config, config_lib.tokens_of(config)).head).__name__ == "Mine"
     forget(monkeypatch)
     monkeypatch.delenv(registry.PLUGINS)
     with pytest.raises(UserError, match="model.head.*'mine'.*marjax.register"):
@@ -224,7 +224,7 @@ def test_a_head_that_breaks_its_contract_is_found_before_anything_is_written(tmp
 @pytest.mark.parametrize(
     "kind, thing, told",
     [
-        ("head", type("Half", (), {"of": 1, "sample": 1}), "draw_loss_noise"),
+        ("head", type("Half", (), {"from_config": 1, "sample": 1}), "draw_loss_noise"),
         ("head", Scaled(4, 8), "a class"),
         ("backbone", type("Odd", (Doubling,), {"order": "spiral"}), "spiral"),
         ("tokenizer", Scaled, "stride"),

@@ -15,11 +15,11 @@ from processes import Run
 from marjax import train
 from marjax.errors import UserError
 from marjax.evaluation.evaluate import LOCK
-from marjax.evaluation.samples import Plan, SampleSet
+from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.generation.sample import open_sampler
 from marjax.lock import locked_folder
 
-PLAN = Plan(
+SPEC = SampleSpec(
     num_images=23,
     seed=3,
     num_classes=10,
@@ -48,16 +48,16 @@ def opened(run):
 def whole(tmp_path_factory, opened):
     """All 23 images, made in one go, and the bytes of their file."""
     folder = tmp_path_factory.mktemp("whole")
-    samples = SampleSet(folder, PLAN)
+    samples = SampleSet(folder, SPEC)
     samples.generate(opened.sampler, opened.params)
     samples.write_npz(folder / "all.npz")
     return np.load(folder / "all.npz")["arr_0"], (folder / "all.npz").read_bytes()
 
 
 def test_names_of_plans():
-    same = dataclasses.replace(PLAN, batch_size=7)
+    same = dataclasses.replace(SPEC, batch_size=7)
     others = [
-        dataclasses.replace(PLAN, **change)
+        dataclasses.replace(SPEC, **change)
         for change in (
             {"num_images": 24},
             {"seed": 4},
@@ -69,9 +69,9 @@ def test_names_of_plans():
             {"num_classes": 9},
         )
     ]
-    assert same.name == PLAN.name and len({each.name for each in [PLAN, *others]}) == 9
-    assert PLAN.num_batches == 4 and PLAN.indices(3).tolist() == [18, 19, 20, 21, 22]
-    assert np.bincount(PLAN.labels(np.arange(23))).tolist() == [3, 3, 3, *[2] * 7]
+    assert same.name == SPEC.name and len({each.name for each in [SPEC, *others]}) == 9
+    assert SPEC.num_batches == 4 and SPEC.indices(3).tolist() == [18, 19, 20, 21, 22]
+    assert np.bincount(SPEC.labels(np.arange(23))).tolist() == [3, 3, 3, *[2] * 7]
 
 
 def test_images_are_the_sampler_s_own_by_index(whole, opened):
@@ -83,13 +83,13 @@ def test_images_are_the_sampler_s_own_by_index(whole, opened):
 
 
 def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path):
-    first = SampleSet(tmp_path, PLAN)
+    first = SampleSet(tmp_path, SPEC)
     first.generate(opened.sampler, opened.params)
     for batch in (1, 3):
         (first.folder / f"batch-{batch:06d}.npy").unlink()
     kept = os.stat(first.folder / "batch-000000.npy").st_mtime_ns
-    again = SampleSet(tmp_path, dataclasses.replace(PLAN, batch_size=5))
-    assert again.missing() == [1, 3] and again.plan.batch_size == 6
+    again = SampleSet(tmp_path, dataclasses.replace(SPEC, batch_size=5))
+    assert again.missing() == [1, 3] and again.spec.batch_size == 6
     again.generate(opened.sampler, opened.params)
     again.write_npz(tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == whole[1]
@@ -101,10 +101,10 @@ def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path
 
 def test_hosts_make_a_share_each(whole, opened, tmp_path):
     for host in range(3):
-        part = SampleSet(tmp_path, PLAN, host, 3)
+        part = SampleSet(tmp_path, SPEC, host, 3)
         part.generate(opened.sampler, opened.params)
         found = np.concatenate([indices for indices, _ in part.batches()])
-        assert found.tolist() == [index for batch in range(host, 4, 3) for index in PLAN.indices(batch)]
+        assert found.tolist() == [index for batch in range(host, 4, 3) for index in SPEC.indices(batch)]
         part.write_pngs(tmp_path / "png")
     everything = list(part.batches(everyones=True))
     np.testing.assert_array_equal(np.concatenate([images for _, images in everything]), whole[0])
@@ -121,15 +121,15 @@ def test_the_file_is_what_numpy_writes(whole, tmp_path):
 
 
 def test_what_is_left_of_a_deleted_set_is_cleared_away(opened, tmp_path):
-    samples = SampleSet(tmp_path, PLAN)
+    samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
     (samples.folder / "plan.json").unlink()
-    again = SampleSet(tmp_path, dataclasses.replace(PLAN, batch_size=5))
-    assert again.plan.batch_size == 5 and again.missing() == [0, 1, 2, 3, 4]
+    again = SampleSet(tmp_path, dataclasses.replace(SPEC, batch_size=5))
+    assert again.spec.batch_size == 5 and again.missing() == [0, 1, 2, 3, 4]
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
-    samples = SampleSet(tmp_path, PLAN)
+    samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
 
     def full(*arguments):
@@ -138,11 +138,11 @@ def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("marjax.evaluation.samples._write_header", full)
     with pytest.raises(UserError, match=r"x\.npz cannot be written .No space left"):
         samples.write_npz(tmp_path / "x.npz")
-    assert [path.name for path in tmp_path.iterdir()] == [PLAN.name]
+    assert [path.name for path in tmp_path.iterdir()] == [SPEC.name]
 
 
 def test_damage_is_told(opened, tmp_path):
-    samples = SampleSet(tmp_path, PLAN)
+    samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
     path = samples.folder / "batch-000002.npy"
     content = path.read_bytes()
@@ -163,9 +163,9 @@ def test_damage_is_told(opened, tmp_path):
     for text in ("[]", "[" * 100_000, '{"batch_size": 0}', '{"batch_size": "4"}', '{"batch_size": true}', "\0"):
         (samples.folder / "plan.json").write_text(text)
         with pytest.raises(UserError, match=r"plan\.json"):
-            SampleSet(tmp_path, PLAN)
+            SampleSet(tmp_path, SPEC)
     (samples.folder / "plan.json").write_text('{"batch_size": 2000000000}')
-    assert SampleSet(tmp_path, PLAN).plan.batch_size == PLAN.num_images
+    assert SampleSet(tmp_path, SPEC).spec.batch_size == SPEC.num_images
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_damage_is_told(opened, tmp_path):
     ],
 )
 def test_a_damaged_timing_costs_only_itself(tmp_path, text):
-    samples = SampleSet(tmp_path, PLAN)
+    samples = SampleSet(tmp_path, SPEC)
     (samples.folder / "timing-0.json").write_text(text)
     assert samples.seconds_per_image() is None
     (samples.folder / "timing-1.json").write_text('{"images": 4, "seconds": 2}')
@@ -191,7 +191,7 @@ def test_a_damaged_timing_costs_only_itself(tmp_path, text):
 def generate(workdir, folder):
     """In a process of its own."""
     opened = open_sampler(workdir, local=True)
-    plan = Plan(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
+    plan = SampleSpec(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
     samples = SampleSet(folder, plan)
     print("begins", flush=True)
     try:

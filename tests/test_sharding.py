@@ -34,7 +34,7 @@ host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": n
 
 def run(config, shape, devices, weights):
     tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
-    generator = generator_lib.of(config, tokens)
+    generator = generator_lib.from_config(config, tokens)
     optimizer = make_optimizer(config.train)
     mesh = sharding.make_mesh(*shape, devices=devices)
     abstract = state_lib.abstract_state(generator, optimizer, mesh, replicate_below=0)
@@ -55,7 +55,7 @@ def run(config, shape, devices, weights):
                 grads = jax.device_get(state.opt_state[1][0].mu)
         assert all(leaf.sharding == want.sharding for leaf, want in
                    zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
-        sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
+        sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
         # Fixed weights, so that sampling is compared by itself.
         params = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
         images = sampler(params, np.arange(12) % 10, 3, batch_size=12)
@@ -77,7 +77,7 @@ def worst(a, b):
 
 def compare(fields, meshes):
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, init_unboxed(
         generator, key)))(jax.random.key(1)))
     one = run(config, (1, 1, 1), jax.devices()[:1], weights)
@@ -181,7 +181,7 @@ def test_mesh_sizes():
 def large():
     """The 60 parameters of MAR-L with their logical names, as shapes."""
     config = config_lib.resolve(config_lib.load(str(ROOT / "configs" / "imagenet256.py") + ":model=mar_large"))
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     return jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
 
 

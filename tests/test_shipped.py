@@ -11,7 +11,7 @@ from marjax import cli
 from marjax import config as config_lib
 from marjax.config import shipped
 from marjax.errors import UserError
-from marjax.sweep.points import Plan
+from marjax.sweep.points import SweepRun
 from marjax.workdir import claim_workdir
 
 OWN = "from marjax import config\ndef get_config(arg):\n    c = config.base()\n    c.train.steps = 77\n    return c\n"
@@ -94,15 +94,15 @@ def test_points_of_a_sweep_name_configs_too(elsewhere):
     (elsewhere / "points.py").write_text(
         "from marjax.sweep import Point, Sweep\ndef get_sweep():\n    return Sweep([Point('a', 'digits:debug')])\n"
     )
-    plan = Plan.of("points.py", "root")
-    assert plan.configs["a"].train.steps == 20
+    sweep_run = SweepRun.open("points.py", "root")
+    assert sweep_run.configs["a"].train.steps == 20
     (elsewhere / "points.py").write_text("CONFIG = 'digits:debug'\ndef get_sweep():\n    yield {'train.steps': 7}\n")
-    assert [config.train.steps for config in Plan.of("points.py", "root").configs.values()] == [7]
+    assert [config.train.steps for config in SweepRun.open("points.py", "root").configs.values()] == [7]
 
 
 def test_the_sweep_of_table_1_needs_no_clone(elsewhere):
-    plan = Plan.of(ROOT / "launch" / "table1_small.py", "root")
-    assert {config.data.source for config in plan.configs.values()} == {"mnist"}
+    sweep_run = SweepRun.open(ROOT / "launch" / "table1_small.py", "root")
+    assert {config.data.source for config in sweep_run.configs.values()} == {"mnist"}
 
 
 @pytest.mark.parametrize("command", ["train", "compile", "stats", "tokenizer", "benchmark", "cache-latents"])

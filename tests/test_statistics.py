@@ -12,7 +12,7 @@ from test_metrics_properties import Network
 from marjax.data.preprocess import center_crop
 from marjax.data.sources import open_source
 from marjax.errors import UserError
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, NpzImages
 from marjax.evaluation.metrics.frechet import gaussian
 from marjax.evaluation.statistics import make_reference, read_reference, write_reference
@@ -157,7 +157,7 @@ def test_images_of_an_npz_shared_out(tmp_path, compressed):
         indices, found = all_of(images, size)
         assert indices.tolist() == list(range(11))
         np.testing.assert_array_equal(found, IMAGES)
-    shares = [all_of(images, 3, Hosts(index, 2)) for index in range(2)]
+    shares = [all_of(images, 3, Processes(index, 2)) for index in range(2)]
     assert [share[0].tolist() for share in shares] == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10]]
     for indices, found in shares:
         np.testing.assert_array_equal(found, IMAGES[indices])
@@ -173,7 +173,7 @@ def test_pictures_of_a_folder(tmp_path):
     indices, found = all_of(images, 2)
     assert len(images) == 3 and indices.tolist() == [0, 1, 2]
     np.testing.assert_array_equal(found, IMAGES[[1, 0, 2]])
-    np.testing.assert_array_equal(all_of(images, 2, Hosts(1, 2))[1], IMAGES[[2]])
+    np.testing.assert_array_equal(all_of(images, 2, Processes(1, 2))[1], IMAGES[[2]])
     np.testing.assert_array_equal(all_of(FolderImages(tmp_path, 4), 9)[1][0], center_crop(IMAGES[1], 4))
     Image.fromarray(IMAGES[3, :3, :3, 0]).save(tmp_path / "d.png")
     with pytest.raises(UserError, match=r"d.png has 3 x 3 pixels, the first of the folder 4 x 6"):
@@ -191,7 +191,7 @@ def test_the_data_of_a_config():
     expected = np.stack([source[index]["image"] for index in range(11)])
     assert len(images) == 11 and "digits" in images.source
     for size, count in ((4, 1), (2, 2), (3, 4), (5, 4)):  # with the last, one of the hosts has none
-        shares = [list(images.batches(size, Hosts(index, count))) for index in range(count)]
+        shares = [list(images.batches(size, Processes(index, count))) for index in range(count)]
         seen = np.concatenate([indices for share in shares for indices, _ in share])
         assert sorted(seen.tolist()) == list(range(11))
         for indices, found in [batch for share in shares for batch in share]:

@@ -19,7 +19,7 @@ from marjax import cli
 from marjax import config as config_lib
 from marjax.errors import UserError
 from marjax.sweep import Point, Sweep, grid, runner, select, sweep, table
-from marjax.sweep.points import Plan, checked, fingerprint
+from marjax.sweep.points import SweepRun, checked, fingerprint
 from marjax.sweep.rows import columns, to_csv, to_markdown
 
 SMALL = {
@@ -218,18 +218,18 @@ def test_a_point_fails_and_the_sweep_resumes(tmp_path, capsys):
 
 
 def test_a_process_that_ends_without_a_word(tmp_path, capsys):
-    plan = Plan.of(write(tmp_path, {}), tmp_path)
+    sweep_run = SweepRun.open(write(tmp_path, {}), tmp_path)
     (tmp_path / "logs").mkdir()
     for text, code, says in (
         ("--- started\nstep 1\n", -9, "ended by SIGKILL; the last it printed: step 1"),
         ("--- started\n", 0, "ended with exit code 0"),
         ("--- started\n", 7, "exit code 7"),
     ):
-        plan.failure("bad").unlink(missing_ok=True)
-        plan.log("bad").write_text(text)
-        runner._ended(plan, "bad", code, 1.5)
+        sweep_run.failure("bad").unlink(missing_ok=True)
+        sweep_run.log("bad").write_text(text)
+        runner._ended(sweep_run, "bad", code, 1.5)
         assert says in capsys.readouterr().out
-        rows = table(plan.path, plan.root)
+        rows = table(sweep_run.path, sweep_run.root)
         assert [row["status"] for row in rows] == ["unfinished", "failed"] and says in rows[1]["error"]
         assert rows[1]["seconds"] == 1.5
 
@@ -243,25 +243,25 @@ def is_alive(pid):
 
 def test_logs_of_a_bucket(tmp_path, monkeypatch):
     """What a point has printed is kept when the sweep is stopped, after what it had printed on another machine."""
-    plan = Plan.of(write(tmp_path, {}), tmp_path / "root")
-    (plan.root / "logs").mkdir(parents=True)
-    plan.log("good").write_text("elsewhere\n")
+    sweep_run = SweepRun.open(write(tmp_path, {}), tmp_path / "root")
+    (sweep_run.root / "logs").mkdir(parents=True)
+    sweep_run.log("good").write_text("elsewhere\n")
     monkeypatch.setattr(runner, "is_remote", lambda _: True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for printed, seconds in (("here", 60), ("again", 0)):
         code = f"import time; print({printed!r}, flush=True); time.sleep({seconds})"
-        monkeypatch.setattr(Plan, "command", lambda *_, code=code: [sys.executable, "-c", code])
+        monkeypatch.setattr(SweepRun, "command", lambda *_, code=code: [sys.executable, "-c", code])
 
         def stop():
-            while "here" not in pathlib.Path(runner._log(plan, "good")).read_text():
+            while "here" not in pathlib.Path(runner._log(sweep_run, "good")).read_text():
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGTERM)
 
         with pytest.raises(SystemExit) if seconds else contextlib.nullcontext():
             if seconds:
                 threading.Timer(0.5, stop).start()
-            runner.run(plan, ["good"], 1, None, lambda: None)
-    lines = plan.log("good").read_text().splitlines()
+            runner.run(sweep_run, ["good"], 1, None, lambda: None)
+    lines = sweep_run.log("good").read_text().splitlines()
     assert [line for line in lines if not line.startswith("---")] == ["elsewhere", "here", "again"]
     assert not list((tmp_path / "home").rglob("*.log"))
 

@@ -18,7 +18,7 @@ from marjax import cli
 from marjax.errors import StorageError, TrainingError, UserError
 from marjax.sweep import Point, engines, jobs, load, name_of, points, slurm, status, sweep, table, xpk
 from marjax.sweep.jobs import Job
-from marjax.sweep.points import PREPARE, Plan
+from marjax.sweep.points import PREPARE, SweepRun
 
 FILE = f"""
 CONFIG = {DIGITS + ":debug"!r}
@@ -76,10 +76,10 @@ def metrics(root, name, *steps):
     (root / name / "metrics.jsonl").write_text("".join(lines))
 
 
-def finish(plan, *names):
+def finish(sweep_run, *names):
     for name in names:
-        (plan.root / name).mkdir(parents=True, exist_ok=True)
-        plan.finish(name, [], 300.0)
+        (sweep_run.root / name).mkdir(parents=True, exist_ok=True)
+        sweep_run.finish(name, [], 300.0)
 
 
 def test_get_sweep_may_yield(tmp_path):
@@ -139,8 +139,8 @@ def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
     os.environ["PATH"] = str(tmp_path / "bin")
     with pytest.raises(UserError, match="no sbatch on this machine"):
         sweep(file, root, engine="slurm")
-    plan = Plan.of(file, root)
-    plan.fail("named", "ValueError: no", 2.0)
+    sweep_run = SweepRun.open(file, root)
+    sweep_run.fail("named", "ValueError: no", 2.0)
     for name, arguments in (
         ("sbatch", {"engine": "slurm"}),
         ("xpk", {"engine": "xpk", "engine_args": "--cluster=c --docker-image=i --tpu-type=t", "only": ["named"]}),
@@ -151,14 +151,14 @@ def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
             sweep(file, root, **arguments)
         assert capfd.readouterr().err == "".join(f"{k}\n" for k in range(17, 30)) + "invalid\n"
         assert not list((root / "jobs").glob("*"))  # so that the next start submits them all
-        assert plan.state("named").error == "ValueError: no"
+        assert sweep_run.state("named").error == "ValueError: no"
     programs("sbatch", "submitted")
     with pytest.raises(TrainingError, match="no job's id"):
         sweep(file, root, engine="slurm")
     assert not list((root / "jobs").glob("*"))
     programs("sbatch", "3")
     sweep(file, root, engine="slurm")
-    assert plan.state("named").status == "unfinished"
+    assert sweep_run.state("named").status == "unfinished"
 
 
 def test_nobody_is_asked():
@@ -177,11 +177,11 @@ def test_nobody_is_asked():
 
 def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
     """All processes of the point are started again; until then it is as if nothing had been said of it."""
-    plan = Plan.of(write(tmp_path), tmp_path)
+    sweep_run = SweepRun.open(write(tmp_path), tmp_path)
     (tmp_path / "logs").mkdir()
 
-    def lose(plan, name, start):
-        assert plan.state(name).status == "unfinished"
+    def lose(sweep_run, name, start):
+        assert sweep_run.state(name).status == "unfinished"
         raise raised[-1]
 
     monkeypatch.setattr(points, "_train_and_measure", lose)
@@ -195,17 +195,17 @@ def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
     ):
         raised.append(error)
         monkeypatch.setattr(jax, "process_count", lambda processes=processes: processes)
-        plan.fail("named", "ValueError: no", 2.0)
+        sweep_run.fail("named", "ValueError: no", 2.0)
         with pytest.raises(type(error), match="Barrier"):
-            points.run_point(plan.path, plan.root, "named")
-        assert plan.state("named").status == status_
+            points.run_point(sweep_run.path, sweep_run.root, "named")
+        assert sweep_run.state("named").status == status_
 
 
 def test_local_points_of_a_container_that_is_gone(tmp_path, monkeypatch):
     """Its sweep and points would still hold the lock. A lease in a bucket tells nothing of points."""
     file, root, started = write(tmp_path), tmp_path / "root", []
-    jobs.write(Plan.of(file, root), "named", Job("local", "other:1"))
-    monkeypatch.setattr(engines.runner, "run", lambda plan, names, *_: started.append(names))
+    jobs.write(SweepRun.open(file, root), "named", Job("local", "other:1"))
+    monkeypatch.setattr(engines.runner, "run", lambda sweep_run, names, *_: started.append(names))
     sweep(file, root)
     monkeypatch.setattr(engines, "locked_folder", lambda *_: contextlib.nullcontext())
     with pytest.raises(TrainingError, match="1 of 3 points were skipped, since nothing can be learnt .*: named; "):
@@ -223,7 +223,7 @@ def test_slurm_array(tmp_path, programs, capsys):
     depends = ["--dependency=afterok:17", "--kill-on-invalid-dep=yes"]
     assert second == [*first[:3], *depends]
     assert "#SBATCH --array=0-2%2\n" in points and "--array" not in prepare and f"names=({PREPARE})" in prepare
-    assert [jobs.read(Plan.of(file, root), NAMES)[name].id for name in NAMES] == ["17_0", "17_1", "17_2"]
+    assert [jobs.read(SweepRun.open(file, root), NAMES)[name].id for name in NAMES] == ["17_0", "17_1", "17_2"]
     assert not (root / "report.txt").exists() and not (root / "prepared").exists()  # nothing has run
 
     # What is queued or runs is left alone, `prepare` too; so is what nobody knows. What is over is submitted again.
@@ -232,7 +232,7 @@ def test_slurm_array(tmp_path, programs, capsys):
     sweep(file, root, engine="slurm")
     assert "#SBATCH --array=0-0\n" in sbatch()[-1][1] and sbatch()[-1][0] == ["--parsable", *depends]
     assert len(sbatch()) == 3 and squeue()[-1][0][-2:] == ["--clusters=cluster", "--jobs=17"]
-    assert jobs.read(Plan.of(file, root), NAMES)["named"] == Job("slurm", "18_0")
+    assert jobs.read(SweepRun.open(file, root), NAMES)["named"] == Job("slurm", "18_0")
     programs("squeue", code=1)
     capsys.readouterr()
     with pytest.raises(TrainingError, match="3 of 3 points were skipped"):
@@ -272,19 +272,19 @@ def test_states_of_slurm_jobs(programs):
 )
 def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
-    plan = Plan.of(write(tmp_path), tmp_path / "the root")
-    (plan.root / "logs").mkdir(parents=True)
+    sweep_run = SweepRun.open(write(tmp_path), tmp_path / "the root")
+    (sweep_run.root / "logs").mkdir(parents=True)
     srun, scontrol = programs("srun", "step 1", code), programs("scontrol")
     programs("sleep")
     squeue = programs("squeue", state)
-    text = slurm.script(plan, NAMES, None)
+    text = slurm.script(sweep_run, NAMES, None)
     environment = os.environ | {
         "SLURM_ARRAY_TASK_ID": "1",
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_JOB_ID": "8",
         "SLURM_RESTART_COUNT": "99",
     }  # mostly for being preempted
-    killed = plan.root / "logs" / "slurm-7_1.kills"
+    killed = sweep_run.root / "logs" / "slurm-7_1.kills"
     if kills:
         killed.write_text("137\n" * kills)
     assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == code
@@ -298,7 +298,7 @@ def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
         "-m",
         "marjax",
         "sweep-point",
-        plan.path,
+        sweep_run.path,
         "--root",
         str(tmp_path / "the root"),
         "--name",
@@ -306,7 +306,7 @@ def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
     ]
     assert [call for call, _ in scontrol()] == ([["requeue", "7_1"]] if again else [])
     assert not killed.exists()
-    assert (plan.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
+    assert (sweep_run.root / "logs" / f"{NAMES[1]}.log").read_text() == "step 1\n"
     assert all(line.startswith("#SBATCH --") for line in text.splitlines()[1:6])
 
 
@@ -317,10 +317,10 @@ def test_xpk_workloads(tmp_path, programs):
     sweep(file, root, engine="xpk", engine_args=arguments)
     calls = [dict(each.removeprefix("--").split("=", 1) for each in call[2:]) for call, _ in xpk_calls()]
     assert all(call[:2] == ["workload", "create"] for call, _ in xpk_calls())
-    plan = Plan.of(file, root)
+    sweep_run = SweepRun.open(file, root)
     names = [call["workload"] for call in calls]
     assert [name[:-9] for name in names] == ["lr-0-001-seed-1", "lr-0-002-seed-1", "named"]
-    assert jobs.read(plan, NAMES) == {point: Job("xpk", name) for point, name in zip(NAMES, names, strict=True)}
+    assert jobs.read(sweep_run, NAMES) == {point: Job("xpk", name) for point, name in zip(NAMES, names, strict=True)}
     assert [call["command"] for call in calls] == [
         f"exec python -P -m marjax sweep-point {file} --root {root} --name {name}" for name in NAMES
     ]
@@ -336,9 +336,9 @@ def test_xpk_workloads(tmp_path, programs):
     programs("kubectl", json.dumps({"items": items}))
     lines = status(file, root)
     assert [line.split()[1] for line in lines] == ["queued", "running", "unfinished"]
-    plan.job("named").unlink()
+    sweep_run.job("named").unlink()
     sweep(file, root, engine="xpk", engine_args=arguments)
-    again = jobs.read(plan, NAMES)["named"].id
+    again = jobs.read(sweep_run, NAMES)["named"].id
     assert len(xpk_calls()) == 4 and again != names[2] and f"--workload={again}" in xpk_calls()[-1][0]
 
 
@@ -363,16 +363,16 @@ def test_names_of_workloads():
 
 def test_status_of_all_kinds(tmp_path, programs):
     file, root = write(tmp_path, PREPARES), tmp_path / "root"
-    plan = Plan.of(file, root)
-    (plan.root / "logs").mkdir(parents=True)
+    sweep_run = SweepRun.open(file, root)
+    (sweep_run.root / "logs").mkdir(parents=True)
     assert [line.split(maxsplit=1)[1] for line in status(file, root)] == ["unfinished"] * 3
     metrics(root, NAMES[0], 10, 20)
     old = time.time() - 7200
     os.utime(root / NAMES[0] / "metrics.jsonl", (old, old))
     metrics(root, "named", 5)
-    finish(plan, NAMES[1])
-    plan.fail("named", "ValueError: no", 2.0)
-    jobs.write(plan, NAMES[0], Job("slurm", "5_0"))
+    finish(sweep_run, NAMES[1])
+    sweep_run.fail("named", "ValueError: no", 2.0)
+    jobs.write(sweep_run, NAMES[0], Job("slurm", "5_0"))
     read = [line.split(maxsplit=1)[1] for line in status(file, root)]
     assert [re.sub("updated [0-9]+ s ", "updated now ", line) for line in read] == [
         "submitted (slurm 5_0, state unknown here), step 20 of 20, updated 2 h ago",
@@ -382,7 +382,7 @@ def test_status_of_all_kinds(tmp_path, programs):
     programs("squeue", "5_0 RUNNING")
     assert status(file, root)[0].split(maxsplit=1)[1] == "running (slurm 5_0), step 20 of 20, updated 2 h ago"
     programs("squeue")
-    plan.fail(PREPARE, "no", 1.0)
+    sweep_run.fail(PREPARE, "no", 1.0)
     assert status(file, root)[0].endswith("updated 2 h ago; prepare failed: no")
 
 
@@ -404,13 +404,13 @@ def test_local_processes_are_known(tmp_path):
 def test_report_waits_for_the_last(tmp_path, programs):
     file, root = write(tmp_path), tmp_path / "root"
     programs("sbatch", "3")
-    plan = Plan.of(file, root)
+    sweep_run = SweepRun.open(file, root)
     sweep(file, root, engine="slurm")
     programs("squeue", "3_0 COMPLETED\n3_1 COMPLETED\n3_2 RUNNING")
-    finish(plan, *NAMES[:2])
+    finish(sweep_run, *NAMES[:2])
     sweep(file, root, engine="slurm")
     assert not (root / "report.txt").exists()
-    finish(plan, "named")
+    finish(sweep_run, "named")
     sweep(file, root, engine="slurm")
     assert pathlib.Path(root / "report.txt").read_text() == "done done done"
 
@@ -422,16 +422,16 @@ DAMAGED = ["", "[]", "{}", "[" * 100_000, "\0", '{"engine": 9}', '{"rows": ' + "
 def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
     """Of how it ended: it runs again. Of its job: two could be at work on it, so nothing starts."""
     file, root = write(tmp_path), tmp_path / "root"
-    plan = Plan.of(file, root)
-    finish(plan, *NAMES[:2])
-    for path in (root / NAMES[1] / "result.json", plan.failure("named")):
+    sweep_run = SweepRun.open(file, root)
+    finish(sweep_run, *NAMES[:2])
+    for path in (root / NAMES[1] / "result.json", sweep_run.failure("named")):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert [row["status"] for row in table(file, root)] == ["done", "unfinished", "unfinished"]
     said = capsys.readouterr().err
     assert "result.json" in said and "named.failed.json" in said
-    jobs.write(plan, "named", Job("local", "other:1"))
-    plan.job("named").write_text(text)
+    jobs.write(sweep_run, "named", Job("local", "other:1"))
+    sweep_run.job("named").write_text(text)
     for act in (status, sweep):
         with pytest.raises(UserError, match=r"jobs/named\.json"):
             act(file, root)
@@ -455,10 +455,10 @@ def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
     """kubectl runs what a --kubeconfig names, and the folder of a sweep may be anyone's."""
     file, root = write(tmp_path), tmp_path / "root"
     calls = [programs("kubectl", "{}"), programs("squeue")]
-    plan = Plan.of(file, root)
-    jobs.write(plan, "named", Job("xpk", "a-1", ("--context=gke_a_b_c",)))
-    fields = json.loads(plan.job("named").read_text())
-    plan.job("named").write_text(json.dumps(fields | changes))
+    sweep_run = SweepRun.open(file, root)
+    jobs.write(sweep_run, "named", Job("xpk", "a-1", ("--context=gke_a_b_c",)))
+    fields = json.loads(sweep_run.job("named").read_text())
+    sweep_run.job("named").write_text(json.dumps(fields | changes))
     with pytest.raises(UserError, match=r"jobs/named\.json"):
         status(file, root)
     assert not [each() for each in calls if each()]
@@ -474,8 +474,8 @@ def test_an_answer_of_kubectl_that_is_none(programs, text):
 
 def test_a_surrogate_in_a_result_can_be_written_again(tmp_path):
     file, root = write(tmp_path), tmp_path / "root"
-    plan = Plan.of(file, root)
-    (plan.root / "logs").mkdir(parents=True)
-    plan.fail("named", "no file a\udcff", 1.0)
+    sweep_run = SweepRun.open(file, root)
+    (sweep_run.root / "logs").mkdir(parents=True)
+    sweep_run.fail("named", "no file a\udcff", 1.0)
     assert table(file, root)[-1]["error"] == "no file a\udcff"
     assert b"a\xff" in (root / "table.csv").read_bytes()

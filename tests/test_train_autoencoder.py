@@ -51,7 +51,7 @@ def rows(workdir):
 def trees(workdir, step=4):
     """Everything in a checkpoint."""
     config = read_workdir(workdir)
-    trainer = Trainer.of(config, spec_of(config.tokenizer, 1))
+    trainer = Trainer.from_config(config, spec_of(config.tokenizer, 1))
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         items = checkpoints.restore(
@@ -127,7 +127,7 @@ def test_a_file_of_something_else_is_not_replaced(trained, tmp_path):
 def test_the_step_is_the_gradient_of_the_weighted_sum():
     """With a discriminator, against differentiation of the whole loss for the weight that the formula gives."""
     config = config_lib.resolve(make("kl", **DISC | {"disc__start": 0}))
-    trainer = Trainer.of(config, spec_of(config.tokenizer, 1))
+    trainer = Trainer.from_config(config, spec_of(config.tokenizer, 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     image = pixels.astype(np.float32) / 127.5 - 1.0
@@ -152,7 +152,7 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
     new, metrics = jax.jit(trainer.step)(state, {"image": pixels})
     np.testing.assert_allclose(metrics["train/disc_weight"], weight, rtol=1e-4)
     np.testing.assert_allclose(metrics["train/grad_norm"], norm, rtol=1e-4)
-    without, plain = jax.jit(Trainer.of(config_lib.resolve(make("kl")), trainer.spec).step)(
+    without, plain = jax.jit(Trainer.from_config(config_lib.resolve(make("kl")), trainer.spec).step)(
         state.replace(rest={"opt_state": state.rest["opt_state"]}), {"image": pixels}
     )
     assert abs(plain["train/grad_norm"] / norm - 1) > 1e-3 and int(without.step) == int(new.step) == 1
@@ -163,7 +163,7 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
 
 def test_the_gradient_passes_the_codes_and_idle_ones_move():
     config = config_lib.resolve(make("vq"))
-    trainer = Trainer.of(config, spec_of(config.tokenizer, 1))
+    trainer = Trainer.from_config(config, spec_of(config.tokenizer, 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     image = pixels.astype(np.float32) / 127.5 - 1.0

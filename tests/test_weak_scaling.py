@@ -38,7 +38,7 @@ report = []
 for kind, n, size in runs:
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), given | {"train.batch_size": size}))
     tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
-    generator, optimizer = generator_lib.of(config, tokens), make_optimizer(config.train)
+    generator, optimizer = generator_lib.from_config(config, tokens), make_optimizer(config.train)
     shape = (n, 1, 1) if kind == "data" else (1, n, 1)
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n])
     abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)

@@ -37,7 +37,7 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
     """
     config = config_lib.resolve(config)
     mesh = sharding.near_mesh(config.mesh)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     abstract = state_lib.abstract_state(generator, make_optimizer(config.train), mesh, config.mesh.replicate_below)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     names = ("train/loss", "train/mse", "train/vb", "train/grad_norm", "train/param_norm", "train/lr", "finite")

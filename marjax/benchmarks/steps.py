@@ -52,7 +52,7 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
     config = config_lib.resolve(config)
     mesh = sharding.near_mesh(config.mesh)
     tokens = config_lib.tokens_of(config)
-    generator = generator_lib.of(config, tokens)
+    generator = generator_lib.from_config(config, tokens)
     if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):
         raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     result: dict[str, Any] = {
@@ -148,7 +148,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
     step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
-    batch = sharding.cut_batch(
+    batch = sharding.shard_batch(
         {
             "image": rng.integers(0, 256, (size, side, side, tokens.channels), np.uint8),
             "label": rng.integers(0, config.data.num_classes, size, np.int32),
@@ -171,7 +171,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
 def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
     """The same for one batch of samples."""
     abstract = abstract_params(generator, mesh, config.mesh.replicate_below)
-    sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.of(config.sample, generator), mesh)
+    sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.from_config(config.sample, generator), mesh)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
 

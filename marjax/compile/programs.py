@@ -105,8 +105,8 @@ def lowered_programs(
     """
     tokens = config_lib.tokens_of(config)
     tokenizer = described_tokenizer(config.tokenizer, tokens)
-    tokenizer.params = sharding.put_whole(tokenizer.params, mesh)
-    generator = generator_lib.of(config, tokens)
+    tokenizer.params = sharding.put_replicated(tokenizer.params, mesh)
+    generator = generator_lib.from_config(config, tokens)
     made = []
     for name in names:
         if name == "train":
@@ -257,7 +257,7 @@ def _sample(
     tokenizer: Tokenizer,
     tokens: TokenShape,
 ) -> Lowered:
-    settings = Settings.of(config.sample, generator)
+    settings = Settings.from_config(config.sample, generator)
     sampler = Sampler(generator, tokenizer, tokens, settings, mesh)
     params = abstract_params(generator, mesh, config.mesh.replicate_below)
     size = sampler.fitting(config.sample.batch_size)

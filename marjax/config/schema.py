@@ -19,7 +19,7 @@ from marjax.ranges import (
     SHARE_BELOW_ONE,
     SHARE_BETWEEN,
     Range,
-    whole,
+    integer,
 )
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
@@ -53,22 +53,22 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 
-_WIDTH, _DEPTH, _WEIGHT, _CFG = whole(1, 2**16), whole(1, 1024), Range(0.0, 1e9), Range(0.0, 1e4)
+_WIDTH, _DEPTH, _WEIGHT, _CFG = integer(1, 2**16), integer(1, 1024), Range(0.0, 1e9), Range(0.0, 1e4)
 
 # What a number may be, for every field that is one; of lists, for each of their numbers. None is always allowed where
 # it is a default or NONE_IS_OFF. A value that trains nothing, such as a learning rate of 0, is in no range.
 RANGES = {
     "seed": SEED,
     "data.image_size": IMAGE_SIZE,
-    "data.channels": whole(1, 3),
-    "data.num_classes": whole(1, 2**20),
-    "data.num_examples": whole(1, 2**40),
-    "data.workers": whole(0, 1024),
-    "tokenizer.patch_size": whole(1, 1024),
-    "tokenizer.num_codes": whole(1, 2**24),
+    "data.channels": integer(1, 3),
+    "data.num_classes": integer(1, 2**20),
+    "data.num_examples": integer(1, 2**40),
+    "data.workers": integer(0, 1024),
+    "tokenizer.patch_size": integer(1, 1024),
+    "tokenizer.num_codes": integer(1, 2**24),
     "tokenizer.autoencoder.in_channels": _WIDTH,
     "tokenizer.autoencoder.width": _WIDTH,
-    "tokenizer.autoencoder.channel_mults": whole(1, 1024),
+    "tokenizer.autoencoder.channel_mults": integer(1, 1024),
     "tokenizer.autoencoder.num_res_blocks": _DEPTH,
     "tokenizer.autoencoder.latent_channels": _WIDTH,
     "tokenizer.autoencoder.embed_dim": _WIDTH,
@@ -91,7 +91,7 @@ RANGES = {
     "tokenizer.train.disc.weight": _WEIGHT,
     "tokenizer.train.disc.start": COUNT_OR_NONE,
     "tokenizer.train.disc.width": _WIDTH,
-    "tokenizer.train.disc.layers": whole(1, 16),
+    "tokenizer.train.disc.layers": integer(1, 16),
     "tokenizer.train.lpips.weight": _WEIGHT,
     "tokenizer.train.log_every": COUNT,
     "tokenizer.train.checkpoint_every": COUNT,
@@ -111,8 +111,8 @@ RANGES = {
     "model.mask_ratio.minimum": SHARE_BETWEEN,
     "model.denoiser.depth": _DEPTH,
     "model.denoiser.width": _WIDTH,
-    "model.diffusion.num_steps": whole(4, 100_000),
-    "model.diffusion.batch_mul": whole(1, 1024),
+    "model.diffusion.num_steps": integer(4, 100_000),
+    "model.diffusion.batch_mul": integer(1, 1024),
     "train.batch_size": BATCH,
     "train.epochs": Range(MIN_FLOAT, 1e9),
     "train.steps": COUNT,
@@ -128,10 +128,10 @@ RANGES = {
     "train.clip": Range(1e-6, MAX_FLOAT),
     "train.ema_decay": SHARE_BELOW_ONE,
     "init.step": COUNT_OR_NONE,
-    "mesh.data": whole(-1, 2**20),
-    "mesh.fsdp": whole(-1, 2**20),
-    "mesh.tensor": whole(-1, 2**20),
-    "mesh.replicate_below": whole(0, 2**62),
+    "mesh.data": integer(-1, 2**20),
+    "mesh.fsdp": integer(-1, 2**20),
+    "mesh.tensor": integer(-1, 2**20),
+    "mesh.replicate_below": integer(0, 2**62),
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
     "checkpoint.keep_every": COUNT_OR_NONE,
@@ -144,7 +144,7 @@ RANGES = {
     "sample.choice_temperature": Range(0.0, 1e4),
     "sample.max_stages": COUNT,
     "eval.every": COUNT_OR_NONE,
-    "eval.num_images": whole(2),
+    "eval.num_images": integer(2),
     "eval.cfg": _CFG,
 }
 
@@ -280,10 +280,10 @@ def base() -> ConfigDict:
                 checksum=derived_str(),  # of the weights, filled in when training starts
             ),
             mesh=dict(  # devices along each axis; -1 takes what is left
-                data=-1,  # the batch is cut, the state is whole on each
+                data=-1,  # the batch is cut, the state is integer on each
                 fsdp=1,  # the batch and the state are cut
                 tensor=1,  # heads and hidden features are cut, within one host
-                replicate_below=2**16,  # elements (of a layer); smaller tensors stay whole all the same
+                replicate_below=2**16,  # elements (of a layer); smaller tensors stay integer all the same
             ),
             checkpoint=dict(every=1000, keep=3, keep_every=0),  # steps; keep_every=0: only the latest `keep`
             log=dict(

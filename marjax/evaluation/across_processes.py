@@ -11,7 +11,7 @@ _AT_A_TIME = 2**23  # values that `sum` holds of all hosts together: 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Hosts:
+class Processes:
     """The processes of a run, and which of them this is; alone by default. `all_processes` makes the real one.
 
     Whatever gathers is called by all of them, in the same order and with the same shapes.
@@ -36,7 +36,7 @@ class Hosts:
         return np.ascontiguousarray(words).view(values.dtype).reshape(self.count, *values.shape)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum over hosts, added in their order and so the same on each: shape and type as `allgather` takes them.
+        """The sum over processes, in their order and so the same on each: shape and type as `allgather` takes them.
 
         Memory for one more such array and 64 MiB, however many hosts there are.
         """
@@ -48,12 +48,12 @@ class Hosts:
             total[part] = self.allgather(flat[part]).sum(axis=0)
         return total.reshape(np.shape(values))
 
-    def meet(self) -> None:
-        """Waits for all hosts."""
+    def barrier(self) -> None:
+        """Waits for all processes."""
         if self.count > 1:
             multihost_utils.sync_global_devices("marjax.evaluation")
 
 
-def all_processes() -> Hosts:
+def all_processes() -> Processes:
     """The JAX processes of this run."""
-    return Hosts(jax.process_index(), jax.process_count())
+    return Processes(jax.process_index(), jax.process_count())

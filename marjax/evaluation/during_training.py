@@ -40,14 +40,14 @@ class Probe:
         Other features than Inception's give other names (see `evaluation.names`); `eval/num_images` is their number.
         With several processes, all must call this.
         """
-        config, hosts = self.config, all_processes()
+        config, processes = self.config, all_processes()
         found: dict[str, float] = {"eval/num_images": config.eval.num_images}
         if not self._samplers:  # kept, since each has a program of its own
             self._samplers = {"": sampler.with_settings(self._sample(1.0))}
             if config.eval.cfg != 1.0:
                 self._samplers["_guided"] = sampler.with_settings(self._sample(config.eval.cfg))
         labels = np.arange(config.eval.num_images) % config.data.num_classes
-        mine = np.arange(hosts.index, len(labels), hosts.count)
+        mine = np.arange(processes.index, len(labels), processes.count)
         for suffix, each in self._samplers.items():
             images = each(params, labels, config.seed, batch_size=config.sample.batch_size)
             metrics = score(
@@ -55,7 +55,7 @@ class Probe:
                 len(images),
                 self.extractor,
                 self.reference,
-                hosts,
+                processes,
                 num_classes=config.data.num_classes,
             )
             found |= {f"eval/{name}{suffix}": value for name, value in metrics.items()}

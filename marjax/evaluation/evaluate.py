@@ -22,11 +22,11 @@ from marjax import config as config_lib
 from marjax import distributed, numerics, progress
 from marjax.config.overrides import closest
 from marjax.errors import UserError
-from marjax.evaluation.across_processes import Hosts, all_processes
+from marjax.evaluation.across_processes import Processes, all_processes
 from marjax.evaluation.missing import check_there
 from marjax.evaluation.networks.extractor import FeatureExtractor, open_extractor
 from marjax.evaluation.record import RECORD, Record
-from marjax.evaluation.samples import Plan, SampleSet
+from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.evaluation.score import Features, check_fits, score
 from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
 from marjax.files import make_folder
@@ -110,7 +110,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
     request = _with_fields(request, given)
     paths: dict[str, Any] = {name: optional(getattr(request, name), name) for name in _PATHS}
     request = dataclasses.replace(request, **paths)
-    hosts = all_processes()
+    processes = all_processes()
     config = read_workdir(workdir)
     if request.tokenizer_path is not None:
         config = config_lib.apply_overrides(config, {"tokenizer.path": request.tokenizer_path})
@@ -119,7 +119,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
     out = make_folder(workdir if request.out is None else request.out)
     with distributed.first_holds(locked_folder(out, "marjax evaluate", LOCK)), contextlib.ExitStack() as closing:
         record = Record(out / RECORD)
-        measure = measure.with_features(out / FOLDER, hosts)
+        measure = measure.with_features(out / FOLDER, processes)
         entries = []
         weights_of_all = request.weights or ()
         total = len(weights_of_all) * len(combinations)
@@ -130,21 +130,21 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
             )
             samplers: dict[Any, Sampler] = {}
             for sample in combinations:
-                plan = _plan(config, sample, opened, request)
+                spec = _spec(config, sample, opened, request)
                 identity = {
-                    **plan.identity,
+                    **spec.identity,
                     "extractor": measure.extractor.checksum,
                     "reference": measure.reference.checksum,
                 }
                 entry = None if request.overwrite else record.find(identity)
-                if entry is None or (request.save and not _saved(out, plan, request.save).exists()):
+                if entry is None or (request.save and not _saved(out, spec, request.save).exists()):
                     sampler = opened.sampler.with_settings(sample)
                     sampler = samplers.setdefault(sampler.settings.shape(), sampler).with_settings(sample)
-                    entry = _one(out, plan, sampler, opened.params, measure, request, hosts)
-                    record.put(identity, entry, write=hosts.index == 0)
-                    hosts.meet()
-                if hosts.index == 0:  # once the entry is there, and not before; a kill may have left them
-                    (out / FOLDER / plan.name).rmtree(missing_ok=True)
+                    entry = _one(out, spec, sampler, opened.params, measure, request, processes)
+                    record.put(identity, entry, write=processes.index == 0)
+                    processes.barrier()
+                if processes.index == 0:  # once the entry is there, and not before; a kill may have left them
+                    (out / FOLDER / spec.name).rmtree(missing_ok=True)
                 entries.append(entry)
                 bar.update()
     return entries
@@ -212,15 +212,15 @@ def _combinations(config: ml_collections.ConfigDict, request: Request) -> list[m
     return found
 
 
-def _plan(
+def _spec(
     config: ml_collections.ConfigDict, sample: ml_collections.ConfigDict, opened: Opened, request: Request
-) -> Plan:
+) -> SampleSpec:
     settings = {name: sample[name] for name in FIELDS} | {"dtype": config.model.dtype}
     if sample.cfg == 1.0:  # no guidance, whatever its schedule
         settings["cfg_schedule"] = "linear"
     if not sample.confidence_order:
         del settings["choice_temperature"]
-    return Plan(
+    return SampleSpec(
         num_images=request.num_images,
         seed=request.seed,
         num_classes=config.data.num_classes,
@@ -234,60 +234,66 @@ def _plan(
 
 
 def _one(
-    out: epath.Path, plan: Plan, sampler: Sampler, params: Any, measure: "_Measure", request: Request, hosts: Hosts
+    out: epath.Path,
+    spec: SampleSpec,
+    sampler: Sampler,
+    params: Any,
+    measure: "_Measure",
+    request: Request,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Samples and scores one setting."""
-    if hosts.index:
-        hosts.meet()  # until the first host has made the folder
-    samples = SampleSet(out / FOLDER, plan, hosts.index, hosts.count, image_shape=measure.image_shape)
-    if not hosts.index:
-        hosts.meet()
+    if processes.index:
+        processes.barrier()  # until the first host has made the folder
+    samples = SampleSet(out / FOLDER, spec, processes.index, processes.count, image_shape=measure.image_shape)
+    if not processes.index:
+        processes.barrier()
     samples.generate(sampler, params)
     features = Features(samples.folder)
-    if hosts.index == 0:
+    if processes.index == 0:
         features.clear()  # what a killed run has left, perhaps of other hosts
-    hosts.meet()  # all batches are there
+    processes.barrier()  # all batches are there
     metrics = score(
         samples.batches(),
-        plan.num_images,
+        spec.num_images,
         measure.extractor,
         measure.reference,
-        hosts,
-        num_classes=plan.num_classes,
+        processes,
+        num_classes=spec.num_classes,
         features=features,
     )
     seconds = samples.seconds_per_image()
-    saved = _saved(out, plan, request.save)
+    saved = _saved(out, spec, request.save)
     begun = saved.with_name(f"{saved.name}.partial")
     if request.save == "png":
         samples.write_pngs(begun)
-    elif request.save and hosts.index == 0:
+    elif request.save and processes.index == 0:
         samples.write_npz(saved)
-    hosts.meet()  # nobody reads the set any more
-    if request.save == "png" and hosts.index == 0:
+    processes.barrier()  # nobody reads the set any more
+    if request.save == "png" and processes.index == 0:
         saved.rmtree(missing_ok=True)
         begun.rename(saved)
     return {
         "settings": {
-            **plan.settings,
-            "weights": plan.weights,
-            "step": plan.step,
-            "num_images": plan.num_images,
-            "seed": plan.seed,
+            **spec.settings,
+            "weights": spec.weights,
+            "step": spec.step,
+            "num_images": spec.num_images,
+            "seed": spec.seed,
         },
         "metrics": metrics,
         "seconds_per_image": seconds,
-        "batch_size": samples.plan.batch_size,
-        "samples": os.fspath(_saved(out, plan, request.save).relative_to(out)) if request.save else None,
+        "batch_size": samples.spec.batch_size,
+        "samples": os.fspath(_saved(out, spec, request.save).relative_to(out)) if request.save else None,
         **measure.identity,
-        "weights_checksum": plan.digest,
-        "tokenizer_checksum": plan.tokenizer,
-        "machine": _machine(hosts),
+        "weights_checksum": spec.digest,
+        "tokenizer_checksum": spec.tokenizer,
+        "machine": _machine(processes),
     }
 
 
-def _saved(out: epath.Path, plan: Plan, save: str) -> epath.Path:
-    return out / FOLDER / (f"{plan.name}.npz" if save == "npz" else f"{plan.name}-png")
+def _saved(out: epath.Path, spec: SampleSpec, save: str) -> epath.Path:
+    return out / FOLDER / (f"{spec.name}.npz" if save == "npz" else f"{spec.name}-png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +324,7 @@ class _Measure:
         check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)
         return made
 
-    def with_features(self, folder: epath.Path, hosts: Hosts) -> "_Measure":
+    def with_features(self, folder: epath.Path, processes: Processes) -> "_Measure":
         """With what a reference of images lacks, made of these; kept in `folder` for the next time."""
         given = self.reference
         if given.images is None or (given.gaussian is not None and given.features is not None):
@@ -327,10 +333,10 @@ class _Measure:
         if not kept.exists():
             try:
                 made = make_reference(
-                    given.images.batches(64, hosts),
+                    given.images.batches(64, processes),
                     len(given.images),
                     self.extractor,
-                    hosts=hosts,
+                    processes=processes,
                     source=given.source or given.path,
                 )
             except ValueError as error:
@@ -338,10 +344,10 @@ class _Measure:
                     f"the images of {given.path} cannot be seen by {self.extractor.name} ({error}): give "
                     f"another --reference"
                 ) from None
-            if hosts.index == 0:
+            if processes.index == 0:
                 make_folder(folder)
                 write_reference(kept, made)
-            hosts.meet()
+            processes.barrier()
         made = read_reference(kept)
         return dataclasses.replace(
             self,
@@ -361,13 +367,13 @@ class _Measure:
         }
 
 
-def _machine(hosts: Hosts) -> dict[str, Any]:
+def _machine(processes: Processes) -> dict[str, Any]:
     """What it ran on and with, for whoever wonders why numbers differ."""
     versions = {name: importlib.metadata.version(name) for name in ("marjax", "jax", "jaxlib", "flax", "numpy")}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "hosts": hosts.count,
+        "hosts": processes.count,
         "python": platform.python_version(),
         **versions,
     }

@@ -18,7 +18,7 @@ from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess, center_crop, to_channels
 from marjax.data.sources import open_source
 from marjax.errors import UserError
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths
 
@@ -37,7 +37,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int:
         """N, at least 1."""
 
-    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
         """Each image once: those of a host's share, at most `batch_size` at a time. Raises UserError."""
 
 
@@ -64,7 +64,7 @@ class NpzImages:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
         image_bytes = math.prod(self.shape[1:])
         with (
@@ -73,7 +73,7 @@ class NpzImages:
         ):
             if header.shape != self.shape:
                 raise UserError(f"{self.source} was replaced while it was read; start again")
-            for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
+            for batch in (processes or Processes()).share(-(-len(self) // batch_size)):
                 indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
                 # Forwards only, which a stream can do.
                 file.seek(header.start + int(indices_B[0]) * image_bytes)
@@ -110,11 +110,11 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
         shape = self._picture(self._paths[0]).shape
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for batch in (hosts or Hosts()).share(-(-len(self) // batch_size)):
+            for batch in (processes or Processes()).share(-(-len(self) // batch_size)):
                 indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
                 paths = [self._paths[index] for index in indices_B]
                 images = list(pool.map(self._picture, paths))
@@ -149,20 +149,20 @@ class ConfigImages:
     def __len__(self) -> int:
         return len(self._examples)
 
-    def batches(self, batch_size: int, hosts: Hosts | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
         """See `ImageSet`."""
-        hosts = hosts or Hosts()
+        processes = processes or Processes()
         opened = Batches(
             self._data,
-            batch_size * hosts.count,
+            batch_size * processes.count,
             0,
             train=False,
             examples=self._examples,
-            rows=hosts.index * batch_size + np.arange(batch_size),
+            rows=processes.index * batch_size + np.arange(batch_size),
         )
         with opened as batches:
             for step, batch in enumerate(batches):
-                first = (step * hosts.count + hosts.index) * batch_size
+                first = (step * processes.count + processes.index) * batch_size
                 indices_B = np.arange(first, min(len(self), first + batch_size))
                 if len(indices_B):  # the last batch is filled up, for some hosts wholly
                     yield indices_B, batch["image"][: len(indices_B)]

@@ -36,7 +36,7 @@ _AHEAD = 2  # batches on the devices at a time, so that these never wait for a f
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SampleSpec:
     """What decides a set of samples: image i is a function of (weights, settings, seed, i) and its class is i mod K.
 
     Attributes:
@@ -86,17 +86,17 @@ class Plan:
 
 
 class SampleSet:
-    """The folder `root/<plan.name>`. A set that was begun there with another batch size keeps that.
+    """The folder `root/<spec.name>`. A set that was begun there with another batch size keeps that.
 
     Attributes:
-      plan: of the set.
+      spec: of the set.
       folder: where it is.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
-        plan: Plan,
+        spec: SampleSpec,
         host: int = 0,
         hosts: int = 1,
         *,
@@ -106,14 +106,14 @@ class SampleSet:
 
         Args:
           root: the folder of its folder.
-          plan: of the set.
+          spec: of the set.
           host, hosts: which part of it is this host's.
           image_shape: (H, W, C) of an image, to check files of an earlier start; without it they must agree.
 
         Raises:
-          UserError: the folder cannot be written, or holds a plan that cannot be read.
+          UserError: the folder cannot be written, or holds a spec that cannot be read.
         """
-        self.folder = epath.Path(root) / plan.name
+        self.folder = epath.Path(root) / spec.name
         self.host, self.hosts, self._image_shape = host, hosts, image_shape
         path = self.folder / "plan.json"
         if host == 0 and self.folder.exists() and not path.exists():
@@ -123,34 +123,34 @@ class SampleSet:
         if path.exists() and any(each.name.startswith("batch-") for each in self.folder.iterdir()):
             begun = read_json(path, {"batch_size": range(1, 1 << 31)}, advice="delete its folder and start again")
             # Of one batch that holds all images, there is nothing left to generate.
-            plan = dataclasses.replace(plan, batch_size=min(begun["batch_size"], max(plan.num_images, plan.batch_size)))
+            spec = dataclasses.replace(spec, batch_size=min(begun["batch_size"], max(spec.num_images, spec.batch_size)))
         elif host == 0:
-            write_bytes(path, (json.dumps(dataclasses.asdict(plan), indent=1) + "\n").encode())
-        self.plan = plan
+            write_bytes(path, (json.dumps(dataclasses.asdict(spec), indent=1) + "\n").encode())
+        self.spec = spec
 
     def missing(self) -> list[int]:
         """This host's batches that are not there yet, in order."""
         there = {path.name for path in self.folder.iterdir()}
-        return [batch for batch in range(self.host, self.plan.num_batches, self.hosts) if _file(batch) not in there]
+        return [batch for batch in range(self.host, self.spec.num_batches, self.hosts) if _file(batch) not in there]
 
     def generate(self, sampler: Sampler, params: Any, show: bool = True) -> None:
         """Makes this host's missing batches, and shows how far it is. Raises UserError: a file cannot be written."""
         missing = self.missing()
-        mine = len(range(self.host, self.plan.num_batches, self.hosts))
+        mine = len(range(self.host, self.spec.num_batches, self.hosts))
         clock = _Clock(self.folder / f"timing-{self.host}.json")
         with progress.bar("sampling", mine, "batches", start=mine - len(missing), show=show) as bar:
             for batch, image in self._dispatched(sampler, params, missing):
-                pixels = to_uint8(np.asarray(image)[: len(self.plan.indices(batch))])
+                pixels = to_uint8(np.asarray(image)[: len(self.spec.indices(batch))])
                 write_bytes(self.folder / _file(batch), _to_npy(pixels))
                 clock.tick(len(pixels))
                 bar.update()
 
     def _dispatched(self, sampler: Sampler, params: Any, batches: list[int]) -> Iterator[tuple[int, Any]]:
         """The images of these batches, on the devices, where those of the next are being made already."""
-        plan, pending = self.plan, collections.deque[tuple[int, Any]]()
+        spec, pending = self.spec, collections.deque[tuple[int, Any]]()
         for batch in batches:
-            index = batch * plan.batch_size + np.arange(sampler.fitting(plan.batch_size))
-            pending.append((batch, sampler.dispatch(params, plan.labels(index), plan.seed, index)))
+            index = batch * spec.batch_size + np.arange(sampler.fitting(spec.batch_size))
+            pending.append((batch, sampler.dispatch(params, spec.labels(index), spec.seed, index)))
             if len(pending) == _AHEAD:
                 yield pending.popleft()
         yield from pending
@@ -163,8 +163,8 @@ class SampleSet:
         """
         first, step = (0, 1) if everyones else (self.host, self.hosts)
         advice, shape = "delete it and start again, which makes it anew", self._image_shape
-        for batch in range(first, self.plan.num_batches, step):
-            path, indices = self.folder / _file(batch), self.plan.indices(batch)
+        for batch in range(first, self.spec.num_batches, step):
+            path, indices = self.folder / _file(batch), self.spec.indices(batch)
             images = read_npy(path, ("u", 4), advice=advice)
             shape = shape or images.shape[1:]
             if images.dtype != np.uint8 or images.shape != (len(indices), *shape):
@@ -186,17 +186,17 @@ class SampleSet:
         """
         target = epath.Path(path)
         partial = target.parent / f"{target.name}.partial"
-        plan = self.plan
+        spec = self.spec
         try:
             with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
                 batches = self.batches(everyones=True)
                 _, first = next(batches)
                 with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    _write_header(member, (plan.num_images, *first.shape[1:]), first.dtype)
+                    _write_header(member, (spec.num_images, *first.shape[1:]), first.dtype)
                     member.write(first.tobytes())
                     for _, images in batches:
                         member.write(images.tobytes())
-                labels = plan.labels(np.arange(plan.num_images))
+                labels = spec.labels(np.arange(spec.num_images))
                 with archive.open("arr_1.npy", "w") as member:
                     _write_header(member, labels.shape, labels.dtype)
                     member.write(labels.tobytes())

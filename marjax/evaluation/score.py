@@ -14,7 +14,7 @@ from etils import epath
 
 from marjax import numerics, progress
 from marjax.errors import UserError
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.metrics import names
 from marjax.evaluation.metrics.frechet import Moments, frechet_distance
 from marjax.evaluation.metrics.inception_score import ScoreSums
@@ -99,7 +99,7 @@ def score(
     total: int,
     extractor: FeatureExtractor,
     reference: Reference,
-    hosts: Hosts = Hosts(),  # noqa: B008
+    processes: Processes = Processes(),  # noqa: B008
     *,
     num_classes: int = 0,
     features: Features | None = None,
@@ -116,7 +116,7 @@ def score(
       total: N.
       extractor: which `check_fits` the reference.
       reference: of the real images.
-      hosts: that share the images out.
+      processes: that share the images out.
       num_classes: K, where image i was asked to be of class i mod K and the network has the same K classes.
       features: where to keep these; None for no comparison of pairs.
 
@@ -130,7 +130,7 @@ def score(
         real = made = None
     asks = num_classes == extractor.num_classes
     right = 0
-    with progress.bar("measuring", -(-total // hosts.count), "images") as bar:
+    with progress.bar("measuring", -(-total // processes.count), "images") as bar:
         for indices, images in _grouped(batches):
             found = extractor.extract(images)
             moments.add(found.features)
@@ -143,27 +143,32 @@ def score(
                 made.add(int(indices[0]), found.features)
             bar.update(len(images))
     with progress.activity("computing the metrics"):
-        metrics = _distances(moments, spatial, sums, extractor, reference, hosts)
+        metrics = _distances(moments, spatial, sums, extractor, reference, processes)
         if asks:
-            metrics["accuracy"] = float(hosts.sum(np.array([right]))[0]) / total
+            metrics["accuracy"] = float(processes.sum(np.array([right]))[0]) / total
         if real is not None and made is not None:
             made.list()
-            pair = precision_recall([real], made, k=NEIGHBOURS, hosts=hosts)
-            kid = kernel_distance(made, [real], hosts=hosts)  # in the order of torch-fidelity
+            pair = precision_recall([real], made, k=NEIGHBOURS, processes=processes)
+            kid = kernel_distance(made, [real], processes=processes)  # in the order of torch-fidelity
             metrics |= {"precision": pair.precision, "recall": pair.recall, "kid": kid.mean, "kid_std": kid.std}
     return names.of_extractor(metrics, extractor.name)
 
 
 def _distances(
-    moments: Moments, spatial: Moments, sums: ScoreSums, extractor: FeatureExtractor, reference: Reference, hosts: Hosts
+    moments: Moments,
+    spatial: Moments,
+    sums: ScoreSums,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    processes: Processes,
 ) -> dict[str, float]:
     """The metrics that are made of sums; once a host has them, all have reached this and written their features."""
     metrics: dict[str, float] = {}
     if reference.gaussian is not None:
-        metrics["fid"] = frechet_distance(moments.merged(hosts).gaussian(), reference.gaussian)
+        metrics["fid"] = frechet_distance(moments.merged(processes).gaussian(), reference.gaussian)
     if reference.spatial is not None and extractor.num_spatial:
-        metrics["sfid"] = frechet_distance(spatial.merged(hosts).gaussian(), reference.spatial)
-    mean, std = sums.merged(hosts).result()
+        metrics["sfid"] = frechet_distance(spatial.merged(processes).gaussian(), reference.spatial)
+    mean, std = sums.merged(processes).result()
     return metrics | {"inception_score": mean, "inception_score_std": std}
 
 

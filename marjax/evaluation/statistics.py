@@ -16,7 +16,7 @@ from etils import epath
 
 from marjax import numerics, progress
 from marjax.errors import UserError, shortened
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.image_sets import Batch, NpzImages
 from marjax.evaluation.metrics.frechet import Gaussian, Moments
 from marjax.evaluation.networks.extractor import FeatureExtractor
@@ -148,18 +148,18 @@ def make_reference(
     source: str = "",
     keep_features: int = 10_000,
     seed: int = 0,
-    hosts: Hosts | None = None,
+    processes: Processes | None = None,
 ) -> Reference:
     """Sends images through a network; every host calls it with its share of them, and all get the same.
 
     Args:
-      batches: indices int (B,) and images uint8 (B, H, W, C); each index of [0, total) once over all hosts.
+      batches: indices int (B,) and images uint8 (B, H, W, C); each index of [0, total) once over all processes.
       total: N, at least 2.
       extractor: the network.
       source: see `Reference`.
       keep_features: of how many images, at most, the features are kept, in the order of their indices.
       seed: of their choice, which follows from it, `keep_features` and N alone.
-      hosts: those that share the images.
+      processes: those that share the images.
 
     Raises:
       UserError: fewer than 2 images.
@@ -167,14 +167,14 @@ def make_reference(
     """
     if total < 2:
         raise UserError(f"{total} images have no statistics: give at least 2")
-    hosts = hosts or Hosts()
+    processes = processes or Processes()
     moments, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial)
     chosen = np.sort(np.random.RandomState(seed).permutation(total)[:keep_features])
     place_N = np.full(total, -1)
     place_N[chosen] = np.arange(len(chosen))
     kept_nxF = np.zeros((len(chosen), extractor.num_features), np.float32)
     times_N = np.zeros(total, np.int64)
-    with progress.bar("measuring", -(-total // hosts.count), "images") as bar:
+    with progress.bar("measuring", -(-total // processes.count), "images") as bar:
         for indices_B, images in batches:
             found = extractor.extract(images)
             np.add.at(times_N, indices_B, 1)
@@ -184,18 +184,18 @@ def make_reference(
             places_B = place_N[indices_B]
             kept_nxF[places_B[places_B >= 0]] = found.features[places_B >= 0]
             bar.update(len(images))
-    times_N = hosts.sum(times_N)
+    times_N = processes.sum(times_N)
     if (times_N != 1).any():
         raise ValueError(
             f"{(times_N != 1).sum()} of {total} images are missing or came more than once: give each image once"
         )
-    if hosts.count > 1:
+    if processes.count > 1:
         for start in range(0, len(kept_nxF), 1024):  # as float64 only in parts
             some = slice(start, start + 1024)
-            kept_nxF[some] = hosts.sum(kept_nxF[some].astype(np.float64))
+            kept_nxF[some] = processes.sum(kept_nxF[some].astype(np.float64))
     return Reference(
-        moments.merged(hosts).gaussian(),
-        spatial.merged(hosts).gaussian() if extractor.num_spatial else None,
+        moments.merged(processes).gaussian(),
+        spatial.merged(processes).gaussian() if extractor.num_spatial else None,
         kept_nxF if len(kept_nxF) else None,
         extractor={"name": extractor.name, "checksum": extractor.checksum},
         source=source,

@@ -76,7 +76,7 @@ def make_statistics(
             assert config is not None
             config_lib.tokens_of(config)  # invalid sizes of the data are reported before anything is read
             source = ConfigImages(config.data)
-        hosts = all_processes()
+        processes = all_processes()
         if there is not None:  # at once, where that is enough to tell
             network_of = {"name": network.name, "checksum": network.checksum}
             if (there.extractor, there.source, there.gaussian and there.gaussian.count) != (
@@ -87,12 +87,12 @@ def make_statistics(
                 raise _other(out)
         try:
             made = make_reference(
-                source.batches(batch_size, hosts),
+                source.batches(batch_size, processes),
                 len(source),
                 network,
                 source=source.source,
                 keep_features=keep_features,
-                hosts=hosts,
+                processes=processes,
             )
         except ValueError as error:
             raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
@@ -100,9 +100,9 @@ def make_statistics(
             if not _same(there, made):
                 raise _other(out)
             return there
-        if hosts.index == 0:
+        if processes.index == 0:
             write_reference(out, made)
-        hosts.meet()
+        processes.barrier()
         return read_reference(out)
 
 

@@ -180,7 +180,7 @@ def opened_sampler(
     mesh = sharding.near_mesh(config.mesh, jax.local_devices() if local else None)
     tokens = config_lib.tokens_of(config)
     tokenizer = open_tokenizer(config.tokenizer)
-    generator = generator_lib.of(config, tokens)
+    generator = generator_lib.from_config(config, tokens)
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise no_checkpoints(workdir)
@@ -189,7 +189,7 @@ def opened_sampler(
         restored = checkpoints.restore({item: abstract_params(generator, mesh, config.mesh.replicate_below)}, step)
     if restored is None:
         raise no_checkpoints(workdir)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
+    sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
     return Opened(
         sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item], restored.digests[item]
     )

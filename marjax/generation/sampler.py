@@ -43,7 +43,7 @@ class Settings:
     choice: tuple[float, ...] | None = None  # the choice temperature of every step; None: the order is drawn ahead
 
     @classmethod
-    def of(cls, sample: ml_collections.ConfigDict, generator: Generator) -> "Settings":
+    def from_config(cls, sample: ml_collections.ConfigDict, generator: Generator) -> "Settings":
         """The settings of a resolved `config.sample`, its steps grouped so that the padded FLOPs are least."""
         num_tokens = generator.num_tokens
         plan = generation_plan(num_tokens, sample.num_iter)
@@ -160,7 +160,7 @@ class Sampler:
     ) -> None:
         self.generator, self.settings, self.mesh = generator, settings, mesh
         self.tokenizer, self.tokens = tokenizer, tokens
-        self.tokenizer_params = sharding.put_whole(tokenizer.params, mesh)
+        self.tokenizer_params = sharding.put_replicated(tokenizer.params, mesh)
         self.program = self._make_program()
         self.checked = self._checked()
 
@@ -171,7 +171,7 @@ class Sampler:
         `num_sampling_steps`, `max_stages`, `confidence_order` and whether `cfg` is 1 take one of their own.
         """
         other = copy.copy(self)
-        other.settings = Settings.of(sample, self.generator)
+        other.settings = Settings.from_config(sample, self.generator)
         if other.settings.shape() != self.settings.shape():
             other.program = other._make_program()
             other.checked = other._checked()
@@ -223,7 +223,7 @@ class Sampler:
             None if each is None else np.asarray(each, np.float32)
             for each in (self.settings.guidance, self.settings.choice)
         )
-        rows = sharding.cut_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
+        rows = sharding.shard_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
         return (
             params,
             self.tokenizer_params,
@@ -238,7 +238,7 @@ class Sampler:
     def described_arguments(self, params: Any, batch_size: int) -> tuple[Any, ...]:
         """What `arguments` gives for so many samples, as shapes: to compile `program` without devices or weights.
 
-        The tokenizer's parameters must be described too (see `sharding.put_whole`).
+        The tokenizer's parameters must be described too (see `sharding.put_replicated`).
         """
         rows = sharding.batch_sharding(self.mesh)
         labels, index = (jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.uint32))

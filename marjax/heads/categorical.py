@@ -60,7 +60,7 @@ class CategoricalHead(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def of(cls, model: Any, token_dim: int, num_codes: int) -> "CategoricalHead":
+    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "CategoricalHead":
         """From a resolved `config.model`."""
         del token_dim
         return cls(num_codes=num_codes, cond_width=model.width, dtype=jnp.dtype(model.dtype))
@@ -164,7 +164,7 @@ class CategoricalHead(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         logits = self.logits(z)
         if scale is not None:
-            logits = cfg.guided(logits, scale)
+            logits = cfg.apply_cfg(logits, scale)
         code = sample_codes(logits, gumbel(noise, self.num_codes), temperature)
         return codebook[code], -cross_entropy(logits, code)
 

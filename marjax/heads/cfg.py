@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def guided(prediction: jax.Array, scale: jax.Array) -> jax.Array:
+def apply_cfg(prediction: jax.Array, scale: jax.Array) -> jax.Array:
     """unconditional + scale (conditional - unconditional): float32 (B, ...) from (2 B, ...), conditional half first."""
     conditional, unconditional = jnp.split(prediction.astype(jnp.float32), 2, axis=0)
     return unconditional + scale * (conditional - unconditional)

@@ -35,7 +35,7 @@ class DiffusionHead(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def of(cls, model: Any, token_dim: int, num_codes: int) -> "DiffusionHead":
+    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "DiffusionHead":
         """From a resolved `config.model`; tokens may be codes or not."""
         del num_codes
         return cls(
@@ -133,7 +133,7 @@ class DiffusionHead(nn.Module):
                 if guidance is None:
                     return self.denoiser.predict(x, modulation, i)
                 prediction = self.denoiser.predict(jnp.concatenate([x, x]), modulation, i)
-                return gaussian_diffusion.guided(prediction.astype(jnp.float32), guidance)
+                return gaussian_diffusion.apply_cfg(prediction.astype(jnp.float32), guidance)
 
             return denoise
 

@@ -28,7 +28,7 @@ class RegressionHead(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def of(cls, model: Any, token_dim: int, num_codes: int) -> "RegressionHead":
+    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "RegressionHead":
         """From a resolved `config.model`; tokens may be codes or not."""
         del num_codes
         return cls(token_dim=token_dim, cond_width=model.width, dtype=jnp.dtype(model.dtype))
@@ -76,7 +76,7 @@ class RegressionHead(nn.Module):
         """
         del noise, num_sampling_steps, temperature, codebook
         mean = self.mean(z).astype(jnp.float32)
-        return mean if guidance is None else cfg.guided(mean, guidance)
+        return mean if guidance is None else cfg.apply_cfg(mean, guidance)
 
     @nn.nowrap
     def loss_flops(self) -> float:

@@ -186,7 +186,7 @@ def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int]:
 
 def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
     """The parameter tree, float32 numpy. Raises UserError: names of tensors and parameters that do not match."""
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     abstract = jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0)))
     odd = [
         f"{name} ({tensor.dtype})"

@@ -57,7 +57,7 @@ def export(
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     config = read_workdir(workdir)
     arguments = reference.arguments_of(config)
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

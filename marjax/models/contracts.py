@@ -27,7 +27,7 @@ class Head(Protocol):
     """
 
     @classmethod
-    def of(cls, model: Any, token_dim: int, num_codes: int) -> "Head":
+    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "Head":
         """From a resolved `config.model`.
 
         `model.extra` has settings of your own as text: `marjax.config.parse_arg(model.extra, rate=0.1)` parses it.
@@ -92,8 +92,8 @@ class Backbone(Protocol):
     """
 
     @classmethod
-    def of(cls, model: Any, num_tokens: int, token_dim: int) -> "Backbone":
-        """From a resolved `config.model`; see `Head.of` about `model.extra`."""
+    def from_config(cls, model: Any, num_tokens: int, token_dim: int) -> "Backbone":
+        """From a resolved `config.model`; see `Head.from_config` about `model.extra`."""
         ...
 
     def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
@@ -157,8 +157,8 @@ def check(generator: Any, model: Any) -> None:
         )
         noise = jax.vmap(lambda key: generator.head.draw_sample_noise(key, length, "4"))(jax.random.split(key, batch))
 
-        def condition(module: Any) -> jax.Array:
-            return module.condition(tokens, labels, rand.drop_label, rand.order, rand.num_known)
+        def backbone_output(module: Any) -> jax.Array:
+            return module.backbone_output(tokens, labels, rand.drop_label, rand.order, rand.num_known)
 
         def sample(module: Any, z: jax.Array) -> jax.Array:
             return module.head.sample(
@@ -170,7 +170,7 @@ def check(generator: Any, model: Any) -> None:
                 codebook=codebook,
             )
 
-        z = generator.apply(variables, method=condition)
+        z = generator.apply(variables, method=backbone_output)
         return rand.num_known, z, terms, generator.apply(variables, z, method=sample), variables
 
     num_known, z, terms, tokens, variables = jax.eval_shape(trace, numerics.key(0))

@@ -48,7 +48,7 @@ class CausalBackbone(nn.Module):
     kv_cache: bool = True
 
     @classmethod
-    def of(cls, model: Any, num_tokens: int, token_dim: int) -> "CausalBackbone":
+    def from_config(cls, model: Any, num_tokens: int, token_dim: int) -> "CausalBackbone":
         """From a resolved `config.model`: both depths make one stack."""
         return cls(
             num_tokens=num_tokens,
@@ -71,9 +71,9 @@ class CausalBackbone(nn.Module):
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # of the class token, then of every position
-        self.first = Stack.of(self, self.first_depth)
+        self.first = Stack.from_backbone(self, self.first_depth)
         self.target_pos_embed = embedding("target_pos_embed", self.num_tokens)
-        self.second = Stack.of(self, self.second_depth)
+        self.second = Stack.from_backbone(self, self.second_depth)
         self.norm = LayerNorm(dtype=self.dtype)
 
     @nn.nowrap
@@ -109,15 +109,15 @@ class CausalBackbone(nn.Module):
 
         def by_position(table_LxW: jax.Array, position: jax.Array) -> jax.Array:
             table = jnp.broadcast_to(table_LxW, (batch, length, self.width))
-            return orders.take(table, position, rank_BxL).astype(self.dtype)
+            return orders.gather_rows(table, position, rank_BxL).astype(self.dtype)
 
-        x = self.z_proj(orders.take(tokens_BxLxD, before, rank_BxL)) + by_position(self.pos_embed[1:], before)
+        x = self.z_proj(orders.gather_rows(tokens_BxLxD, before, rank_BxL)) + by_position(self.pos_embed[1:], before)
         x = jnp.concatenate([self._class_token(class_embed_BxW), x], axis=1)
         x = nn.with_logical_constraint(self.z_proj_norm(x), ("batch", None, None))
         causal = jnp.tril(jnp.ones((length, length), bool))
         x = self.first(x, causal, deterministic)
         x = self.second(x + by_position(self.target_pos_embed, order_BxL), causal, deterministic)
-        return orders.take(self.norm(x), rank_BxL, order_BxL)
+        return orders.gather_rows(self.norm(x), rank_BxL, order_BxL)
 
     @nn.nowrap
     def init_cache(self, batch: int) -> Cache | tuple[()]:

@@ -36,7 +36,7 @@ class MaskedBackbone(nn.Module):
     mask_ratio: orders.MaskRatio = orders.MaskRatio()
 
     @classmethod
-    def of(cls, model: Any, num_tokens: int, token_dim: int) -> "MaskedBackbone":
+    def from_config(cls, model: Any, num_tokens: int, token_dim: int) -> "MaskedBackbone":
         """From a resolved `config.model`."""
         ratio = model.mask_ratio
         return cls(
@@ -63,14 +63,14 @@ class MaskedBackbone(nn.Module):
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.encoder_pos_embed = embedding("encoder_pos_embed", length)
-        self.encoder = Stack.of(self, self.encoder_depth)
+        self.encoder = Stack.from_backbone(self, self.encoder_depth)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
         self.mask_token: Any = self.param(
             "mask_token", nn.with_logical_partitioning(normal_002, ("embed",)), (self.width,), jnp.float32
         )
         self.decoder_pos_embed = embedding("decoder_pos_embed", length)
-        self.decoder = Stack.of(self, self.decoder_depth)
+        self.decoder = Stack.from_backbone(self, self.decoder_depth)
         self.decoder_norm = LayerNorm(dtype=self.dtype)
         self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
 
@@ -120,9 +120,9 @@ class MaskedBackbone(nn.Module):
         batch, buffer = tokens_BxLxD.shape[0], self.buffer_size
         rank_BxL = orders.ranks(order_BxL)
         chosen_BxS = order_BxL[:, :slots]
-        tokens_BxSxD = orders.take(tokens_BxLxD, chosen_BxS, rank_BxL)
+        tokens_BxSxD = orders.gather_rows(tokens_BxLxD, chosen_BxS, rank_BxL)
         pos_BxLxW = jnp.broadcast_to(self.encoder_pos_embed[buffer:], (batch, self.num_tokens, self.width))
-        x_BxSxW = self.z_proj(tokens_BxSxD) + orders.take(pos_BxLxW, chosen_BxS, rank_BxL).astype(self.dtype)
+        x_BxSxW = self.z_proj(tokens_BxSxD) + orders.gather_rows(pos_BxLxW, chosen_BxS, rank_BxL).astype(self.dtype)
         x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[:buffer]).astype(self.dtype)
         x = self.z_proj_norm(jnp.concatenate([x_BxPxW, x_BxSxW], axis=1))
         known_BxT = jnp.arange(buffer + slots) < buffer + num_known_B[:, None]
@@ -143,7 +143,7 @@ class MaskedBackbone(nn.Module):
         known_BxL = rank_BxL < num_known_B[:, None]
         slot_BxL = jnp.where(known_BxL, rank_BxL, slots)
         position_BxS = jnp.where(jnp.arange(slots) < num_known_B[:, None], order_BxL[:, :slots], num_tokens)
-        x_BxLxW = orders.take(encoded[:, buffer:], slot_BxL, position_BxS)
+        x_BxLxW = orders.gather_rows(encoded[:, buffer:], slot_BxL, position_BxS)
         x_BxLxW = jnp.where(known_BxL[..., None], x_BxLxW, self.mask_token.astype(self.dtype))
         x = jnp.concatenate([encoded[:, :buffer], x_BxLxW], axis=1) + self.decoder_pos_embed.astype(self.dtype)
         x = self.decoder(nn.with_logical_constraint(x, ("batch", None, None)), None, deterministic)

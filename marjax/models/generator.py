@@ -112,13 +112,13 @@ class Generator(nn.Module):
           deterministic: no dropout; otherwise the rng "dropout" is needed.
           codebook: of a discrete tokenizer, float32 (K, D); tokens are then among its rows.
         """
-        z_BxLxW = self.condition(
+        z_BxLxW = self.backbone_output(
             tokens_BxLxD, labels_B, rand.drop_label, rand.order, rand.num_known, deterministic=deterministic
         )
         unknown_BxL = (orders.ranks(rand.order) >= rand.num_known[:, None]).astype(jnp.float32)
         return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL, codebook)
 
-    def condition(
+    def backbone_output(
         self,
         tokens_BxLxD: jax.Array,
         labels_B: jax.Array,
@@ -220,8 +220,8 @@ def build(
     """
     variant = VARIANTS[model.variant]
     try:
-        backbone = BACKBONES[variant.attention].of(model, num_tokens, token_dim)
-        head = HEADS[model.head].of(model, token_dim, num_codes)
+        backbone = BACKBONES[variant.attention].from_config(model, num_tokens, token_dim)
+        head = HEADS[model.head].from_config(model, token_dim, num_codes)
     except UserError as error:  # of a registered one, which parses its own settings
         raise UserError(f"config.model.extra={shown(model.extra)}: {error}") from None
     return Generator(
@@ -237,7 +237,7 @@ def build(
     )
 
 
-def of(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
+def from_config(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
     """The network of a whole resolved config, for tokens of that `TokenShape`.
 
     Raises:

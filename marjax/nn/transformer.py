@@ -74,7 +74,7 @@ class Stack(nn.Module):
     dtype: Any
 
     @classmethod
-    def of(cls, backbone: Any, depth: int) -> "Stack":
+    def from_backbone(cls, backbone: Any, depth: int) -> "Stack":
         """With the settings of the backbone that it is a part of."""
         return cls(
             depth,

@@ -14,7 +14,7 @@ from marjax.sweep import jobs as jobs_lib
 from marjax.sweep import runner, slurm, xpk
 from marjax.sweep.definition import LOCK, select
 from marjax.sweep.jobs import QUEUED, RUNNING, UNKNOWN, Job
-from marjax.sweep.points import PREPARE, Plan
+from marjax.sweep.points import PREPARE, SweepRun
 from marjax.sweep.rows import Row, last_metrics, write_table
 from marjax.sweep.runner import tell
 
@@ -56,31 +56,31 @@ def sweep(
         be learnt of their jobs.
     """
     arguments = _checked(engine, engine_args, jobs, root)
-    plan = Plan.of(path, root)
-    chosen = list(plan.configs) if only is None else select(only, list(plan.configs))
-    make_folder(plan.root / "logs")
-    with locked_folder(plan.root, "marjax sweep", LOCK) as lock:
-        waiting, busy, unknown = _waiting(plan, chosen, alone=lock is not None)
-        write(plan)
-        prepares = bool(waiting) and plan.sweep.prepare is not None
+    sweep_run = SweepRun.open(path, root)
+    chosen = list(sweep_run.configs) if only is None else select(only, list(sweep_run.configs))
+    make_folder(sweep_run.root / "logs")
+    with locked_folder(sweep_run.root, "marjax sweep", LOCK) as lock:
+        waiting, busy, unknown = _waiting(sweep_run, chosen, alone=lock is not None)
+        write(sweep_run)
+        prepares = bool(waiting) and sweep_run.sweep.prepare is not None
         if prepares and engine != "slurm":  # xpk has no order of workloads: it is done here, before any is made
-            runner.run(plan, [PREPARE], 1, lock, lambda: None)
-            failed = plan.state(PREPARE)
+            runner.run(sweep_run, [PREPARE], 1, lock, lambda: None)
+            failed = sweep_run.state(PREPARE)
             if failed.status == "failed":
-                raise TrainingError(f"prepare failed: {failed.error}; see {plan.log(PREPARE)}")
+                raise TrainingError(f"prepare failed: {failed.error}; see {sweep_run.log(PREPARE)}")
         if engine == "local":
-            runner.run(plan, waiting, jobs or 1, lock, lambda: write(plan))
+            runner.run(sweep_run, waiting, jobs or 1, lock, lambda: write(sweep_run))
         elif waiting:
-            _submit(plan, waiting, engine, arguments, jobs, prepares)
+            _submit(sweep_run, waiting, engine, arguments, jobs, prepares)
             busy = True
-        rows = write(plan)
-        if plan.sweep.report is not None and not busy and not unknown:
-            plan.sweep.report(plan.root, rows)
+        rows = write(sweep_run)
+        if sweep_run.sweep.report is not None and not busy and not unknown:
+            sweep_run.sweep.report(sweep_run.root, rows)
     if unknown:
         raise TrainingError(
             f"{len(unknown)} of {len(chosen)} points were skipped, since nothing can be learnt here of "
             f"their jobs: {' '.join(unknown)}; where a job has ended, delete its file in "
-            f"{plan.root / 'jobs'}, then start the sweep again"
+            f"{sweep_run.root / 'jobs'}, then start the sweep again"
         )
     return rows
 
@@ -104,30 +104,32 @@ def status(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[s
     Raises:
       UserError: a file or point that cannot be used, or no such folder.
     """
-    plan = _existing(path, root)
-    given = jobs_lib.read(plan, list(plan.configs))
+    sweep_run = _existing(path, root)
+    given = jobs_lib.read(sweep_run, list(sweep_run.configs))
     states = jobs_lib.states(given, _ASK)
-    width = max(len(name) for name in plan.configs)
-    return [f"{name:<{width}}  {_status(plan, name, given.get(name), states.get(name))}" for name in plan.configs]
+    width = max(len(name) for name in sweep_run.configs)
+    return [
+        f"{name:<{width}}  {_status(sweep_run, name, given.get(name), states.get(name))}" for name in sweep_run.configs
+    ]
 
 
-def write(plan: Plan) -> list[Row]:
+def write(sweep_run: SweepRun) -> list[Row]:
     """Writes the table of what is in the root folder; one row a point, or one a measured line. Raises UserError."""
-    varying, rows = plan.varying(), []
-    for name in plan.configs:
-        state = plan.state(name)
+    varying, rows = sweep_run.varying(), []
+    for name in sweep_run.configs:
+        state = sweep_run.state(name)
         last = {"status": state.status, "seconds": state.seconds, "error": state.error}
         for measured in state.measured or [{}]:
             rows.append(
                 {
                     "point": name,
                     **varying[name],
-                    **last_metrics(plan.root / name),
+                    **last_metrics(sweep_run.root / name),
                     **measured,
                     **{key: value for key, value in last.items() if value is not None},
                 }
             )
-    write_table(plan.root, rows, list(next(iter(varying.values()))))
+    write_table(sweep_run.root, rows, list(next(iter(varying.values()))))
     return rows
 
 
@@ -156,20 +158,20 @@ def _checked(engine: str, engine_args: str, at_once: int | None, root: str | os.
     return arguments
 
 
-def _waiting(plan: Plan, chosen: Sequence[str], alone: bool) -> tuple[list[str], bool, list[str]]:
+def _waiting(sweep_run: SweepRun, chosen: Sequence[str], alone: bool) -> tuple[list[str], bool, list[str]]:
     """The points to run, whether some jobs are still at work, and the points of whose jobs nothing can be learnt.
 
     Args:
-      plan: of the sweep.
+      sweep_run: of the sweep.
       chosen: names of points.
       alone: whether this has the root's lock, so that no process of a sweep on this machine, or on another that sees
         the same locks, runs a point.
     """
-    given = jobs_lib.read(plan, chosen)
+    given = jobs_lib.read(sweep_run, chosen)
     states = jobs_lib.states(given, _ASK | ({"local": jobs_lib.all_ended} if alone else {}))
     waiting, busy, unknown = [], False, []
     for name in chosen:
-        state, job = plan.state(name), states.get(name)
+        state, job = sweep_run.state(name), states.get(name)
         if state.status == "done":
             tell(name, "finished before, skipped")
         elif state.conflict:
@@ -182,7 +184,7 @@ def _waiting(plan: Plan, chosen: Sequence[str], alone: bool) -> tuple[list[str],
             tell(
                 name,
                 f"given to {given[name].engine} {given[name].id}, of which nothing can be learnt here: skipped; "
-                f"if it has ended, delete {plan.job(name)}",
+                f"if it has ended, delete {sweep_run.job(name)}",
             )
         else:
             waiting.append(name)
@@ -190,19 +192,24 @@ def _waiting(plan: Plan, chosen: Sequence[str], alone: bool) -> tuple[list[str],
 
 
 def _submit(
-    plan: Plan, names: Sequence[str], engine: str, arguments: Sequence[str], at_once: int | None, prepares: bool
+    sweep_run: SweepRun,
+    names: Sequence[str],
+    engine: str,
+    arguments: Sequence[str],
+    at_once: int | None,
+    prepares: bool,
 ) -> None:
     if engine == "slurm":
-        made = slurm.submit(plan, names, prepare=prepares, at_once=at_once, arguments=arguments)
+        made = slurm.submit(sweep_run, names, prepare=prepares, at_once=at_once, arguments=arguments)
     else:
-        made = xpk.submit(plan, names, arguments=arguments)
+        made = xpk.submit(sweep_run, names, arguments=arguments)
     for name, job in made.items():
         tell(name, f"submitted as {engine} {job.id}")
 
 
-def _status(plan: Plan, name: str, job: Job | None, job_state: str | None) -> str:
-    state = plan.state(name)
-    progress = _progress(plan, name)
+def _status(sweep_run: SweepRun, name: str, job: Job | None, job_state: str | None) -> str:
+    state = sweep_run.state(name)
+    progress = _progress(sweep_run, name)
     if state.status == "done":
         return f"done{'' if state.seconds is None else f' in {_span(state.seconds)}'}"
     if job is not None and job_state in (QUEUED, RUNNING):
@@ -211,17 +218,17 @@ def _status(plan: Plan, name: str, job: Job | None, job_state: str | None) -> st
         return f"failed: {state.error}{progress}"
     if job is not None and job_state == UNKNOWN:
         return f"submitted ({job.engine} {job.id}, state unknown here){progress}"
-    before = plan.state(PREPARE)
+    before = sweep_run.state(PREPARE)
     return f"unfinished{progress}" + (f"; prepare failed: {before.error}" if before.status == "failed" else "")
 
 
-def _progress(plan: Plan, name: str) -> str:
+def _progress(sweep_run: SweepRun, name: str) -> str:
     """ ", step 20 of 40, updated 3 min ago" as far as metrics.jsonl says; "" if there is none."""
-    last = last_metrics(plan.root / name)
+    last = last_metrics(sweep_run.root / name)
     if "step" not in last:
         return ""
-    text = f", step {last['step']} of {plan.configs[name].train.steps}"
-    changed = (plan.root / name / "metrics.jsonl").stat().mtime
+    text = f", step {last['step']} of {sweep_run.configs[name].train.steps}"
+    changed = (sweep_run.root / name / "metrics.jsonl").stat().mtime
     return text + (f", updated {_span(max(0.0, time.time() - changed))} ago" if changed else "")
 
 
@@ -232,8 +239,8 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _existing(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Plan:
-    plan = Plan.of(path, root)
-    if not plan.root.is_dir():
+def _existing(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> SweepRun:
+    sweep_run = SweepRun.open(path, root)
+    if not sweep_run.root.is_dir():
         raise UserError(f"root {os.fspath(root)} does not exist: give the --root of a sweep")
-    return plan
+    return sweep_run

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from marjax.errors import TrainingError, UserError
 from marjax.files import write_bytes
 from marjax.json_file import read_json
-from marjax.sweep.points import Plan, write_json
+from marjax.sweep.points import SweepRun, write_json
 
 QUEUED, RUNNING, ENDED, UNKNOWN = "queued", "running", "ended", "unknown"
 # Whoever wrote the file: no option of squeue or kubectl but these, of which others would run a program.
@@ -43,24 +43,26 @@ class Job:
     where: tuple[str, ...] = ()
 
 
-def read(plan: Plan, names: Sequence[str]) -> dict[str, Job]:
+def read(sweep_run: SweepRun, names: Sequence[str]) -> dict[str, Job]:
     """The jobs of these points; those that none was given are left out. Raises UserError: a damaged file."""
     jobs = {}
     for name in names:
-        found = read_json(plan.job(name), _SHAPE, missing=None, advice="delete it if the job of that point has ended")
+        found = read_json(
+            sweep_run.job(name), _SHAPE, missing=None, advice="delete it if the job of that point has ended"
+        )
         if found is not None:
             jobs[name] = Job(found["engine"], found["id"], tuple(found["where"]))
     return jobs
 
 
-def write(plan: Plan, name: str, job: Job) -> None:
+def write(sweep_run: SweepRun, name: str, job: Job) -> None:
     """Notes the job of a point, or of PREPARE. Raises UserError."""
-    plan.job(name).parent.mkdir(parents=True, exist_ok=True)
-    write_json(plan.job(name), dataclasses.asdict(job))
+    sweep_run.job(name).parent.mkdir(parents=True, exist_ok=True)
+    write_json(sweep_run.job(name), dataclasses.asdict(job))
 
 
 @contextlib.contextmanager
-def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
+def submitting(sweep_run: SweepRun, names: Sequence[str]) -> Iterator[None]:
     """Erases how points failed before they are submitted, since their jobs may fail at once.
 
     If the engine refuses, what was noted of them and of their jobs is put back.
@@ -68,10 +70,10 @@ def submitting(plan: Plan, names: Sequence[str]) -> Iterator[None]:
     before = {
         path: path.read_bytes() if path.exists() else None
         for name in names
-        for path in (plan.failure(name), plan.job(name))
+        for path in (sweep_run.failure(name), sweep_run.job(name))
     }
     for name in names:
-        plan.failure(name).unlink(missing_ok=True)
+        sweep_run.failure(name).unlink(missing_ok=True)
     try:
         yield
     except (UserError, TrainingError):

@@ -51,7 +51,7 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SweepRun:
     """A sweep whose every config is known to be right, and its root folder.
 
     Attributes:
@@ -68,7 +68,7 @@ class Plan:
 
     @classmethod
     @takes_paths("path", "root")
-    def of(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "Plan":
+    def open(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "SweepRun":
         """Loads the file, and loads, overlays and resolves every point of it. Raises UserError, naming the point."""
         storage.check(root)
         loaded = load(path)
@@ -152,39 +152,39 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
     A failure is noted for the table, and raised; that of an earlier start is erased. Where the point has several
     processes, all call this, and the first one writes.
     """
-    plan = Plan.of(path, root)
-    if name not in (PREPARE, *plan.configs):
+    sweep_run = SweepRun.open(path, root)
+    if name not in (PREPARE, *sweep_run.configs):
         raise UserError(f"sweep file {path} has no point {name!r} any more: start the sweep again")
-    state = State("unfinished") if name == PREPARE else plan.state(name)
+    state = State("unfinished") if name == PREPARE else sweep_run.state(name)
     if state.status == "done":  # a job that was queued twice, or started again after its last line
         return
     if is_first_process():
-        plan.failure(name).unlink(missing_ok=True)
+        sweep_run.failure(name).unlink(missing_ok=True)
     start = time.monotonic()
     try:
         if name != PREPARE:
-            _train_and_measure(plan, name, start)
-        elif plan.sweep.prepare is not None:
-            plan.sweep.prepare(plan.root)
+            _train_and_measure(sweep_run, name, start)
+        elif sweep_run.sweep.prepare is not None:
+            sweep_run.sweep.prepare(sweep_run.root)
     except Exception as error:
         if _goes_on(error):
             raise
         first = first_line(error, "")
         told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
         if is_first_process():
-            plan.fail(name, told, time.monotonic() - start)
+            sweep_run.fail(name, told, time.monotonic() - start)
         raise
 
 
-def _train_and_measure(plan: Plan, name: str, start: float) -> None:
+def _train_and_measure(sweep_run: SweepRun, name: str, start: float) -> None:
     from marjax.training.train import train
 
-    workdir = plan.root / name
-    train(plan.configs[name], workdir)
-    measured = plan.sweep.measure(workdir, plan.root) if plan.sweep.measure is not None else []
-    rows = checked(measured, plan.varying()[name].keys())
+    workdir = sweep_run.root / name
+    train(sweep_run.configs[name], workdir)
+    measured = sweep_run.sweep.measure(workdir, sweep_run.root) if sweep_run.sweep.measure is not None else []
+    rows = checked(measured, sweep_run.varying()[name].keys())
     if is_first_process():
-        plan.finish(name, rows, time.monotonic() - start)
+        sweep_run.finish(name, rows, time.monotonic() - start)
 
 
 def end_with_parent(pid: int) -> None:

@@ -24,17 +24,17 @@ from marjax.errors import PREEMPTED
 from marjax.files import write_bytes
 from marjax.storage import is_remote
 from marjax.sweep import jobs
-from marjax.sweep.points import PREPARE, Plan
+from marjax.sweep.points import PREPARE, SweepRun
 
 _READ_LOGS = 1.0  # seconds between looks at what the points print
 GRACE = 10.0  # seconds that processes get to end when the sweep is stopped
 
 
-def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended: Callable[[], Any]) -> None:
+def run(sweep_run: SweepRun, names: Sequence[str], at_once: int, lock: int | None, ended: Callable[[], Any]) -> None:
     """Runs points, or PREPARE, until all have ended; ends them all where this process is told to stop.
 
     Args:
-      plan: of the sweep.
+      sweep_run: of the sweep.
       names: of the points.
       at_once: points at a time.
       lock: the file descriptor that holds the root's lock, or None; what `marjax.lock.locked` yields.
@@ -49,40 +49,40 @@ def run(plan: Plan, names: Sequence[str], at_once: int, lock: int | None, ended:
             while waiting or running:
                 while waiting and len(running) < at_once and not caught:
                     name = waiting.pop(0)
-                    tell(name, f"started, log in {_log(plan, name)}")
-                    running[name] = _start(plan, name, lock), time.monotonic()
+                    tell(name, f"started, log in {_log(sweep_run, name)}")
+                    running[name] = _start(sweep_run, name, lock), time.monotonic()
                 if caught:
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
                 time.sleep(0.1)
                 if time.monotonic() - read > _READ_LOGS:
                     read = time.monotonic()
-                    bar.detail = "; ".join(f"{name.lstrip('_')}: {_last_line(plan, name)}" for name in running)
+                    bar.detail = "; ".join(f"{name.lstrip('_')}: {_last_line(sweep_run, name)}" for name in running)
                 for name, (process, start) in list(running.items()):
                     if process.poll() is not None:
                         del running[name]
-                        _ended(plan, name, process.returncode, time.monotonic() - start)
+                        _ended(sweep_run, name, process.returncode, time.monotonic() - start)
                         ended()
                         bar.update()
         finally:
             _end([process for process, _ in running.values()])
             for name in running:
-                _keep_log(plan, name)
-            if is_remote(plan.root):
-                shutil.rmtree(_log_folder(plan), ignore_errors=True)
+                _keep_log(sweep_run, name)
+            if is_remote(sweep_run.root):
+                shutil.rmtree(_log_folder(sweep_run), ignore_errors=True)
 
 
-def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]":
+def _start(sweep_run: SweepRun, name: str, lock: int | None) -> "subprocess.Popen[bytes]":
     """The process of a point, `marjax sweep-point`, which sets itself up like any command.
 
     It leads a session of its own, so that Ctrl-C reaches this process alone and the workers of a point end with it.
     Should this process be killed, it stops, and holds the lock until then.
     """
-    plan.failure(name).unlink(missing_ok=True)
-    _fetch_log(plan, name)
-    with open(_log(plan, name), "a") as log:
+    sweep_run.failure(name).unlink(missing_ok=True)
+    _fetch_log(sweep_run, name)
+    with open(_log(sweep_run, name), "a") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {name}\n")
         log.flush()
-        command = [*plan.command(name, sys.executable), "--alone", "--parent", str(os.getpid())]
+        command = [*sweep_run.command(name, sys.executable), "--alone", "--parent", str(os.getpid())]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -93,7 +93,7 @@ def _start(plan: Plan, name: str, lock: int | None) -> "subprocess.Popen[bytes]"
             pass_fds=() if lock is None else (lock,),
         )
     if name != PREPARE:
-        jobs.write(plan, name, jobs.Job("local", f"{socket.gethostname()}:{process.pid}"))
+        jobs.write(sweep_run, name, jobs.Job("local", f"{socket.gethostname()}:{process.pid}"))
     return process
 
 
@@ -107,57 +107,57 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _log(plan: Plan, name: str) -> str:
+def _log(sweep_run: SweepRun, name: str) -> str:
     """Where a process of this machine prints to: a file, since an address cannot be that."""
-    if not is_remote(plan.root):
-        return os.fspath(plan.log(name))
-    os.makedirs(_log_folder(plan), exist_ok=True)
-    return os.path.join(_log_folder(plan), f"{name}.log")
+    if not is_remote(sweep_run.root):
+        return os.fspath(sweep_run.log(name))
+    os.makedirs(_log_folder(sweep_run), exist_ok=True)
+    return os.path.join(_log_folder(sweep_run), f"{name}.log")
 
 
-def _last_line(plan: Plan, name: str) -> str:
+def _last_line(sweep_run: SweepRun, name: str) -> str:
     """What a running point has printed last."""
-    with contextlib.suppress(OSError), open(_log(plan, name), "rb") as log:
+    with contextlib.suppress(OSError), open(_log(sweep_run, name), "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - 400))
         lines = log.read().decode(errors="replace").split("\n")[:-1]
         return lines[-1].strip()[:80] if lines and not lines[-1].startswith("---") else "started"
     return ""
 
 
-def _log_folder(plan: Plan) -> str:
+def _log_folder(sweep_run: SweepRun) -> str:
     """Of an address's logs while points run. Not in /tmp, where another user could make it first."""
-    digest = hashlib.sha256(os.fspath(plan.root).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(os.fspath(sweep_run.root).encode()).hexdigest()[:12]
     return os.path.join(os.path.expanduser("~/.cache/marjax/logs"), digest)
 
 
-def _fetch_log(plan: Plan, name: str) -> None:
+def _fetch_log(sweep_run: SweepRun, name: str) -> None:
     """Begins with what the point has printed before, maybe elsewhere; what this machine has of it may be longer."""
-    local = epath.Path(_log(plan, name))
-    if is_remote(plan.root) and plan.log(name).exists():
-        before = plan.log(name).read_bytes()
+    local = epath.Path(_log(sweep_run, name))
+    if is_remote(sweep_run.root) and sweep_run.log(name).exists():
+        before = sweep_run.log(name).read_bytes()
         if not local.exists() or local.stat().length < len(before):
             local.write_bytes(before)
 
 
-def _keep_log(plan: Plan, name: str) -> None:
+def _keep_log(sweep_run: SweepRun, name: str) -> None:
     """Puts the log where it belongs."""
-    if is_remote(plan.root):
-        write_bytes(plan.log(name), epath.Path(_log(plan, name)).read_bytes())
+    if is_remote(sweep_run.root):
+        write_bytes(sweep_run.log(name), epath.Path(_log(sweep_run, name)).read_bytes())
 
 
-def _ended(plan: Plan, name: str, code: int, seconds: float) -> None:
+def _ended(sweep_run: SweepRun, name: str, code: int, seconds: float) -> None:
     """Tells how a point ended, and notes it where its process could not."""
-    _keep_log(plan, name)
-    state = plan.state(name)
+    _keep_log(sweep_run, name)
+    state = sweep_run.state(name)
     if state.status == "unfinished" and code == PREEMPTED:
         tell(name, f"preempted after {seconds:.1f} s; start the sweep again to go on")
         return
     if state.status == "unfinished" and (code or name != PREPARE):  # killed, or left without a word
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        with open(_log(plan, name), encoding="utf-8", errors="replace") as printed:
+        with open(_log(sweep_run, name), encoding="utf-8", errors="replace") as printed:
             last = printed.read().strip().splitlines()[-1]
-        plan.fail(name, how if last.startswith("---") else f"{how}; the last it printed: {last:.200}", seconds)
-        state = plan.state(name)
+        sweep_run.fail(name, how if last.startswith("---") else f"{how}; the last it printed: {last:.200}", seconds)
+        state = sweep_run.state(name)
     tell(name, f"failed after {seconds:.1f} s: {state.error}" if state.error else f"finished in {seconds:.1f} s")
 
 

@@ -10,7 +10,7 @@ from marjax.errors import TrainingError
 from marjax.storage import is_remote
 from marjax.sweep import jobs
 from marjax.sweep.jobs import ENDED, QUEUED, RUNNING, Job
-from marjax.sweep.points import PREPARE, Plan
+from marjax.sweep.points import PREPARE, SweepRun
 
 LARGEST = 1000  # tasks an array; Slurm's own MaxArraySize is 1001 unless a cluster sets another
 RESTARTS = 10  # of a task whose processes were killed or lost each other; one that was preempted starts ever again
@@ -20,12 +20,12 @@ _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "S
 
 
 def submit(
-    plan: Plan, names: Sequence[str], *, prepare: bool, at_once: int | None, arguments: Sequence[str]
+    sweep_run: SweepRun, names: Sequence[str], *, prepare: bool, at_once: int | None, arguments: Sequence[str]
 ) -> dict[str, Job]:
     """Submits points, after `prepare` if there is one, and notes their jobs.
 
     Args:
-      plan: of the sweep; its root must be a folder that every node sees, or gs://.
+      sweep_run: of the sweep; its root must be a folder that every node sees, or gs://.
       names: of the points.
       prepare: whether a job for `prepare` goes first, if none is queued or running; if that fails, Slurm drops the
         points.
@@ -38,18 +38,18 @@ def submit(
     """
     after: list[str] = []
     if prepare:
-        before = jobs.read(plan, [PREPARE]).get(PREPARE)
+        before = jobs.read(sweep_run, [PREPARE]).get(PREPARE)
         if before is None or states([before]).get(before.id) not in (QUEUED, RUNNING):
-            before = _sbatch(plan, [PREPARE], None, [*arguments, "--nodes=1", "--ntasks=1"])
-            jobs.write(plan, PREPARE, before)
+            before = _sbatch(sweep_run, [PREPARE], None, [*arguments, "--nodes=1", "--ntasks=1"])
+            jobs.write(sweep_run, PREPARE, before)
         after = [f"--dependency=afterok:{before.id}", "--kill-on-invalid-dep=yes"]
     made = {}
     for first in range(0, len(names), LARGEST):
         part = names[first : first + LARGEST]
-        array = _sbatch(plan, part, at_once, [*arguments, *after])
+        array = _sbatch(sweep_run, part, at_once, [*arguments, *after])
         for task, name in enumerate(part):
             made[name] = Job("slurm", f"{array.id}_{task}", array.where)
-            jobs.write(plan, name, made[name])
+            jobs.write(sweep_run, name, made[name])
     return made
 
 
@@ -78,11 +78,11 @@ def _states(ids: Sequence[str], where: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
+def script(sweep_run: SweepRun, names: Sequence[str], at_once: int | None) -> str:
     """The batch script of an array; of PREPARE alone, of a single job."""
-    local = not is_remote(plan.root)
-    logs = os.path.abspath(plan.root / "logs") if local else "."
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(os.path.basename(plan.path))[0])
+    local = not is_remote(sweep_run.root)
+    logs = os.path.abspath(sweep_run.root / "logs") if local else "."
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(os.path.basename(sweep_run.path))[0])
     single = list(names) == [PREPARE]
     throttle = f"%{at_once}" if at_once else ""
     options = [
@@ -93,7 +93,7 @@ def script(plan: Plan, names: Sequence[str], at_once: int | None) -> str:
         "--signal=TERM@120",  # to the steps: before the time is up, they save
         *([] if single else [f"--array=0-{len(names) - 1}{throttle}"]),
     ]
-    command = plan.command("", sys.executable)[:-1]
+    command = sweep_run.command("", sys.executable)[:-1]
     # Whoever is first to end leaves the others time to end in order: to save, or to notice that a process is lost.
     srun = "srun --kill-on-bad-exit=0 --wait=180"
     told = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
@@ -129,10 +129,10 @@ def _quoted(path: str) -> str:
     return re.sub(r'(["\\\\])', r"\\\1", path).replace("%", "%%")
 
 
-def _sbatch(plan: Plan, names: Sequence[str], at_once: int | None, arguments: Sequence[str]) -> Job:
+def _sbatch(sweep_run: SweepRun, names: Sequence[str], at_once: int | None, arguments: Sequence[str]) -> Job:
     """Submits a script, and returns the job: of an array, all of it."""
-    text = script(plan, names, at_once)
-    with jobs.submitting(plan, names):
+    text = script(sweep_run, names, at_once)
+    with jobs.submitting(sweep_run, names):
         answer = jobs.run(["sbatch", "--parsable", *arguments], text).strip()
         id_, _, cluster = (answer.splitlines() or [""])[-1].partition(";")  # the latter after --clusters
         if not id_.isdecimal():

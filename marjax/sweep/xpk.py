@@ -10,7 +10,7 @@ from marjax.errors import UserError
 from marjax.json_file import parse_json
 from marjax.sweep import jobs
 from marjax.sweep.jobs import ENDED, QUEUED, RUNNING, Job
-from marjax.sweep.points import Plan
+from marjax.sweep.points import SweepRun
 
 # Of `xpk workload create`, unless they are given. 42 and 127 to 255 are what marjax ends with where the same command
 # goes on; a pod gets these seconds to save in; the cluster keeps what has ended for a week.
@@ -48,11 +48,11 @@ def workload(name: str) -> str:
     return f"{words[:31].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 
-def submit(plan: Plan, names: Sequence[str], *, arguments: Sequence[str]) -> dict[str, Job]:
+def submit(sweep_run: SweepRun, names: Sequence[str], *, arguments: Sequence[str]) -> dict[str, Job]:
     """Creates a workload for each point, and notes it.
 
     Args:
-      plan: of the sweep; its file is one of the image, by its path from the image's working directory.
+      sweep_run: of the sweep; its file is one of the image, by its path from the image's working directory.
       names: of the points.
       arguments: of `xpk workload create`, such as --cluster=x.
 
@@ -66,13 +66,13 @@ def submit(plan: Plan, names: Sequence[str], *, arguments: Sequence[str]) -> dic
     for name in names:
         id_ = workload(name)
         # `exec`, so that xpk's SIGTERM reaches the program and not a shell.
-        command = f"exec {shlex.join(plan.command(name, 'python'))}"
-        with jobs.submitting(plan, [name]):
+        command = f"exec {shlex.join(sweep_run.command(name, 'python'))}"
+        with jobs.submitting(sweep_run, [name]):
             # Noted before: if this is killed meanwhile, the next start does not make a second one beside it.
-            jobs.write(plan, name, Job("xpk", id_))
+            jobs.write(sweep_run, name, Job("xpk", id_))
             jobs.run(["xpk", "workload", "create", f"--workload={id_}", f"--command={command}", *defaults, *arguments])
         made[name] = Job("xpk", id_, _where(id_, arguments))
-        jobs.write(plan, name, made[name])
+        jobs.write(sweep_run, name, made[name])
     return made
 
 

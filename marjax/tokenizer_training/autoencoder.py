@@ -80,7 +80,7 @@ def train_autoencoder(
     train, spec = config.tokenizer.train, spec_of(config.tokenizer, config.data.channels)
     mesh = sharding.near_mesh(config.mesh)
     sharding.check_batch(mesh, train.batch_size, 1)
-    trainer = Trainer.of(config, spec)
+    trainer = Trainer.from_config(config, spec)
     abstract = jax.eval_shape(trainer.init, numerics.key(config.seed))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
     jax.eval_shape(trainer.forward, abstract.params, image, numerics.key(0))

@@ -68,7 +68,7 @@ class Trainer:
     seed: int
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, spec: Spec) -> "Trainer":
+    def from_config(cls, config: ml_collections.ConfigDict, spec: Spec) -> "Trainer":
         """From a resolved config. Raises UserError: the files of LPIPS cannot be used."""
         train, dtype = config.tokenizer.train, jnp.dtype(config.tokenizer.autoencoder.dtype)
         disc = Discriminator(train.disc.width, train.disc.layers, dtype) if train.disc.weight else None

@@ -61,7 +61,7 @@ def token_shape(
     if discrete and num_codes < 1:
         raise UserError(f"tokenizer.num_codes is {num_codes}: give at least 1")
     try:
-        return TokenShape.of(image_size, stride, channels, patch_size, num_codes * discrete)
+        return TokenShape.of_images(image_size, stride, channels, patch_size, num_codes * discrete)
     except ValueError as error:
         raise UserError(f"data.image_size: {error}") from None
 
@@ -132,7 +132,7 @@ def _open_registered(tokenizer: Any) -> Tokenizer:
         raise UserError(
             f"tokenizer.name is {shortened(name)!r}: {registry.unknown('tokenizer', name, registry.names('tokenizer'))}"
         )
-    opened: Tokenizer = found.of(tokenizer)
+    opened: Tokenizer = found.from_config(tokenizer)
     if missing := [
         each for each in ("params", "checksum", "scale", "encode", "decode", "codebook") if not hasattr(opened, each)
     ]:

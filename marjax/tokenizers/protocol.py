@@ -70,7 +70,7 @@ class TokenShape:
     num_codes: int = 0
 
     @classmethod
-    def of(cls, image_size: int, stride: int, channels: int, patch: int, num_codes: int = 0) -> "TokenShape":
+    def of_images(cls, image_size: int, stride: int, channels: int, patch: int, num_codes: int = 0) -> "TokenShape":
         """The grid of a square image under a tokenizer of that stride.
 
         Raises:

@@ -195,7 +195,7 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
 
 def _abstract(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """The parameters of a config's model, with their shardings, by path."""
-    generator = generator_lib.of(config, config_lib.tokens_of(config))
+    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
     return traverse_util.flatten_dict(abstract_params(generator, mesh, config.mesh.replicate_below), sep="/")
 
 

@@ -39,7 +39,7 @@ class Picture:
     num_classes: int
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, generator: Generator) -> "Picture":
+    def from_config(cls, config: ml_collections.ConfigDict, generator: Generator) -> "Picture":
         """The picture of a resolved config."""
         every = min(config.log.samples_every or config.train.steps, config.train.steps)
         num_classes = config.data.num_classes

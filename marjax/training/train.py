@@ -118,7 +118,7 @@ def train(
         examples = Images(source, Preprocess(config.data.image_size, config.data.channels, config.data.flip))
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
-    generator_lib.of(config, tokens)  # of a registered head, its settings and contract
+    generator_lib.from_config(config, tokens)  # of a registered head, its settings and contract
     with open_batches(config, mesh, start_step=0, examples=examples) as batches:
         names = batches.class_names
         batch = described_batch(batches.examples, config.train.batch_size, mesh)
@@ -164,10 +164,10 @@ def _train(
 ) -> TrainState:
     """What `train` does once the work directory is its own."""
     # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
-    generator = generator_lib.of(config, tokens)
+    generator = generator_lib.from_config(config, tokens)
     optimizer = make_optimizer(config.train)
     abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.of(config.sample, generator), mesh)
+    sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
     train_step = compile_step(
         make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh),
         abstract,
@@ -223,7 +223,7 @@ def _train(
             if tracer is not None and start >= tracer.first:  # a start that follows a preemption
                 writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
                 tracer = None
-            picture = Picture.of(config, generator)
+            picture = Picture.from_config(config, generator)
             painter = sampler.with_settings(picture.sample)
             if config.log.samples_every:
                 writer.note(str(picture))

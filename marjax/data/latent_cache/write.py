@@ -291,7 +291,7 @@ class _Encoder:
             jax.set_mesh(self.mesh),
             progress.bar("encoding", total, "images", start=total - left, show=self.progress) as bar,
         ):
-            params = sharding.put_whole(self.tokenizer.params, self.mesh)
+            params = sharding.put_replicated(self.tokenizer.params, self.mesh)
             encode = memory.Checked(
                 jax.jit(self._encode),
                 "the tokenizer's encoder",

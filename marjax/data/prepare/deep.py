@@ -55,7 +55,7 @@ def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None)
       used; and whether that was a guess.
     """
     raw_mode = _raw_mode(image.tile[0]) if image.tile else ""
-    said = _said(image, data)
+    said = _claimed(image, data)
     image.load()
     high, low = np.asarray(image), None
     if image.mode in ("RGB", "RGBA"):
@@ -109,7 +109,7 @@ def _strips(height: int, width: int) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, height, rows)]
 
 
-def _said(image: ImageFile.ImageFile, data: bytes) -> int | None:
+def _claimed(image: ImageFile.ImageFile, data: bytes) -> int | None:
     """How many bits are used, as the file says."""
     if image.format == "PPM":
         return 16  # Pillow brings them there from the file's own maximum

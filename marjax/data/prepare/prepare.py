@@ -196,7 +196,7 @@ def prepare(
         listing = list_folder(given[0], val_share)
     final = os.path.join(out, name, version)
     for warning in listing.warnings:
-        _say(f"warning: {warning}")
+        _log(f"warning: {warning}")
 
     shards = {split: _cut(_shuffled(split, items), num_shards) for split, items in listing.splits.items()}
     plan = {
@@ -433,7 +433,7 @@ def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> 
         if names := [pair[0] for pair in made.get("doubtful", []) if pair[-1] == doubt]:
             shown = ", ".join(shortened(name, 200) for name in names[:3]) + ", ..." * (len(names) > 3)
             warnings.append(f"{len(names)} picture{'s are' if len(names) > 1 else ' is'} {advice}: {shown}")
-            _say(f"warning: {warnings[-1]}")
+            _log(f"warning: {warnings[-1]}")
     return Prepared(
         out,
         plan["name"],
@@ -475,5 +475,5 @@ def _listed(counts: dict[str, int]) -> str:
     return "; ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"marjax prepare: {text}", file=sys.stderr)

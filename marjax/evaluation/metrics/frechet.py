@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 
 _ROWS = 4096  # that are held as float64 at a time
 
@@ -59,16 +59,16 @@ class Moments:
             step_F = self._move(other.count, other._mean_F)
             self._scatter_FxF += other._scatter_FxF + np.outer(step_F, step_F)
 
-    def merged(self, hosts: Hosts) -> "Moments":
-        """Those of the rows of all hosts, the same on each; every host calls it."""
-        counts = hosts.allgather(np.array(self.count))
-        means_HxF = hosts.allgather(self._mean_F)
+    def merged(self, processes: Processes) -> "Moments":
+        """Those of the rows of all processes, the same on each; every host calls it."""
+        counts = processes.allgather(np.array(self.count))
+        means_HxF = processes.allgather(self._mean_F)
         made = Moments(len(self._mean_F))
         for count, mean_F in zip(counts.tolist(), means_HxF, strict=True):
             if count:
                 made._move(count, mean_F)
         step_F = self._mean_F - made._mean_F
-        made._scatter_FxF = hosts.sum(self._scatter_FxF + self.count * np.outer(step_F, step_F))
+        made._scatter_FxF = processes.sum(self._scatter_FxF + self.count * np.outer(step_F, step_F))
         return made
 
     def gaussian(self) -> Gaussian:

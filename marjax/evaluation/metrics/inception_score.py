@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 
 
 class Score(NamedTuple):
@@ -23,7 +23,7 @@ class ScoreSums:
     """What the score needs of images that come in batches, in any order: memory for S x K sums and N counts."""
 
     def __init__(self, total: int, num_classes: int, splits: int = 10, seed: int = 2020) -> None:
-        """Of `total` images (N) in all, of all hosts. Raises ValueError: fewer than one a split."""
+        """Of `total` images (N) in all, of all processes. Raises ValueError: fewer than one a split."""
         if not 1 <= splits <= total:
             raise ValueError(f"{total} images make no {splits} splits: give at least one image a split")
         order_N = np.random.RandomState(seed).permutation(total)
@@ -75,13 +75,13 @@ class ScoreSums:
         self._negentropy_S += other._negentropy_S
         self._classes_SxK += other._classes_SxK
 
-    def merged(self, hosts: Hosts) -> "ScoreSums":
-        """Those of the images of all hosts, the same on each; every host calls it."""
+    def merged(self, processes: Processes) -> "ScoreSums":
+        """Those of the images of all processes, the same on each; every host calls it."""
         made = ScoreSums(len(self._times_N), self._classes_SxK.shape[1], len(self._negentropy_S))
         made._split_of_N = self._split_of_N
-        made._times_N = hosts.sum(self._times_N)
-        made._negentropy_S = hosts.sum(self._negentropy_S)
-        made._classes_SxK = hosts.sum(self._classes_SxK)
+        made._times_N = processes.sum(self._times_N)
+        made._negentropy_S = processes.sum(self._negentropy_S)
+        made._classes_SxK = processes.sum(self._classes_SxK)
         return made
 
     def result(self) -> Score:

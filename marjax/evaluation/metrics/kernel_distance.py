@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.metrics.pairwise import Blocks, Rows
 
 _SUBSETS = 8  # for which one pass over the blocks gathers the rows
@@ -22,7 +22,13 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    first: Blocks, second: Blocks, *, subsets: int = 100, size: int = 1000, seed: int = 2020, hosts: Hosts | None = None
+    first: Blocks,
+    second: Blocks,
+    *,
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 2020,
+    processes: Processes | None = None,
 ) -> KernelDistance:
     """Compares two sets of features; every host calls it with the same blocks and does its share.
 
@@ -35,12 +41,12 @@ def kernel_distance(
       subsets: how many pairs of subsets are compared.
       size: of a subset, or as many rows as there are.
       seed: of the choice.
-      hosts: those that share the work.
+      processes: those that share the work.
 
     Raises:
       ValueError: sets of different F or of fewer than 2 rows, or arguments out of range.
     """
-    hosts = hosts or Hosts()
+    processes = processes or Processes()
     x, y = Rows(first), Rows(second)
     if x.num_features != y.num_features:
         raise ValueError(f"features have different widths: {x.num_features} and {y.num_features}")
@@ -51,7 +57,7 @@ def kernel_distance(
         tuple(rng.choice(len(rows), min(size, len(rows)), replace=False) for rows in (x, y)) for _ in range(subsets)
     ]
     estimates = np.zeros(subsets)
-    share = hosts.share(subsets)
+    share = processes.share(subsets)
     for start in range(0, len(share), _SUBSETS):
         some = share[start : start + _SUBSETS]
         gathered = (
@@ -62,7 +68,7 @@ def kernel_distance(
         )
         for subset, x_nxF, y_mxF in zip(some, *gathered, strict=True):
             estimates[subset] = _discrepancy(x_nxF.astype(np.float64), y_mxF.astype(np.float64))
-    estimates = hosts.sum(estimates)
+    estimates = processes.sum(estimates)
     return KernelDistance(float(estimates.mean()), float(estimates.std()))
 
 

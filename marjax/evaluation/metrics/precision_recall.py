@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.across_processes import Hosts
+from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.metrics.pairwise import Blocks, Rows
 
 # Distances are computed tile by tile. Tiles are cut by row numbers only, so that a float32 product is the same to the
@@ -28,7 +28,9 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: Blocks, generated: Blocks, *, k: int = 3, hosts: Hosts | None = None) -> PrecisionRecall:
+def precision_recall(
+    real: Blocks, generated: Blocks, *, k: int = 3, processes: Processes | None = None
+) -> PrecisionRecall:
     """Compares two sets of features; every host calls it with the same blocks and does its share.
 
     Holds two tiles of rows and one of distances, some 100 MiB at 2048 features, and reads all blocks once for every
@@ -38,12 +40,12 @@ def precision_recall(real: Blocks, generated: Blocks, *, k: int = 3, hosts: Host
       real: blocks of float32 (n, F), n of any sizes.
       generated: blocks of the same F.
       k: whose neighbour's distance is the radius; a row is not its own neighbour.
-      hosts: those that share the work.
+      processes: those that share the work.
 
     Raises:
       ValueError: sets of different F, k below 1 or a set of at most k rows.
     """
-    hosts = hosts or Hosts()
+    processes = processes or Processes()
     sets = Rows(real), Rows(generated)
     if sets[0].num_features != sets[1].num_features:
         raise ValueError(f"features have different widths: {sets[0].num_features} and {sets[1].num_features}")
@@ -54,14 +56,14 @@ def precision_recall(real: Blocks, generated: Blocks, *, k: int = 3, hosts: Host
         )
     # Far from the origin, squares would swallow distances; the mean of any of the rows is near enough to all.
     origin_F = sets[0].take(np.arange(min(_WIDE, len(sets[0])))).mean(axis=0, dtype=np.float64).astype(np.float32)
-    real_radii_N, made_radii_M = (_radii(rows, origin_F, k, hosts) for rows in sets)
+    real_radii_N, made_radii_M = (_radii(rows, origin_F, k, processes) for rows in sets)
     recalled_N, precise_M = (np.zeros(len(rows), np.int64) for rows in sets)
-    for made in _tiles(sets[1], origin_F, _TALL, hosts):
+    for made in _tiles(sets[1], origin_F, _TALL, processes):
         for reals in _tiles(sets[0], origin_F, _WIDE):
             squares_mxn = _squared_distances(made, reals)
             precise_M[made.where] |= (squares_mxn <= real_radii_N[reals.where]).any(axis=1)
             recalled_N[reals.where] |= (squares_mxn <= made_radii_M[made.where, None]).any(axis=0)
-    return PrecisionRecall(*(float((hosts.sum(found) > 0).mean()) for found in (precise_M, recalled_N)))
+    return PrecisionRecall(*(float((processes.sum(found) > 0).mean()) for found in (precise_M, recalled_N)))
 
 
 class _Tile(NamedTuple):
@@ -72,18 +74,18 @@ class _Tile(NamedTuple):
     norms: np.ndarray
 
 
-def _tiles(rows: Rows, origin_F: np.ndarray, size: int, hosts: Hosts | None = None) -> Iterator[_Tile]:
+def _tiles(rows: Rows, origin_F: np.ndarray, size: int, processes: Processes | None = None) -> Iterator[_Tile]:
     """All rows, or those of a host's share, at most `size` at a time."""
-    for tile in (hosts or Hosts()).share(-(-len(rows) // size)):
+    for tile in (processes or Processes()).share(-(-len(rows) // size)):
         where = slice(tile * size, min(len(rows), (tile + 1) * size))
         seen_nxF = (rows.take(np.arange(where.start, where.stop)) - origin_F).astype(np.float32, copy=False)
         yield _Tile(where, seen_nxF, np.square(seen_nxF, dtype=np.float64).sum(axis=1).astype(np.float32))
 
 
-def _radii(rows: Rows, origin_F: np.ndarray, k: int, hosts: Hosts) -> np.ndarray:
+def _radii(rows: Rows, origin_F: np.ndarray, k: int, processes: Processes) -> np.ndarray:
     """The squared distance of every row to its k-th nearest other, float32 (N,)."""
     radii_N = np.zeros(len(rows))
-    for tall in _tiles(rows, origin_F, _TALL, hosts):
+    for tall in _tiles(rows, origin_F, _TALL, processes):
         nearest_nxk = np.full((len(tall.rows), k), np.inf, np.float32)
         for wide in _tiles(rows, origin_F, _WIDE):
             squares_nxm = _squared_distances(tall, wide)
@@ -96,7 +98,7 @@ def _radii(rows: Rows, origin_F: np.ndarray, k: int, hosts: Hosts) -> np.ndarray
             squares_nxm.partition(min(k, len(wide.rows)) - 1, axis=1)
             nearest_nxk = np.sort(np.concatenate([nearest_nxk, squares_nxm[:, :k]], axis=1), axis=1)[:, :k]
         radii_N[tall.where] = nearest_nxk[:, -1]
-    return hosts.sum(radii_N).astype(np.float32)
+    return processes.sum(radii_N).astype(np.float32)
 
 
 def _squared_distances(x: _Tile, y: _Tile) -> np.ndarray:

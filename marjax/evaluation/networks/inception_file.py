@@ -130,7 +130,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(
             f"{os.fspath(path)} is not FID's InceptionV3: {'; '.join(odd[:_LISTED])}{more}; get {SOURCES[0]}"
         )
-    if KEY in (file.metadata or {}) and _said(file.metadata) != checksum(tensors):
+    if KEY in (file.metadata or {}) and _claimed(file.metadata) != checksum(tensors):
         raise UserError(
             f"{os.fspath(path)} is damaged (its weights do not have the checksum that it names): make it "
             f"again with marjax convert --inception FILE"
@@ -192,7 +192,7 @@ def _holds(path: str | os.PathLike[str], total: str) -> bool:
         return False
 
 
-def _said(metadata: dict[str, str] | None) -> str | None:
+def _claimed(metadata: dict[str, str] | None) -> str | None:
     """The checksum that the metadata of a file of ours names."""
     try:
         text = (metadata or {}).get(KEY, "")
