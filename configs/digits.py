@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_iter=16, num_sampling_steps="ddim25", cfg=2.0, temperature=0.9, batch_size=100, max_stages=3
     )
     config.eval.update(
-        extractor="classifier", extractor_path="runs/digits_classifier.npz", reference="runs/digits_reference.npz"
+        extractor="classifier", extractor_path="runs/digits_classifier.npz", statistics="runs/digits_statistics.npz"
     )
     if args.debug:
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)

@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if tiny:
         # One timestep a token instead of four: on a CPU, more steps teach more.
         config.model.update(attn_dropout=0.0, proj_dropout=0.0, dtype="float32")
-        config.model.diffusion.update(batch_mul=1)
+        config.model.diffusion_batch_mul = 1
         config.train.update(steps=4000, lr=1.5e-3, warmup_steps=100, ema_decay=0.995)
         config.checkpoint.update(every=500)
         config.log.update(every=50, samples_every=4000)

@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.model.denoiser.update(depth=denoiser_depth, width=denoiser_width)
     # One timestep a token instead of four: on a CPU, where the denoiser is most of a step, more steps teach more.
-    config.model.diffusion.update(batch_mul=1)
+    config.model.diffusion_batch_mul = 1
     config.train.update(batch_size=64, steps=5000, lr=2e-3, warmup_steps=100, ema_decay=0.998, ema_warmup=True)
     config.checkpoint.update(every=500, keep_every=1000)
     config.log.update(every=50, samples_every=0)
@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_stages=3,
     )
     config.eval.update(
-        extractor="classifier", extractor_path="runs/mnist_classifier.npz", reference="runs/mnist_reference.npz"
+        extractor="classifier", extractor_path="runs/mnist_classifier.npz", statistics="runs/mnist_statistics.npz"
     )
     if args.debug:
         config.data.update(split="train[:256]", num_examples=256)

@@ -5,7 +5,7 @@
     config = marjax.config.load("digits")  # or a Python file of your own; marjax.config.base() has every field
     marjax.train(config, "runs/digits")
     images = marjax.sample("runs/digits", [0, 1, 2])
-    entries = marjax.evaluate("runs/digits", num_images=1000, reference="stats.npz")
+    entries = marjax.evaluate("runs/digits", num_images=1000, statistics="stats.npz")
 
 `load` opens a work directory once, for many calls of its `sample`. `register` makes heads, backbones, tokenizers and
 data sources of your own available to configs (docs/extending.md). The commands of `marjax` call the same functions.

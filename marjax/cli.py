@@ -30,7 +30,7 @@ PATHS = {
     "npz",
     "out",
     "path",
-    "reference",
+    "statistics",
     "root",
     "tokenizer",
     "tokenizer_path",

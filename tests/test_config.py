@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import jax
@@ -405,7 +406,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
         del content["sample"]["choice_temperature"], content["sample"]["confidence_order"]
 
     assert read_workdir(workdir(first, stamped=False)) == trained_on_digits(
-        model__mask_ratio_per="batch", eval__extractor_path="", eval__reference="", eval__extractor="inception"
+        model__mask_ratio_per="batch", eval__extractor_path="", eval__statistics="", eval__extractor="inception"
     )
     assert read_workdir(workdir(lambda content: [content.update(format=1), content.pop("init")])) == trained_on_digits()
     for older in (lambda content: None, lambda content: content.pop("eval")):
@@ -479,7 +480,7 @@ def test_a_work_directory_opens_nothing_but_itself(workdir, monkeypatch, name):
 
     def change(content):
         content["data"].update(source=name, data_dir="evil", cache="evil", num_examples=None)
-        content["eval"].update(every=1, reference="evil", extractor_path="evil")
+        content["eval"].update(every=1, statistics="evil", extractor_path="evil")
 
     assert read_workdir(workdir(change)).data.source == name
     for missing in ({"num_classes": None}, {"num_classes": None, "cache": ""}):
@@ -571,3 +572,27 @@ def test_foreign_folders(tmp_path):
             read_workdir(tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         claim_workdir("/proc/nothing", config)
+
+
+def test_older_names_of_fields_set_the_new_ones(tmp_path, workdir):
+    """Files, overrides and work directories of before config format 3."""
+    file = tmp_path / "older.py"
+    line = 'config.eval.update(reference="stats.npz")\n    config.model.diffusion.batch_mul = 2'
+    source = CONFIG_FILE.format(digits=f"{ROOT}/configs/digits.py", line=line)
+    file.write_text(source)
+    with pytest.raises(UserError, match="'eval.statistics' now"):
+        config_lib.load(str(file))
+    file.write_text(re.sub(r"config_lib.load.*", "config_lib.base()", source))
+    config = config_lib.load(str(file))
+    assert config.eval.statistics == "stats.npz" and config.model.diffusion_batch_mul == 2
+    assert "reference" not in config.eval and "batch_mul" not in config.model.diffusion
+    config = config_lib.apply_overrides(config, {"eval.reference": "s.npz", "model.diffusion.batch_mul": "3"})
+    assert config.eval.statistics == "s.npz" and config.model.diffusion_batch_mul == 3
+
+    def older(content):
+        content.update(format=2)
+        content["eval"]["reference"] = content["eval"].pop("statistics")
+        content["model"]["diffusion"]["batch_mul"] = 7
+        del content["model"]["diffusion_batch_mul"]
+
+    assert read_workdir(workdir(older)) == trained_on_digits(model__diffusion_batch_mul=7)

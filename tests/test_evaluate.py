@@ -17,20 +17,19 @@ from marjax.evaluation.evaluate import Request, evaluate
 from marjax.evaluation.metrics.frechet import frechet_distance, gaussian
 from marjax.evaluation.metrics.inception_score import ScoreSums
 from marjax.evaluation.networks.classifier import Classifier
-from marjax.evaluation.statistics import read_reference
-from marjax.evaluation.stats import make_statistics
+from marjax.evaluation.statistics import make_statistics, read_statistics
 from marjax.images import write_npz
 
 
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
-    """A classifier and a reference of the digits, made by the commands."""
+    """A classifier and a statistics of the digits, made by the commands."""
     folder = tmp_path_factory.mktemp("measure")
-    network, reference = folder / "classifier.npz", folder / "reference.npz"
-    config = [f"--config.eval.extractor_path={network}", f"--config.eval.reference={reference}"]
+    network, statistics = folder / "classifier.npz", folder / "statistics.npz"
+    config = [f"--config.eval.extractor_path={network}", f"--config.eval.statistics={statistics}"]
     assert main(["train-classifier", "--config", DIGITS, "--steps", "60", *config]) == 0
     assert main(["stats", "--dataset", DIGITS, "--keep_features", "300", *config]) == 0
-    return {"extractor": "classifier", "extractor_path": str(network), "reference": str(reference)}
+    return {"extractor": "classifier", "extractor_path": str(network), "statistics": str(statistics)}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def run(tmp_path_factory):
             log__every=40,
             sample__cfg=2.0,
             sample__batch_size=20,
-            eval__reference="",
+            eval__statistics="",
         ),
         workdir,
     )
@@ -60,7 +59,7 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     images = np.load(tmp_path / entry["samples"])["arr_0"]
     found = Classifier.load(measure["extractor_path"]).extract(images)
     metrics = entry["metrics"]
-    real = read_reference(measure["reference"])
+    real = read_statistics(measure["statistics"])
     assert len(images) == 50 and real.features.shape == (300, 64) and real.gaussian.count == 1797
     distance = frechet_distance(gaussian(found.features), real.gaussian)
     assert metrics["frechet_classifier_distance"] == pytest.approx(distance, rel=1e-9)
@@ -83,7 +82,7 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
         "dtype": "float32",
     }
     assert entry["batch_size"] == 20
-    assert entry["seconds_per_image"] > 0 and entry["reference"]["checksum"] == real.checksum
+    assert entry["seconds_per_image"] > 0 and entry["statistics"]["checksum"] == real.checksum
     assert entry["machine"]["hosts"] == 1 and entry["machine"]["jax"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"format": 1, "results": [entry]}
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [entry["samples"].split("/")[1]]
@@ -108,13 +107,13 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
         "ema,raw",
         "--extractor_path",
         measure["extractor_path"],
-        "--reference",
-        measure["reference"],
+        "--statistics",
+        measure["statistics"],
     ]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    assert len(first.splitlines()) == 2 + 16 + 1 and "against reference.npz" in first
+    assert len(first.splitlines()) == 2 + 16 + 1 and "against statistics.npz" in first
     # Without guidance the schedule is nothing: 16 combinations, of which 4 are others' twins.
     assert len(results) == 12
     # Every setting matters; some images of so short a training do not show it.
@@ -132,18 +131,18 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
     assert other["metrics"]["frechet_classifier_distance"] != again["metrics"]["frechet_classifier_distance"]
 
 
-def test_images_as_a_reference(run, measure, tmp_path):
+def test_images_as_statistics(run, measure, tmp_path):
     """As in the ADM's batches: features for precision and recall come from the file's own images."""
     digits = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     write_npz(tmp_path / "images.npz", arr_0=digits)
-    (entry,) = evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "images.npz")))
+    (entry,) = evaluate(run, ask(measure, tmp_path, statistics=str(tmp_path / "images.npz")))
     given = {key: measure[key] for key in ("extractor", "extractor_path")}
     made = make_statistics(tmp_path / "made.npz", npz=tmp_path / "images.npz", **given)
     assert made.features.shape == (40, 64)
-    (other,) = evaluate(run, ask(measure, tmp_path / "other", reference=str(tmp_path / "made.npz")))
+    (other,) = evaluate(run, ask(measure, tmp_path / "other", statistics=str(tmp_path / "made.npz")))
     assert entry["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
-    assert "precision" in entry["metrics"] and len(list((tmp_path / "evaluation").glob("reference-*.npz"))) == 1
-    (again,) = evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "images.npz"), seed=1))
+    assert "precision" in entry["metrics"] and len(list((tmp_path / "evaluation").glob("statistics-*.npz"))) == 1
+    (again,) = evaluate(run, ask(measure, tmp_path, statistics=str(tmp_path / "images.npz"), seed=1))
     assert again["metrics"]["frechet_classifier_distance"] != entry["metrics"]["frechet_classifier_distance"]
 
 
@@ -195,8 +194,8 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"reference": None}, "no reference to measure against"),
-        ({"reference": "gone.npz"}, "gone.npz does not exist"),
+        ({"statistics": None}, "no statistics to measure against"),
+        ({"statistics": "gone.npz"}, "gone.npz does not exist"),
         ({"extractor_path": "gone.npz"}, "gone.npz"),
         ({"extractor_path": ""}, "no weights of the class"),
         ({"settings": {"cfg": ["much"]}}, "cfg"),
@@ -315,7 +314,7 @@ def test_statistics_a_second_time(measure, tmp_path, capsys):
     assert main(argv) == 2 and out.read_text() == "mine"
 
 
-def test_references_that_do_not_suffice(run, measure, tmp_path):
+def test_statistics_that_do_not_suffice(run, measure, tmp_path):
     few = [
         make_statistics(
             tmp_path / f"{kept}.npz",
@@ -327,11 +326,11 @@ def test_references_that_do_not_suffice(run, measure, tmp_path):
         for kept in (0, 3)
     ]
     assert few[0].features is None and len(few[1].features) == 3
-    for reference in few:  # which have no neighbours for precision and recall
-        (entry,) = evaluate(run, ask(measure, tmp_path / "out", reference=reference.path))
+    for statistics in few:  # which have no neighbours for precision and recall
+        (entry,) = evaluate(run, ask(measure, tmp_path / "out", statistics=statistics.path))
         assert "frechet_classifier_distance" in entry["metrics"] and "precision" not in entry["metrics"]
     with pytest.raises(UserError, match="cannot be seen by classifier"):
-        evaluate(run, ask(measure, tmp_path / "wide", reference=str(_images(tmp_path, 28, 20))))
+        evaluate(run, ask(measure, tmp_path / "wide", statistics=str(_images(tmp_path, 28, 20))))
 
 
 def _images(folder, size, count):
@@ -369,20 +368,20 @@ def test_evaluations_during_training(measure, tmp_path):
     last = json.loads((tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last[distance] == measured[0][distance] and f"{distance}_guided" not in last
     with pytest.raises(UserError, match=r"gone\.npz does not exist"):
-        train(make_digits(**{**fields, "eval__reference": "gone.npz"}), tmp_path / "none")
-    with pytest.raises(UserError, match=r"config\.eval\.reference is not"):
-        train(make_digits(**{**fields, "eval__reference": ""}), tmp_path / "none")
+        train(make_digits(**{**fields, "eval__statistics": "gone.npz"}), tmp_path / "none")
+    with pytest.raises(UserError, match=r"config\.eval\.statistics is not"):
+        train(make_digits(**{**fields, "eval__statistics": ""}), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_a_reference_of_another_network(run, measure, tmp_path):
+def test_statistics_of_another_network(run, measure, tmp_path):
     arguments = ["--config", DIGITS, "--out", str(tmp_path / "other.npz"), "--steps", "1"]
     assert main(["train-classifier", *arguments]) == 0
-    with pytest.raises(UserError, match="was made with classifier .* but the extractor is classifier"):
+    with pytest.raises(UserError, match="classifier .checksum .* but the extractor is classifier"):
         evaluate(run, ask(measure, tmp_path, extractor_path=str(tmp_path / "other.npz")))
     write_npz(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UserError, match="has 3 features, but classifier has 64"):
-        evaluate(run, ask(measure, tmp_path, reference=str(tmp_path / "narrow.npz")))
+        evaluate(run, ask(measure, tmp_path, statistics=str(tmp_path / "narrow.npz")))
 
 
 def test_a_record_that_is_none(run, measure, tmp_path):

@@ -86,4 +86,4 @@ def test_the_command_of_the_same_run():
     given, overrides = cli.parse(shlex.split(block.replace("\\\n", " "))[1:])
     config = config_lib.apply_overrides(config_lib.load(given.config), overrides)
     assert config_lib.resolve(config).train.steps == 400 * (1_281_167 // 2048)
-    assert (config.model.width, config.model.denoiser.depth, config.model.diffusion.batch_mul) == (1024, 3, 4)
+    assert (config.model.width, config.model.denoiser.depth, config.model.diffusion_batch_mul) == (1024, 3, 4)

@@ -35,7 +35,7 @@ from marjax.evaluation.evaluate import table as evaluation_table
 from marjax.evaluation.networks.classifier import Classifier
 from marjax.evaluation.record import Record as EvaluationRecord
 from marjax.evaluation.samples import SampleSet, SampleSpec
-from marjax.evaluation.statistics import read_reference
+from marjax.evaluation.statistics import read_statistics
 from marjax.interop import weights_file, wrappers
 from marjax.metrics import MetricWriter
 from marjax.plots.curves import curves
@@ -94,9 +94,9 @@ def read_sweep(folder):
     engines.write(given)
 
 
-def read_statistics(folder):
+def read_statistics_files(folder):
     for path in sorted(folder.iterdir()):
-        found = read_reference(path)
+        found = read_statistics(path)
         if found.images is not None:
             for _ in found.images.batches(3):
                 pass
@@ -162,7 +162,7 @@ TARGETS = [
         read_checkpoint,
         0.4,
     ),
-    Target("statistics", ("*.npz",), npz, read_statistics, 1.5, alone=True),
+    Target("statistics", ("*.npz",), npz, read_statistics_files, 1.5, alone=True),
     Target("samples", ("*/*.npy",), mutators.mutate_npy, read_samples),
     Target("sample_plans", ("*/*.json",), mutators.mutate_json, read_samples, 0.5),
     Target("classifier", ("*.npz",), npz, lambda folder: Classifier.load(folder / "classifier.npz")),

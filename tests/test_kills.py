@@ -98,7 +98,7 @@ def arguments(name, made, out):
             "classifier",
             "--extractor_path",
             made / "classifier.npz",
-            "--reference",
+            "--statistics",
             made / "stats.npz",
             "--save",
             "npz",

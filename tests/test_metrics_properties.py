@@ -22,7 +22,7 @@ from marjax.evaluation.metrics.inception_score import ScoreSums
 from marjax.evaluation.metrics.kernel_distance import kernel_distance
 from marjax.evaluation.metrics.precision_recall import precision_recall
 from marjax.evaluation.networks.extractor import Extracted
-from marjax.evaluation.statistics import make_reference
+from marjax.evaluation.statistics import compute_statistics
 
 N, F, K = 250, 12, 5
 
@@ -180,7 +180,7 @@ def made(hosts=None, size=50, total=40, keep=10, seed=0):
     hosts = hosts or Processes()
     images = np.random.default_rng(2).integers(0, 256, (total, 4, 4, 3), np.uint8)
     batches = cut(np.arange(total), size)
-    found = make_reference(
+    found = compute_statistics(
         [(batches[b], images[batches[b]]) for b in hosts.share(len(batches))],
         total,
         Network(),

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     """The current folder, with work directories "my runs/one" and "my runs/two" without checkpoints."""
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        claim_workdir(f"my runs/{name}", resolve(make_digits(eval__reference="r.npz", eval__extractor_path="c.npz")))
+        claim_workdir(f"my runs/{name}", resolve(make_digits(eval__statistics="r.npz", eval__extractor_path="c.npz")))
     return tmp_path
 
 
@@ -53,16 +53,16 @@ def test_an_evaluation_without_its_files(folder, capsys):
 
 def test_an_evaluation_with_files_of_its_own(folder, capsys):
     [made, stats], _ = commands_of(
-        capsys, ["evaluate", "--workdir", "my runs/one", "--extractor_path", "a b.npz", "--reference", "s.npz"]
+        capsys, ["evaluate", "--workdir", "my runs/one", "--extractor_path", "a b.npz", "--statistics", "s.npz"]
     )
     assert (made[1].out, stats[1].out, stats[1].extractor_path) == ("a b.npz", "s.npz", "a b.npz")
     content = json.loads((folder / "my runs" / "one" / "config.json").read_text())
-    content["eval"] |= {"extractor_path": "", "reference": ""}
+    content["eval"] |= {"extractor_path": "", "statistics": ""}
     (folder / "my runs" / "one" / "config.json").write_text(json.dumps(content))
     [made, stats], error = commands_of(capsys, ["evaluate", "--workdir", "my runs/one"])
     assert made[1].out == stats[1].extractor_path == "my runs/one_classifier.npz"
     assert shlex.quote(f"--extractor_path={made[1].out}") in error
-    assert shlex.quote(f"--reference={stats[1].out}") in error
+    assert shlex.quote(f"--statistics={stats[1].out}") in error
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_each_printed_command_runs_and_leads_to_the_next(tmp_path, capsys, monke
         "--config.log.samples_every=2",
         "--config.log.tensorboard=false",
         "--config.eval.extractor_path=the classifier.npz",
-        "--config.eval.reference=real.npz",
+        "--config.eval.statistics=real.npz",
     ]
     assert cli.main([*first, "--steps", "2"]) == 0
     seen = []

@@ -23,8 +23,7 @@ from marjax.errors import UserError
 from marjax.evaluation.evaluate import Request, evaluate
 from marjax.evaluation.networks.classifier import classifier_of
 from marjax.evaluation.networks.extractor import open_extractor
-from marjax.evaluation.statistics import read_reference
-from marjax.evaluation.stats import make_statistics
+from marjax.evaluation.statistics import make_statistics, read_statistics
 from marjax.generation.sample import open_sampler
 from marjax.interop.convert import convert
 from marjax.interop.convert_tokenizer import convert_tokenizer
@@ -153,7 +152,7 @@ def test_every_path_of_the_command_line_is_known():
         "train-classifier --config {digits} --out",
         "train-tokenizer --config {digits} --out",
         "evaluate --workdir w --out",
-        "evaluate --workdir w --reference",
+        "evaluate --workdir w --statistics",
         "sample --workdir w --out o --tokenizer_path",
         "plot --out o --workdir",
         "tokenizer check --out o --images",
@@ -187,7 +186,7 @@ def test_the_fields_of_a_config(home):
         key
         for key, value in config_lib.flatten(config_lib.base()).items()
         if isinstance(value, str)
-        and key.rsplit(".", 1)[-1] in ("data_dir", "cache", "path", "vgg", "linear", "extractor_path", "reference")
+        and key.rsplit(".", 1)[-1] in ("data_dir", "cache", "path", "vgg", "linear", "extractor_path", "statistics")
     ]
     assert set(keys) == set(PATHS)
     for key in keys:
@@ -217,10 +216,10 @@ def test_a_work_directory_at_home(home, capsys, monkeypatch):
 
     monkeypatch.setattr("marjax.training.train.Checkpoints", claimed)  # the next thing that training does
     with pytest.raises(UserError, match="claimed"):
-        marjax.train(make_digits(eval__reference="~/r.npz"), pathlib.Path("~/rün"))
+        marjax.train(make_digits(eval__statistics="~/r.npz"), pathlib.Path("~/rün"))
     run = home / "rün"
     for form in ("~/rün", run, f"{run}/", f"file://{urllib.parse.quote(str(run))}", "../my höme/rün"):
-        assert read_workdir(form).eval.reference == f"{home}/r.npz"
+        assert read_workdir(form).eval.statistics == f"{home}/r.npz"
     with pytest.raises(UserError, match="rün has no checkpoints yet"):
         marjax.sample(pathlib.Path("~/rün"), [0])
     assert cli.main(["sample", "--workdir", "~/rün/", "--out", "~/out/", "--labels", "0"]) == 2
@@ -250,7 +249,7 @@ def test_a_work_directory_at_home(home, capsys, monkeypatch):
         ["stats", "--npz", "ADDRESS", "--out", "out.npz"],
         ["stats", "--images", "ADDRESS", "--out", "out.npz"],
         ["evaluate", "--workdir", "ADDRESS"],
-        ["evaluate", "--workdir", "run", "--reference", "ADDRESS"],
+        ["evaluate", "--workdir", "run", "--statistics", "ADDRESS"],
         ["plot", "--workdir", "a", "ADDRESS", "--out", "out"],
         ["sweep", "ADDRESS", "--root", "root"],
         ["sweep", "file.py", "--root", "ADDRESS"],
@@ -279,10 +278,10 @@ def test_mangled_addresses_on_the_command_line(home, capsys, arguments):
         lambda path: make_statistics("out.npz", npz=path),
         lambda path: classifier_of(make_digits().data, path),
         lambda path: evaluate(path),
-        lambda path: evaluate("run", Request(reference=path)),
+        lambda path: evaluate("run", Request(statistics=path)),
         lambda path: plot([path], "out"),
         lambda path: sweep("file.py", path),
-        lambda path: read_reference(path),
+        lambda path: read_statistics(path),
         lambda path: open_extractor("classifier", path),
         lambda path: check(images=path, name="pixels"),
         lambda path: Checkpoints(path),

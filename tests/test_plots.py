@@ -52,7 +52,7 @@ def write_lines(folder, lines):
 def write_evaluation(folder, measured, **fields):
     folder.mkdir(parents=True, exist_ok=True)
     networks = {
-        "reference": {"name": "digits", "checksum": "ab" * 32},
+        "statistics": {"name": "digits", "checksum": "ab" * 32},
         "extractor": {"name": "classifier", "checksum": "cd" * 32},
     }
     results = [
@@ -447,10 +447,10 @@ def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
     assert ylabels(tradeoffs.over([old], "cfg"))[0] == "Frechet distance (classifier)"
 
 
-def test_results_of_another_reference_are_told_apart(tmp_path):
+def test_results_of_other_statistics_are_told_apart(tmp_path):
     results = [({"cfg": cfg}, cfg, None) for cfg in (1.0, 2.0)]
     for name, checksum in (("a", "ab"), ("b", "ef")):
-        write_evaluation(tmp_path / name, results, reference={"name": "digits", "checksum": checksum * 32})
+        write_evaluation(tmp_path / name, results, statistics={"name": "digits", "checksum": checksum * 32})
     figure = tradeoffs.over(read_runs([tmp_path / "a", tmp_path / "b"]), "cfg")
     assert ylabels(figure)[0] == "Frechet distance (classifier)"  # FID is what Inception's features give
     labels, common = legend_of(figure)
@@ -516,7 +516,7 @@ def test_evaluations_that_are_none(tmp_path, text):
         {"settings": SETTINGS | {"cfg": []}},
         {"seconds_per_image": "1"},
         {"metrics": {"fid": "1"}},
-        {"reference": "digits"},
+        {"statistics": "digits"},
         {"extractor": {"name": "classifier", "checksum": None}},
     ],
 )

@@ -14,7 +14,7 @@ from marjax.commands.arguments import SAMPLE_FIELDS
 from marjax.config.overrides import known_fields
 from marjax.config.schema import NONE_IS_OFF, RANGES
 from marjax.errors import UserError
-from marjax.ranges import ARGUMENTS, BELOW_ONE, Range, check_arguments, whole
+from marjax.ranges import ARGUMENTS, BELOW_ONE, Range, check_arguments, integer
 from marjax.workdir import claim_workdir
 
 NUMBERS = [key for key, field in known_fields().items() if field.kind in (int, float, tuple)]
@@ -186,4 +186,4 @@ def test_range():
         with pytest.raises(UserError, match=f"x is .*{says}"):
             share.check("x", value)
     with pytest.raises(UserError, match="x is 10: give at most 9"):
-        whole(2, 9).check("x", 10)
+        integer(2, 9).check("x", 10)

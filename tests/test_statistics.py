@@ -15,7 +15,7 @@ from marjax.errors import UserError
 from marjax.evaluation.across_processes import Processes
 from marjax.evaluation.image_sets import ConfigImages, FolderImages, NpzImages
 from marjax.evaluation.metrics.frechet import gaussian
-from marjax.evaluation.statistics import make_reference, read_reference, write_reference
+from marjax.evaluation.statistics import compute_statistics, read_statistics, write_statistics
 
 RNG = np.random.default_rng(0)
 STATS = gaussian(RNG.normal(size=(30, 5)))
@@ -37,7 +37,7 @@ def all_of(images, batch_size, hosts=None):
 
 def test_a_reference_batch(tmp_path):
     path = npz(tmp_path, **ADM)
-    found = read_reference(path)
+    found = read_statistics(path)
     assert (found.name, found.path, found.source) == ("stats.npz", str(path), "")
     assert found.checksum == hashlib.sha256(path.read_bytes()).hexdigest()
     for ours, theirs in ((found.gaussian, STATS), (found.spatial, SPATIAL)):
@@ -51,35 +51,35 @@ def test_a_reference_batch(tmp_path):
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
 def test_statistics_alone(tmp_path, keys):
     single = STATS.mean.astype(np.float32), STATS.cov.astype(np.float32)
-    found = read_reference(npz(tmp_path, **dict(zip(keys, single, strict=True))))
+    found = read_statistics(npz(tmp_path, **dict(zip(keys, single, strict=True))))
     assert found.gaussian.mean.dtype == found.gaussian.cov.dtype == np.float64
     np.testing.assert_array_equal(found.gaussian.cov, single[1])
     assert found.spatial is None and found.images is None
 
 
 def test_images_alone(tmp_path):
-    found = read_reference(npz(tmp_path, arr_0=IMAGES, arr_1=np.arange(11)))
+    found = read_statistics(npz(tmp_path, arr_0=IMAGES, arr_1=np.arange(11)))
     assert found.gaussian is None and len(found.images) == 11
 
 
 def test_ours_there_and_back(tmp_path):
     images = RNG.integers(0, 256, (40, 4, 4, 3), np.uint8)
     batches = [(np.arange(0, 30), images[:30]), (np.arange(30, 40), images[30:])]
-    made = make_reference(batches, 40, Network(), source="noise", keep_features=8)
+    made = compute_statistics(batches, 40, Network(), source="noise", keep_features=8)
     extracted = Network().extract(images)
     np.testing.assert_allclose(made.gaussian.cov, np.cov(extracted.features.T), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(made.spatial.mean, extracted.spatial.mean(0), rtol=1e-5, atol=1e-6)
     rows = [np.flatnonzero((extracted.features == row).all(axis=1)).tolist() for row in made.features]
     assert rows == sorted(rows) and all(len(found) == 1 for found in rows) and rows != [[i] for i in range(8)]
-    written = write_reference(tmp_path / "ours.npz", made)
-    found = read_reference(tmp_path / "ours.npz")
+    written = write_statistics(tmp_path / "ours.npz", made)
+    found = read_statistics(tmp_path / "ours.npz")
     assert (found.path, found.checksum) == (written.path, written.checksum)
     assert (found.source, found.extractor) == ("noise", {"name": "linear", "checksum": "0" * 64})
     assert found.gaussian.count == found.spatial.count == 40
     np.testing.assert_array_equal(found.gaussian.cov, made.gaussian.cov)
     np.testing.assert_array_equal(found.spatial.cov, made.spatial.cov)
     assert found.features.dtype == np.float32 and found.features.tolist() == made.features.tolist()
-    assert write_reference(tmp_path / "again.npz", made).checksum == written.checksum
+    assert write_statistics(tmp_path / "again.npz", made).checksum == written.checksum
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.npz", "ours.npz"]
 
 
@@ -87,9 +87,9 @@ def test_each_image_once():
     images = RNG.integers(0, 256, (4, 4, 4, 3), np.uint8)
     for indices in ([0, 1, 2], [0, 1, 2, 2]):
         with pytest.raises(ValueError, match="of 4 images are missing or came more than once"):
-            make_reference([(np.array(indices), images[: len(indices)])], 4, Network())
+            compute_statistics([(np.array(indices), images[: len(indices)])], 4, Network())
     with pytest.raises(UserError, match="1 images have no statistics"):
-        make_reference([], 1, Network())
+        compute_statistics([], 1, Network())
 
 
 ASYMMETRIC = STATS.cov + np.eye(5, k=1)
@@ -128,13 +128,13 @@ META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
 def test_defects_are_told_with_file_and_key(tmp_path, arrays, said):
     path = npz(tmp_path, **arrays)
     with pytest.raises(UserError, match=said) as caught:
-        read_reference(path)
+        read_statistics(path)
     assert str(path) in str(caught.value)
 
 
 def test_files_that_are_no_npz(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        read_reference(tmp_path / "none.npz")
+        read_statistics(tmp_path / "none.npz")
     whole = npz(tmp_path, **ADM).read_bytes()
     single = tmp_path / "single.npy"
     np.save(single, STATS.mean)
@@ -147,7 +147,7 @@ def test_files_that_are_no_npz(tmp_path):
     ):
         (tmp_path / "stats.npz").write_bytes(content)
         with pytest.raises(UserError, match="stats.npz"):
-            read_reference(tmp_path / "stats.npz")
+            read_statistics(tmp_path / "stats.npz")
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -61,7 +61,7 @@ def test_commands_without_the_client(monkeypatch, capsys, tmp_path):
         ["train", "--config", f"{DIGITS}:debug", "--workdir", "gs://b/run"],
         ["train", "--config", f"{DIGITS}:debug", "--workdir", out, "--config.tokenizer.path=gs://b/x"],
         ["sample", "--workdir", "gs://b/run", "--out", out],
-        ["evaluate", "--workdir", out, "--reference", "gs://b/x.npz"],
+        ["evaluate", "--workdir", out, "--statistics", "gs://b/x.npz"],
         ["sweep", "file.py", "--root", "gs://b/sweep"],
     ):
         assert cli.main(arguments) == 2

@@ -140,7 +140,7 @@ def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -
             given,
             extractor=config.eval.extractor,
             extractor_path=config.eval.extractor_path,
-            reference=config.eval.reference,
+            statistics=config.eval.statistics,
             default="runs/data",
             flag="--config.eval.",
         )

@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--extractor", choices=("inception", "classifier"), help="of the config by default")
     parser.add_argument("--extractor_path", metavar="FILE", help="of its weights")
-    parser.add_argument("--reference", metavar="FILE.npz", help="statistics of real images; of the config by default")
+    parser.add_argument(
+        "--statistics",
+        "--reference",  # the older name, for one release
+        metavar="FILE.npz",
+        help="statistics of real images; of the config by default (--reference is the older name)",
+    )
     parser.add_argument("--tokenizer_path", help="where the tokenizer's weights are now, if they have moved")
     parser.add_argument("--save", choices=("npz", "png"), default="", help="keep the samples")
     parser.add_argument("--overwrite", action="store_true", help="measure again what has been measured")
@@ -48,7 +53,7 @@ def run(given: argparse.Namespace) -> None:
             batch_size=given.batch_size,
             extractor=given.extractor,
             extractor_path=given.extractor_path,
-            reference=given.reference,
+            statistics=given.statistics,
             tokenizer_path=given.tokenizer_path,
             save=given.save,
             out=given.out,
@@ -56,9 +61,9 @@ def run(given: argparse.Namespace) -> None:
         ),
     )
     print(table(entries))
-    reference, extractor = entries[0]["reference"], entries[0]["extractor"]
+    statistics, extractor = entries[0]["statistics"], entries[0]["extractor"]
     print(
-        f"against {reference['name']} (sha256 {reference['checksum'][:12]}) by {extractor['name']}; all there is to "
+        f"against {statistics['name']} (sha256 {statistics['checksum'][:12]}) by {extractor['name']}; all there is to "
         f"know is in {os.path.join(given.out or given.workdir, RECORD)}"
     )
     print_next(*plot_command(given.out or given.workdir))

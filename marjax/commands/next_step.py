@@ -65,7 +65,7 @@ def sample_command(workdir: str, num_classes: int) -> list[str]:
 def measure_command(workdir: str, config: ConfigDict) -> list[str]:
     """Evaluating a work directory if its config names all that takes, otherwise drawing its metrics."""
     given = config.eval
-    if os.path.exists(given.reference or "") and (given.extractor_path == "" or os.path.exists(given.extractor_path)):
+    if os.path.exists(given.statistics or "") and (given.extractor_path == "" or os.path.exists(given.extractor_path)):
         return ["evaluate", "--workdir", workdir, *num_images(config)]
     return plot_command(workdir)
 

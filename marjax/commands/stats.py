@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "--dataset", "--config", required=False, what="the config whose data to take")
     parser.add_argument("--images", metavar="DIR", help="instead, a folder of pictures")
     parser.add_argument("--npz", metavar="FILE", help="instead, images in a file, as arr_0")
-    parser.add_argument("--out", metavar="FILE.npz", help="config.eval.reference by default")
+    parser.add_argument("--out", metavar="FILE.npz", help="config.eval.statistics by default")
     parser.add_argument("--extractor", choices=("inception", "classifier"), help="of the config, or inception")
     parser.add_argument("--extractor_path", metavar="FILE", help="of its weights")
     parser.add_argument("--image_size", type=int, help="that pictures of a folder are cropped to")
@@ -33,11 +33,11 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = None
     if given.dataset is not None:
         config = load_config(given.dataset, overrides)
-    out = given.out or (config.eval.reference if config is not None else "")
+    out = given.out or (config.eval.statistics if config is not None else "")
     if not out:
-        raise UserError("no file to write the statistics to: give --out FILE.npz, or --config.eval.reference=FILE")
+        raise UserError("no file to write the statistics to: give --out FILE.npz, or --config.eval.statistics=FILE")
     join(given)
-    from marjax.evaluation.stats import make_statistics
+    from marjax.evaluation.statistics import make_statistics
 
     made = make_statistics(
         out,
@@ -67,7 +67,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
             "--workdir",
             run,
             *num_images(config),
-            "--reference",
+            "--statistics",
             out,
             "--extractor",
             made.extractor["name"],
@@ -75,7 +75,9 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         )
     elif config is not None and given.dataset is not None:
         print_next(
-            *train_command(given.dataset, overrides | ({} if out == config.eval.reference else {"eval.reference": out}))
+            *train_command(
+                given.dataset, overrides | ({} if out == config.eval.statistics else {"eval.statistics": out})
+            )
         )
     else:
-        progress.note(f"measure a run against it: marjax evaluate --workdir WORKDIR --reference {shlex.quote(out)}")
+        progress.note(f"measure a run against it: marjax evaluate --workdir WORKDIR --statistics {shlex.quote(out)}")

@@ -36,5 +36,5 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     )
     given_fields = {"eval.extractor": "classifier", "eval.extractor_path": out}
     fields = overrides | {key: value for key, value in given_fields.items() if config.eval[key[5:]] != value}
-    to = [] if config.eval.reference else ["--out", f"{out.removesuffix('.npz')}_reference.npz"]
+    to = [] if config.eval.statistics else ["--out", f"{out.removesuffix('.npz')}_statistics.npz"]
     print_next("stats", "--dataset", *config_arguments(given.config, fields), *to)

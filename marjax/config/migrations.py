@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from marjax.config.overrides import flatten
-from marjax.config.schema import base
+from marjax.config.schema import RENAMED, fields
 from marjax.errors import UserError
 from marjax.ranges import shown
 
-FORMAT = 2  # format 0 does not say that it is: the key is missing
+FORMAT = 3  # format 0 does not say that it is: the key is missing
 KEY = "format"  # beside the sections
 
 # Fields, or sections with all their fields, that came after the first config of the format.
@@ -34,6 +34,7 @@ _ADDED = {
         "tokenizer.train",
     ),
     1: ("data.fingerprint", "init", "log.mlflow", "log.wandb", "model.extra"),
+    2: (),
 }
 
 
@@ -61,7 +62,7 @@ def migrate(content: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} has format {version}, but this version of marjax reads formats up to {FORMAT}: "
             f"install the version that wrote it, or a newer one"
         )
-    defaults = flatten(base())
+    defaults = flatten(fields())
     for older in range(version, FORMAT):
         _MIGRATIONS[older](migrated)
         for key, value in defaults.items():
@@ -79,7 +80,17 @@ def _from_0(content: dict[str, Any]) -> None:
         tokenizer.setdefault("checksum", "")
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {0: _from_0, 1: lambda content: None}
+def _from_2(content: dict[str, Any]) -> None:
+    for old, new in RENAMED.items():
+        *parents, leaf = old.split(".")
+        section: Any = content
+        for name in parents:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and leaf in section:
+            _add(content, new, section.pop(leaf))
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {0: _from_0, 1: lambda content: None, 2: _from_2}
 
 
 def _add(content: dict[str, Any], key: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from marjax.config.schema import NONE_IS_OFF, PATHS, base
+from marjax.config.schema import NONE_IS_OFF, PATHS, RENAMED, fields
 from marjax.errors import UserError
 from marjax.ranges import shown
 
@@ -34,7 +34,7 @@ class Field(NamedTuple):
 @functools.cache
 def known_fields() -> Mapping[str, Field]:
     """Every field of `base()` by its dotted key."""
-    config = base()
+    config = fields()
     found = {}
     for key, default in flatten(config).items():
         *parents, leaf = key.split(".")
@@ -63,7 +63,7 @@ def conform(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     Raises:
       UserError: an unknown field (naming the closest), a missing one, or a value of another type.
     """
-    made = base()
+    made = fields()
     _fill(made, config, "")
     return made
 
@@ -76,18 +76,19 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
       UserError: an unknown field (naming the closest), a section, or a value of the wrong type; in `config` too.
     """
     config = conform(config)
-    fields = known_fields()
+    known = known_fields()
     if not isinstance(overrides, Mapping):
         raise UserError(f"the fields to set are {shown(overrides)}: give a dict such as {{'train.lr': 1e-3}}")
-    for key, value in overrides.items():
-        if key not in fields:
+    for given, value in overrides.items():
+        key = RENAMED.get(given, given)
+        if key not in known:
             if key in sections():
                 raise UserError(
                     f"config.{key} is a section: set one of its fields, such as "
-                    f"{next(name for name in fields if name.startswith(f'{key}.'))}"
+                    f"{next(name for name in known if name.startswith(f'{key}.'))}"
                 )
-            raise UserError(f"unknown config key {shown(key)}{closest(str(key), fields)}")
-        kind, optional = fields[key]
+            raise UserError(f"unknown config key {shown(key)}{closest(str(key), known)}")
+        kind, optional = known[key]
         if optional and is_none(value):
             value = None
         elif isinstance(value, str) and kind is not str:
@@ -96,7 +97,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
             value = unquoted(value.strip())
         *parents, leaf = key.split(".")
         section = functools.reduce(lambda section, name: section[name], parents, config)
-        section[leaf] = _typed(key, value, fields[key])
+        section[leaf] = _typed(key, value, known[key])
     return config
 
 
@@ -113,6 +114,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def unknown_key(key: str) -> UserError:
     """The error about a field or section that the config does not have."""
+    if key in RENAMED:
+        return UserError(f"unknown config key {shown(key)}; it is {RENAMED[key]!r} now")
     return UserError(f"unknown config key {shown(key)}{closest(key, [*sections(), *known_fields()])}")
 
 
@@ -181,7 +184,7 @@ def _fill(section: ConfigDict, given: Any, prefix: str) -> None:
     if not isinstance(given, Mapping | ConfigDict):
         raise UserError(f"{where} is {shown(given)}: expected a section with its fields")
     for key in given:
-        if key not in section:
+        if key not in section and f"{prefix}{key}" not in RENAMED:
             raise unknown_key(f"{prefix}{key}")
     for key in section:
         if key not in given:

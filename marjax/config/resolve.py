@@ -60,9 +60,9 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
         )
     if config.eval.cfg is None:
         config.eval.cfg = config.sample.cfg
-    if config.eval.every and not config.eval.reference:
+    if config.eval.every and not config.eval.statistics:
         raise UserError(
-            "config.eval.every is set, but config.eval.reference is not: give the file of the real images' "
+            "config.eval.every is set, but config.eval.statistics is not: give the file of the real images' "
             "statistics, which marjax stats makes"
         )
     if config.sample.num_iter is None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection
+from operator import getitem
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -112,7 +113,7 @@ RANGES = {
     "model.denoiser.depth": _DEPTH,
     "model.denoiser.width": _WIDTH,
     "model.diffusion.num_steps": integer(4, 100_000),
-    "model.diffusion.batch_mul": integer(1, 1024),
+    "model.diffusion_batch_mul": integer(1, 1024),
     "train.batch_size": BATCH,
     "train.epochs": Range(MIN_FLOAT, 1e9),
     "train.steps": COUNT,
@@ -156,7 +157,7 @@ PATHS = (
     "tokenizer.train.lpips.vgg",
     "tokenizer.train.lpips.linear",
     "eval.extractor_path",
-    "eval.reference",
+    "eval.statistics",
     "init.path",
 )
 
@@ -166,11 +167,27 @@ MAX_LENGTH = 16  # of lists of numbers
 NONE_IS_OFF = ("train.clip", "tokenizer.train.clip")
 
 
-def base() -> ConfigDict:
-    """Every field there is, with the paper's value where it has one; locked, so that no other field can be added.
+# Fields that had another name before config format 3: old -> new.
+RENAMED = {"eval.reference": "eval.statistics", "model.diffusion.batch_mul": "model.diffusion_batch_mul"}
 
-    Fields of None are derived by `resolve`.
+
+def base() -> ConfigDict:
+    """Every field with the paper's value where it has one; locked, so that no other field can be added.
+
+    Fields of None are derived by `resolve`. Older names of fields (RENAMED) set the new ones.
     """
+    config = fields()
+    with config.unlocked():
+        for old, new in RENAMED.items():
+            *parents, leaf = new.split(".")
+            reference = functools.reduce(getitem, parents, config).get_ref(leaf)
+            *parents, leaf = old.split(".")
+            functools.reduce(getitem, parents, config)[leaf] = reference
+    return config
+
+
+def fields() -> ConfigDict:
+    """`base()` without the older names."""
     derived_int, derived_float, derived_str, derived_tuple = (
         functools.partial(config_dict.placeholder, kind) for kind in (int, float, str, tuple)
     )
@@ -253,7 +270,8 @@ def base() -> ConfigDict:
                 mask_ratio=dict(mean=1.0, std=0.25, minimum=0.7),  # of the truncated normal
                 mask_ratio_per="image",  # each image draws its own; "batch" for one draw for all, as the reference
                 denoiser=dict(depth=6, width=1024, remat="none"),
-                diffusion=dict(num_steps=1000, batch_mul=4),  # timesteps of the chain; timesteps drawn a token
+                diffusion=dict(num_steps=1000),  # timesteps of the chain
+                diffusion_batch_mul=4,  # timesteps drawn per token in the diffusion loss
             ),
             train=dict(
                 batch_size=2048,  # global
@@ -312,7 +330,7 @@ def base() -> ConfigDict:
                 cfg=derived_float(),  # guidance of the second half of those; sample.cfg, and none if that is 1
                 extractor="inception",  # or "classifier"
                 extractor_path="",  # of its weights; inception has a place of its own
-                reference="",  # file of the real images' statistics (see marjax stats)
+                statistics="",  # file with the dataset statistics, written by marjax stats
             ),
         )
     ).lock()

@@ -12,7 +12,7 @@ import numpy as np
 from marjax.evaluation.across_processes import all_processes
 from marjax.evaluation.networks.extractor import open_extractor
 from marjax.evaluation.score import check_fits, score
-from marjax.evaluation.statistics import read_reference
+from marjax.evaluation.statistics import read_statistics
 from marjax.generation.sampler import Sampler
 
 
@@ -20,7 +20,7 @@ class Probe:
     """Measures EMA weights by `config.eval`; the samples are the same ones every time."""
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
-        """Opens extractor and reference.
+        """Opens extractor and statistics.
 
         Args:
           config: resolved.
@@ -30,9 +30,9 @@ class Probe:
         """
         self.config = config
         self.extractor = open_extractor(config.eval.extractor, config.eval.extractor_path)
-        self.reference = read_reference(config.eval.reference)
+        self.statistics = read_statistics(config.eval.statistics)
         self._samplers: dict[str, Sampler] = {}
-        check_fits(self.extractor, self.reference, config.data.image_size, config.data.channels)
+        check_fits(self.extractor, self.statistics, config.data.image_size, config.data.channels)
 
     def __call__(self, sampler: Sampler, params: Any) -> dict[str, float]:
         """`eval/fid` and so on, without guidance, and `eval/fid_guided` and so on, where `config.eval.cfg` is not 1.
@@ -54,7 +54,7 @@ class Probe:
                 [(mine, images[mine])],
                 len(images),
                 self.extractor,
-                self.reference,
+                self.statistics,
                 processes,
                 num_classes=config.data.num_classes,
             )

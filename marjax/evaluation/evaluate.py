@@ -28,7 +28,7 @@ from marjax.evaluation.networks.extractor import FeatureExtractor, open_extracto
 from marjax.evaluation.record import RECORD, Record
 from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.evaluation.score import Features, check_fits, score
-from marjax.evaluation.statistics import Reference, make_reference, read_reference, write_reference
+from marjax.evaluation.statistics import DatasetStatistics, compute_statistics, read_statistics, write_statistics
 from marjax.files import make_folder
 from marjax.generation.sample import Opened, open_sampler
 from marjax.generation.sampler import Sampler
@@ -49,7 +49,8 @@ FIELDS = (
     "confidence_order",
     "choice_temperature",
 )
-_PATHS = ("extractor_path", "reference", "tokenizer_path", "out")  # of a request
+_OLDER = {"reference": "statistics"}  # names of arguments, for one release
+_PATHS = ("extractor_path", "statistics", "tokenizer_path", "out")  # of a request
 SAVES = ("", "npz", "png")
 
 
@@ -64,7 +65,7 @@ class Request:
       step: of the checkpoint; the newest by default.
       settings: values to try of FIELDS, all combinations of them; the run's own by default.
       batch_size: images at a time on one host's devices; `config.sample.batch_size` by default.
-      extractor, extractor_path, reference: as in `config.eval`, which has the defaults.
+      extractor, extractor_path, statistics: as in `config.eval`, which has the defaults.
       tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
       save: "npz" or "png" to keep the samples, as one file for the ADM evaluator or as a folder of pictures.
       out: where record and samples go; the work directory by default.
@@ -80,7 +81,7 @@ class Request:
     batch_size: int | None = None
     extractor: str | None = None
     extractor_path: str | None = None
-    reference: str | None = None
+    statistics: str | None = None
     tokenizer_path: str | None = None
     save: str = ""
     out: str | os.PathLike[str] | None = None
@@ -93,7 +94,7 @@ class Request:
 def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **given: Any) -> list[dict[str, Any]]:
     """Measures a work directory's weights; every process of a run calls this, with folders that all of them see.
 
-    `marjax.evaluate(workdir, num_images=10_000, reference="stats.npz", cfg=[1.0, 2.0])` measures two settings.
+    `marjax.evaluate(workdir, num_images=10_000, statistics="stats.npz", cfg=[1.0, 2.0])` measures two settings.
 
     Args:
       workdir: of a training run.
@@ -134,7 +135,7 @@ def evaluate(workdir: str | os.PathLike[str], request: Request = Request(), **gi
                 identity = {
                     **spec.identity,
                     "extractor": measure.extractor.checksum,
-                    "reference": measure.reference.checksum,
+                    "reference": measure.statistics.checksum,  # an older name, which entries are found by
                 }
                 entry = None if request.overwrite else record.find(identity)
                 if entry is None or (request.save and not _saved(out, spec, request.save).exists()):
@@ -158,7 +159,7 @@ def _with_fields(request: Request, given: Mapping[str, Any]) -> Request:
         for name, value in given.items()
         if name in FIELDS
     }
-    given = {name: value for name, value in given.items() if name not in FIELDS}
+    given = {_OLDER.get(name, name): value for name, value in given.items() if name not in FIELDS}
     if unknown := sorted(set(given) - set(fields)):
         raise UserError(
             f"evaluate takes no {shown(unknown[0])}{closest(unknown[0], [*fields, *FIELDS])}; there are "
@@ -257,7 +258,7 @@ def _one(
         samples.batches(),
         spec.num_images,
         measure.extractor,
-        measure.reference,
+        measure.statistics,
         processes,
         num_classes=spec.num_classes,
         features=features,
@@ -301,7 +302,7 @@ class _Measure:
     """What samples, images (H, W, C), are measured with and against."""
 
     extractor: FeatureExtractor
-    reference: Reference
+    statistics: DatasetStatistics
     image_shape: tuple[int, int, int]
 
     @classmethod
@@ -310,29 +311,29 @@ class _Measure:
         path = request.extractor_path
         if path is None:
             path = config.eval.extractor_path if name == config.eval.extractor else ""
-        reference = request.reference or config.eval.reference
+        statistics = request.statistics or config.eval.statistics
         check_there(
             config,
             [f"{workdir}/config.json"],
             extractor=name,
             extractor_path=path,
-            reference=reference,
+            statistics=statistics,
             default=workdir,
         )
         size = config.data.image_size
-        made = cls(open_extractor(name, path), read_reference(reference), (size, size, config.data.channels))
-        check_fits(made.extractor, made.reference, config.data.image_size, config.data.channels)
+        made = cls(open_extractor(name, path), read_statistics(statistics), (size, size, config.data.channels))
+        check_fits(made.extractor, made.statistics, config.data.image_size, config.data.channels)
         return made
 
     def with_features(self, folder: epath.Path, processes: Processes) -> "_Measure":
-        """With what a reference of images lacks, made of these; kept in `folder` for the next time."""
-        given = self.reference
+        """With what the statistics of a batch of images lack, computed from these and kept in `folder`."""
+        given = self.statistics
         if given.images is None or (given.gaussian is not None and given.features is not None):
             return self
-        kept = folder / f"reference-{given.checksum[:12]}-{self.extractor.checksum[:12]}.npz"
+        kept = folder / f"statistics-{given.checksum[:12]}-{self.extractor.checksum[:12]}.npz"
         if not kept.exists():
             try:
-                made = make_reference(
+                made = compute_statistics(
                     given.images.batches(64, processes),
                     len(given.images),
                     self.extractor,
@@ -342,16 +343,16 @@ class _Measure:
             except ValueError as error:
                 raise UserError(
                     f"the images of {given.path} cannot be seen by {self.extractor.name} ({error}): give "
-                    f"another --reference"
+                    f"another --statistics"
                 ) from None
             if processes.index == 0:
                 make_folder(folder)
-                write_reference(kept, made)
+                write_statistics(kept, made)
             processes.barrier()
-        made = read_reference(kept)
+        made = read_statistics(kept)
         return dataclasses.replace(
             self,
-            reference=dataclasses.replace(
+            statistics=dataclasses.replace(
                 given,
                 gaussian=given.gaussian or made.gaussian,
                 spatial=given.spatial or made.spatial,
@@ -363,7 +364,7 @@ class _Measure:
     def identity(self) -> dict[str, Any]:
         return {
             "extractor": {"name": self.extractor.name, "checksum": self.extractor.checksum},
-            "reference": {"name": self.reference.name, "checksum": self.reference.checksum},
+            "statistics": {"name": self.statistics.name, "checksum": self.statistics.checksum},
         }
 
 

@@ -17,7 +17,7 @@ def check_there(
     *,
     extractor: str,
     extractor_path: str,
-    reference: str,
+    statistics: str,
     default: str,
     flag: str = "--",
 ) -> None:
@@ -28,7 +28,7 @@ def check_there(
       source: the arguments that name this config in a command: what follows `--config`.
       extractor: "inception" or "classifier".
       extractor_path: of its weights.
-      reference: the file of the statistics.
+      statistics: the file of the statistics.
       default: how files are called that have no name yet, without a suffix.
       flag: how the flags begin that name the files to the command that needs them.
 
@@ -42,21 +42,21 @@ def check_there(
         makes.append(_command("train-classifier", "--config", *source, "--out", classifier))
         if not extractor_path:
             then.append(f"{flag}extractor_path={classifier}")
-    if not (reference and epath.Path(reference).exists()):
-        wrong.append(f"{reference} does not exist" if reference else "no reference to measure against")
-        out = reference or f"{default}_reference.npz"
+    if not (statistics and epath.Path(statistics).exists()):
+        wrong.append(f"{statistics} does not exist" if statistics else "no statistics to measure against")
+        out = statistics or f"{default}_statistics.npz"
         given = ["--extractor", extractor] if extractor != config.eval.extractor else []
         if extractor == "classifier" and classifier != config.eval.extractor_path:
             given += ["--extractor_path", classifier]
         makes.append(_command("stats", "--dataset", *source, "--out", out, *given))
-        if not reference:
-            then.append(f"{flag}reference={out}")
+        if not statistics:
+            then.append(f"{flag}statistics={out}")
     if not wrong:
         return
     what = " and ".join(wrong)
     if config.data.source == "digits" and config.data.num_classes != _NUM_DIGITS:  # of a converted checkpoint
         raise UserError(
-            f"{what}: marjax stats makes the statistics of your data (docs/evaluation.md); give them by --reference"
+            f"{what}: marjax stats makes the statistics of your data (docs/evaluation.md); give them by --statistics"
         )
     more = f", then add {shlex.join(then)}" if then else ""
     imagenet = "; docs/evaluation.md says where to get those of ImageNet" if "imagenet" in config.data.source else ""

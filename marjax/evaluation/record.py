@@ -8,12 +8,14 @@ from typing import Any
 
 from etils import epath
 
+from marjax.errors import UserError
 from marjax.evaluation.metrics import names
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 
 RECORD = "evaluation.json"
 FORMAT = 1
+_ADVICE = "measure again with another --out, or move it away"
 _NETWORK = {"name": str, "checksum": str}
 _SHAPE = {
     "format": {FORMAT},
@@ -25,7 +27,8 @@ _SHAPE = {
             "seconds_per_image": (float, None),
             "samples?": (str, None),
             "extractor": _NETWORK,
-            "reference": _NETWORK,
+            "statistics?": _NETWORK,
+            "reference?": _NETWORK,  # the same, in older records
         }
     ],
 }
@@ -38,17 +41,18 @@ def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       UserError: it cannot be read, or is of another format.
       StorageError: gs:// does not answer.
     """
-    found = read_json(
-        path,
-        _SHAPE,
-        advice="measure again with another --out, or move it away",
-        missing={"results": []},
-        allow_nan=True,
-    )
-    # Older records call all distances FID, whatever the features.
-    return [
-        {**each, "metrics": names.of_extractor(each["metrics"], each["extractor"]["name"])} for each in found["results"]
-    ]
+    found = read_json(path, _SHAPE, advice=_ADVICE, missing={"results": []}, allow_nan=True)
+    return [_updated(each, path) for each in found["results"]]
+
+
+def _updated(entry: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """An entry under today's names: older records have "reference", and call all distances FID."""
+    entry = dict(entry)
+    if "reference" in entry:
+        entry["statistics"] = entry.pop("reference")
+    if "statistics" not in entry:
+        raise UserError(f"{os.fspath(path)}: an entry has no statistics; {_ADVICE}")
+    return entry | {"metrics": names.of_extractor(entry["metrics"], entry["extractor"]["name"])}
 
 
 class Record:

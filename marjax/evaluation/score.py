@@ -1,4 +1,4 @@
-"""All metrics of one set of images against one reference, in one pass over the images.
+"""All metrics of one set of images against dataset statistics, in one pass over the images.
 
 What is kept of the images is sums. Features are kept only for what compares pairs of them, precision, recall and KID,
 and then in files that all hosts see. Legend: N images, B of a batch, F features.
@@ -21,7 +21,7 @@ from marjax.evaluation.metrics.inception_score import ScoreSums
 from marjax.evaluation.metrics.kernel_distance import kernel_distance
 from marjax.evaluation.metrics.precision_recall import precision_recall
 from marjax.evaluation.networks.extractor import FeatureExtractor
-from marjax.evaluation.statistics import Reference
+from marjax.evaluation.statistics import DatasetStatistics
 from marjax.files import write_bytes
 from marjax.npz_file import read_npy
 
@@ -62,27 +62,27 @@ class Features(Sequence[np.ndarray]):
         return read_npy(self._paths[index], ("f", 2), advice="start again, which measures anew")
 
 
-def check_fits(extractor: FeatureExtractor, reference: Reference, image_size: int, channels: int) -> None:
-    """Checks before any work that images can be seen by the network and measured against the reference.
+def check_fits(extractor: FeatureExtractor, statistics: DatasetStatistics, image_size: int, channels: int) -> None:
+    """Checks before any work that images can be seen by the network and measured against the statistics.
 
     Raises:
-      UserError: the reference was made with another network, or the network takes other images.
+      UserError: the statistics were made with another network, or the network takes other images.
     """
-    made = reference.extractor
+    made = statistics.extractor
     if made is not None and made != {"name": extractor.name, "checksum": extractor.checksum}:
         raise UserError(
-            f"reference {reference.path} was made with {made['name']} (checksum {made['checksum'][:12]}), "
+            f"statistics {statistics.path} were made with {made['name']} (checksum {made['checksum'][:12]}), "
             f"but the extractor is {extractor.name} (checksum {extractor.checksum[:12]}): give that one, "
-            f"or make the reference anew with marjax stats"
+            f"or make the statistics again with marjax stats"
         )
     for gaussian, kind, number in (
-        (reference.gaussian, "features", extractor.num_features),
-        (reference.spatial, "spatial features", extractor.num_spatial),
+        (statistics.gaussian, "features", extractor.num_features),
+        (statistics.spatial, "spatial features", extractor.num_spatial),
     ):
         if gaussian is not None and number and len(gaussian.mean) != number:
             raise UserError(
-                f"reference {reference.path} has {len(gaussian.mean)} {kind}, but {extractor.name} has "
-                f"{number}: give another --reference or --extractor"
+                f"statistics {statistics.path} have {len(gaussian.mean)} {kind}, but {extractor.name} has "
+                f"{number}: give another --statistics or --extractor"
             )
     try:
         extractor.extract(np.zeros((0, image_size, image_size, channels), np.uint8))
@@ -98,7 +98,7 @@ def score(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     total: int,
     extractor: FeatureExtractor,
-    reference: Reference,
+    statistics: DatasetStatistics,
     processes: Processes = Processes(),  # noqa: B008
     *,
     num_classes: int = 0,
@@ -108,14 +108,14 @@ def score(
 
     `fid`; `sfid` where both sides have spatial features; `inception_score` and its `inception_score_std` over splits;
     `accuracy`, the share that the network takes for the class that was asked for; with `features`, against a
-    reference that has some, `precision`, `recall`, `kid` and `kid_std`. Features of another network give other names
+    statistics that has some, `precision`, `recall`, `kid` and `kid_std`. Features of another network give other names
     (see `names`).
 
     Args:
       batches: indices int (B,) in [0, total) and images uint8 (B, H, W, C); over all hosts each index once.
       total: N.
-      extractor: which `check_fits` the reference.
-      reference: of the real images.
+      extractor: which `check_fits` the statistics.
+      statistics: of the real images.
       processes: that share the images out.
       num_classes: K, where image i was asked to be of class i mod K and the network has the same K classes.
       features: where to keep these; None for no comparison of pairs.
@@ -125,7 +125,7 @@ def score(
     """
     moments, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial)
     sums = ScoreSums(total, extractor.num_classes, min(_SPLITS, total))
-    real, made = reference.features, features
+    real, made = statistics.features, features
     if real is None or made is None or min(len(real), total) <= NEIGHBOURS:  # too few to have such a neighbour
         real = made = None
     asks = num_classes == extractor.num_classes
@@ -135,7 +135,7 @@ def score(
             found = extractor.extract(images)
             moments.add(found.features)
             sums.add(indices, found.logits)
-            if found.spatial is not None and reference.spatial is not None:
+            if found.spatial is not None and statistics.spatial is not None:
                 spatial.add(found.spatial)
             if asks:
                 right += int((found.logits.argmax(axis=1) == indices % num_classes).sum())
@@ -143,7 +143,7 @@ def score(
                 made.add(int(indices[0]), found.features)
             bar.update(len(images))
     with progress.activity("computing the metrics"):
-        metrics = _distances(moments, spatial, sums, extractor, reference, processes)
+        metrics = _distances(moments, spatial, sums, extractor, statistics, processes)
         if asks:
             metrics["accuracy"] = float(processes.sum(np.array([right]))[0]) / total
         if real is not None and made is not None:
@@ -159,15 +159,15 @@ def _distances(
     spatial: Moments,
     sums: ScoreSums,
     extractor: FeatureExtractor,
-    reference: Reference,
+    statistics: DatasetStatistics,
     processes: Processes,
 ) -> dict[str, float]:
     """The metrics that are made of sums; once a host has them, all have reached this and written their features."""
     metrics: dict[str, float] = {}
-    if reference.gaussian is not None:
-        metrics["fid"] = frechet_distance(moments.merged(processes).gaussian(), reference.gaussian)
-    if reference.spatial is not None and extractor.num_spatial:
-        metrics["sfid"] = frechet_distance(spatial.merged(processes).gaussian(), reference.spatial)
+    if statistics.gaussian is not None:
+        metrics["fid"] = frechet_distance(moments.merged(processes).gaussian(), statistics.gaussian)
+    if statistics.spatial is not None and extractor.num_spatial:
+        metrics["sfid"] = frechet_distance(spatial.merged(processes).gaussian(), statistics.spatial)
     mean, std = sums.merged(processes).result()
     return metrics | {"inception_score": mean, "inception_score_std": std}
 

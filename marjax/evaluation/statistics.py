@@ -11,20 +11,24 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import ml_collections
 import numpy as np
 from etils import epath
 
-from marjax import numerics, progress
+from marjax import config as config_lib
+from marjax import distributed, numerics, progress
 from marjax.errors import UserError, shortened
-from marjax.evaluation.across_processes import Processes
-from marjax.evaluation.image_sets import Batch, NpzImages
+from marjax.evaluation.across_processes import Processes, all_processes
+from marjax.evaluation.image_sets import Batch, ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.metrics.frechet import Gaussian, Moments
-from marjax.evaluation.networks.extractor import FeatureExtractor
-from marjax.files import open_regular
+from marjax.evaluation.networks.extractor import FeatureExtractor, open_extractor
+from marjax.files import make_folder, open_regular
 from marjax.images import write_npz
 from marjax.json_file import parse_json
+from marjax.lock import locked_file
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths
+from marjax.ranges import check_arguments
 
 FORMAT = 1
 _ADVICE = "give another npz file of statistics or images, or make it with marjax stats"
@@ -33,7 +37,7 @@ _STYLES = ("mu", "sigma"), ("ref_mu", "ref_sigma")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class DatasetStatistics:
     """What is known of a set of real images; None where it is not.
 
     Attributes:
@@ -63,7 +67,7 @@ class Reference:
 
 
 @takes_paths("path")
-def read_reference(path: str | os.PathLike[str]) -> Reference:
+def read_statistics(path: str | os.PathLike[str]) -> DatasetStatistics:
     """Reads an npz file of statistics.
 
     It may be one of ours, a reference batch of the ADM evaluator (`mu`, `sigma`, `mu_s`, `sigma_s`, images `arr_0`),
@@ -98,7 +102,7 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
     images = NpzImages(path) if "arr_0" in names else None
     with open_regular(path) as stored:
         checksum = hashlib.file_digest(stored, "sha256").hexdigest()  # type: ignore[arg-type]
-    return Reference(
+    return DatasetStatistics(
         gaussian,
         spatial,
         None if features is None else features.astype(np.float32),
@@ -110,37 +114,41 @@ def read_reference(path: str | os.PathLike[str]) -> Reference:
     )
 
 
-def write_reference(path: str | os.PathLike[str], reference: Reference) -> Reference:
+def write_statistics(path: str | os.PathLike[str], statistics: DatasetStatistics) -> DatasetStatistics:
     """Writes all but `images` as one npz file, whole or not at all; the same content gives the same bytes.
 
     Returns:
-      The reference with the file's path and checksum.
+      The statistics with the file's path and checksum.
 
     Raises:
       UserError: the file cannot be written.
       ValueError: there are no statistics.
     """
-    if reference.gaussian is None:
-        raise ValueError("a reference without statistics: make them first")
+    if statistics.gaussian is None:
+        raise ValueError("no mean and covariance to write: compute them first")
     meta = {
         "format": FORMAT,
-        "count": reference.gaussian.count,
-        "source": reference.source,
-        "extractor": reference.extractor,
+        "count": statistics.gaussian.count,
+        "source": statistics.source,
+        "extractor": statistics.extractor,
     }
-    arrays: dict[str, Any] = {"mu": reference.gaussian.mean, "sigma": reference.gaussian.cov, "meta": json.dumps(meta)}
-    if reference.spatial is not None:
-        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.cov}
-    if reference.features is not None:
-        arrays["features"] = reference.features
+    arrays: dict[str, Any] = {
+        "mu": statistics.gaussian.mean,
+        "sigma": statistics.gaussian.cov,
+        "meta": json.dumps(meta),
+    }
+    if statistics.spatial is not None:
+        arrays |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.cov}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features
     write_npz(path, **arrays)
     with epath.Path(path).open("rb") as stored:
         checksum = hashlib.file_digest(stored, "sha256").hexdigest()
-    return dataclasses.replace(reference, path=os.fspath(path), checksum=checksum, images=None)
+    return dataclasses.replace(statistics, path=os.fspath(path), checksum=checksum, images=None)
 
 
 @numerics.pinned()
-def make_reference(
+def compute_statistics(
     batches: Iterable[Batch],
     total: int,
     extractor: FeatureExtractor,
@@ -149,14 +157,14 @@ def make_reference(
     keep_features: int = 10_000,
     seed: int = 0,
     processes: Processes | None = None,
-) -> Reference:
+) -> DatasetStatistics:
     """Sends images through a network; every host calls it with its share of them, and all get the same.
 
     Args:
       batches: indices int (B,) and images uint8 (B, H, W, C); each index of [0, total) once over all processes.
       total: N, at least 2.
       extractor: the network.
-      source: see `Reference`.
+      source: see `Statistics`.
       keep_features: of how many images, at most, the features are kept, in the order of their indices.
       seed: of their choice, which follows from it, `keep_features` and N alone.
       processes: those that share the images.
@@ -193,7 +201,7 @@ def make_reference(
         for start in range(0, len(kept_nxF), 1024):  # as float64 only in parts
             some = slice(start, start + 1024)
             kept_nxF[some] = processes.sum(kept_nxF[some].astype(np.float64))
-    return Reference(
+    return DatasetStatistics(
         moments.merged(processes).gaussian(),
         spatial.merged(processes).gaussian() if extractor.num_spatial else None,
         kept_nxF if len(kept_nxF) else None,
@@ -236,3 +244,110 @@ def _meta(path: str, stored: np.ndarray) -> dict[str, Any]:
     }
     meta: dict[str, Any] = parse_json(str(stored), shape, where=f"{path}: meta", advice=_ADVICE)
     return meta
+
+
+@numerics.pinned()
+@takes_paths("out", "images", "npz", "extractor_path")
+def make_statistics(
+    out: str | os.PathLike[str],
+    *,
+    config: ml_collections.ConfigDict | None = None,
+    images: str | os.PathLike[str] | None = None,
+    npz: str | os.PathLike[str] | None = None,
+    extractor: str | None = None,
+    extractor_path: str | None = None,
+    image_size: int | None = None,
+    keep_features: int = 10_000,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> DatasetStatistics:
+    """Sends images through an extractor and writes what `marjax evaluate` measures against.
+
+    All processes of a run may call this; each reads its share, and the first writes.
+
+    Args:
+      out: the npz file. If it is there, it must have these very contents, which are computed again.
+      config: its data set, cropped as in training, without flips; `config.eval` has the extractor by default.
+      images: instead, a folder of pictures.
+      npz: instead, a file with images uint8 (N, H, W, C) as `arr_0`, such as the samples of another program.
+      extractor, extractor_path: see `open_extractor`; inception by default.
+      image_size: that pictures of a folder are cropped to; by default they all have one size.
+      keep_features: of how many images, at most, the features are kept, for precision, recall and KID.
+      batch_size: images read at a time.
+      overwrite: replace a file with other contents.
+
+    Raises:
+      UserError: not exactly one source, or anything that cannot be used.
+    """
+    if (images is None) + (npz is None) + (config is None) != 2:
+        raise UserError("statistics are made of one source: give --dataset NAME, --images DIR or --npz FILE")
+    if image_size is not None and images is None:
+        raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
+    check_arguments(image_size=image_size, keep_features=keep_features, batch_size=batch_size)
+    if config is not None:
+        config = config_lib.check_fields(config)
+    make_folder(os.path.dirname(os.fspath(out)) or ".")
+    with distributed.first_holds(locked_file(out, "marjax stats")):
+        there = read_statistics(out) if epath.Path(out).exists() and not overwrite else None
+        if config is not None:
+            extractor = extractor or config.eval.extractor
+            if extractor_path is None and extractor == config.eval.extractor:
+                extractor_path = config.eval.extractor_path
+        network = open_extractor(extractor or "inception", extractor_path or "")
+        source: ImageSet
+        if images is not None:
+            source = FolderImages(images, image_size, getattr(network, "channels", 3))
+        elif npz is not None:
+            source = NpzImages(npz)
+        else:
+            assert config is not None
+            config_lib.tokens_of(config)  # invalid sizes of the data are reported before anything is read
+            source = ConfigImages(config.data)
+        processes = all_processes()
+        if there is not None:  # at once, where that is enough to tell
+            network_of = {"name": network.name, "checksum": network.checksum}
+            if (there.extractor, there.source, there.gaussian and there.gaussian.count) != (
+                network_of,
+                source.source,
+                len(source),
+            ):
+                raise _other(out)
+        try:
+            made = compute_statistics(
+                source.batches(batch_size, processes),
+                len(source),
+                network,
+                source=source.source,
+                keep_features=keep_features,
+                processes=processes,
+            )
+        except ValueError as error:
+            raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
+        if there is not None:
+            if not _same(there, made):
+                raise _other(out)
+            return there
+        if processes.index == 0:
+            write_statistics(out, made)
+        processes.barrier()
+        return read_statistics(out)
+
+
+def _other(out: str | os.PathLike[str]) -> UserError:
+    return UserError(
+        f"{os.fspath(out)} is there already, with other contents: give another --out, or --overwrite to replace it"
+    )
+
+
+def _same(one: DatasetStatistics, other: DatasetStatistics) -> bool:
+    """Whether two files would have the same contents."""
+
+    def arrays(statistics: DatasetStatistics) -> list[np.ndarray | None]:
+        gaussians = [each for each in (statistics.gaussian, statistics.spatial) if each is not None]
+        return [array for each in gaussians for array in (each.mean, each.cov)] + [statistics.features]
+
+    pairs = zip(arrays(one), arrays(other), strict=False)
+    return len(arrays(one)) == len(arrays(other)) and all(
+        (a is None and b is None) or np.array_equal(a, b)  # type: ignore[arg-type]
+        for a, b in pairs
+    )

@@ -30,7 +30,7 @@ class DiffusionHead(nn.Module):
     width: int
     cond_width: int
     num_steps: int = 1000
-    batch_mul: int = 4
+    diffusion_batch_mul: int = 4
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -44,7 +44,7 @@ class DiffusionHead(nn.Module):
             width=model.denoiser.width,
             cond_width=model.width,
             num_steps=model.diffusion.num_steps,
-            batch_mul=model.diffusion.batch_mul,
+            diffusion_batch_mul=model.diffusion_batch_mul,
             remat=model.denoiser.remat,
             dtype=jnp.dtype(model.dtype),
         )
@@ -58,7 +58,7 @@ class DiffusionHead(nn.Module):
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> gaussian_diffusion.LossNoise:
         """What `__call__` needs: `t` int32 (B, K, L), `noise` float32 (B, K, L, D)."""
         return gaussian_diffusion.draw_loss_noise(
-            key, (batch, self.batch_mul, num_tokens, self.token_dim), self.num_steps
+            key, (batch, self.diffusion_batch_mul, num_tokens, self.token_dim), self.num_steps
         )
 
     def __call__(
@@ -157,7 +157,7 @@ class DiffusionHead(nn.Module):
     def loss_flops(self) -> float:
         """Of one token's forward pass in training."""
         once, each = self.denoiser_flops()
-        return once + self.batch_mul * each
+        return once + self.diffusion_batch_mul * each
 
     @nn.nowrap
     def sample_flops(self, num_sampling_steps: int | str) -> float:

@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[str, type]] = {
     "label_drop_prob": ("model.class_dropout", float),
     "attn_dropout": ("model.attn_dropout", float),
     "proj_dropout": ("model.proj_dropout", float),
-    "diffusion_batch_mul": ("model.diffusion.batch_mul", int),
+    "diffusion_batch_mul": ("model.diffusion_batch_mul", int),
     "blr": ("train.base_lr", float),
     "min_lr": ("train.min_lr", float),
     "lr_schedule": ("train.schedule", str),

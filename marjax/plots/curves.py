@@ -150,7 +150,7 @@ def _phrase(key: str, value: Any) -> str:
         "cfg_schedule": "{} schedule",
         "spacing": "{} spacing",
         "num_images": "{:,} images",
-        "reference": "against {}",
+        "statistics": "against {}",
         "extractor": "features of {}",
     }
     if value is None or isinstance(value, bool):

@@ -139,7 +139,7 @@ def _read_results(path: epath.Path, name: str) -> list[Result]:
                 **result["settings"],
                 **{
                     kind: f"{result[kind]['name']} ({result[kind]['checksum'][:8]})"
-                    for kind in ("reference", "extractor")
+                    for kind in ("statistics", "extractor")
                 },
             },
             {
