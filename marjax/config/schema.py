@@ -298,10 +298,10 @@ def fields() -> ConfigDict:
                 checksum=derived_str(),  # of the weights, filled in when training starts
             ),
             mesh=dict(  # devices along each axis; -1 takes what is left
-                data=-1,  # the batch is cut, the state is integer on each
-                fsdp=1,  # the batch and the state are cut
-                tensor=1,  # heads and hidden features are cut, within one host
-                replicate_below=2**16,  # elements (of a layer); smaller tensors stay integer all the same
+                data=-1,  # the batch is sharded, the state is replicated
+                fsdp=1,  # the batch and the state are sharded
+                tensor=1,  # heads and hidden features are sharded, within one host
+                replicate_below=2**16,  # elements (of a layer); smaller tensors are replicated
             ),
             checkpoint=dict(every=1000, keep=3, keep_every=0),  # steps; keep_every=0: only the latest `keep`
             log=dict(
