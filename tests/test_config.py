@@ -1,5 +1,6 @@
 """Arguments, overrides, derived fields, and the copy in the work directory."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import marjax
 from marjax import cli, sharding
 from marjax import config as config_lib
 from marjax.config.migrations import FORMAT
+from marjax.config.resolve import frozen
 from marjax.errors import UserError
 from marjax.models import generator as generator_lib
 from marjax.tokenizers import Pixels, token_shape
@@ -596,3 +598,19 @@ def test_older_names_of_fields_set_the_new_ones(tmp_path, workdir):
         del content["model"]["diffusion_batch_mul"]
 
     assert read_workdir(workdir(older)) == trained_on_digits(model__diffusion_batch_mul=7)
+
+
+def test_frozen_takes_the_fields_of_a_dataclass_from_a_section():
+    @dataclasses.dataclass(frozen=True)
+    class Disc:
+        width: int
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        disc: Disc
+        clip: float | None
+        seed: int = 1
+
+    config = config_lib.base()
+    config.tokenizer.train.disc.width = 96
+    assert frozen(config.tokenizer.train, Train, seed=7) == Train(Disc(96), 1.0, 7)

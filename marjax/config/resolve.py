@@ -1,6 +1,8 @@
 """From a config as given to one that is checked, complete and locked."""
 
+import dataclasses
 import math
+import typing
 
 from ml_collections import ConfigDict
 
@@ -13,6 +15,27 @@ from marjax.registry import Choices, unknown
 from marjax.tokenizers import TokenShape, token_shape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
+
+T = typing.TypeVar("T")
+
+
+def frozen(section: ConfigDict, cls: type[T], **values: typing.Any) -> T:
+    """A dataclass with the section's values of its fields' names; fields that are dataclasses take subsections.
+
+    Args:
+      section: of a config; it may have more fields.
+      cls: the dataclass.
+      **values: fields that are not taken from the section.
+    """
+    kinds: dict[str, typing.Any] = typing.get_type_hints(cls)
+    taken = dict(values)
+    for field in dataclasses.fields(typing.cast(typing.Any, cls)):
+        if field.init and field.name not in taken:
+            value, kind = section[field.name], kinds[field.name]
+            taken[field.name] = (
+                frozen(value, kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else value
+            )
+    return cls(**taken)
 
 
 def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
