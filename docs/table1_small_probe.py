@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marjax import config as config_lib
 from marjax import numerics
 from marjax.data.sources import open_source
 from marjax.generation.sample import open_sampler
 from marjax.generation.sampler import draw_randomness
+from marjax.models.generator import Classes
 from marjax.workdir import read_workdir
 
 NUM_IMAGES = 1000
@@ -31,11 +31,11 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
     """Share of background among the unknown patches, real and drawn, and of those drawn as what they are."""
     config = read_workdir(workdir)
     sampler, params, *_ = open_sampler(workdir, step=step, cfg=1.0)
-    generator, tokenizer, tokens = sampler.generator, sampler.tokenizer, config_lib.tokens_of(config)
+    tokenizer, tokens = sampler.tokenizer, sampler.tokens
+    generator = sampler.generator.with_codebook(tokenizer.codebook(tokenizer.params))
     source = open_source(config.data)
     images = np.stack([source[i]["image"] for i in range(NUM_IMAGES)]).astype(np.float32) / 127.5 - 1.0
     labels = jnp.array([source[i]["label"] for i in range(NUM_IMAGES)])
-    codebook = tokenizer.codebook(tokenizer.params)
     rand = draw_randomness(generator, 0, jnp.arange(NUM_IMAGES), "ddim25")
     num_known = jnp.full(NUM_IMAGES, int(known * tokens.num_tokens))
 
@@ -46,16 +46,13 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
         z = generator.apply(
             {"params": params},
             real,
-            labels,
-            jnp.zeros(NUM_IMAGES, bool),
+            Classes(labels, jnp.zeros(NUM_IMAGES, bool)),
             rand.order,
             num_known,
             method="backbone_output",
         )
         head: Any = generator.bind({"params": params}).head
-        return real, head.sample(
-            z, rand.head, None, num_sampling_steps="ddim25", temperature=temperature, codebook=codebook
-        )
+        return real, head.sample(z, rand.head, None, num_sampling_steps="ddim25", temperature=temperature)
 
     real, drawn = (is_background(np.asarray(x)) for x in draw(params))
     unknown = np.argsort(np.asarray(rand.order), axis=1) >= np.asarray(num_known)[:, None]

@@ -14,6 +14,7 @@ import optax
 
 from marjax import config as config_lib
 from marjax import numerics
+from marjax.assembly import model_config
 from marjax.generation.plan import Stage
 from marjax.generation.sampler import draw_randomness, generate
 from marjax.models import generator as generator_lib
@@ -49,7 +50,7 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
         dtype="float32",
     )
     config.model.denoiser.update(depth=3, width=64)
-    generator = generator_lib.build(config.model, num_tokens=1, token_dim=2, num_classes=2)
+    generator = generator_lib.build(model_config(config.model), num_tokens=1, token_dim=2, num_classes=2)
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.0)
     params = jax.jit(lambda key: init_unboxed(generator, key))(numerics.key(0))
 

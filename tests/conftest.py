@@ -224,6 +224,7 @@ def relative_error(ours, theirs):
 
 def make_generator(num_codes=24, **overrides):
     """A small network on 16 tokens of 4 values with 5 classes; `variant="ar"` sets config.model.variant."""
+    from marjax.assembly import model_config
     from marjax.models import generator as generator_lib
     from marjax.variants import HEADS
 
@@ -232,7 +233,7 @@ def make_generator(num_codes=24, **overrides):
     config.model.denoiser.update(depth=2, width=32)
     config = config_lib.apply_overrides(config, {f"model.{key}": value for key, value in overrides.items()})
     return generator_lib.build(
-        config.model,
+        model_config(config.model),
         num_tokens=16,
         token_dim=4,
         num_classes=5,

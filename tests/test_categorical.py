@@ -11,31 +11,30 @@ from conftest import make_generator, perturbed_params
 from marjax.generation.plan import generation_plan, group_stages
 from marjax.generation.sampler import draw_randomness, generate
 from marjax.heads import categorical, cfg
+from marjax.models.generator import Classes
 
 K, L, D = 24, 16, 4
 CODEBOOK = jax.random.normal(jax.random.key(9), (K, D))
 
 
 def test_uniform_model_loses_log_k():
-    generator = make_generator(head="categorical")
+    generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     params = jax.tree.map(jnp.zeros_like, perturbed_params(generator))
     tokens = CODEBOOK[jax.random.randint(jax.random.key(1), (3, L), 0, K)]
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
-    terms = generator.apply({"params": params}, tokens, jnp.arange(3), rand, True, codebook=CODEBOOK)
+    terms = generator.apply({"params": params}, tokens, jnp.arange(3), rand, True)
     np.testing.assert_allclose(terms["loss"][0], np.full((3, L), math.log(K)), rtol=1e-6)
 
 
 def test_the_target_is_the_code_of_the_token():
     """Raising one code's bias lowers the loss of the tokens that are this code, and raises that of all others."""
-    generator = make_generator(head="categorical")
+    generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     params = perturbed_params(generator)
     index = jax.random.randint(jax.random.key(1), (3, L), 0, K).at[:, 5].set(7)
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
 
     def loss(params):
-        return generator.apply({"params": params}, CODEBOOK[index], jnp.arange(3), rand, True, codebook=CODEBOOK)[
-            "loss"
-        ][0]
+        return generator.apply({"params": params}, CODEBOOK[index], jnp.arange(3), rand, True)["loss"][0]
 
     before = loss(params)
     params["head"]["logits"]["bias"] = params["head"]["logits"]["bias"].at[7].add(0.5)
@@ -67,7 +66,7 @@ def test_samples_follow_the_softmax_of_logits_over_temperature(temperature):
 
 
 def test_every_token_has_a_key_of_its_own():
-    generator = make_generator(head="categorical")
+    generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     noise = draw_randomness(generator, 0, jnp.arange(5), "4").head
     assert len({tuple(key) for key in noise.reshape(-1, 2).tolist()}) == 5 * L
 
@@ -80,7 +79,7 @@ def test_guidance():
     np.testing.assert_allclose(cfg.apply_cfg(both, 2.5), 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
 
 
-def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, guidance_n=None):
+def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, cfg_n=None):
     rand = draw_randomness(generator, seed, jnp.arange(4), "4")
     plan = generation_plan(L, num_iter)
     stages = group_stages(plan, 2, lambda known, new: 1.0 + known + new, all_unknown=choice is not None)
@@ -91,9 +90,8 @@ def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, gu
             params,
             jnp.array([0, 1, 2, -1]),
             rand,
-            guidance_n,
+            cfg_n,
             jnp.float32(temperature),
-            CODEBOOK,
             choices,
             stages=stages,
             num_sampling_steps="4",
@@ -103,7 +101,7 @@ def run(generator, params, num_iter, *, choice=None, seed=0, temperature=0.7, gu
 
 @pytest.fixture(scope="module")
 def mar():
-    generator = make_generator(head="categorical")
+    generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     return generator, perturbed_params(generator)
 
 
@@ -123,7 +121,7 @@ def test_confident_order_takes_the_surest_first(mar):
     tokens, known = np.zeros((4, L, D), np.float32), [[] for _ in range(4)]
     look = jax.jit(
         lambda tokens, order, n: net.head.logits(
-            net.backbone_output(tokens, labels, drop, order, jnp.full(4, n), slots=L)
+            net.backbone_output(tokens, Classes(labels, drop), order, jnp.full(4, n), slots=L)
         )
     )
     for n in range(L):
@@ -148,7 +146,7 @@ def test_choice_temperature_makes_the_order_random(mar):
 
 
 def test_confident_order_with_guidance_fills_every_token(mar):
-    tokens = run(*mar, 6, choice=2.0, guidance_n=jnp.linspace(1, 3, 6))
+    tokens = run(*mar, 6, choice=2.0, cfg_n=jnp.linspace(1, 3, 6))
     assert jnp.abs(tokens).max(-1).min() > 0
     assert (tokens != run(*mar, 6, choice=2.0)).any()
 

@@ -15,14 +15,12 @@ from ml_collections import ConfigDict
 import marjax
 from marjax import cli, sharding
 from marjax import config as config_lib
+from marjax.assembly import assemble
 from marjax.config.migrations import FORMAT
 from marjax.config.resolve import frozen
 from marjax.errors import UserError
-from marjax.models import generator as generator_lib
 from marjax.tokenizers import Pixels, token_shape
 from marjax.tokenizers.codebook import Codebook
-from marjax.training import state as state_lib
-from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 from marjax.workdir import claim_workdir, read_workdir
 
@@ -73,14 +71,12 @@ def test_the_batch_of_own_pictures_follows_from_model_and_tokens():
 def test_every_config_traces(form):
     config = config_lib.resolve(load(form))
     mesh = sharding.make_mesh(1)
-    shape = config_lib.tokens_of(config)
-    generator = generator_lib.from_config(config, shape)
+    assembly = assemble(config, mesh)
+    shape, abstract = assembly.tokens, assembly.state
     tokenizer = Pixels()
     if shape.num_codes:
         tokenizer = Codebook(np.zeros((shape.num_codes, shape.token_dim), np.float32), shape.patch, shape.channels)
-    optimizer = make_optimizer(config.train)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh)
-    step = make_train_step(config, generator, tokenizer, shape, optimizer, abstract, mesh)
+    step = make_train_step(assembly.replace(tokenizer=tokenizer))
     size = config.train.batch_size
     image = jax.ShapeDtypeStruct((size, shape.height * shape.patch, shape.width * shape.patch, shape.channels), "uint8")
     new, metrics = jax.eval_shape(

@@ -13,6 +13,7 @@ from test_pytorch import Call, Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
 from marjax import sample, sharding, train
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import UserError
@@ -25,7 +26,6 @@ from marjax.interop import reference, weights_file
 from marjax.interop.convert import convert
 from marjax.interop.convert_tokenizer import convert_tokenizer, read_autoencoder
 from marjax.interop.export import export
-from marjax.models import generator as generator_lib
 from marjax.models.init import abstract_params
 from marjax.tokenizers import autoencoder_file, open_tokenizer
 from marjax.workdir import claim_workdir, read_workdir
@@ -57,7 +57,7 @@ def raw(tmp_path_factory):
 def restored(workdir, weights="ema"):
     """The network and the parameters that `marjax sample` would use; its autoencoder nobody has here."""
     config = read_workdir(workdir)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     item = {"ema": "ema", "raw": "params"}[weights]
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.trees() == checkpoints.trees(0) == [item]
@@ -206,7 +206,7 @@ def test_only_the_weights_asked_for_are_read(tmp_path, monkeypatch):
 def test_training_cannot_go_on_and_says_so(raw, ema):
     for workdir, item in ((raw, "params"), (ema, "ema")):
         config = read_workdir(workdir)
-        generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+        generator = assemble(config).generator
         abstract = abstract_params(generator, sharding.make_mesh(1))
         trees = {"params": abstract, "ema": abstract, "optimizer": {"step": abstract["null_embedding"]}}
         with (
@@ -465,7 +465,7 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     config = config_lib.resolve(make_digits(sample__num_sampling_steps="ddim5"))
     claim_workdir(workdir, config)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     abstract = abstract_params(generator, sharding.make_mesh(1))
     rng = np.random.default_rng(0)
 

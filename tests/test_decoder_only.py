@@ -11,6 +11,7 @@ from conftest import make_generator, perturbed_params
 from marjax import orders
 from marjax.generation.plan import group_stages
 from marjax.generation.sampler import draw_randomness, generate
+from marjax.models.generator import Classes
 
 L, D, B = 16, 4, 3
 LABELS = jnp.array([0, 1, 4])
@@ -86,7 +87,7 @@ def test_class_and_null_class(cases):
     condition, params, tokens, order = cases["ar"]
 
     def z(labels, drop):
-        return condition({"params": params}, tokens, labels, drop, order, jnp.zeros(B, jnp.int32))
+        return condition({"params": params}, tokens, Classes(labels, drop), order, jnp.zeros(B, jnp.int32))
 
     assert jnp.abs(z(LABELS, NO_DROP) - z((LABELS + 1) % 5, NO_DROP)).max(-1).min() > 1e-4
     assert jnp.abs(z(LABELS, NO_DROP) - z(LABELS, ~NO_DROP)).max(-1).min() > 1e-4
@@ -141,7 +142,8 @@ def test_every_token_is_in_the_loss(cases):
 def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
     generator = make_generator(variant=variant, head=head)
     params = perturbed_params(generator)
-    codebook = jax.random.normal(jax.random.key(9), (generator.num_codes, D)) if generator.num_codes else None
+    if generator.num_codes:
+        generator = generator.with_codebook(jax.random.normal(jax.random.key(9), (generator.num_codes, D)))
     rand = draw_randomness(generator, 0, jnp.arange(B), "ddim4")
     stages = group_stages(range(L + 1), 6, lambda known, new: generator.backbone.padded_step_flops(known))
     assert len(stages) == 1  # one scan
@@ -151,15 +153,7 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
         guidance = jnp.linspace(1.0, 3.0, L) if guided else None
         return jax.jit(
             lambda params: generate(
-                generator,
-                params,
-                labels,
-                rand,
-                guidance,
-                jnp.float32(0.7),
-                codebook,
-                stages=stages,
-                num_sampling_steps="ddim4",
+                generator, params, labels, rand, guidance, jnp.float32(0.7), stages=stages, num_sampling_steps="ddim4"
             )
         )(params)
 
@@ -174,14 +168,13 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
     z = generator.apply(
         {"params": params},
         cached,
-        jnp.maximum(labels, 0),
-        labels < 0,
+        Classes(jnp.maximum(labels, 0), labels < 0),
         rand.order,
         jnp.zeros(B, jnp.int32),
         method="backbone_output",
     )
     again = generator.bind({"params": params}).head.sample(
-        z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7, codebook=codebook
+        z, rand.head, None, num_sampling_steps="ddim4", temperature=0.7
     )
     np.testing.assert_allclose(again, cached, atol=2e-4)
 

@@ -6,6 +6,7 @@ import pytest
 
 from marjax import config as config_lib
 from marjax import orders
+from marjax.assembly import model_config
 from marjax.generation.plan import generation_plan
 from marjax.models import generator as generator_lib
 from marjax.models.init import init_unboxed
@@ -26,7 +27,9 @@ def build(variant="mar", head="diffusion", num_codes=0):
         dtype="float32",
     )
     config.model.denoiser.update(depth=1, width=128)
-    return generator_lib.build(config.model, num_tokens=16, token_dim=8, num_classes=3, num_codes=num_codes)
+    return generator_lib.build(
+        model_config(config.model), num_tokens=16, token_dim=8, num_classes=3, num_codes=num_codes
+    )
 
 
 def count(function, *arguments):

@@ -16,16 +16,15 @@ from test_train import assert_same, lines
 
 from marjax import config as config_lib
 from marjax import sharding, train
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.cli import main
 from marjax.errors import UserError
 from marjax.interop.convert import convert
-from marjax.models import generator as generator_lib
 from marjax.models.init import abstract_params
 from marjax.training import init_from
 from marjax.training import state as state_lib
 from marjax.training import train as train_lib
-from marjax.training.optimizer import make_optimizer
 from marjax.workdir import read_workdir
 
 TINY = {
@@ -65,11 +64,8 @@ def prepare(config, workdir, **init):
 def start(config, taken):
     """The parameters at step 0 by path."""
     config = config_lib.resolve(config)
-    mesh, optimizer = sharding.make_mesh(1), make_optimizer(config.train)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
-    state = state_lib.create(
-        generator, optimizer, state_lib.abstract_state(generator, optimizer, mesh), config.seed, taken
-    )
+    assembly = assemble(config, sharding.make_mesh(1))
+    state = state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed, taken)
     assert int(state.step) == 0
     assert_same(state.ema, state.params)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -83,7 +79,7 @@ def flat(params):
 
 def weights_of(workdir, item):
     config = read_workdir(workdir)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         abstract = abstract_params(generator, sharding.make_mesh(1))
         return flat(checkpoints.restore({item: abstract}).items[item])

@@ -9,6 +9,7 @@ import pytest
 from conftest import make_generator, perturbed_params
 
 from marjax import config as config_lib
+from marjax.assembly import model_config
 from marjax.models import generator as generator_lib
 from marjax.models.init import init_unboxed
 
@@ -159,7 +160,7 @@ def test_compile_size_does_not_grow_with_depth(case):
 def test_sizes_of_the_paper(size, millions):
     config = config_lib.base()
     config_lib.set_model_size(config.model, size)
-    generator = generator_lib.build(config.model, num_tokens=256, token_dim=16, num_classes=1000)
+    generator = generator_lib.build(model_config(config.model), num_tokens=256, token_dim=16, num_classes=1000)
     params = jax.eval_shape(lambda: init_unboxed(generator, jax.random.key(0)))
     # The paper rounds up: 207.9, 478.3 and 942.4 million.
     assert math.ceil(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == millions

@@ -10,6 +10,7 @@ from conftest import PARITY
 
 from marjax import config as config_lib
 from marjax.training import optimizer, step
+from marjax.training.ema import ema_decay
 from marjax.training.state import TrainState
 
 
@@ -67,7 +68,7 @@ def test_ema(warmup):
     params = {"w": {"kernel": jnp.ones(3)}}
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=params, opt_state=tx.init(params))
     for n in range(12):
-        new = step.update(state, {"w": {"kernel": jnp.arange(3.0)}}, tx, train)
+        new = step.update(state, {"w": {"kernel": jnp.arange(3.0)}}, tx, ema_decay(0.5, warmup, state.step))
         decay = min(0.5, (1 + n) / (10 + n)) if warmup else 0.5
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, state.ema, new.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new.ema, expected)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from marjax import config as config_lib
-from marjax.models import generator as generator_lib
+from marjax.assembly import assemble
 from marjax.training.picture import Picture
 
 
 def picture(name, **fields):
     given = {key.replace("__", "."): value for key, value in fields.items()}
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.load(f"configs/{name}"), given))
-    return Picture.from_config(config, generator_lib.from_config(config, config_lib.tokens_of(config)))
+    return Picture.from_config(config, assemble(config).generator)
 
 
 @pytest.fixture(autouse=True)

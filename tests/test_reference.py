@@ -12,6 +12,7 @@ from parity.seeded_weights import seeded_array
 
 from marjax import config as config_lib
 from marjax import orders
+from marjax.assembly import model_config
 from marjax.generation.plan import cfg_scales, generation_plan, group_stages
 from marjax.generation.sampler import SampleRandomness, generate
 from marjax.heads import gaussian_diffusion
@@ -19,7 +20,7 @@ from marjax.heads.diffusion import SampleNoise
 from marjax.heads.gaussian_diffusion import LossNoise
 from marjax.interop import names
 from marjax.models import generator as generator_lib
-from marjax.models.generator import LossRandomness
+from marjax.models.generator import Classes, LossRandomness
 from marjax.models.init import init_params
 from marjax.tokenizers import TokenShape
 from marjax.training import state as state_lib
@@ -45,7 +46,10 @@ def build(theirs):
         theirs["img_size"], theirs["vae_stride"], theirs["vae_embed_dim"], theirs["patch_size"]
     )
     generator = generator_lib.build(
-        config.model, num_tokens=shape.num_tokens, token_dim=shape.token_dim, num_classes=theirs["class_num"]
+        model_config(config.model),
+        num_tokens=shape.num_tokens,
+        token_dim=shape.token_dim,
+        num_classes=theirs["class_num"],
     )
     abstract = jax.eval_shape(lambda: nn.unbox(init_params(generator, jax.random.key(0))))
     return config, generator, shape, abstract
@@ -103,7 +107,7 @@ def test_encoder_and_z(forward, spare):
     )
     assert relative_error(encoded[:, : 8 + int(known[0])], arrays["out/encoder"]) < 1e-4
     for name, dropped in (("out/z", drop), ("out/z_uncond", ~drop)):
-        z = bound.backbone_output(tokens, labels, dropped, order, known, slots=slots)
+        z = bound.backbone_output(tokens, Classes(labels, dropped), order, known, slots=slots)
         assert relative_error(z, arrays[name]) < 1e-4
     assert relative_error(arrays["out/z"], arrays["out/z_uncond"]) > 1e-2
 

@@ -13,10 +13,11 @@ from conftest import QUICK, make_digits
 import marjax
 from marjax import config as config_lib
 from marjax import registry
+from marjax.assembly import assemble
 from marjax.errors import UserError
 from marjax.heads.regression import RegressionHead
 from marjax.models import generator as generator_lib
-from marjax.models.encoder_decoder import MaskedBackbone
+from marjax.models.encoder_decoder import EncoderDecoder
 from marjax.workdir import claim_workdir, read_workdir
 
 
@@ -49,12 +50,12 @@ class Scaled(RegressionHead):
             factor=config_lib.parse_arg(model.extra, factor=1.0).factor,
         )
 
-    def __call__(self, z_BxLxW, tokens_BxLxD, noise, weight_BxL, codebook=None):
+    def __call__(self, z_BxLxW, tokens_BxLxD, noise, weight_BxL):
         loss, weight = super().__call__(z_BxLxW, tokens_BxLxD, noise, weight_BxL)["loss"]
         return {"loss": (self.factor * loss, weight)}
 
 
-class Doubling(MaskedBackbone):
+class Doubling(EncoderDecoder):
     many = True
     any_next = True
 
@@ -131,7 +132,7 @@ def test_a_strangers_work_directory_imports_nothing_but_what_the_user_lists(tmp_
     claim_workdir(tmp_path / "run", config_lib.resolve(make_digits(model__head="mine")))
     forget(monkeypatch)
     config = read_workdir(tmp_path / "run")
-    assert type(generator_lib.from_config(config, config_lib.tokens_of(config)).head).__name__ == "Mine"
+    assert type(assemble(config).generator.head).__name__ == "Mine"
     forget(monkeypatch)
     monkeypatch.delenv(registry.PLUGINS)
     with pytest.raises(UserError, match="model.head.*'mine'.*marjax.register"):

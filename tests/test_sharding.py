@@ -13,19 +13,17 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from marjax import config as config_lib
 from marjax import sharding
+from marjax.assembly import assemble
 from marjax.errors import UserError
-from marjax.models import generator as generator_lib
 from marjax.models.init import init_params
 
 CHILD = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from marjax import config as config_lib, sharding
-from marjax.generation.sampler import Sampler, Settings
+from marjax.generation.sampler import Sampler
 from marjax.models import generator as generator_lib
-from marjax.tokenizers import open_tokenizer
 from marjax.training import state as state_lib
-from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 assert len(jax.devices()) == 8
@@ -33,18 +31,17 @@ rng = np.random.default_rng(0)
 host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
 
 def run(config, shape, devices, weights):
-    tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
-    generator = generator_lib.from_config(config, tokens)
-    optimizer = make_optimizer(config.train)
+    config = config_lib.apply_overrides(config, {"mesh.replicate_below": 0})
     mesh = sharding.make_mesh(*shape, devices=devices)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh, replicate_below=0)
+    assembly = assemble(config, mesh)
+    abstract, tokenizer = assembly.state, assembly.tokenizer
     with jax.set_mesh(mesh):
-        state = state_lib.create(generator, optimizer, abstract, 0)
+        state = state_lib.create(assembly.generator, assembly.optimizer, abstract, 0)
         placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract)
         assert all(jax.tree.leaves(placed))
         cut = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         batch = sharding.put_batch(host_batch, mesh)
-        step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
+        step = make_train_step(assembly)
         step = step.lower(state, batch, tokenizer.params).compile()
         text = step.as_text()
         out = []
@@ -55,7 +52,7 @@ def run(config, shape, devices, weights):
                 grads = jax.device_get(state.opt_state[1][0].mu)
         assert all(leaf.sharding == want.sharding for leaf, want in
                    zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
-        sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
+        sampler = Sampler(assembly)
         # Fixed weights, so that sampling is compared by itself.
         params = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
         images = sampler(params, np.arange(12) % 10, 3, batch_size=12)
@@ -77,7 +74,7 @@ def worst(a, b):
 
 def compare(fields, meshes):
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, init_unboxed(
         generator, key)))(jax.random.key(1)))
     one = run(config, (1, 1, 1), jax.devices()[:1], weights)
@@ -181,7 +178,7 @@ def test_mesh_sizes():
 def large():
     """The 60 parameters of MAR-L with their logical names, as shapes."""
     config = config_lib.resolve(config_lib.load(str(ROOT / "configs" / "imagenet256.py") + ":model=mar_large"))
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     return jax.eval_shape(lambda: init_params(generator, jax.random.key(0)))
 
 

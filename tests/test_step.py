@@ -8,23 +8,18 @@ from conftest import make_digits
 
 from marjax import config as config_lib
 from marjax import sharding
-from marjax.models import generator as generator_lib
+from marjax.assembly import assemble
 from marjax.models.init import init_unboxed
-from marjax.tokenizers import Pixels, token_shape
 from marjax.training import state as state_lib
 from marjax.training import step as step_lib
-from marjax.training.optimizer import make_optimizer
 
 
 def setup(config):
     config = config_lib.resolve(config)
     mesh = sharding.make_mesh(1)
-    tokens = token_shape("pixels", image_size=8, channels=1, patch_size=2)
-    generator = generator_lib.build(config.model, num_tokens=16, token_dim=4, num_classes=10)
-    optimizer = make_optimizer(config.train)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh)
-    state = state_lib.create(generator, optimizer, abstract, config.seed)
-    return state, step_lib.make_train_step(config, generator, Pixels(), tokens, optimizer, abstract, mesh), generator
+    assembly = assemble(config, mesh)
+    state = state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed)
+    return state, step_lib.make_train_step(assembly), assembly.generator
 
 
 def batch(n=16, seed=0):

@@ -27,28 +27,25 @@ import json, sys
 import jax, numpy as np
 from marjax import config as config_lib, sharding
 from marjax.compile import hlo
-from marjax.models import generator as generator_lib
-from marjax.tokenizers import open_tokenizer
+from marjax.assembly import assemble
 from marjax.training import state as state_lib
-from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 given, runs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 report = []
 for kind, n, size in runs:
     config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), given | {"train.batch_size": size}))
-    tokens, tokenizer = config_lib.tokens_of(config), open_tokenizer(config.tokenizer)
-    generator, optimizer = generator_lib.from_config(config, tokens), make_optimizer(config.train)
     shape = (n, 1, 1) if kind == "data" else (1, n, 1)
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n])
-    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
+    assembly = assemble(config, mesh)
+    abstract, tokenizer = assembly.state, assembly.tokenizer
     rng = np.random.default_rng(0)
     batch = sharding.put_batch({"image": rng.integers(0, 256, (size, 8, 8, 1), np.uint8),
                                 "label": np.arange(size, dtype=np.int32) % 10}, mesh)
     with jax.set_mesh(mesh):
-        step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
+        step = make_train_step(assembly)
         step = step.lower(abstract, batch, tokenizer.params).compile()
-        state, losses = state_lib.create(generator, optimizer, abstract, 0), []
+        state, losses = state_lib.create(assembly.generator, assembly.optimizer, abstract, 0), []
         for _ in range(3):
             state, metrics = step(state, batch, tokenizer.params)
             losses.append(float(metrics["train/loss"]))

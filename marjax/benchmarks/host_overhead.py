@@ -13,14 +13,12 @@ import numpy as np
 
 from marjax import config as config_lib
 from marjax import numerics, sharding
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batch, aligned_empty
 from marjax.metrics import MetricWriter
-from marjax.models import generator as generator_lib
-from marjax.training import state as state_lib
 from marjax.training.clock import Clock
-from marjax.training.loop import Intervals, Metrics, Run
-from marjax.training.optimizer import make_optimizer
+from marjax.training.loop import Intervals, Metrics, Outputs, Run, Task
 from marjax.training.state import TrainState
 from marjax.training.train import checkpoint_items
 
@@ -36,9 +34,8 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
       `devices`, `arrays` of the state, `seconds` a step (median, and 90th percentile).
     """
     config = config_lib.resolve(config)
-    mesh = sharding.near_mesh(config.mesh)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
-    abstract = state_lib.abstract_state(generator, make_optimizer(config.train), mesh, config.mesh.replicate_below)
+    assembly = assemble(config)
+    mesh, abstract = assembly.mesh, assembly.state
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     names = ("train/loss", "train/mse", "train/vb", "train/grad_norm", "train/param_norm", "train/lr", "finite")
 
@@ -77,19 +74,12 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
             folder, start_step=0, total_steps=steps, tensorboard=False, progress=False, active=False
         ) as writer,
     ):
-        run = Run(
-            Intervals(steps + 1, config.log.every, steps + 1, 0),
-            config.train.batch_size,
-            mesh,
-            writer,
-            checkpoints,
-            items=checkpoint_items,
-            draw=lambda state: ("", np.zeros((1, 1, 3), np.uint8)),
-            advice="",
-            clock=Listening(config.train.batch_size, mesh.size),
-        )
+        task = Task(step, checkpoint_items, lambda state: ("", np.zeros((1, 1, 3), np.uint8)), advice="")
+        every = Intervals(steps + 1, config.log.every, steps + 1, 0)
+        clock = Listening(config.train.batch_size, mesh.size)
+        run = Run(task, every, Outputs(writer, checkpoints), clock, mesh)
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
-            run.steps(state, step, batches())
+            run.steps(state, batches())
     return {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),

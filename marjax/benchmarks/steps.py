@@ -7,17 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from clu import parameter_overview
 
 from marjax import config as config_lib
 from marjax import memory, numerics, progress, sharding
+from marjax.assembly import Assembly, assemble
 from marjax.errors import UserError
 from marjax.generation.plan import generation_plan
-from marjax.generation.sampler import Sampler, Settings, draw_randomness, sampling_batch
-from marjax.models import generator as generator_lib
-from marjax.models.init import abstract_params, init_unboxed
+from marjax.generation.sampler import Sampler, draw_randomness, sampling_batch
+from marjax.models.generator import Classes, PlanStep
+from marjax.models.init import init_unboxed
 from marjax.perf import flops, peak
 from marjax.ranges import check_arguments
 from marjax.tokenizers import Tokenizer, TokenShape
@@ -25,7 +27,6 @@ from marjax.tokenizers.codebook import Codebook
 from marjax.tokenizers.pixels import Pixels
 from marjax.training import state as state_lib
 from marjax.training.fit import training_batch
-from marjax.training.optimizer import make_optimizer
 from marjax.training.step import make_train_step
 
 
@@ -50,9 +51,9 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         raise UserError(f"benchmark {what!r}: give 'train' or 'sample'")
     check_arguments(repeats=repeats, recompute=recompute)
     config = config_lib.resolve(config)
-    mesh = sharding.near_mesh(config.mesh)
-    tokens = config_lib.tokens_of(config)
-    generator = generator_lib.from_config(config, tokens)
+    assembly = assemble(config)
+    assembly = assembly.replace(tokenizer=_stand_in(assembly.tokens))
+    mesh, tokens, generator = assembly.mesh, assembly.tokens, assembly.generator
     if recompute and (what != "sample" or not hasattr(generator.backbone, "kv_cache")):
         raise UserError("recompute is for 'sample' with a causal backbone: others have no KV cache")
     result: dict[str, Any] = {
@@ -60,14 +61,14 @@ def benchmark(what: str, config: ml_collections.ConfigDict, repeats: int = 3, re
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "dtype": config.model.dtype,
-        "parameters": int(parameter_overview.count_parameters(abstract_params(generator, mesh))),
+        "parameters": int(parameter_overview.count_parameters(assembly.params)),
         "batch_size": config.train.batch_size if what == "train" else config.sample.batch_size,
     }
     if what == "sample":
         result |= {key: config.sample[key] for key in ("num_iter", "num_sampling_steps", "cfg")}
     with jax.set_mesh(mesh):
         prepare = _prepare_train if what == "train" else _prepare_sample
-        lowered, make_run = prepare(config, mesh, tokens, generator)
+        lowered, make_run = prepare(assembly)
         start = time.perf_counter()
         with progress.compiling(f"the {'train step' if what == 'train' else 'sampler'}"):
             compiled = lowered().compile()
@@ -133,7 +134,7 @@ def _refuse(compiled: Any, what: str, config: ml_collections.ConfigDict, mesh: A
 Prepared = tuple[Callable[[], Any], Callable[[Any], Callable[[], None]]]
 
 
-def _tokenizer(tokens: TokenShape) -> Tokenizer:
+def _stand_in(tokens: TokenShape) -> Tokenizer:
     """Stands for any tokenizer of that shape: what it does is not measured."""
     if not tokens.num_codes:
         return Pixels()
@@ -141,11 +142,10 @@ def _tokenizer(tokens: TokenShape) -> Tokenizer:
     return Codebook(codes, tokens.patch, tokens.channels)
 
 
-def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
+def _prepare_train(assembly: Assembly) -> Prepared:
     """What lowers the step from shapes alone, and what makes a timed run of the compiled step."""
-    optimizer, tokenizer = make_optimizer(config.train), _tokenizer(tokens)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    step = make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh)
+    config, mesh, tokens, tokenizer = assembly.config, assembly.mesh, assembly.tokens, assembly.tokenizer
+    step = make_train_step(assembly)
     rng = np.random.default_rng(0)
     size, side = config.train.batch_size, tokens.height * tokens.patch
     batch = sharding.shard_batch(
@@ -157,7 +157,7 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
     )
 
     def make_run(compiled: Any) -> Callable[[], None]:
-        state = [state_lib.create(generator, optimizer, abstract, config.seed)]
+        state = [state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed)]
 
         def run() -> None:
             state[0], metrics = compiled(state[0], batch, tokenizer.params)
@@ -165,19 +165,19 @@ def _prepare_train(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -
 
         return run
 
-    return lambda: step.lower(abstract, batch, tokenizer.params), make_run
+    return lambda: step.lower(assembly.state, batch, tokenizer.params), make_run
 
 
-def _prepare_sample(config: Any, mesh: Any, tokens: TokenShape, generator: Any) -> Prepared:
+def _prepare_sample(assembly: Assembly) -> Prepared:
     """The same for one batch of samples."""
-    abstract = abstract_params(generator, mesh, config.mesh.replicate_below)
-    sampler = Sampler(generator, _tokenizer(tokens), tokens, Settings.from_config(config.sample, generator), mesh)
+    config, abstract = assembly.config, assembly.params
+    sampler = Sampler(assembly)
     size = config.sample.batch_size
     inputs = sampler.arguments(abstract, np.arange(size) % config.data.num_classes, config.seed, np.arange(size))
 
     def make_run(compiled: Any) -> Callable[[], None]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        init = jax.jit(lambda key: init_unboxed(generator, key), out_shardings=shardings)
+        init = jax.jit(lambda key: init_unboxed(assembly.generator, key), out_shardings=shardings)
         params = init(numerics.key(config.seed))
         return lambda: compiled(params, *inputs[1:]).block_until_ready()
 
@@ -193,28 +193,25 @@ def _recomputed_steps(config: Any, generator: Any, count: int) -> list[float]:
         np.arange(size)
     )
     params = jax.jit(lambda key: init_unboxed(generator, key))(numerics.key(config.seed))
-    codebook = np.zeros((generator.num_codes, generator.token_dim), np.float32) if generator.num_codes else None
+    if generator.num_codes:
+        generator = generator.with_codebook(jnp.zeros((generator.num_codes, generator.token_dim)))
 
     @jax.jit
     def step(params: Any, state: Any, start: Any, noise: Any) -> Any:
         return generator.apply(
             {"params": params},
             state,
-            labels,
-            labels < 0,
-            start,
-            1,
+            Classes(labels, labels < 0),
+            PlanStep(start, jnp.int32(1), None if sample.cfg == 1.0 else sample.cfg),
             noise,
-            None if sample.cfg == 1.0 else sample.cfg,
             known_slots=generator.num_tokens,
             new_slots=1,
-            codebook=codebook,
             num_sampling_steps=sample.num_sampling_steps,
             temperature=sample.temperature,
             method="generate_step",
         )
 
-    seconds, state = [], generator.begin(rand.order, guided=sample.cfg != 1.0)
+    seconds, state = [], generator.init_generation(rand.order, guided=sample.cfg != 1.0)
     for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):
         start = time.perf_counter()
         state = jax.block_until_ready(step(params, state, at, rand.head))

@@ -19,19 +19,15 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from marjax import config as config_lib
 from marjax import numerics, sharding
+from marjax.assembly import Assembly, assemble
 from marjax.compile import hlo
 from marjax.errors import UserError
 from marjax.generation.plan import generation_plan
-from marjax.generation.sampler import Sampler, Settings
+from marjax.generation.sampler import Sampler
 from marjax.memory import held_by, needed_and_usable
-from marjax.models import generator as generator_lib
-from marjax.models.init import abstract_params
 from marjax.perf import flops
-from marjax.tokenizers import Cacheable, Tokenizer, TokenShape, described_tokenizer
-from marjax.training import state as state_lib
-from marjax.training.optimizer import make_optimizer
+from marjax.tokenizers import Cacheable, described_tokenizer
 from marjax.training.step import make_train_step
 
 NAMES = ("train", "sample", "encode", "decode")
@@ -103,16 +99,16 @@ def lowered_programs(
     Raises:
       UserError: the batch does not divide over the mesh, or the tokenizer's latents cannot be cached.
     """
-    tokens = config_lib.tokens_of(config)
-    tokenizer = described_tokenizer(config.tokenizer, tokens)
+    assembly = assemble(config, mesh)
+    tokenizer = described_tokenizer(config.tokenizer, assembly.tokens)
     tokenizer.params = sharding.put_replicated(tokenizer.params, mesh)
-    generator = generator_lib.from_config(config, tokens)
+    assembly = assembly.replace(tokenizer=tokenizer)
     made = []
     for name in names:
         if name == "train":
-            made.append(_train(config, mesh, generator, tokenizer, tokens, cached or bool(config.data.cache)))
+            made.append(_train(assembly, cached or bool(config.data.cache)))
         elif name == "sample":
-            made.append(_sample(config, mesh, generator, tokenizer, tokens))
+            made.append(_sample(assembly))
         elif isinstance(tokenizer, Cacheable):
             made.append(_tokenizer(name, config, mesh, tokenizer))
     return made
@@ -216,18 +212,10 @@ def out_of_memory(message: str) -> tuple[float, float]:
     return found
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    generator: generator_lib.Generator,
-    tokenizer: Tokenizer,
-    tokens: TokenShape,
-    cached: bool,
-) -> Lowered:
+def _train(assembly: Assembly, cached: bool) -> Lowered:
+    config, mesh, tokenizer, state = assembly.config, assembly.mesh, assembly.tokenizer, assembly.state
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
-    optimizer = make_optimizer(config.train)
-    state = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    step = make_train_step(config, generator, tokenizer, tokens, optimizer, state, mesh)
+    step = make_train_step(assembly)
     size = config.train.batch_size
     batch = {"label": _rows((size,), jnp.int32, mesh)}
     if cached:
@@ -244,31 +232,24 @@ def _train(
     return Lowered(
         "train",
         size,
-        flops.train_flops(generator) * size,
+        flops.train_flops(assembly.generator) * size,
         lambda: step.lower(state, batch, tokenizer.params),
         held_by(state),
     )
 
 
-def _sample(
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    generator: generator_lib.Generator,
-    tokenizer: Tokenizer,
-    tokens: TokenShape,
-) -> Lowered:
-    settings = Settings.from_config(config.sample, generator)
-    sampler = Sampler(generator, tokenizer, tokens, settings, mesh)
-    params = abstract_params(generator, mesh, config.mesh.replicate_below)
-    size = sampler.fitting(config.sample.batch_size)
+def _sample(assembly: Assembly) -> Lowered:
+    config, generator, tokenizer = assembly.config, assembly.generator, assembly.tokenizer
+    sampler = Sampler(assembly)
+    settings, size = sampler.settings, sampler.fitting(config.sample.batch_size)
     plan = generation_plan(generator.num_tokens, config.sample.num_iter)
     each = flops.sample_flops(
-        generator, plan, settings.num_sampling_steps, settings.guidance is not None, settings.choice is not None
+        generator, plan, settings.num_sampling_steps, settings.cfg is not None, settings.choice is not None
     )
     if isinstance(tokenizer, Cacheable):
         each += flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)[1]
-    inputs = sampler.described_arguments(params, size)
-    return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), held_by(params))
+    inputs = sampler.described_arguments(assembly.params, size)
+    return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), held_by(assembly.params))
 
 
 def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokenizer: Cacheable) -> Lowered:

@@ -11,14 +11,12 @@ from etils import epath
 
 from marjax import class_names, numerics, sharding
 from marjax import config as config_lib
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
-from marjax.generation.sampler import UNCONDITIONAL, Sampler, Settings
-from marjax.models import generator as generator_lib
-from marjax.models.init import abstract_params
+from marjax.generation.sampler import UNCONDITIONAL, Sampler
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments, shown
-from marjax.tokenizers import open_tokenizer
 from marjax.workdir import no_checkpoints, read_workdir
 
 
@@ -178,18 +176,16 @@ def opened_sampler(
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     mesh = sharding.near_mesh(config.mesh, jax.local_devices() if local else None)
-    tokens = config_lib.tokens_of(config)
-    tokenizer = open_tokenizer(config.tokenizer)
-    generator = generator_lib.from_config(config, tokens)
+    assembly = assemble(config, mesh)
+    sampler = Sampler(assembly)
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise no_checkpoints(workdir)
     with Checkpoints(folder, read_only=True) as checkpoints:
         item = "params" if weights == "raw" or (weights is None and "ema" not in checkpoints.trees(step)) else "ema"
-        restored = checkpoints.restore({item: abstract_params(generator, mesh, config.mesh.replicate_below)}, step)
+        restored = checkpoints.restore({item: assembly.params}, step)
     if restored is None:
         raise no_checkpoints(workdir)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
     return Opened(
         sampler, restored.items[item], restored.step, {"ema": "ema", "params": "raw"}[item], restored.digests[item]
     )

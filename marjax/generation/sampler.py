@@ -16,11 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from marjax import memory, numerics, progress, sharding
+from marjax.assembly import Assembly
 from marjax.generation.plan import Stage, cfg_scales, generation_plan, group_stages
 from marjax.images import to_uint8
-from marjax.models.generator import Generator, Progress
+from marjax.models.generator import Classes, GenerationState, Generator, PlanStep
 from marjax.perf import flops
-from marjax.tokenizers import Tokenizer, TokenShape
 
 UNCONDITIONAL = -1  # the label that asks for no class
 
@@ -37,7 +37,7 @@ class Settings:
     """How to sample, as in `config.sample`. Only `stages` and the chain's length shape the program."""
 
     stages: tuple[Stage, ...]
-    guidance: tuple[float, ...] | None  # the scale of every step; None: no guidance, no second branch
+    cfg: tuple[float, ...] | None  # the scale of every step; None: no guidance, no second branch
     num_sampling_steps: str
     temperature: float
     choice: tuple[float, ...] | None = None  # the choice temperature of every step; None: the order is drawn ahead
@@ -64,7 +64,7 @@ class Settings:
 
     def shape(self) -> tuple[Any, ...]:
         """What shapes the program; guidance scales, choice temperatures and the temperature are its arguments."""
-        return self.stages, self.num_sampling_steps, self.guidance is None, self.choice is None
+        return self.stages, self.num_sampling_steps, self.cfg is None, self.choice is None
 
 
 def draw_randomness(
@@ -90,9 +90,8 @@ def generate(
     params: Any,
     labels_B: jax.Array,
     rand: SampleRandomness,
-    guidance_n: jax.Array | None,
+    cfg_n: jax.Array | None,
     temperature: jax.Array,
-    codebook: jax.Array | None = None,
     choice_n: jax.Array | None = None,
     *,
     stages: Sequence[Stage],
@@ -105,32 +104,25 @@ def generate(
       params: its parameters.
       labels_B: int32, a class or UNCONDITIONAL.
       rand: from `draw_randomness`.
-      guidance_n: float32 (n,), the scale of every step; None for no guidance and no unconditional branch.
+      cfg_n: float32 (n,), the cfg scale of every step; None for no guidance and no unconditional branch.
       temperature: scalar.
-      codebook: of a discrete tokenizer, float32 (K, D).
       choice_n: float32 (n,), the choice temperature of every step; None to follow `rand.order`.
       stages: the grouped plan, static.
       num_sampling_steps: length of the head's chain, static.
     """
-    drop_B = labels_B < 0
-    progress = generator.begin(rand.order, guided=guidance_n is not None)
+    classes = Classes(jnp.maximum(labels_B, 0), labels_B < 0)
+    state = generator.init_generation(rand.order, guided=cfg_n is not None)
     for stage in stages:
 
-        def step(progress: Progress, inputs: Any, stage: Stage = stage) -> tuple[Progress, None]:
-            start, num_predicted, scale, choice = inputs
+        def run_step(state: GenerationState, step: PlanStep, stage: Stage = stage) -> tuple[GenerationState, None]:
             new: Any = generator.apply(
                 {"params": params},
-                progress,
-                jnp.maximum(labels_B, 0),
-                drop_B,
-                start,
-                num_predicted,
+                state,
+                classes,
+                step,
                 rand.head,
-                scale,
-                choice,
                 known_slots=stage.known_slots,
                 new_slots=stage.new_slots,
-                codebook=codebook,
                 num_sampling_steps=num_sampling_steps,
                 temperature=temperature,
                 method="generate_step",
@@ -138,13 +130,13 @@ def generate(
             return new, None
 
         steps = slice(stage.first_step, stage.first_step + len(stage.start))
-        inputs = (
+        rows = PlanStep(
             jnp.asarray(stage.start),
             jnp.asarray(stage.num_predicted),
-            *(None if each is None else each[steps] for each in (guidance_n, choice_n)),
+            *(None if each is None else each[steps] for each in (cfg_n, choice_n)),
         )
-        progress, _ = jax.lax.scan(step, progress, inputs)
-    return progress.tokens
+        state, _ = jax.lax.scan(run_step, state, rows)
+    return state.tokens
 
 
 def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
@@ -155,12 +147,12 @@ def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
 class Sampler:
     """Makes images from parameters; compiles once for a batch size and the static part of its settings."""
 
-    def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, tokens: TokenShape, settings: Settings, mesh: Mesh
-    ) -> None:
-        self.generator, self.settings, self.mesh = generator, settings, mesh
-        self.tokenizer, self.tokens = tokenizer, tokens
-        self.tokenizer_params = sharding.put_replicated(tokenizer.params, mesh)
+    def __init__(self, assembly: Assembly) -> None:
+        """Settings are those of the assembly's `config.sample`; `with_settings` gives others."""
+        self.generator, self.mesh = assembly.generator, assembly.mesh
+        self.tokenizer, self.tokens = assembly.tokenizer, assembly.tokens
+        self.settings = Settings.from_config(assembly.config.sample, self.generator)
+        self.tokenizer_params = sharding.put_replicated(self.tokenizer.params, self.mesh)
         self.program = self._make_program()
         self.checked = self._checked()
 
@@ -184,7 +176,8 @@ class Sampler:
         )
 
     def _make_program(self) -> Any:
-        generator, settings, mesh, tokenizer = self.generator, self.settings, self.mesh, self.tokenizer
+        settings, mesh, tokenizer = self.settings, self.mesh, self.tokenizer
+        generator = self.generator.with_batch_shards(sharding.batch_shards(mesh))
 
         def program(
             params: Any,
@@ -192,7 +185,7 @@ class Sampler:
             labels_B: jax.Array,
             seed: jax.Array,
             index_B: jax.Array,
-            guidance_n: jax.Array | None,
+            cfg_n: jax.Array | None,
             temperature: jax.Array,
             choice_n: jax.Array | None,
         ) -> jax.Array:
@@ -202,13 +195,12 @@ class Sampler:
                     rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand)
                 )
                 tokens_BxLxD = generate(
-                    generator,
+                    generator.with_codebook(tokenizer.codebook(tokenizer_params)),
                     params,
                     labels_B,
                     rand,
-                    guidance_n,
+                    cfg_n,
                     temperature,
-                    tokenizer.codebook(tokenizer_params),
                     choice_n,
                     stages=settings.stages,
                     num_sampling_steps=settings.num_sampling_steps,
@@ -220,8 +212,7 @@ class Sampler:
     def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
         """What `program` takes for these samples; their number must divide over the mesh."""
         scales, choice = (
-            None if each is None else np.asarray(each, np.float32)
-            for each in (self.settings.guidance, self.settings.choice)
+            None if each is None else np.asarray(each, np.float32) for each in (self.settings.cfg, self.settings.choice)
         )
         rows = sharding.shard_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
         return (
@@ -243,8 +234,7 @@ class Sampler:
         rows = sharding.batch_sharding(self.mesh)
         labels, index = (jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.uint32))
         scales, choice = (
-            None if each is None else np.asarray(each, np.float32)
-            for each in (self.settings.guidance, self.settings.choice)
+            None if each is None else np.asarray(each, np.float32) for each in (self.settings.cfg, self.settings.choice)
         )
         return (
             params,

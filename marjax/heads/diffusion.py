@@ -1,18 +1,21 @@
-"""The diffusion head as a network: the denoiser with the loss and the sampler of `heads/gaussian_diffusion.py`.
+"""The diffusion head: the denoiser with the loss and the sampler of `heads/gaussian_diffusion.py` (paper, section 3.2).
 
-Every head of a generator has the public methods of this one; only they know what is random in it.
-Shapes: B batch, L or M tokens, D token dimension, W backbone width, K timesteps a token (loss) or steps (sampler).
+Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, K timesteps per token in
+the loss, steps in the sampler.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from marjax import sharding
 from marjax.heads import gaussian_diffusion
 from marjax.heads.denoiser import Denoiser
+from marjax.heads.protocol import Terms
+from marjax.model_config import ModelConfig
 
 
 class SampleNoise(NamedTuple):
@@ -23,7 +26,11 @@ class SampleNoise(NamedTuple):
 
 
 class DiffusionHead(nn.Module):
-    """Models a token given z by denoising diffusion (paper, section 3.2)."""
+    """Models a token given z by denoising diffusion.
+
+    `batch_shards` is the number of devices that the sampler's batch is sharded over: a device with few rows prepares
+    several steps together (`gaussian_diffusion.steps_ahead`).
+    """
 
     token_dim: int
     depth: int
@@ -32,12 +39,12 @@ class DiffusionHead(nn.Module):
     num_steps: int = 1000
     diffusion_batch_mul: int = 4
     remat: str = "none"
-    dtype: Any = jnp.float32
+    batch_shards: int = 1
+    dtype: DTypeLike = jnp.float32
 
     @classmethod
-    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "DiffusionHead":
-        """From a resolved `config.model`; tokens may be codes or not."""
-        del num_codes
+    def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> "DiffusionHead":
+        """See `Head.from_config`; tokens may be codes or not."""
         return cls(
             token_dim=token_dim,
             depth=model.denoiser.depth,
@@ -62,24 +69,14 @@ class DiffusionHead(nn.Module):
         )
 
     def __call__(
-        self,
-        z_BxLxW: jax.Array,
-        tokens_BxLxD: jax.Array,
-        noise: gaussian_diffusion.LossNoise,
-        weight_BxL: jax.Array,
-        codebook: jax.Array | None = None,
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """Per-token terms, name -> (values, weights), float32 and broadcastable to (B, K, L); "loss" is trained on.
-
-        A term's mean is sum(values * weights) / sum(weights). `weight_BxL` is 1 where the token counts; the codebook,
-        float32 (codes, D), is for heads that need one.
-        """
-        del codebook
+        self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: gaussian_diffusion.LossNoise, weight_BxL: jax.Array
+    ) -> Terms:
+        """The terms of `Head.__call__`, float32 (B, K, L): loss, its parts, and loss by quarter of the timesteps."""
         schedule = gaussian_diffusion.respace(self.num_steps, self.num_steps)
         tokens = tokens_BxLxD[:, None].astype(jnp.float32)
         noised = gaussian_diffusion.add_noise(schedule, tokens, noise)
-        # Tokens do not depend on each other here, so a tensor group shares them out instead of every weight: it sends
-        # z's gradient once, where cut weights would make it send several activations of B x K x L in every block.
+        # The denoiser treats tokens independently, so the "tensor" axis shards tokens and replicates weights: it sends
+        # the gradient of z once, where sharded weights would send several activations of B x K x L in every block.
         noised = nn.with_logical_constraint(noised, ("batch", None, "tokens", None))
         z_BxLxW = nn.with_logical_constraint(z_BxLxW, ("batch", "tokens", None))
         prediction = self.denoiser(noised, noise.t, z_BxLxW[:, None])
@@ -106,38 +103,28 @@ class DiffusionHead(nn.Module):
         self,
         z: jax.Array,
         noise: SampleNoise,
-        guidance: jax.Array | None,
+        cfg_scale: jax.Array | None,
         *,
         num_sampling_steps: int | str,
         temperature: float | jax.Array,
-        codebook: jax.Array | None = None,
     ) -> jax.Array:
-        """Tokens float32 (B, M, D).
-
-        Args:
-          z: (B, M, W), or under guidance (2 B, M, W), the conditional half first.
-          noise: leading axes (B, M).
-          guidance: the scale, a scalar, or None for no guidance.
-          num_sampling_steps: length of the respaced chain, static.
-          temperature: scale of the noise added by the steps.
-          codebook: not used.
-        """
-        del codebook
+        """See `Head.sample`; `temperature` scales the noise that the steps add (paper, section 3.3)."""
         schedule = gaussian_diffusion.respace(self.num_steps, num_sampling_steps)
         condition = self.denoiser.embed_condition(z)
 
-        def make_denoise(t_C: jax.Array) -> Any:
-            modulation = self.denoiser.modulate(t_C, condition)
+        def make_denoise(t_K: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+            modulation = self.denoiser.modulate(t_K, condition)
 
             def denoise(x: jax.Array, i: jax.Array) -> jax.Array:
-                if guidance is None:
+                if cfg_scale is None:
                     return self.denoiser.predict(x, modulation, i)
                 prediction = self.denoiser.predict(jnp.concatenate([x, x]), modulation, i)
-                return gaussian_diffusion.apply_cfg(prediction.astype(jnp.float32), guidance)
+                return gaussian_diffusion.apply_cfg(prediction.astype(jnp.float32), cfg_scale)
 
             return denoise
 
-        ahead = gaussian_diffusion.steps_ahead(len(schedule.betas), sharding.rows_on_a_device(z.shape[0] * z.shape[1]))
+        rows = -(-z.shape[0] * z.shape[1] // self.batch_shards)
+        ahead = gaussian_diffusion.steps_ahead(len(schedule.betas), rows)
         return gaussian_diffusion.sample(
             schedule, make_denoise, noise.init, jnp.moveaxis(noise.step, 2, 0), temperature, ahead
         )

@@ -5,13 +5,14 @@ It can only ever give the conditional mean. The methods are those of `heads/diff
 Shapes: B batch, L or M tokens, D token dimension, W backbone width.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marjax.heads import cfg
+from marjax.heads.protocol import Terms
+from marjax.model_config import ModelConfig
 from marjax.nn.layers import Dense
 
 
@@ -25,12 +26,11 @@ class RegressionHead(nn.Module):
 
     token_dim: int
     cond_width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @classmethod
-    def from_config(cls, model: Any, token_dim: int, num_codes: int) -> "RegressionHead":
+    def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> "RegressionHead":
         """From a resolved `config.model`; tokens may be codes or not."""
-        del num_codes
         return cls(token_dim=token_dim, cond_width=model.width, dtype=jnp.dtype(model.dtype))
 
     def setup(self) -> None:
@@ -39,44 +39,29 @@ class RegressionHead(nn.Module):
     @nn.nowrap
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> tuple[()]:
         """Nothing: the squared error is not random."""
-        del key, batch, num_tokens
         return ()
 
-    def __call__(
-        self,
-        z_BxLxW: jax.Array,
-        tokens_BxLxD: jax.Array,
-        noise: tuple[()],
-        weight_BxL: jax.Array,
-        codebook: jax.Array | None = None,
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The per-token term "loss", float32 (B, L): the squared error, averaged over D; weights as given."""
-        del noise, codebook
+    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array) -> Terms:
+        """The term of `Head.__call__`, float32 (B, L): the squared error, averaged over D."""
         return {"loss": (squared_error(self.mean(z_BxLxW), tokens_BxLxD), weight_BxL)}
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> tuple[()]:
         """Nothing: a mean has nothing to draw."""
-        del key, num_tokens, num_sampling_steps
         return ()
 
     def sample(
         self,
         z: jax.Array,
         noise: tuple[()],
-        guidance: jax.Array | None,
+        cfg_scale: jax.Array | None,
         *,
         num_sampling_steps: int | str,
         temperature: float | jax.Array,
-        codebook: jax.Array | None = None,
     ) -> jax.Array:
-        """The predicted tokens, float32 (B, M, D), from z (B, M, W) or, under guidance, (2 B, M, W).
-
-        Neither noise, steps nor temperature has a meaning here.
-        """
-        del noise, num_sampling_steps, temperature, codebook
+        """See `Head.sample`; noise, steps and temperature have no effect."""
         mean = self.mean(z).astype(jnp.float32)
-        return mean if guidance is None else cfg.apply_cfg(mean, guidance)
+        return mean if cfg_scale is None else cfg.apply_cfg(mean, cfg_scale)
 
     @nn.nowrap
     def loss_flops(self) -> float:
@@ -86,5 +71,4 @@ class RegressionHead(nn.Module):
     @nn.nowrap
     def sample_flops(self, num_sampling_steps: int | str) -> float:
         """Of predicting one token, without guidance."""
-        del num_sampling_steps
         return self.loss_flops()

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from marjax import config as config_lib
 from marjax import numerics, progress
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.interop import names, reference, weights_file, wrappers
@@ -26,7 +27,6 @@ from marjax.interop.convert_tokenizer import Autoencoder, holds, read_autoencode
 from marjax.interop.pytorch import Tensor
 from marjax.json_file import parse_json
 from marjax.lock import locked_file
-from marjax.models import generator as generator_lib
 from marjax.models.init import init_unboxed
 from marjax.paths import takes_paths
 from marjax.tokenizers import open_tokenizer
@@ -186,7 +186,7 @@ def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int]:
 
 def _parameters(config: ConfigDict, tensors: Mapping[str, Tensor]) -> Any:
     """The parameter tree, float32 numpy. Raises UserError: names of tensors and parameters that do not match."""
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     abstract = jax.eval_shape(lambda: init_unboxed(generator, numerics.key(0)))
     odd = [
         f"{name} ({tensor.dtype})"

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from marjax import config as config_lib
 from marjax import numerics, progress
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
 from marjax.files import open_regular
 from marjax.interop import names, reference
 from marjax.lock import locked_file
-from marjax.models import generator as generator_lib
 from marjax.models.init import init_unboxed
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
@@ -57,7 +56,7 @@ def export(
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
     config = read_workdir(workdir)
     arguments = reference.arguments_of(config)
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
+    generator = assemble(config).generator
     where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marjax import orders
+from marjax.model_config import ModelConfig
 from marjax.nn.attention import KeyValue
 from marjax.nn.layers import Dense, LayerNorm, embedding_init
 from marjax.nn.transformer import Stack
@@ -27,8 +29,8 @@ class Cache(NamedTuple):
     second: KeyValue
 
 
-class CausalBackbone(nn.Module):
-    """The condition z of every position, given the tokens before it in the order and the class embedding.
+class DecoderOnly(nn.Module):
+    """z for every position, given the tokens before it in the order and the class embedding.
 
     `kv_cache=False` runs the whole sequence again at every generation step: the slow truth that the cache is tested and
     timed against.
@@ -44,12 +46,12 @@ class CausalBackbone(nn.Module):
     attn_dropout: float = 0.1
     proj_dropout: float = 0.1
     remat: str = "none"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kv_cache: bool = True
 
     @classmethod
-    def from_config(cls, model: Any, num_tokens: int, token_dim: int) -> "CausalBackbone":
-        """From a resolved `config.model`: both depths make one stack."""
+    def from_config(cls, model: ModelConfig, num_tokens: int, token_dim: int) -> "DecoderOnly":
+        """See `Backbone.from_config`; both depths make one stack."""
         return cls(
             num_tokens=num_tokens,
             token_dim=token_dim,
@@ -79,7 +81,6 @@ class CausalBackbone(nn.Module):
     @nn.nowrap
     def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
         """How many tokens the loss leaves out: none, int32 (B,). The key is not used."""
-        del key
         return jnp.zeros((batch,), jnp.int32)
 
     def __call__(
@@ -102,7 +103,6 @@ class CausalBackbone(nn.Module):
           slots: not used.
           deterministic: no dropout; otherwise the rng "dropout" is needed.
         """
-        del num_known_B, slots
         batch, length = order_BxL.shape
         rank_BxL = orders.ranks(order_BxL)
         before = order_BxL[:, :-1]  # what the elements after the class token hold
@@ -203,5 +203,4 @@ class CausalBackbone(nn.Module):
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:
         """What a step costs in a stage of that many slots: the same in all, since the cache has one shape."""
-        del known_slots
         return self.step_flops(self.num_tokens)

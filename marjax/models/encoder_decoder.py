@@ -11,15 +11,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marjax import orders
+from marjax.model_config import ModelConfig
 from marjax.nn.layers import Dense, LayerNorm, embedding_init, normal_002
 from marjax.nn.transformer import Stack
 from marjax.perf import flops
 
 
-class MaskedBackbone(nn.Module):
-    """The condition z of every position, given the tokens known so far and the class embedding."""
+class EncoderDecoder(nn.Module):
+    """z for every position, given the known tokens and the class embedding."""
 
     num_tokens: int
     token_dim: int
@@ -32,13 +34,12 @@ class MaskedBackbone(nn.Module):
     attn_dropout: float = 0.1
     proj_dropout: float = 0.1
     remat: str = "none"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mask_ratio: orders.MaskRatio = orders.MaskRatio()
 
     @classmethod
-    def from_config(cls, model: Any, num_tokens: int, token_dim: int) -> "MaskedBackbone":
-        """From a resolved `config.model`."""
-        ratio = model.mask_ratio
+    def from_config(cls, model: ModelConfig, num_tokens: int, token_dim: int) -> "EncoderDecoder":
+        """See `Backbone.from_config`."""
         return cls(
             num_tokens=num_tokens,
             token_dim=token_dim,
@@ -52,7 +53,7 @@ class MaskedBackbone(nn.Module):
             proj_dropout=model.proj_dropout,
             remat=model.remat,
             dtype=jnp.dtype(model.dtype),
-            mask_ratio=orders.MaskRatio(ratio.mean, ratio.std, ratio.minimum, model.mask_ratio_per),
+            mask_ratio=model.mask_ratio,
         )
 
     def setup(self) -> None:
@@ -138,7 +139,7 @@ class MaskedBackbone(nn.Module):
         buffer, num_tokens = self.buffer_size, self.num_tokens
         slots = encoded.shape[1] - buffer
         encoded = self.decoder_embed(encoded)
-        # A position's slot is its rank. Unknown positions and unused slots point outside, so that `take` gives zero.
+        # The slot of a position is its rank. Unknown positions and unused slots point outside, which gives zeros.
         rank_BxL = orders.ranks(order_BxL)
         known_BxL = rank_BxL < num_known_B[:, None]
         slot_BxL = jnp.where(known_BxL, rank_BxL, slots)
@@ -152,7 +153,6 @@ class MaskedBackbone(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int) -> tuple[()]:
         """Nothing: every step looks at all tokens anew."""
-        del batch
         return ()
 
     def step(

@@ -3,28 +3,30 @@
 Shapes: B batch, L tokens, D token dimension, W backbone width, M tokens of one generation step.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from marjax import orders
 from marjax.errors import UserError
 from marjax.heads.categorical import CategoricalHead
 from marjax.heads.diffusion import DiffusionHead
+from marjax.heads.protocol import Head, Terms
 from marjax.heads.regression import RegressionHead
-from marjax.models.contracts import Backbone, Head, check
-from marjax.models.decoder_only import CausalBackbone
-from marjax.models.encoder_decoder import MaskedBackbone
+from marjax.model_config import ModelConfig
+from marjax.models.decoder_only import DecoderOnly
+from marjax.models.encoder_decoder import EncoderDecoder
+from marjax.models.protocol import Backbone
 from marjax.nn.layers import embedding_init, lookup, normal_002
 from marjax.ranges import shown
 from marjax.registry import Choices
 from marjax.variants import VARIANTS
 
 BACKBONES: Choices[type[Backbone]] = Choices(
-    "backbone", {"bidirectional": MaskedBackbone, "causal": CausalBackbone}, lambda name, found: found
+    "backbone", {"bidirectional": EncoderDecoder, "causal": DecoderOnly}, lambda name, found: found
 )
 HEADS: Choices[type[Head]] = Choices(
     "head",
@@ -46,11 +48,31 @@ class LossRandomness(NamedTuple):
     head: Any
 
 
-class Progress(NamedTuple):
-    """Where the generation of a batch stands.
+class Classes(NamedTuple):
+    """The class of each image: `label` int32 (B,) in [0, num_classes); `drop` bool (B,), true for no class."""
 
-    `tokens` float32 (B, L, D), in raster order; `order` int32 (B, L), of which the steps done are a prefix; `cache`,
-    what the backbone keeps from step to step.
+    label: jax.Array
+    drop: jax.Array
+
+
+class PlanStep(NamedTuple):
+    """One row of a generation plan, scalars.
+
+    `start` int32, the number of known tokens; `num_predicted` int32; `cfg_scale` float32, None without guidance;
+    `choice` float32, the choice temperature of an order by confidence, None to follow the given order.
+    """
+
+    start: jax.Array
+    num_predicted: jax.Array
+    cfg_scale: jax.Array | None = None
+    choice: jax.Array | None = None
+
+
+class GenerationState(NamedTuple):
+    """A batch that is being generated.
+
+    `tokens` float32 (B, L, D), in raster order; `order` int32 (B, L), positions in the order of generation; `cache`,
+    what the backbone carries between steps.
     """
 
     tokens: jax.Array
@@ -95,97 +117,95 @@ class Generator(nn.Module):
             head=self.head.draw_loss_noise(key_head, batch, self.num_tokens),
         )
 
+    @nn.nowrap
+    def with_codebook(self, codebook: jax.Array | None) -> "Generator":
+        """With the codebook, float32 (V, D), of a discrete tokenizer in the head, if the head has use for it."""
+        return self if codebook is None else self._with_head(codebook=codebook)
+
+    @nn.nowrap
+    def with_batch_shards(self, shards: int) -> "Generator":
+        """For sampling with batches that are sharded over so many devices."""
+        return self._with_head(batch_shards=shards)
+
+    @nn.nowrap
+    def _with_head(self, **values: Any) -> "Generator":
+        head: Any = self.head
+        known = {field.name for field in dataclasses.fields(head)}
+        values = {name: value for name, value in values.items() if name in known}
+        return self.clone(head=head.clone(**values)) if values else self
+
     def __call__(
-        self,
-        tokens_BxLxD: jax.Array,
-        labels_B: jax.Array,
-        rand: LossRandomness,
-        deterministic: bool = False,
-        codebook: jax.Array | None = None,
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The head's per-token terms, name -> (values, weights); see its `__call__`.
+        self, tokens_BxLxD: jax.Array, labels_B: jax.Array, rand: LossRandomness, deterministic: bool = False
+    ) -> Terms:
+        """The head's per-token terms, name -> (values, weights); see `Head.__call__`.
 
         Args:
           tokens_BxLxD: float32, in raster order.
           labels_B: int in [0, num_classes).
           rand: from `draw_loss_randomness`.
           deterministic: no dropout; otherwise the rng "dropout" is needed.
-          codebook: of a discrete tokenizer, float32 (K, D); tokens are then among its rows.
         """
-        z_BxLxW = self.backbone_output(
-            tokens_BxLxD, labels_B, rand.drop_label, rand.order, rand.num_known, deterministic=deterministic
-        )
+        classes = Classes(labels_B, rand.drop_label)
+        z_BxLxW = self.backbone_output(tokens_BxLxD, classes, rand.order, rand.num_known, deterministic=deterministic)
         unknown_BxL = (orders.ranks(rand.order) >= rand.num_known[:, None]).astype(jnp.float32)
-        return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL, codebook)
+        return self.head(z_BxLxW, tokens_BxLxD, rand.head, unknown_BxL)
 
     def backbone_output(
         self,
         tokens_BxLxD: jax.Array,
-        labels_B: jax.Array,
-        drop_label_B: jax.Array,
+        classes: Classes,
         order_BxL: jax.Array,
         num_known_B: jax.Array,
         *,
         slots: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """z of every position, (B, L, W); for the arguments see the backbone's `__call__`."""
+        """z for every position, (B, L, W); see `Backbone.__call__`."""
         return self.backbone(
-            tokens_BxLxD,
-            order_BxL,
-            num_known_B,
-            self._class_embed(labels_B, drop_label_B),
-            slots=slots,
-            deterministic=deterministic,
+            tokens_BxLxD, order_BxL, num_known_B, self._class_embed(classes), slots=slots, deterministic=deterministic
         )
 
-    def _class_embed(self, labels_B: jax.Array, drop_label_B: jax.Array) -> jax.Array:
-        return jnp.where(drop_label_B[:, None], self.null_embedding, lookup(self.class_embedding, labels_B))
+    def _class_embed(self, classes: Classes) -> jax.Array:
+        return jnp.where(classes.drop[:, None], self.null_embedding, lookup(self.class_embedding, classes.label))
 
     @nn.nowrap
-    def begin(self, order_BxL: jax.Array, guided: bool) -> Progress:
-        """Nothing generated yet. Under guidance the unconditional rows share the batch, and so the cache."""
+    def init_generation(self, order_BxL: jax.Array, guided: bool) -> GenerationState:
+        """The state before the first step. With guidance the unconditional rows share the batch and the cache."""
         batch = order_BxL.shape[0]
         tokens = jnp.zeros((batch, self.num_tokens, self.token_dim), jnp.float32)
-        return Progress(tokens, order_BxL, self.backbone.init_cache(2 * batch if guided else batch))
+        return GenerationState(tokens, order_BxL, self.backbone.init_cache(2 * batch if guided else batch))
 
     def generate_step(
         self,
-        progress: Progress,
-        labels_B: jax.Array,
-        drop_label_B: jax.Array,
-        start: jax.Array,
-        num_predicted: jax.Array,
+        state: GenerationState,
+        classes: Classes,
+        step: PlanStep,
         noise: Any,
-        guidance: jax.Array | None,
-        choice: jax.Array | None = None,
         *,
         known_slots: int,
         new_slots: int,
         **settings: Any,
-    ) -> Progress:
-        """One autoregressive step: the tokens at order[start : start + num_predicted] filled in.
+    ) -> GenerationState:
+        """One autoregressive step: predicts the tokens at order[start : start + num_predicted].
 
         Args:
-          progress: after `start` tokens.
-          labels_B: int in [0, num_classes).
-          drop_label_B: bool, true where no class is asked for.
-          start, num_predicted: int scalars, at most `known_slots` and `new_slots`.
+          state: after `step.start` tokens.
+          classes: of the batch.
+          step: at most `known_slots` known and `new_slots` predicted tokens. With `choice`, the rest of the order is
+            sorted by the head's confidence first (see `sample_ranked`), and `new_slots` must hold all unknown tokens.
           noise: the head's sample noise, leading axes (B, L), by position.
-          guidance: the scale, or None for none.
-          choice: None to follow the order. Otherwise what is left of the order is rearranged by the head's confidence
-            first (see `sample_ranked` of a head that has it); `new_slots` must then hold all unknown tokens.
           known_slots, new_slots: static sizes of the padded step.
-          **settings: the head's own (see its `sample`).
+          **settings: of `Head.sample`.
         """
-        tokens_BxLxD, order_BxL, cache = progress
+        start, num_predicted, cfg_scale, choice = step
+        tokens_BxLxD, order_BxL, cache = state
         padded = jnp.pad(order_BxL, ((0, 0), (0, new_slots)), constant_values=self.num_tokens)
         position_BxM = jax.lax.dynamic_slice_in_dim(padded, start, new_slots, axis=1)
         inside_BxM = jnp.minimum(position_BxM, self.num_tokens - 1)
 
         rows = (tokens_BxLxD, order_BxL, inside_BxM)
-        class_embed = self._class_embed(labels_B, drop_label_B)
-        if guidance is not None:
+        class_embed = self._class_embed(classes)
+        if cfg_scale is not None:
             rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
             class_embed = jnp.concatenate([class_embed, jnp.broadcast_to(self.null_embedding, class_embed.shape)])
         z_new, cache = self.backbone.step(cache, rows[0], rows[1], start, rows[2], class_embed, known_slots=known_slots)
@@ -195,11 +215,11 @@ class Generator(nn.Module):
 
         noise = jax.tree.map(at_positions, noise)
         if choice is None:
-            new_BxMxD = self.head.sample(z_new, noise, guidance, **settings)
+            new_BxMxD = self.head.sample(z_new, noise, cfg_scale, **settings)
         else:
             ranked: Any = self.head  # `config.resolve` lets only heads that rank come here
             new_BxMxD, confidence_BxM = ranked.sample_ranked(
-                z_new, noise, guidance, step=start, choice=choice, **settings
+                z_new, noise, cfg_scale, step=start, choice=choice, **settings
             )
             surest = jnp.argsort(jnp.where(position_BxM < self.num_tokens, -confidence_BxM, jnp.inf), axis=1)
             new_BxMxD = jnp.take_along_axis(new_BxMxD, surest[..., None], axis=1)
@@ -208,21 +228,20 @@ class Generator(nn.Module):
         slot_BxL = orders.ranks(order_BxL) - start
         is_new_BxL = (slot_BxL >= 0) & (slot_BxL < num_predicted)
         filled = jnp.take_along_axis(new_BxMxD, jnp.clip(slot_BxL, 0, new_slots - 1)[..., None], axis=1)
-        return Progress(jnp.where(is_new_BxL[..., None], filled, tokens_BxLxD), order_BxL, cache)
+        return GenerationState(jnp.where(is_new_BxL[..., None], filled, tokens_BxLxD), order_BxL, cache)
 
 
-def build(
-    model: ml_collections.ConfigDict, *, num_tokens: int, token_dim: int, num_classes: int, num_codes: int = 0
-) -> Generator:
-    """The network that a resolved `config.model` describes (see `marjax/config/schema.py`).
+def build(model: ModelConfig, *, num_tokens: int, token_dim: int, num_classes: int, num_codes: int = 0) -> Generator:
+    """The network of a `ModelConfig`; `num_codes` is the codebook size, for heads that model codes.
 
-    `num_codes` is how many different tokens there are, for heads that model codes.
+    Raises:
+      UserError: `model.extra` is not what a registered backbone or head takes.
     """
     variant = VARIANTS[model.variant]
     try:
         backbone = BACKBONES[variant.attention].from_config(model, num_tokens, token_dim)
         head = HEADS[model.head].from_config(model, token_dim, num_codes)
-    except UserError as error:  # of a registered one, which parses its own settings
+    except UserError as error:
         raise UserError(f"config.model.extra={shown(model.extra)}: {error}") from None
     return Generator(
         num_classes=num_classes,
@@ -237,19 +256,6 @@ def build(
     )
 
 
-def from_config(config: ml_collections.ConfigDict, tokens: Any) -> Generator:
-    """The network of a whole resolved config, for tokens of that `TokenShape`.
-
-    Raises:
-      UserError: a registered head or backbone that does not keep its contract (`models/contracts.py`).
-    """
-    made = build(
-        config.model,
-        num_tokens=tokens.num_tokens,
-        token_dim=tokens.token_dim,
-        num_classes=config.data.num_classes,
-        num_codes=tokens.num_codes,
-    )
-    if not (HEADS.is_own(config.model.head) and BACKBONES.is_own(VARIANTS[config.model.variant].attention)):
-        check(made, config.model)
-    return made
+def is_registered(model: ModelConfig) -> bool:
+    """Whether the backbone or the head comes from outside of marjax."""
+    return not (HEADS.is_own(model.head) and BACKBONES.is_own(VARIANTS[model.variant].attention))

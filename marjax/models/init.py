@@ -15,10 +15,9 @@ def init_params(generator: Generator, key: jax.Array) -> Any:
     """Fresh parameters, float32, still carrying their logical axis names."""
     tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
     rand = generator.draw_loss_randomness(key, 1)
-    codebook = jnp.zeros((generator.num_codes, generator.token_dim)) if generator.num_codes else None
-    return generator.init(
-        {"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True, codebook=codebook
-    )["params"]
+    if generator.num_codes:
+        generator = generator.with_codebook(jnp.zeros((generator.num_codes, generator.token_dim)))
+    return generator.init({"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True)["params"]
 
 
 def init_unboxed(generator: Generator, key: jax.Array) -> Any:

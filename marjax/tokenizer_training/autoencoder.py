@@ -29,7 +29,7 @@ from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch
-from marjax.training.loop import Intervals, Run, headline
+from marjax.training.loop import Intervals, Outputs, Run, Task, headline
 from marjax.workdir import check_workdir, first_start, settings_of_all, write_config
 
 _COMMAND = "marjax train-tokenizer"
@@ -169,19 +169,15 @@ def _run(
             if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
                 writer.note(changed)
             every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
-            run: Run[AutoencoderState] = Run(
-                every,
-                train.batch_size,
-                mesh,
-                writer,
-                checkpoints,
-                items=_items,
-                draw=lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
-                advice="Lower config.tokenizer.train.lr or look at the data, then start again",
-                clock=clock,
+            task = Task(
+                step,
+                _items,
+                lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
+                "Lower config.tokenizer.train.lr or look at the data, then start again",
             )
+            run = Run(task, every, Outputs(writer, checkpoints), clock, mesh)
             with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
-                return run.steps(state, step, batches)
+                return run.steps(state, batches)
 
 
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:

@@ -18,10 +18,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marjax import config as config_lib
+from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
-from marjax.models import generator as generator_lib
-from marjax.models.init import abstract_params
 from marjax.training.fit import refuse
 from marjax.variants import VARIANTS
 from marjax.workdir import read_workdir
@@ -195,8 +194,7 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
 
 def _abstract(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """The parameters of a config's model, with their shardings, by path."""
-    generator = generator_lib.from_config(config, config_lib.tokens_of(config))
-    return traverse_util.flatten_dict(abstract_params(generator, mesh, config.mesh.replicate_below), sep="/")
+    return traverse_util.flatten_dict(assemble(config, mesh).params, sep="/")
 
 
 def _check_meaning(config: ConfigDict, source: ConfigDict, denoises: bool) -> None:

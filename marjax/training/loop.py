@@ -61,59 +61,64 @@ class Intervals:
         return bool(every) and (step % every == 0 or step == self.total)
 
 
+@dataclasses.dataclass(frozen=True)
+class Task(Generic[S]):
+    """What is trained.
+
+    Attributes:
+      step: jitted, (state, batch) -> (state, metrics); the state may be donated. The metric "finite", 1 or 0, says
+        whether the run may continue.
+      items: the trees of a checkpoint of a state.
+      draw: the name and the picture, uint8 (H, W, 3), of a state.
+      advice: what to do about a loss that is not finite, for the error.
+      evaluate: metrics of a state, by name; needed if `Intervals.evaluate`.
+    """
+
+    step: Callable[[S, Any], tuple[S, Metrics]]
+    items: Callable[[S], dict[str, Any]]
+    draw: Callable[[S], tuple[str, np.ndarray]]
+    advice: str
+    evaluate: Callable[[S], dict[str, float]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where the results of a run go: metrics and pictures, checkpoints, callbacks of the user."""
+
+    writer: MetricWriter
+    checkpoints: Checkpoints
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+
+
 class Run(Generic[S]):
     """Takes a state from its step to the last.
 
-    The devices never wait for the host: a step is dispatched while the one before runs, and metrics are read later. Nor
-    for the storage: a checkpoint that is due while the one before is still being written is saved a little later.
-    "finite" among the metrics, 1 or 0, says whether the run may go on.
+    The devices never wait for the host: the metrics of a step are read after the next one is dispatched. Nor do they
+    wait for storage: a checkpoint that is due while the previous one is being written is saved a little later.
     """
 
     def __init__(
         self,
+        task: Task[S],
         every: Intervals,
-        batch_size: int,
-        mesh: Mesh,
-        writer: MetricWriter,
-        checkpoints: Checkpoints,
-        *,
-        items: Callable[[S], dict[str, Any]],
-        draw: Callable[[S], tuple[str, np.ndarray]],
-        advice: str,
+        outputs: Outputs,
         clock: Clock,
+        mesh: Mesh,
         profile: Profile | None = None,
-        evaluate: Callable[[S], dict[str, float]] | None = None,
-        callbacks: Callbacks | None = None,
     ) -> None:
-        """Args:
-        every: when what is done.
-        batch_size: images a step, of all processes.
-        mesh: that batches are put on.
-        writer: of metrics and pictures.
-        checkpoints: where the state is saved.
-        items: the trees of a checkpoint.
-        draw: the name and the picture, uint8 (H, W, 3), of a state.
-        advice: what to do about a loss that is not finite.
-        clock: of this start.
-        profile: which steps to trace, or None.
-        evaluate: metrics of a state, by name; needed if `every.evaluate`.
-        callbacks: of the user.
-        """
-        self.every, self.batch_size, self.mesh = every, batch_size, mesh
-        self.writer, self.checkpoints, self.clock = writer, checkpoints, clock
-        self.items, self.draw, self.advice = items, draw, advice
-        self.evaluate, self.profile = evaluate, profile
-        self.callbacks = callbacks or Callbacks()
+        """`mesh` is the one that batches are put on; `profile` says which steps to trace, if any."""
+        self.task, self.every, self.clock, self.mesh, self.profile = task, every, clock, mesh, profile
+        self.writer, self.checkpoints, self.callbacks = outputs.writer, outputs.checkpoints, outputs.callbacks
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
-        self.unsaved = False  # whether a checkpoint was due and is still to be saved
+        self.unsaved = False  # whether a checkpoint is due that has not been saved
 
-    def steps(self, state: S, step_fn: Callable[[S, Any], tuple[S, Metrics]], batches: Iterator[Batch]) -> S:
-        """Runs `step_fn` on one batch after the other; `state` may be donated.
+    def steps(self, state: S, batches: Iterator[Batch]) -> S:
+        """Trains on the batches; `state` may be donated.
 
         Raises:
-          Exception: what a callback has raised.
-          PreemptedError: the run was asked to stop, by SIGTERM or Ctrl-C, and has saved.
-          TrainingError: it cannot go on.
+          Exception: raised by a callback.
+          PreemptedError: on SIGTERM or Ctrl-C, after saving.
+          TrainingError: a metric "finite" is 0.
         """
         every, clock = self.every, self.clock
         start = int(state.step)
@@ -134,7 +139,7 @@ class Run(Generic[S]):
             batch = sharding.put_batch(rows, self.mesh)
             if self.profile is not None:
                 self.profile.before(step, [metrics for _, metrics in self.unread])
-            state, metrics = step_fn(state, batch)
+            state, metrics = self.task.step(state, batch)
             if self.profile is not None:
                 self.profile.after(step, metrics)
             begun = time.perf_counter()
@@ -167,7 +172,7 @@ class Run(Generic[S]):
                 self._read()
                 with clock.pause("draw"), self.writer.pause("drawing pictures"):
                     try:
-                        self.writer.image(step, *self.draw(state))
+                        self.writer.image(step, *self.task.draw(state))
                     except memory.DoesNotFitError as error:  # a resumed run would end here again
                         self.writer.note(
                             f"warning: no picture of step {step}: {error}; or set config.log.samples_every=0"
@@ -190,9 +195,9 @@ class Run(Generic[S]):
                 self.writer.note(f"step {step}: metrics.jsonl is still being written")
             self.checkpoints.save(
                 step,
-                **self.items(state),
+                **self.task.items(state),
                 meta={
-                    "images": step * self.batch_size,
+                    "images": step * self.clock.images,
                     "productive_seconds": self.clock.productive,
                     "first_start": self.clock.first_start,
                     "numerics": numerics.recorded(),
@@ -201,11 +206,11 @@ class Run(Generic[S]):
             self.unsaved = False
 
     def _evaluate(self, step: int, state: S) -> None:
-        assert self.evaluate is not None
+        assert self.task.evaluate is not None
         self._read()
         with self.clock.pause("eval"), self.writer.pause("evaluating"):
             try:
-                self._log(step, self.evaluate(state))
+                self._log(step, self.task.evaluate(state))
             except memory.DoesNotFitError as error:  # as with pictures
                 self.writer.note(f"warning: no evaluation of step {step}: {error}; or set config.eval.every=0")
 
@@ -231,7 +236,7 @@ class Run(Generic[S]):
                 f"loss, gradient or parameters were not finite in step{'s' if len(bad) > 1 else ''} "
                 f"{', '.join(map(str, bad[:10]))}{' and later' if len(bad) > 10 else ''}; "
                 + (f"the newest checkpoint is of step {steps[-1]}. " if steps else "there is no checkpoint yet. ")
-                + self.advice
+                + self.task.advice
             )
         for step, metrics in fetched:
             if step % self.every.log == 0:

@@ -1,15 +1,30 @@
-"""AdamW as the reference runs it: which parameters decay, the learning rate by step, the EMA's decay by step."""
+"""AdamW as the reference runs it: which parameters decay, and the learning rate by step."""
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 
-def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer's part of a resolved `config.train`; marjax/config/schema.py says what each field means."""
+
+    steps: int
+    lr: float
+    schedule: str
+    min_lr: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    weight_decay: float
+    clip: float | None
+
+
+def learning_rate(train: OptimizerConfig) -> optax.Schedule:
     """Learning rate by step: linear from 0 over the warmup, then constant, or half a cosine to `min_lr` at the end."""
     peak, low, warmup, steps = train.lr, train.min_lr, train.warmup_steps, train.steps
 
@@ -32,15 +47,14 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path: Any, leaf: Any) -> bool:
-        del leaf
         names = [str(entry.key) for entry in path]
         return names[-1] not in ("bias", "scale") and "denoiser" not in names
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW, from a resolved `config.train`."""
+def make_optimizer(train: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW."""
     return optax.chain(
         clipping(train.clip),
         optax.adamw(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from marjax import numerics, sharding
 from marjax.models.generator import Generator
-from marjax.models.init import abstract_params, init_unboxed
+from marjax.models.init import init_unboxed
 
 
 @flax.struct.dataclass
@@ -25,23 +25,17 @@ class TrainState:
     opt_state: Any
 
 
-def abstract_state(
-    generator: Generator,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    replicate_below: int = sharding.REPLICATE_BELOW,
-) -> TrainState:
-    """The whole state as ShapeDtypeStructs with shardings: optimizer and EMA follow the parameters."""
-    params = abstract_params(generator, mesh, replicate_below)
-    whole = sharding.replicated(mesh)
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings: optimizer and EMA follow the abstract `params`."""
+    replicated = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, param: _struct(leaf, param.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda leaf: _struct(leaf, whole),
+        transform_non_params=lambda leaf: _struct(leaf, replicated),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(step=step, params=params, ema=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
-from jax.sharding import Mesh
 
 from marjax import numerics, sharding
+from marjax.assembly import Assembly
+from marjax.config.resolve import frozen
 from marjax.models.generator import Generator, LossRandomness
-from marjax.tokenizers import Cacheable, Tokenizer, TokenShape
+from marjax.tokenizers import Cacheable
 from marjax.training.ema import ema_decay, update_ema
 from marjax.training.loop import Metrics
-from marjax.training.optimizer import learning_rate
+from marjax.training.optimizer import OptimizerConfig, learning_rate
 from marjax.training.state import TrainState
 
 
@@ -35,7 +35,6 @@ def loss_and_grads(
     rand: LossRandomness,
     key_dropout: jax.Array,
     accumulate: int = 1,
-    codebook: jax.Array | None = None,
 ) -> tuple[Metrics, Any]:
     """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
 
@@ -47,7 +46,6 @@ def loss_and_grads(
       rand: the loss's randomness for the whole batch.
       key_dropout: folded with the microbatch's index.
       accumulate: microbatches, a divisor of B.
-      codebook: of a discrete tokenizer, float32 (K, D).
 
     Returns:
       The means, float32 scalars (NaN for a term without any token), and the gradient tree.
@@ -56,7 +54,7 @@ def loss_and_grads(
     def sums(
         params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness, key: jax.Array
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-        terms: Any = generator.apply({"params": params}, tokens, labels, rand, codebook=codebook, rngs={"dropout": key})
+        terms: Any = generator.apply({"params": params}, tokens, labels, rand, rngs={"dropout": key})
         totals = {name: (jnp.sum(value * weight), jnp.sum(weight)) for name, (value, weight) in terms.items()}
         return totals["loss"][0], totals
 
@@ -81,55 +79,46 @@ def loss_and_grads(
     return means, jax.tree.map(lambda grad: grad / totals["loss"][1], grads)
 
 
-def update(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, train: ml_collections.ConfigDict
-) -> TrainState:
-    """One optimizer step and one EMA step."""
+def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decay: jax.Array) -> TrainState:
+    """One optimizer step, and one EMA step of that decay."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay(train.ema_decay, train.ema_warmup, state.step))
+    ema = update_ema(state.ema, params, decay)
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
 
 
-def make_train_step(
-    config: ml_collections.ConfigDict,
-    generator: Generator,
-    tokenizer: Tokenizer,
-    tokens: TokenShape,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    mesh: Mesh,
-) -> jax.stages.Wrapped:
+def make_train_step(assembly: Assembly) -> jax.stages.Wrapped:
     """The jitted step (state, batch, tokenizer params) -> (state, metrics); the state is donated.
 
-    The batch has "image", uint8 (B, H, W, C), or else "moments" of a `tokenizers.Cacheable`, (B, ...), and "label",
-    int32 (B,), sharded along B. Metrics are float32 scalars
-    by their final names; "finite" is 1 while loss, gradient and updated parameters are.
+    The batch has "label", int32 (B,), and "image", uint8 (B, H, W, C), or "moments" of a `tokenizers.Cacheable`,
+    (B, ...), sharded along B. Metrics are float32 scalars by their final names; "finite" is 1 while loss, gradient and
+    updated parameters are finite.
     """
-    schedule = learning_rate(config.train)
+    generator, tokenizer, mesh = assembly.generator, assembly.tokenizer, assembly.mesh
+    seed, train = assembly.config.seed, assembly.config.train
+    schedule = learning_rate(frozen(train, OptimizerConfig))
 
     def step(state: TrainState, batch: Any, tokenizer_params: Any) -> tuple[TrainState, Metrics]:
-        key_tokenizer, key_loss, key_dropout = step_keys(config.seed, state.step)
+        key_tokenizer, key_loss, key_dropout = step_keys(seed, state.step)
         if "moments" in batch:  # of a latent cache: the tokenizer's network has been run ahead
             assert isinstance(tokenizer, Cacheable)
             latent = tokenizer.latents(tokenizer_params, batch["moments"], key_tokenizer)
         else:
             latent = tokenizer.encode(tokenizer_params, batch["image"].astype(jnp.float32) / 127.5 - 1.0, key_tokenizer)
-        tokens_BxLxD = tokens.patchify(latent)
+        tokens_BxLxD = assembly.tokens.patchify(latent)
         rand = generator.draw_loss_randomness(key_loss, latent.shape[0])
         rand = jax.lax.with_sharding_constraint(rand, jax.tree.map(lambda _: sharding.batch_sharding(mesh), rand))
         with sharding.logical_rules(mesh):
             means, grads = loss_and_grads(
-                generator,
+                generator.with_codebook(tokenizer.codebook(tokenizer_params)),
                 state.params,
                 tokens_BxLxD,
                 batch["label"],
                 rand,
                 key_dropout,
-                config.train.accumulate,
-                tokenizer.codebook(tokenizer_params),
+                train.accumulate,
             )
-        new = update(state, grads, optimizer, config.train)
+        new = update(state, grads, assembly.optimizer, ema_decay(train.ema_decay, train.ema_warmup, state.step))
         metrics = {f"train/{name}": value for name, value in means.items()}
         metrics |= {
             "train/grad_norm": optax.tree.norm(grads),
@@ -139,6 +128,6 @@ def make_train_step(
         finite = [jnp.isfinite(metrics[f"train/{name}"]) for name in ("loss", "grad_norm", "param_norm")]
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, assembly.state)
     # The mesh is bound while tracing; the batch and the tokenizer's weights bring their own shardings.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

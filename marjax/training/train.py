@@ -14,8 +14,9 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from marjax import class_names, distributed, numerics, progress, sharding
 from marjax import config as config_lib
+from marjax import distributed, numerics, progress, sharding
+from marjax.assembly import Assembly, assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.examples import Examples, Images
 from marjax.data.latent_cache.read import Latents
@@ -25,21 +26,18 @@ from marjax.data.preprocess import Preprocess
 from marjax.data.python_source import fingerprint_of, is_registered, with_data
 from marjax.data.sources import open_source
 from marjax.evaluation.during_training import Probe
-from marjax.generation.sampler import Sampler, Settings
+from marjax.generation.sampler import Sampler
 from marjax.lock import locked_folder
 from marjax.loggers import Logger, check_loggers, open_loggers
 from marjax.metrics import MetricWriter
-from marjax.models import generator as generator_lib
 from marjax.paths import takes_paths
 from marjax.perf import flops, peak
-from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib
 from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch, training_batch
-from marjax.training.loop import Intervals, Run, headline
-from marjax.training.optimizer import make_optimizer
+from marjax.training.loop import Intervals, Outputs, Run, Task, headline
 from marjax.training.picture import Picture
 from marjax.training.profile import Profile
 from marjax.training.state import TrainState
@@ -105,11 +103,10 @@ def train(
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
     check_loggers(config.log, loggers)
-    # What may be wrong with the machine, the tokenizer or the data, before anything is written.
+    # Whatever may be wrong with the machine, the tokenizer or the data is found before anything is written.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
-    tokens = config_lib.tokens_of(config)
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = assemble(config, mesh).tokenizer
     config = config_lib.resolve(config_lib.apply_overrides(config, {"tokenizer.checksum": tokenizer.checksum}))
     image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, config.data.channels), "float32")
     jax.eval_shape(tokenizer.encode, tokenizer.params, image, numerics.key(0))
@@ -118,7 +115,6 @@ def train(
         examples = Images(source, Preprocess(config.data.image_size, config.data.channels, config.data.flip))
     if config.data.cache:
         examples = Latents(config.data.cache, open_fitting(config, tokenizer), config.data.flip)
-    generator_lib.from_config(config, tokens)  # of a registered head, its settings and contract
     with open_batches(config, mesh, start_step=0, examples=examples) as batches:
         names = batches.class_names
         batch = described_batch(batches.examples, config.train.batch_size, mesh)
@@ -126,127 +122,94 @@ def train(
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
     about = distributed.check(mesh, settings_of_all(config))
     config, weights = init_from_lib.prepare(config, workdir, mesh)
+    assembly = assemble(config, mesh).replace(tokenizer=tokenizer)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
         distributed.on_first(lambda: check_workdir(workdir, config))
-        return _train(
-            config,
-            workdir,
-            mesh,
-            tokens,
-            tokenizer,
-            examples,
-            names,
+        # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
+        sampler = Sampler(assembly)
+        train_step = compile_step(
+            make_train_step(assembly),
+            assembly.state,
             batch,
-            probe,
-            tracer,
-            about,
-            weights,
-            callbacks,
-            loggers,
+            sampler.tokenizer_params,
+            params=assembly.state.params,
+            batch=training_batch(config, mesh),
+            weights=weights,
         )
-
-
-def _train(
-    config: ml_collections.ConfigDict,
-    workdir: str | os.PathLike[str],
-    mesh: Mesh,
-    tokens: TokenShape,
-    tokenizer: Tokenizer,
-    examples: Examples | None,
-    names: class_names.Names,
-    batch: Any,
-    probe: Probe | None,
-    tracer: Profile | None,
-    about: str,
-    weights: dict[str, jax.Array],
-    callbacks: Callbacks,
-    loggers: Sequence[Logger],
-) -> TrainState:
-    """What `train` does once the work directory is its own."""
-    # Shapes and shardings come before any array, so that initialisation and restore put each shard where it stays.
-    generator = generator_lib.from_config(config, tokens)
-    optimizer = make_optimizer(config.train)
-    abstract = state_lib.abstract_state(generator, optimizer, mesh, config.mesh.replicate_below)
-    sampler = Sampler(generator, tokenizer, tokens, Settings.from_config(config.sample, generator), mesh)
-    train_step = compile_step(
-        make_train_step(config, generator, tokenizer, tokens, optimizer, abstract, mesh),
-        abstract,
-        batch,
-        sampler.tokenizer_params,
-        params=abstract.params,
-        batch=training_batch(config, mesh),
-        weights=weights,
-    )
-    distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
-
-    with Checkpoints(
-        epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-    ) as checkpoints:
-        restored = checkpoints.restore(checkpoint_items(abstract))
-        if restored is None:
-            with progress.activity("creating the parameters", show=config.log.progress):
-                state = state_lib.create(generator, optimizer, abstract, config.seed, weights)
-            weights.clear()  # of `train` too: one copy stays
-        else:
-            items = restored.items
-            state = TrainState(
-                step=items["optimizer"]["step"],
-                params=items["params"],
-                ema=items["ema"],
-                opt_state=items["optimizer"]["opt_state"],
-            )
-        start, meta = int(state.step), {} if restored is None else restored.meta
-        active = jax.process_index() == 0
-        clock = Clock(
-            config.train.batch_size,
-            mesh.size,
-            flops.train_flops(generator) / peak.device_peak(config.model.dtype),
-            productive=meta.get("productive_seconds", 0.0),
-            first_start=first_start(workdir, write=active),
+        distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
+        picture = Picture.from_config(config, assembly.generator)
+        painter = sampler.with_settings(picture.sample)
+        task = Task(
+            lambda state, batch: train_step(state, batch, sampler.tokenizer_params),
+            checkpoint_items,
+            lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
+            "Lower config.train.lr or look at the data, then start again",
+            None if probe is None else lambda state: probe(sampler, state.ema),
         )
-        with MetricWriter(
-            workdir,
-            start_step=start,
-            total_steps=config.train.steps,
-            tensorboard=config.log.tensorboard,
-            progress=config.log.progress,
-            active=active,
-            loggers=open_loggers(config.log, workdir, loggers) if active else (),
-        ) as writer:
-            writer.describe(config_lib.flatten(config))
-            writer.note(about)
-            if mesh.size > 1:
-                writer.note(sharding.overview(abstract.params))
-            writer.note(headline(abstract.params, start, config.train.steps))
-            if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
-                writer.note(changed)
-            if tracer is not None and start >= tracer.first:  # a start that follows a preemption
-                writer.note(f"steps {tracer.first}:{tracer.last} are behind: nothing is traced")
-                tracer = None
-            picture = Picture.from_config(config, generator)
-            painter = sampler.with_settings(picture.sample)
-            if config.log.samples_every:
-                writer.note(str(picture))
-            log, evaluate_every = config.log, config.eval.every
-            every = Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, evaluate_every)
-            run = Run(
-                every,
+        with Checkpoints(
+            epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+        ) as checkpoints:
+            state, meta = _restored(checkpoints, assembly, weights)
+            start, active = int(state.step), jax.process_index() == 0
+            clock = Clock(
                 config.train.batch_size,
-                mesh,
-                writer,
-                checkpoints,
-                items=checkpoint_items,
-                draw=lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
-                advice="Lower config.train.lr or look at the data, then start again",
-                clock=clock,
-                profile=tracer,
-                evaluate=None if probe is None else lambda state: probe(sampler, state.ema),
-                callbacks=callbacks,
+                mesh.size,
+                flops.train_flops(assembly.generator) / peak.device_peak(config.model.dtype),
+                productive=meta.get("productive_seconds", 0.0),
+                first_start=first_start(workdir, write=active),
             )
-            with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                return run.steps(
-                    state, lambda state, batch: train_step(state, batch, sampler.tokenizer_params), batches
+            with MetricWriter(
+                workdir,
+                start_step=start,
+                total_steps=config.train.steps,
+                tensorboard=config.log.tensorboard,
+                progress=config.log.progress,
+                active=active,
+                loggers=open_loggers(config.log, workdir, loggers) if active else (),
+            ) as writer:
+                writer.describe(config_lib.flatten(config))
+                writer.note(about)
+                if mesh.size > 1:
+                    writer.note(sharding.overview(assembly.params))
+                writer.note(headline(assembly.params, start, config.train.steps))
+                if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
+                    writer.note(changed)
+                if tracer is not None and start >= tracer.first:  # resumed after a preemption
+                    writer.note(f"steps {tracer.first}:{tracer.last} are done: nothing is traced")
+                    tracer = None
+                if config.log.samples_every:
+                    writer.note(str(picture))
+                log = config.log
+                every = Intervals(
+                    config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every
                 )
+                run = Run(task, every, Outputs(writer, checkpoints, callbacks), clock, mesh, tracer)
+                with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
+                    return run.steps(state, batches)
+
+
+def _restored(
+    checkpoints: Checkpoints, assembly: Assembly, weights: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint and what is stored with it, or a new state.
+
+    A new state takes `weights` by path and empties it, so that one copy stays.
+    """
+    restored = checkpoints.restore(checkpoint_items(assembly.state))
+    if restored is None:
+        config = assembly.config
+        with progress.activity("creating the parameters", show=config.log.progress):
+            state = state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed, weights)
+        weights.clear()
+        return state, {}
+    items = restored.items
+    state = TrainState(
+        step=items["optimizer"]["step"],
+        params=items["params"],
+        ema=items["ema"],
+        opt_state=items["optimizer"]["opt_state"],
+    )
+    return state, restored.meta
 
 
 def open_batches(

@@ -1,0 +1,96 @@
+"""From a resolved config to the parts of a run. Config objects end here: what lies below takes plain values."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from marjax import sharding
+from marjax.config.resolve import frozen, tokens_of
+from marjax.model_config import ModelConfig
+from marjax.models import generator as generator_lib
+from marjax.models.generator import Generator
+from marjax.models.init import abstract_params
+from marjax.models.protocol import check
+from marjax.orders import MaskRatio
+from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
+from marjax.training.optimizer import OptimizerConfig, make_optimizer
+from marjax.training.state import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembly:
+    """The parts of a run; what costs time or reads files is made when it is first used.
+
+    Attributes:
+      config: resolved.
+      mesh: of the devices.
+      tokens: shape of an image's tokens.
+      generator: the network.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    tokens: TokenShape
+    generator: Generator
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with its weights. Raises UserError: they cannot be read, or are of another network."""
+        return open_tokenizer(self.config.tokenizer)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW with its learning rate schedule."""
+        return make_optimizer(frozen(self.config.train, OptimizerConfig))
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The parameters as ShapeDtypeStructs with their shardings."""
+        return abstract_params(self.generator, self.mesh, self.config.mesh.replicate_below)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The training state as ShapeDtypeStructs with their shardings."""
+        return abstract_state(self.params, self.optimizer, self.mesh)
+
+    def replace(self, *, config: ConfigDict | None = None, tokenizer: Tokenizer | None = None) -> "Assembly":
+        """With an opened tokenizer of the same token shape, or a config that differs in nothing the parts depend on."""
+        made = dataclasses.replace(self, config=self.config if config is None else config)
+        if tokenizer is not None:
+            made.__dict__["tokenizer"] = tokenizer
+        elif "tokenizer" in self.__dict__:
+            made.__dict__["tokenizer"] = self.tokenizer
+        return made
+
+
+def assemble(config: ConfigDict, mesh: Mesh | None = None) -> Assembly:
+    """Builds the parts of a run.
+
+    Args:
+      config: resolved.
+      mesh: by default that of `config.mesh`, over as many devices as there are.
+
+    Raises:
+      UserError: a registered head or backbone that violates its contract (`heads/protocol.py`, `models/protocol.py`).
+    """
+    tokens = tokens_of(config)
+    model = model_config(config.model)
+    generator = generator_lib.build(
+        model,
+        num_tokens=tokens.num_tokens,
+        token_dim=tokens.token_dim,
+        num_classes=config.data.num_classes,
+        num_codes=tokens.num_codes,
+    )
+    if generator_lib.is_registered(model):
+        check(generator, model)
+    return Assembly(config, sharding.near_mesh(config.mesh) if mesh is None else mesh, tokens, generator)
+
+
+def model_config(model: ConfigDict) -> ModelConfig:
+    """The dataclass of a resolved `config.model`."""
+    return frozen(model, ModelConfig, mask_ratio=frozen(model.mask_ratio, MaskRatio, per=model.mask_ratio_per))

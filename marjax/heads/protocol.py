@@ -1,0 +1,77 @@
+"""The contract of a head: the methods that `models/generator.py` calls.
+
+Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, V codes.
+"""
+
+from typing import Any, Protocol, Self
+
+import jax
+
+from marjax.model_config import ModelConfig
+
+Terms = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Head(Protocol):
+    """The distribution of one token given its z, as a Flax module.
+
+    A class of your own becomes a choice of `config.model.head` by `marjax.register`. Methods that are called outside of
+    `apply` are decorated with `flax.linen.nowrap` and use fields only, no parameters.
+
+    Optional fields: `codebook`, set to the tokenizer's codebook, float32 (V, D), before the head is applied;
+    `batch_shards`, set to the number of devices that a batch is sharded over when sampling. Optional attributes:
+    `discrete = True` for a head that models codes; `schedule = "cosine"` for its default learning rate schedule; a
+    method `sample_ranked` (see `heads/categorical.py`) for orders by confidence; `loss_flops()` and
+    `sample_flops(num_sampling_steps)`, FLOPs per token, which otherwise count as 0 in the reported MFU.
+    """
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> Self:
+        """Builds the head from a resolved `config.model`.
+
+        `model.extra` has settings of your own as text: `marjax.config.parse_arg(model.extra, rate=0.1)` parses it.
+        `num_codes` is the codebook size, 0 for continuous tokens. Raises UserError for settings it cannot use.
+        """
+        ...
+
+    def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> Any:
+        """The randomness of the loss, a pytree whose leaves have the batch axis first; () for none."""
+        ...
+
+    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: Any, weight_BxL: jax.Array) -> Terms:
+        """Per-token terms, name -> (values, weights); the weighted mean of "loss" is trained on, all are logged.
+
+        Args:
+          z_BxLxW: in the compute dtype.
+          tokens_BxLxD: float32.
+          noise: from `draw_loss_noise`.
+          weight_BxL: float32, 1 where the token counts, else 0.
+
+        Returns:
+          float32 arrays, broadcastable to each other, with the batch axis first.
+        """
+        ...
+
+    def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: str) -> Any:
+        """The randomness of sampling one image, a pytree whose leaves have the token axis first; () for none."""
+        ...
+
+    def sample(
+        self,
+        z: jax.Array,
+        noise: Any,
+        cfg_scale: jax.Array | None,
+        *,
+        num_sampling_steps: str,
+        temperature: float | jax.Array,
+    ) -> jax.Array:
+        """Tokens, float32 (B, M, D).
+
+        Args:
+          z: (B, M, W); with guidance (2 B, M, W), the conditional half first.
+          noise: from `draw_sample_noise`, leading axes (B, M).
+          cfg_scale: scalar, or None to generate without guidance.
+          num_sampling_steps: as in `config.sample`, static.
+          temperature: as in `config.sample`.
+        """
+        ...
