@@ -36,7 +36,11 @@ def z_in_order(case, tokens=None, order=None):
     condition, params, given, given_order = case
     order = given_order if order is None else order
     z = condition(
-        {"params": params}, given if tokens is None else tokens, LABELS, NO_DROP, order, jnp.zeros(B, jnp.int32)
+        {"params": params},
+        given if tokens is None else tokens,
+        Classes(LABELS, NO_DROP),
+        order,
+        jnp.zeros(B, jnp.int32),
     )
     return jnp.take_along_axis(z, order[..., None], axis=1)
 
