@@ -1,7 +1,6 @@
 """The names of a data set's classes: kept in the work directory, so that sampling need not open the data."""
 
 import collections
-import difflib
 import json
 import numbers
 import os
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from marjax.config.overrides import unquoted
-from marjax.errors import UserError, listed, shortened
+from marjax.errors import UserError, closest, listed, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 from marjax.ranges import shown
+from marjax.values import unquoted
 
 FILE = "classes.json"  # in a work directory
 NO_CLASS = -1
@@ -93,10 +92,7 @@ def class_of(text: str, names: Names, num_classes: int | None = None) -> int:
             f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; the names of the classes "
             f'are not known: {FILE} of the work directory would hold them, {{"names": ["cat"]}}'
         )
-    folded = {each.casefold(): each for each in known}
-    close = difflib.get_close_matches(name.casefold()[:100], folded, 1, 0.5)
-    meant = f"; the closest is {folded[close[0]]!r}" if close else ""
-    raise UserError(f"labels: there is no class {shown(name)}{meant}; give numbers or some of {listed(known)}")
+    raise UserError(f"labels: no class {shown(name)}{closest(name, known)}; give numbers or some of {listed(known)}")
 
 
 def is_number(text: str) -> bool:

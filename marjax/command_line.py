@@ -10,10 +10,11 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, closest, shortened
+from marjax.values import parse_value
 
 FIELD = "--config."  # how a flag starts that sets a field of the config
 _DASHES = "-‐‑‒–—―−﹣-"  # those that web pages and word processors make of a hyphen
@@ -71,15 +72,13 @@ class Parser(argparse.ArgumentParser):
             choices = found[3].replace("'", "").split(", ")
             given = found[2].strip("'\"")
             raise UserError(
-                f"{found[1]} is {shortened(found[2])}{_closest(given, choices)}; give one of {', '.join(choices)}"
+                f"{found[1]} is {shortened(found[2])}{closest(given, choices)}; give one of {', '.join(choices)}"
             )
         raise UserError(re.sub(r"^argument (\S+): =", r"\1=", message))
 
 
 def _number(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        from marjax.config.overrides import parse_value
-
         try:
             return parse_value("", text, kind)
         except UserError as error:
@@ -96,13 +95,11 @@ def check_command(arguments: Sequence[str], names: Sequence[str], options: Seque
     if given[:1] and given[0] in _DASHES:
         if found := [each for each in arguments if each in names]:
             raise UserError(f"the command comes before its arguments: marjax {found[0]} {given} ...")
-        close = _closest("--" + _plain(given), options)
+        close = closest("--" + _plain(given), options)
         raise UserError(f"unknown argument {shortened(repr(given))}{close}; marjax --help lists the commands")
     name = given.lower().replace("_", "-")
     match = [each for each in names if len(name) > 1 and each.startswith(name)]
-    raise UserError(
-        f"unknown command {shortened(repr(given))}{_closest(name, match or names)}; marjax --help lists all"
-    )
+    raise UserError(f"unknown command {shortened(repr(given))}{closest(name, match or names)}; marjax --help lists all")
 
 
 def read(
@@ -332,8 +329,3 @@ def _check_out(path: str, kinds: Sequence[str]) -> None:
 
 def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character not in f"{_DASHES}_")
-
-
-def _closest(name: str, names: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name[:100].strip().lower(), list(names), 1, 0.5)
-    return f"; the closest is {match[0]!r}" if match else ""

@@ -4,7 +4,8 @@ Beside these are 0, 1 (a run that cannot go on) and 2 (a user error). A launcher
 of those below but 130; GKE's xpk calls 42 and all from 127 to 255 retriable.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 PREEMPTED = 42  # asked to stop by SIGTERM, and saved
 INTERRUPTED = 130  # Ctrl-C; of a training run, once it has saved
@@ -81,6 +82,19 @@ def first_line(error: BaseException, empty: str | None = None) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """A foreign text for an error message: on one line, without control characters, and short."""
     return one_line(text[:length] + "..." * (len(text) > length))
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """ "; the closest is 'x'" for an error about an unknown name; "" if no known name is close.
+
+    Case is ignored. Where no dotted name is close, their last parts are compared.
+    """
+    name = name[:100].strip().casefold()
+    known = {each.casefold(): each for each in sorted(names, key=lambda each: -each.count("."))}
+    leaves = {key.rsplit(".", 1)[-1]: each for key, each in known.items()}  # of equal ones, the least nested
+    match = [known[each] for each in difflib.get_close_matches(name, known, 1, 0.5)]
+    match = match or [leaves[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
+    return f"; the closest is {match[0]!r}" if match else ""
 
 
 def listed(texts: Sequence[str], most: int = 20, between: str = ", ") -> str:

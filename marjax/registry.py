@@ -5,7 +5,6 @@ MARJAX_PLUGINS names Python files or modules to import, whose code calls `regist
 config or a work directory only names what the user has registered, installed or listed.
 """
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from marjax.errors import TrainingError, UserError, first_line, shortened
+from marjax.errors import TrainingError, UserError, closest, first_line, shortened
 
 PLUGINS = "MARJAX_PLUGINS"
 
@@ -115,12 +114,10 @@ def names(kind: str) -> list[str]:
 def unknown(kind: str, name: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
     """The end of an error about a name that is not known: which there are, and how to add one."""
     listed = list(known)
-    close = difflib.get_close_matches(name[:100], listed, 1, 0.6)
     return (
-        f"give one of {', '.join(listed)}"
-        + (f" (did you mean {close[0]!r}?)" if close else "")
-        + f", or make your own {kind} known: marjax.register({kind!r}, {shortened(name)!r}, ...) before this, or "
-        f"{PLUGINS}=FILE.py with the file that calls it"
+        f"give one of {', '.join(listed)}{closest(name, listed)}; or register your own {kind}: "
+        f"marjax.register({kind!r}, {shortened(name)!r}, ...) before this, or {PLUGINS}=FILE.py with the file that "
+        f"calls it"
     )
 
 

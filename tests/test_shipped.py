@@ -65,10 +65,10 @@ def test_the_documented_path_outside_a_clone_says_what_is_used(elsewhere, capsys
 @pytest.mark.parametrize(
     "given, says",
     [
-        ("digts", "mean 'digits'?"),
-        ("imagenet:debug", "mean 'imagenet256'?"),
-        ("digits.py", "mean 'digits'?"),
-        ("configs/mnits.py", "mean 'mnist'?"),
+        ("digts", "closest is 'digits'"),
+        ("imagenet:debug", "closest is 'imagenet256'"),
+        ("digits.py", "closest is 'digits'"),
+        ("configs/mnits.py", "closest is 'mnist'"),
         ("nothing", "digits, folder, imagenet256, mnist"),
         ("a/b", "'a/b'"),
         ("mnist:variant=none", "variant"),

@@ -227,7 +227,7 @@ def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., ml_colle
 @pytest.mark.parametrize(
     "name, changes, words",
     [
-        ("mnit", {}, "did you mean 'mnist'?"),
+        ("mnit", {}, "closest is 'mnist'"),
         ("plain:2.0.0", {}, "there is a 'plain', but not in this config or version"),
         ("mnist/nonsense", {}, "nonsense"),
         ("mnist:9.9.9", {}, "9.9.9"),

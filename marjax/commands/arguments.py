@@ -13,9 +13,9 @@ from marjax import class_names
 from marjax import config as config_lib
 from marjax.commands.next_step import config_arguments
 from marjax.config import shipped
-from marjax.config.overrides import unquoted
 from marjax.errors import UserError
 from marjax.ranges import MAX_INT, shown
+from marjax.values import unquoted
 from marjax.workdir import read_workdir
 
 # Fields of config.sample that `marjax sample` takes.

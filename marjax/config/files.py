@@ -13,8 +13,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marjax.config import shipped
-from marjax.config.overrides import closest, conform, parse_value, sections, unknown_key
-from marjax.errors import TrainingError, UserError
+from marjax.config.overrides import conform, sections, unknown_key
+from marjax.errors import TrainingError, UserError, closest
+from marjax.values import parse_value
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:

@@ -1,26 +1,19 @@
 """Fields of a config by name and type: which there are, setting single ones, and making any config conform."""
 
-import decimal
-import difflib
 import functools
 import numbers
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from marjax.config.schema import NONE_IS_OFF, PATHS, RENAMED, fields
-from marjax.errors import UserError
+from marjax.errors import UserError, closest
 from marjax.ranges import shown
+from marjax.values import is_none, parse_value, unquoted
 
 _MAX_TEXT = 4095  # characters, as in a path
-_BOOLS = {
-    word: truth
-    for truth, words in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0")))
-    for word in words
-}
 _EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tuple of int"}
 
 
@@ -117,66 +110,6 @@ def unknown_key(key: str) -> UserError:
     if key in RENAMED:
         return UserError(f"unknown config key {shown(key)}; it is {RENAMED[key]!r} now")
     return UserError(f"unknown config key {shown(key)}{closest(key, [*sections(), *known_fields()])}")
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """ "; the closest is 'x'" for an error about an unknown name; "" if none is close."""
-    names, name = list(names), name[:100]
-    by_depth = sorted(names, key=lambda known: -known.count("."))
-    leaves = {known.rsplit(".", 1)[-1]: known for known in by_depth}  # of equal ones, the one that lies highest
-    match = difflib.get_close_matches(name, names, 1, 0.5)
-    match = match or [leaves[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
-    return f"; the closest is {match[0]!r}" if match else ""
-
-
-def parse_value(key: str, text: str, kind: type) -> Any:
-    """The value of a type that a text stands for; blanks around it do not count.
-
-    An int may be written as 1e3 or 1_000; a bool as true, yes, on or 1, and their opposites, in any case; a tuple of
-    int as 1,2,4, in brackets or not; a str in quotes or not.
-
-    Raises:
-      UserError: none of that type.
-    """
-    text = text.strip()
-    try:
-        if kind is bool:
-            return _BOOLS[text.lower()]
-        if kind is tuple:
-            inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
-            parts = inner.strip().removesuffix(",")
-            return tuple(_integer(part) for part in parts.split(",")) if parts else ()
-        if kind is str:
-            return unquoted(text)
-        return _integer(text) if kind is int else kind(text)
-    except (ValueError, KeyError):
-        expected = {
-            bool: "bool (true or false)",
-            int: "int, such as 1000 or 1e3",
-            float: "float, such as 0.5 or 1e-3",
-            tuple: "whole numbers with commas, such as 1,2,4",
-        }[kind]
-        raise UserError(f"{key}={shown(text)}: expected {expected}") from None
-
-
-def is_none(text: Any) -> bool:
-    """Whether a text stands for None."""
-    return isinstance(text, str) and text.strip().lower() in ("none", "null")
-
-
-def unquoted(text: str) -> str:
-    """The text without a pair of quotes around it, those of word processors among them."""
-    return text[1:-1] if len(text) > 1 and text[0] + text[-1] in ("''", '""', "‘’", "“”") else text
-
-
-def _integer(text: str) -> int:
-    """Raises ValueError: the text is no integer."""
-    text = text.strip()
-    if "e" not in text.lower():
-        return int(text)
-    if re.fullmatch(r"[+-]?\d[\d_]*(\.\d+)?[eE]\+?\d\d?", text) and (value := decimal.Decimal(text)) == int(value):
-        return int(value)
-    raise ValueError
 
 
 def _fill(section: ConfigDict, given: Any, prefix: str) -> None:

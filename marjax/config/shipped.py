@@ -1,13 +1,12 @@
 """The configs that come with marjax: the folder configs/ of a clone, marjax/configs in a wheel."""
 
-import difflib
 import functools
 import os
 import pathlib
 import re
 import sys
 
-from marjax.errors import UserError
+from marjax.errors import UserError, closest
 from marjax.paths import normalised
 from marjax.ranges import shown
 
@@ -67,9 +66,8 @@ def locate(given: str | os.PathLike[str]) -> tuple[str, str | None]:
         problem = f"there is no config {shown(file)}"
     else:
         problem = f"config file {file!r} does not exist"
-    close = difflib.get_close_matches(pathlib.PurePath(file).stem, names(), 1)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"{problem}: {meant}give {METAVAR}, where NAME is one of {', '.join(names())}")
+    close = closest(pathlib.PurePath(file).stem, names())
+    raise UserError(f"{problem}{close}; give {METAVAR}, where NAME is one of {', '.join(names())}")
 
 
 def _path(name: str) -> str:

@@ -5,7 +5,6 @@ are the pipeline's business. Sources are picklable, since worker processes hold 
 """
 
 import contextlib
-import difflib
 import functools
 import glob
 import hashlib
@@ -23,7 +22,7 @@ from marjax.class_names import Names, usable
 from marjax.data import tfds_files
 from marjax.data.prepare.pictures import decode
 from marjax.data.records import remedy
-from marjax.errors import UserError, first_line, missing_extra
+from marjax.errors import UserError, closest, first_line, missing_extra
 from marjax.paths import optional
 from marjax.ranges import shown
 from marjax.storage import on_this_machine
@@ -299,9 +298,10 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
             if glob.glob(os.path.join(glob.escape(os.path.join(data_dir, base)), "*.preparing")):
                 problem = f"`marjax prepare` has not finished {base!r}: start it again, it goes on from where it was"
         else:
-            close = difflib.get_close_matches(base, known, 1)
-            problem = "TFDS knows no such data set" + (f" (did you mean {close[0]!r}?)" if close else "")
-            problem += ", and `marjax prepare --images DIR --out` has made none of this name there"
+            problem = (
+                f"TFDS knows no such data set{closest(base, known)}, and `marjax prepare --images DIR --out` has made "
+                f"none of this name there"
+            )
         cause: Exception = error
     except ImportError as error:
         problem, cause = f"it is not prepared there, and to prepare it TFDS needs {error.name or 'TensorFlow'}", error

@@ -20,8 +20,7 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import distributed, numerics, progress
-from marjax.config.overrides import closest
-from marjax.errors import UserError
+from marjax.errors import UserError, closest
 from marjax.evaluation.across_processes import Processes, all_processes
 from marjax.evaluation.missing import check_there
 from marjax.evaluation.networks.extractor import FeatureExtractor, open_extractor

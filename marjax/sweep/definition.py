@@ -1,7 +1,6 @@
 """What a sweep is: the points of a sweep file, their names, and the file itself."""
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from marjax.config import errors_of, load_function
-from marjax.errors import UserError
+from marjax.errors import UserError, closest
 from marjax.paths import takes_paths
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}")
@@ -133,11 +132,8 @@ def select(only: str | Sequence[str], names: Sequence[str]) -> list[str]:
                 pieces = pieces[count:]
                 break
         else:
-            close = difflib.get_close_matches(pieces[0], names, 1, 0.5)
-            raise UserError(
-                f"the sweep has no point {pieces[0]!r}; "
-                + (f"the closest is {close[0]!r}" if close else f"there are: {' '.join(names)}")
-            )
+            known = closest(pieces[0], names) or f"; there are: {' '.join(names)}"
+            raise UserError(f"the sweep has no point {pieces[0]!r}{known}")
     if not wanted:
         raise UserError("no points asked for: give at least one name")
     return [name for name in names if name in wanted]
