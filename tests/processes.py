@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
         "marjax.cli",
         "marjax.training.train",
         "marjax.tokenizer_training.autoencoder",
-        "marjax.data.latent_cache.write",
+        "marjax.training.latent_cache",
         "marjax.evaluation.evaluate",
         "marjax.distributed",
         "sklearn.datasets",

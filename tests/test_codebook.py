@@ -49,7 +49,7 @@ def contents(path):
 
 
 def digits(config):
-    source = open_source(config.data)
+    source = open_source(config_lib.data_settings(config))
     return np.stack([source[i]["image"] for i in range(len(source))]).astype(np.float32) / 127.5 - 1.0
 
 

@@ -271,9 +271,9 @@ def test_who_is_through_waits_for_who_still_writes_but_not_for_the_dead(tmp_path
 def work(folder, train_fields, cache_fields):
     """Trains, saves, samples and, with fields for it, encodes latents in `folder`."""
     from marjax import train
-    from marjax.data.latent_cache.write import cache_latents
     from marjax.evaluation.samples import SampleSet, SampleSpec
     from marjax.generation.sample import open_sampler, sample
+    from marjax.training.latent_cache import cache_latents
 
     distributed.start()
     if jax.process_count() == 2:

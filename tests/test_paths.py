@@ -17,7 +17,6 @@ from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.config import shipped
 from marjax.config.schema import PATHS
-from marjax.data.latent_cache.write import cache_latents
 from marjax.data.prepare.prepare import prepare
 from marjax.errors import UserError
 from marjax.evaluation.evaluate import Request, evaluate
@@ -33,6 +32,7 @@ from marjax.plots import plot
 from marjax.sweep import sweep
 from marjax.tokenizer_training.codebook import train_codebook
 from marjax.tokenizer_training.reconstruction import check
+from marjax.training.latent_cache import cache_latents
 from marjax.workdir import read_workdir
 
 
@@ -276,7 +276,7 @@ def test_mangled_addresses_on_the_command_line(home, capsys, arguments):
         lambda path: prepare("a", out=path),
         lambda path: cache_latents(make_digits(), path),
         lambda path: make_statistics("out.npz", npz=path),
-        lambda path: classifier_of(make_digits().data, path),
+        lambda path: classifier_of(config_lib.data_settings(make_digits()), path),
         lambda path: evaluate(path),
         lambda path: evaluate("run", Request(statistics=path)),
         lambda path: plot([path], "out"),

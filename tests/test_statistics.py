@@ -9,6 +9,7 @@ from conftest import make_digits
 from PIL import Image
 from test_metrics_properties import Network
 
+from marjax import config as config_lib
 from marjax.data.preprocess import center_crop
 from marjax.data.sources import open_source
 from marjax.errors import UserError
@@ -186,7 +187,7 @@ def test_pictures_of_a_folder(tmp_path):
 
 
 def test_the_data_of_a_config():
-    data = make_digits(data__split="train[:11]").data
+    data = config_lib.data_settings(make_digits(data__split="train[:11]"))
     images, source = ConfigImages(data), open_source(data)
     expected = np.stack([source[index]["image"] for index in range(11)])
     assert len(images) == 11 and "digits" in images.source

@@ -78,7 +78,7 @@ def test_what_array_record_cannot_read(capsys):
     config = config_lib.base()
     config.data.source, config.data.data_dir = "tfds:mnist", "gs://bucket/data"
     with pytest.raises(UserError, match=r"data.data_dir gs://bucket/data is read from files alone: copy it .*gcsfuse"):
-        open_source(config.data)
+        open_source(config_lib.data_settings(config))
     with pytest.raises(UserError, match="data.cache gs://bucket/cache is read from files alone"):
         read_manifest("gs://bucket/cache")
 

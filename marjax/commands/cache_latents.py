@@ -26,7 +26,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(given.config, overrides)
     join(given)
     check_files(config, given.config, overrides)
-    from marjax.data.latent_cache.write import cache_latents
+    from marjax.training.latent_cache import cache_latents
 
     made = cache_latents(
         config,

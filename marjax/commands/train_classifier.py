@@ -2,6 +2,7 @@
 
 import argparse
 
+from marjax import config as config_lib
 from marjax.commands.arguments import add_config, load_config
 from marjax.commands.next_step import config_arguments, print_next
 from marjax.errors import UserError
@@ -27,8 +28,9 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError("no file to write the classifier to: give --out FILE.npz, or --config.eval.extractor_path=FILE")
     from marjax.evaluation.networks.classifier import classifier_of
 
+    data = config_lib.data_settings(config)
     made = classifier_of(
-        config.data, out, seed=given.seed, steps=given.steps, held_out=given.held_out, overwrite=given.overwrite
+        data, out, seed=given.seed, steps=given.steps, held_out=given.held_out, overwrite=given.overwrite
     )
     print(
         f"{out}: {made['accuracy']:.1%} right on {made['num_tested']} images that it was not trained on, of "

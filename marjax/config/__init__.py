@@ -6,7 +6,7 @@ fields, `resolve` checks the result and computes what follows from it; everythin
 
 from marjax.config.files import errors_of, load, load_function, parse_arg
 from marjax.config.overrides import apply_overrides, conform, flatten
-from marjax.config.resolve import check_fields, check_sample, resolve, tokens_of
+from marjax.config.resolve import check_fields, check_sample, data_settings, resolve, tokens_of, with_data
 from marjax.config.schema import CHOICES, MODEL_SIZES, base, set_model_size
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_fields",
     "check_sample",
     "conform",
+    "data_settings",
     "errors_of",
     "flatten",
     "load",
@@ -25,4 +26,5 @@ __all__ = [
     "resolve",
     "set_model_size",
     "tokens_of",
+    "with_data",
 ]

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from marjax.config.overrides import conform, flatten
 from marjax.config.schema import CHOICES, MAX_LENGTH, PATHS, RANGES
+from marjax.data.settings import DataSettings, check_image
 from marjax.errors import UserError
 from marjax.paths import optional
 from marjax.ranges import shown
@@ -15,6 +16,9 @@ from marjax.registry import Choices, unknown
 from marjax.tokenizers import TokenShape, token_shape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
+
+if typing.TYPE_CHECKING:
+    from marjax.data.sources import Source
 
 T = typing.TypeVar("T")
 
@@ -36,6 +40,23 @@ def frozen(section: ConfigDict, cls: type[T], **values: typing.Any) -> T:
                 frozen(value, kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else value
             )
     return cls(**taken)
+
+
+def data_settings(config: ConfigDict) -> DataSettings:
+    """`config.data` as plain values."""
+    return frozen(config.data, DataSettings)
+
+
+def with_data(config: ConfigDict, data: typing.Any) -> tuple[ConfigDict, "Source"]:
+    """A config of data from Python instead of `config.data.source`, and these as a source. Raises UserError."""
+    from marjax.data import python_source
+
+    config = conform(config)
+    if config.data.cache:
+        raise UserError(f"config.data.cache is {config.data.cache}, which replaces data=: give one of the two")
+    source = python_source.python_source(data, config.data.num_classes)
+    config.data.update(python_source.data_fields(source))
+    return config, source
 
 
 def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
@@ -130,8 +151,7 @@ def check_fields(config: ConfigDict) -> ConfigDict:
                 else f"give one of {', '.join(allowed)}"
             )
             raise UserError(f"config.{key} is {shown(fields[key])}: {expected}")
-    if config.data.channels not in (1, 3):
-        raise UserError(f"config.data.channels is {config.data.channels}: give 1 or 3")
+    check_image(config.data.image_size, config.data.channels)
     return config
 
 
@@ -192,7 +212,7 @@ def _count(data: ConfigDict) -> None:
     else:
         from marjax.data.sources import open_source  # imports TFDS, which most configs need not wait for
 
-        source = open_source(data)
+        source = open_source(frozen(data, DataSettings))
         num_classes, num_examples = source.num_classes, len(source)
     for key, number in (("num_classes", num_classes), ("num_examples", num_examples)):
         if data[key] is None:

@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import grain
-import ml_collections
 import numpy as np
 import numpy.typing as npt
 from absl import flags
@@ -31,6 +30,7 @@ from absl import flags
 from marjax.class_names import Names
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
+from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.data.worker_processes import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
 from marjax.errors import UserError, first_line
@@ -71,7 +71,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        data: ml_collections.ConfigDict,
+        data: DataSettings,
         batch_size: int,
         seed: int,
         start_step: int = 0,
@@ -98,7 +98,7 @@ class Batches(Iterator[Batch]):
           UserError: for any argument or config field out of its range, and whatever `open_source` raises; too little
             shared memory for the worker processes.
         """
-        workers = int(data.workers)
+        workers = data.workers
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is not positive: expected the number of images of a batch.")
         if rows is None:
@@ -112,7 +112,7 @@ class Batches(Iterator[Batch]):
         if workers < 0:
             raise UserError(f"data.workers={workers} is negative: expected 0 (threads only) or a number of processes.")
         if examples is None:
-            preprocess = Preprocess(int(data.image_size), int(data.channels), bool(data.flip) and train)
+            preprocess = Preprocess(data.image_size, data.channels, data.flip and train)
             examples = Images(open_source(data), preprocess)
         self.examples, self.num_examples, self.class_names = examples, len(examples), examples.class_names
         if first and (train or not 0 <= first < self.num_examples):

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from marjax.data.settings import check_image
 from marjax.data.sources import Element, Pixels
-from marjax.errors import UserError
 
 _LONGEST = 16  # times its shorter side is scaled of a picture: all of 60,000 x 3 pixels would take gigabytes
 CROP = "center"  # what `center_crop` does; another crop needs another name, for caches record it
@@ -88,10 +88,7 @@ class Preprocess:
     flip: bool
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"data.image_size={self.image_size} is too small: expected at least 1 pixel.")
-        if self.channels not in (1, 3):
-            raise UserError(f"data.channels={self.channels} is not supported: expected 1 (grey) or 3 (colour).")
+        check_image(self.image_size, self.channels)
 
     def __call__(self, element: Element, rng: np.random.Generator) -> Element:
         """The same label with an image of uint8 (image_size, image_size, channels), which may be a view."""

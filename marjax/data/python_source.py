@@ -6,11 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from marjax import registry
-from marjax.config import conform
+from marjax.data.settings import DataSettings
 from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Source, class_names_of, fingerprint, slice_of
 from marjax.errors import UserError
 from marjax.ranges import shown
@@ -63,42 +62,34 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
     return source
 
 
-def open_registered(thing: Any, data: ml_collections.ConfigDict) -> Source:
+def open_registered(thing: Any, data: DataSettings) -> Source:
     """The source that is registered as `data.source`: a data set, or a function that opens one, given `data`.
 
     Raises:
       UserError: see `python_source`; of a data set, also a split that is none of "train", "all" or a slice of these.
     """
-    name = f"data.source={str(data.source)!r}"
+    name = f"data.source={data.source!r}"
     if isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__getitem__")):
         return python_source(thing(data), data.num_classes, name)
     source = python_source(thing, data.num_classes, name)
-    chosen = slice_of(str(data.split), name, len(source))
+    chosen = slice_of(data.split, name, len(source))
     return source if chosen == slice(0, len(source)) else Part(source, chosen)
 
 
-def is_registered(data: ml_collections.ConfigDict) -> bool:
+def is_registered(source: str) -> bool:
     """Whether `data.source` is one of `marjax.register`."""
-    return registry.find("source", str(data.source).partition(":")[0]) is not None
+    return registry.find("source", source.partition(":")[0]) is not None
 
 
-def with_data(config: ml_collections.ConfigDict, data: Any) -> tuple[ml_collections.ConfigDict, Source]:
-    """A config that names data from Python and counts them, and these as a source. Raises UserError."""
-    config = conform(config)
-    if config.data.cache:
-        raise UserError(
-            f"config.data.cache is {config.data.cache}, a latent cache, which takes the place of data: "
-            f"give one of the two"
-        )
-    source = python_source(data, config.data.num_classes)
-    config.data.update(
-        source=PYTHON,
-        split="train",
-        num_classes=source.num_classes,
-        num_examples=len(source),
-        fingerprint=fingerprint_of(source),
-    )
-    return config, source
+def data_fields(source: Source) -> dict[str, Any]:
+    """The fields of `config.data` that follow from data from Python."""
+    return {
+        "source": PYTHON,
+        "split": "train",
+        "num_classes": source.num_classes,
+        "num_examples": len(source),
+        "fingerprint": fingerprint_of(source),
+    }
 
 
 class Part:

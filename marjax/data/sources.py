@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict
 
-import ml_collections
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +21,7 @@ from marjax.class_names import Names, usable
 from marjax.data import tfds_files
 from marjax.data.prepare.pictures import decode
 from marjax.data.records import remedy
+from marjax.data.settings import DataSettings
 from marjax.errors import UserError, closest, first_line, missing_extra
 from marjax.paths import optional
 from marjax.ranges import shown
@@ -78,7 +78,7 @@ def fingerprint(source: Source) -> str:
     return made.hexdigest()
 
 
-def open_source(data: ml_collections.ConfigDict) -> Source:
+def open_source(data: DataSettings) -> Source:
     """Opens `data.source`, restricted to `data.split`.
 
     `data.source` is one of
@@ -96,14 +96,13 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
       UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
         features; a package that is not installed; more classes in the data than in the config, or no number in either.
     """
-    source, split = str(data.source), str(data.split)
-    num_classes = None if data.num_classes is None else int(data.num_classes)
+    source, split, num_classes = data.source, data.split, data.num_classes
     if source == "digits":
         return _open_arrays(source, _digits(), split, num_classes, _DIGITS)
     if source == "mnist":
         return _open_arrays(source, _mnist(), split, num_classes, _DIGITS)
     if source.startswith("tfds:"):
-        return _open_tfds(source, str(data.data_dir), split, num_classes)
+        return _open_tfds(source, data.data_dir, split, num_classes)
     if source == PYTHON:
         raise UserError(
             f"data.source={source!r} is data that Python code gave: call marjax.train(config, workdir, "

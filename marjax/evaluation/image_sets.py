@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator
 from typing import Protocol
 
-import ml_collections
 import numpy as np
 
 from marjax.data.examples import Images
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess, center_crop, to_channels
+from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.evaluation.across_processes import Processes
@@ -140,11 +140,11 @@ class ConfigImages:
       source: the data set and its split.
     """
 
-    def __init__(self, data: ml_collections.ConfigDict) -> None:
+    def __init__(self, data: DataSettings) -> None:
         """Opens the source. Raises UserError: see `open_source` and `Preprocess`."""
         self.source = f"{data.source} {data.split}"
         self._data = data
-        self._examples = Images(open_source(data), Preprocess(int(data.image_size), int(data.channels), flip=False))
+        self._examples = Images(open_source(data), Preprocess(data.image_size, data.channels, flip=False))
 
     def __len__(self) -> int:
         return len(self._examples)

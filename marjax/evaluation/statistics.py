@@ -302,7 +302,7 @@ def make_statistics(
         else:
             assert config is not None
             config_lib.tokens_of(config)  # invalid sizes of the data are reported before anything is read
-            source = ConfigImages(config.data)
+            source = ConfigImages(config_lib.data_settings(config))
         processes = all_processes()
         if there is not None:  # at once, where that is enough to tell
             network_of = {"name": network.name, "checksum": network.checksum}

@@ -183,7 +183,11 @@ def _run(
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:
     batch_size = config.tokenizer.train.batch_size
     return Batches(
-        config.data, batch_size, config.seed, start_step=start_step, rows=sharding.rows_held(mesh, batch_size)
+        config_lib.data_settings(config),
+        batch_size,
+        config.seed,
+        start_step=start_step,
+        rows=sharding.rows_held(mesh, batch_size),
     )
 
 
@@ -199,7 +203,7 @@ def _tokenizer(stored: Stored) -> Any:
 
 def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, Any]:
     """What `measure` says of the training images, and the scale."""
-    images = from_config(config.data, _MEASURED_AT_ONCE)
+    images = from_config(config_lib.data_settings(config), _MEASURED_AT_ONCE)
     report, _, _ = measure(_tokenizer(stored), images, config.tokenizer.train.scale_images, config.seed)
     if not math.isfinite(report["scale"]):
         raise UserError(
@@ -211,7 +215,7 @@ def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, An
 
 def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderState) -> np.ndarray:
     """The first images of the data, left, and what raw and EMA weights make of them."""
-    with Batches(config.data, _SHOWN, 0, train=False) as batches:
+    with Batches(config_lib.data_settings(config), _SHOWN, 0, train=False) as batches:
         original = next(batches)["image"][: min(_SHOWN, batches.num_examples)]
     tokenizer = _tokenizer(Stored(spec, None, 1.0, ""))
 

@@ -22,6 +22,7 @@ from marjax import numerics, progress
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
+from marjax.data.settings import DataSettings
 from marjax.errors import UserError
 from marjax.files import make_folder
 from marjax.images import beside, grid, to_uint8, write_png
@@ -170,8 +171,8 @@ def measure(
 
 def _open(
     config: ml_collections.ConfigDict | None, name: str, path: str, image_size: int | None
-) -> tuple[Tokenizer, ml_collections.ConfigDict]:
-    """The tokenizer and the `config.data` to read images with."""
+) -> tuple[Tokenizer, DataSettings]:
+    """The tokenizer and the settings to read images with."""
     given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
     given = {key: value for key, value in given.items() if value}
     if config is None and not name:
@@ -183,8 +184,8 @@ def _open(
             stored = autoencoder_file.read(path)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the .safetensors file of an autoencoder") from None
-        data = config_lib.base().data
-        data.update(image_size=image_size or 256, channels=stored.spec.in_channels)
+        data = config_lib.data_settings(config_lib.base())
+        data = dataclasses.replace(data, image_size=image_size or 256, channels=stored.spec.in_channels)
         return make_tokenizer(stored.spec.kind, dataclasses.replace(stored, scale=1.0)), data
     base = config_lib.base() if config is None else config
     if config is None:
@@ -195,11 +196,11 @@ def _open(
         base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found
     config_lib.tokens_of(base)
     autoencoder_spec.fill(base.tokenizer, base.data.channels)
-    return open_tokenizer(base.tokenizer), base.data
+    return open_tokenizer(base.tokenizer), config_lib.data_settings(base)
 
 
-def from_config(data: ml_collections.ConfigDict, batch_size: int) -> Generator[Batch]:
-    """The images of a `config.data` in its order, once, without flips."""
+def from_config(data: DataSettings, batch_size: int) -> Generator[Batch]:
+    """The images of `data` in its order, once, without flips."""
     with Batches(data, batch_size, 0, train=False) as batches:
         left = batches.num_examples
         for batch in batches:
@@ -207,8 +208,8 @@ def from_config(data: ml_collections.ConfigDict, batch_size: int) -> Generator[B
             left -= batch_size
 
 
-def _from_folder(folder: str | os.PathLike[str], data: ml_collections.ConfigDict, batch_size: int) -> Generator[Batch]:
-    preprocess = Preprocess(int(data.image_size), int(data.channels), flip=False)
+def _from_folder(folder: str | os.PathLike[str], data: DataSettings, batch_size: int) -> Generator[Batch]:
+    preprocess = Preprocess(data.image_size, data.channels, flip=False)
     unused = np.random.default_rng(0)  # without flips, nothing is drawn
     paths = pictures(folder)
     for at in range(0, len(paths), batch_size):

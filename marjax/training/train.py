@@ -20,10 +20,9 @@ from marjax.assembly import Assembly, assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.examples import Examples, Images
 from marjax.data.latent_cache.read import Latents
-from marjax.data.latent_cache.write import open_fitting
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
-from marjax.data.python_source import fingerprint_of, is_registered, with_data
+from marjax.data.python_source import fingerprint_of, is_registered
 from marjax.data.sources import open_source
 from marjax.evaluation.during_training import Probe
 from marjax.generation.sampler import Sampler
@@ -37,6 +36,7 @@ from marjax.training import state as state_lib
 from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch, training_batch
+from marjax.training.latent_cache import open_fitting
 from marjax.training.loop import Intervals, Outputs, Run, Task, headline
 from marjax.training.picture import Picture
 from marjax.training.profile import Profile
@@ -95,10 +95,10 @@ def train(
     if init_from:
         config = config_lib.apply_overrides(config, {"init.path": init_from})
     if data is not None:
-        config, source = with_data(config, data)
+        config, source = config_lib.with_data(config, data)
     config = config_lib.resolve(config)
-    if source is None and not config.data.cache and is_registered(config.data):
-        source = open_source(config.data)
+    if source is None and not config.data.cache and is_registered(config.data.source):
+        source = open_source(config_lib.data_settings(config))
         config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
@@ -217,7 +217,7 @@ def open_batches(
 ) -> Batches:
     """This process's part of the training batches from `start_step` on, of `examples` or else of the images."""
     return Batches(
-        config.data,
+        config_lib.data_settings(config),
         config.train.batch_size,
         config.seed,
         start_step=start_step,

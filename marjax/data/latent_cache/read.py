@@ -22,6 +22,7 @@ import numpy.typing as npt
 from marjax.class_names import Names, usable
 from marjax.data.preprocess import CROP, draw_flip
 from marjax.data.records import num_records, reached_limit, remedy
+from marjax.data.settings import DataSettings
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
 from marjax.paths import takes_paths
@@ -168,27 +169,26 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 def check_fits(
     manifest: Manifest,
-    config: Any,
+    data: DataSettings,
     *,
     checksum: str,
     shape: tuple[int, ...],
     dtype: npt.DTypeLike,
     fingerprint: str | None = None,
 ) -> None:
-    """Checks that training from the cache is training on `config.data` with the tokenizer at hand.
+    """Checks that training from the cache equals training on the images of `data` with this tokenizer.
 
     Args:
-      manifest: of the cache `config.data.cache`.
-      config: resolved.
+      manifest: of the cache `data.cache`.
+      data: of a resolved config.
       checksum: of the tokenizer's weights.
-      shape: of one image's moments under it.
-      dtype: of these, before they are stored.
-      fingerprint: of the images, or None where they are not at hand.
+      shape: of one image's moments.
+      dtype: of the moments, before they are stored.
+      fingerprint: of the images, or None if they are not available.
 
     Raises:
       UserError: a difference, naming all of them.
     """
-    data = config.data
     wanted = {
         "checksum": checksum,
         "source": data.source,
@@ -209,15 +209,14 @@ def check_fits(
         odd.append(f"dtype {manifest.dtype} instead of {np.dtype(dtype)}")
     if data.flip and not manifest.flips:
         odd.append("no mirrored images, but config.data.flip is set")
-    if manifest.num_classes > data.num_classes:
+    if data.num_classes is not None and manifest.num_classes > data.num_classes:
         odd.append(f"num_classes {manifest.num_classes} instead of {data.num_classes}")
     if data.num_examples is not None and manifest.num_examples != data.num_examples:
         odd.append(f"num_examples {manifest.num_examples} instead of {data.num_examples}")
     if odd:
         raise UserError(
-            f"the latent cache {data.cache} is another than the config asks for: it has {'; '.join(odd)}: "
-            f"give another config.data.cache, make one with marjax cache-latents, or leave it empty to "
-            f"encode while training"
+            f"the latent cache {data.cache} does not fit the config: it has {'; '.join(odd)}: give another "
+            f"config.data.cache, make one with marjax cache-latents, or leave it empty to encode while training"
         )
 
 

@@ -13,13 +13,13 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from etils import epath
 
 from marjax import numerics, progress
 from marjax.data.pipeline import Batches
+from marjax.data.settings import DataSettings
 from marjax.errors import UserError
 from marjax.evaluation.networks.extractor import Extracted, checksum
 from marjax.files import make_folder
@@ -188,7 +188,7 @@ def train_classifier(
 @numerics.pinned()
 @takes_paths("out")
 def classifier_of(
-    data: ml_collections.ConfigDict,
+    data: DataSettings,
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -199,7 +199,7 @@ def classifier_of(
     """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.
 
     Args:
-      data: a resolved `config.data`; its images are taken without flips, all of them into memory.
+      data: of a resolved config; its images are taken without flips, all of them into memory.
       out: the npz file.
       seed: of the training, and of which images are held out.
       steps: of training.
@@ -219,6 +219,7 @@ def classifier_of(
     with locked_file(out, "marjax train-classifier"):
         with progress.activity("reading the images"), Batches(data, EVAL_BATCH, 0, train=False) as batches:
             count, parts = batches.num_examples, list(batches)
+        assert data.num_classes is not None  # the config is resolved
         images, labels = (np.concatenate([part[name] for part in parts])[:count] for name in ("image", "label"))
         order = np.random.RandomState(seed).permutation(count)
         tested = round(count * held_out)

@@ -1,0 +1,75 @@
+"""From a config to a latent cache: writing one, and opening the one that training reads."""
+
+import os
+
+import ml_collections
+
+from marjax import config as config_lib
+from marjax import numerics
+from marjax.config.resolve import data_settings
+from marjax.data.latent_cache import write
+from marjax.data.latent_cache.read import Manifest
+from marjax.errors import UserError
+from marjax.paths import takes_paths
+from marjax.tokenizers import Cacheable, Tokenizer, open_tokenizer
+
+
+@numerics.pinned()
+@takes_paths("out")
+def cache_latents(
+    config: ml_collections.ConfigDict,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    batch_size: int = 32,
+    shard_examples: int | None = None,
+    overwrite: bool = False,
+    measure: bool = False,
+    progress: bool = True,
+) -> write.Cached:
+    """Encodes `config.data` with `config.tokenizer` into a latent cache for `config.data.cache`.
+
+    With `config.data.flip`, every image is encoded as it is and mirrored. `config.data.workers` processes read and crop
+    the images. With several JAX processes, all call this, with a folder that they share.
+
+    Args:
+      config: as a config file returns it, or resolved.
+      out: a local folder, created if missing; an incomplete cache is resumed.
+      dtype: of the moments, "bfloat16" or "float32"; codes are always int32.
+      batch_size: images per device, each with its mirror image.
+      shard_examples: images per file; by default, at most 64 MiB per file and at least 64 files.
+      overwrite: replace a cache that is there.
+      measure: time the network alone too, before and after.
+      progress: show a progress bar.
+
+    Raises:
+      UserError: a tokenizer without a network, data that cannot be used, another cache in the folder, or another
+        process that writes to it.
+      TrainingError: a file cannot be written, or moments are not finite.
+    """
+    config = config_lib.resolve(config)
+    tokenizer = open_tokenizer(config.tokenizer)
+    if not isinstance(tokenizer, Cacheable):
+        raise UserError(f"config.tokenizer.name={config.tokenizer.name} has no network: there is nothing to cache")
+    return write.write(
+        os.fspath(out),
+        data_settings(config),
+        tokenizer,
+        compute_dtype=config.tokenizer.autoencoder.dtype,
+        dtype=dtype,
+        batch_size=batch_size,
+        shard_examples=shard_examples,
+        overwrite=overwrite,
+        measure=measure,
+        show=progress,
+    )
+
+
+def open_fitting(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Manifest:
+    """The manifest of `config.data.cache`, checked against the config and the tokenizer. Raises UserError."""
+    if not isinstance(tokenizer, Cacheable):
+        raise UserError(
+            f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no network to "
+            f"cache latents of: leave it empty"
+        )
+    return write.open_fitting(data_settings(config), tokenizer)
