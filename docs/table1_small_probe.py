@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marjax import config as config_lib
 from marjax import numerics
 from marjax.data.sources import open_source
 from marjax.generation.sample import open_sampler

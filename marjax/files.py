@@ -1,10 +1,12 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are written completely or not at all, and foreign files that are read safely."""
 
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import uuid
+from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from etils import epath
@@ -14,46 +16,68 @@ from marjax.errors import TrainingError, UserError
 from marjax.storage import explain, is_remote
 
 
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str], *, shared: bool = False, fsync: bool = False) -> Iterator[epath.Path]:
+    """Yields a name beside `path` for a file or folder, which is renamed to `path` on success and removed on failure.
+
+    Errors of the block and of renaming are raised unchanged.
+
+    Args:
+      path: local path or gs:// address.
+      shared: put the process id into the name, since other processes may be writing the same file.
+      fsync: flush the file to disk before it is renamed.
+    """
+    target = epath.Path(path)
+    partial = target.parent / f"{target.name}.partial{os.getpid() if shared else ''}"
+    if not is_remote(path):
+        _remove(partial)  # left by a killed process, or a link that somebody else put there
+    try:
+        yield partial
+        if fsync:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(target) if is_remote(path) else os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+
+
+def _remove(path: epath.Path) -> None:
+    if not is_remote(path) and os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file, local or gs://, at once or not at all.
+    """Writes a file, local or gs://, completely or not at all.
 
     Raises:
       UserError: it cannot be written.
       TrainingError: the object store fails, a StorageError if it does not answer.
     """
-    target = epath.Path(path)
-    partial = target.parent / f"{target.name}.partial"
     try:
-        if is_remote(path):  # an object appears as a whole, and renaming it would cost ten requests
-            target.write_bytes(data)
+        if is_remote(path):  # an object is written atomically, and renaming it would cost ten requests
+            epath.Path(path).write_bytes(data)
             return
-        partial.unlink(missing_ok=True)  # what a killed process has left, or a link that somebody else has put there
-        with open(partial, "xb") as file:
+        with atomic(path) as partial, open(partial, "xb") as file:
             file.write(data)
-        partial.replace(target)
     except OSError as error:
-        if not is_remote(path):
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-        elif (told := explain(error)) is not None:
-            raise told from None
+        if is_remote(path) and (explained := explain(error)) is not None:
+            raise explained from None
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}") from None
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a local file at once or not at all, and to the disk. Raises TrainingError: it cannot be written."""
-    partial = f"{path}.partial{os.getpid()}"
+    """Writes a local file completely or not at all, and flushes it to disk. Raises TrainingError."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-        with open(partial, "x", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            atomic(path, shared=True, fsync=True) as partial,
+            open(partial, "x", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
         raise TrainingError(
             f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}, then start the same again"
         ) from None
@@ -111,12 +135,6 @@ def read_whole(path: str | os.PathLike[str], max_bytes: int, *, advice: str) -> 
         if not isinstance(error, OSError):
             raise
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from None
-
-
-def sync(path: str) -> None:
-    """Waits until what was written to a file is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def make_folder(path: str | os.PathLike[str]) -> epath.Path:

@@ -9,7 +9,6 @@ Legend: N images in all, B a batch, H x W pixels of C channels.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,7 +25,7 @@ from etils import epath
 
 from marjax import progress
 from marjax.errors import UserError
-from marjax.files import make_folder, write_bytes
+from marjax.files import atomic, make_folder, write_bytes
 from marjax.generation.sampler import Sampler
 from marjax.images import to_uint8, write_png
 from marjax.json_file import read_json
@@ -185,10 +184,13 @@ class SampleSet:
         Goes through one batch at a time. Raises UserError.
         """
         target = epath.Path(path)
-        partial = target.parent / f"{target.name}.partial"
         spec = self.spec
         try:
-            with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            with (
+                atomic(target) as partial,
+                partial.open("wb") as file,
+                zipfile.ZipFile(file, "w", allowZip64=True) as archive,
+            ):
                 batches = self.batches(everyones=True)
                 _, first = next(batches)
                 with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -200,10 +202,7 @@ class SampleSet:
                 with archive.open("arr_1.npy", "w") as member:
                     _write_header(member, labels.shape, labels.dtype)
                     member.write(labels.tobytes())
-            partial.replace(target)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise UserError(
                 f"{path} cannot be written ({error.strerror or error}): free space, or give another folder"
             ) from None

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from marjax import numerics, progress
 from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
+from marjax.files import atomic
 from marjax.interop import names, reference, weights_file, wrappers
 from marjax.interop.convert_tokenizer import Autoencoder, holds, read_autoencoder, write_tokenizer
 from marjax.interop.pytorch import Tensor
@@ -215,28 +215,21 @@ def _write(
     autoencoder: Autoencoder | None,
     file_name: str,
 ) -> None:
-    """Writes the work directory under another name and renames it, so that it is whole or not there."""
-    partial = target.with_name(f"{target.name}.partial")
+    """Writes the work directory completely or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked_file(target, "marjax convert"):
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
-            try:
-                claim_workdir(partial, config)
-                if autoencoder is not None:
-                    write_tokenizer(partial / _TOKENIZER, autoencoder)
-                    # What sampling will do, which finds whatever does not fit.
-                    open_tokenizer(read_workdir(partial).tokenizer)
-                cpu = jax.local_devices(backend="cpu")[0]
-                with Checkpoints(partial / "checkpoints") as checkpoints:
-                    checkpoints.save(
-                        source.step,
-                        **{_OURS[source.weights]: jax.device_put(params, cpu)},
-                        meta={"converted": {"file": file_name, "weights": source.weights}},
-                    )
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        with locked_file(target, "marjax convert"), atomic(target) as partial:
+            claim_workdir(partial, config)
+            if autoencoder is not None:
+                write_tokenizer(partial / _TOKENIZER, autoencoder)
+                open_tokenizer(read_workdir(partial).tokenizer)  # as sampling does: finds what does not fit
+            cpu = jax.local_devices(backend="cpu")[0]
+            with Checkpoints(partial / "checkpoints") as checkpoints:
+                checkpoints.save(
+                    source.step,
+                    **{_OURS[source.weights]: jax.device_put(params, cpu)},
+                    meta={"converted": {"file": file_name, "weights": source.weights}},
+                )
     except OSError as error:
         raise UserError(
             f"work directory {target} cannot be written ({error.strerror or error}): free space, or give another"

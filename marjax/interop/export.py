@@ -1,6 +1,5 @@
 """Our weights under the reference's names, as a safetensors file: what `marjax export` does, as a function."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ from marjax import numerics, progress
 from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
-from marjax.files import open_regular
+from marjax.files import atomic, open_regular
 from marjax.interop import names, reference
 from marjax.lock import locked_file
 from marjax.models.init import init_unboxed
@@ -81,16 +80,16 @@ def export(
         if not same:
             raise UserError(f"--out {out} is there already, with other contents: delete it, or give another name")
         return metadata
-    partial = target.with_name(f"{target.name}.partial")
     try:
-        with locked_file(target, "marjax export"), progress.activity(f"writing {out}"):
-            with partial.open("wb") as file:
-                for part in parts:
-                    file.write(part)
-            partial.replace(target)
+        with (
+            locked_file(target, "marjax export"),
+            progress.activity(f"writing {out}"),
+            atomic(target) as partial,
+            open(partial, "xb") as file,
+        ):
+            for part in parts:
+                file.write(part)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error}): free space, or give another file") from None
     return metadata
 

@@ -26,7 +26,7 @@ from marjax.data.preprocess import CROP
 from marjax.data.settings import DataSettings
 from marjax.data.sources import fingerprint, open_source
 from marjax.errors import TrainingError, UserError
-from marjax.files import sync, write_text
+from marjax.files import atomic, write_text
 from marjax.lock import NAME as LOCK
 from marjax.lock import locked_folder
 from marjax.ranges import check_arguments
@@ -316,20 +316,13 @@ class _Encoder:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = os.path.join(self.folder, self.manifest.shard_file(shard))
-        partial = f"{path}.partial{os.getpid()}"
         try:
-            writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")
-            try:
-                for _ in self.manifest.examples_of(shard):
-                    moments, label = next(rows)
-                    for copy in moments:
-                        writer.write(pack(copy, label))
-            finally:
-                writer.close()
-            sync(partial)
-            os.replace(partial, path)
+            with atomic(path, shared=True, fsync=True) as partial:
+                writer = ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
+                with contextlib.closing(writer):
+                    for _ in self.manifest.examples_of(shard):
+                        moments, label = next(rows)
+                        for copy in moments:
+                            writer.write(pack(copy, label))
         except (OSError, RuntimeError) as error:
             raise TrainingError(f"{path} cannot be written ({error}): free some space, then start it again") from None
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(partial)
