@@ -351,7 +351,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
 
 SLOWLY = """
 import sys, time
-from marjax.data import prepare, shards
+from marjax.data.prepare import prepare, shards
 quick = shards.storable
 def slowly(*arguments):
     time.sleep(0.03)
