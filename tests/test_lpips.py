@@ -65,15 +65,15 @@ def test_agrees_with_numpy(files):
 
 def test_other_files_are_refused(files, tmp_path):
     vgg, linear = files
-    with pytest.raises(UserError, match=r"is not VGG16 of torchvision: features\.0\.weight is missing"):
+    with pytest.raises(UserError, match=r"VGG16 of torchvision: features\.0\.weight"):
         lpips.read(linear, linear)
-    with pytest.raises(UserError, match=r"linear layers over VGG16: lin0\.model\.1\.weight is missing.*and others"):
+    with pytest.raises(UserError, match=r"LPIPS.*: lin0\.model\.1\.weight is missing"):
         lpips.read(vgg, vgg)
     arrays = {name: np.ones(shape, np.float32) for name, shape in lpips.linear_names().items()}
     for change, said in (
-        ({"lin0.model.1.weight": np.ones((1, 3, 1, 1), np.float32)}, r"is \(1, 3, 1, 1\) instead of"),
-        ({"more": np.ones(1, np.float32)}, "more is unknown"),
-        ({"lin1.model.1.weight": np.full((1, 128, 1, 1), np.nan, np.float32)}, "not a number"),
+        ({"lin0.model.1.weight": np.ones((1, 3, 1, 1), np.float32)}, r"\(1, 3, 1, 1\)"),
+        ({"more": np.ones(1, np.float32)}, "more is not used"),
+        ({"lin1.model.1.weight": np.full((1, 128, 1, 1), np.nan, np.float32)}, r"lin1\.model\.1\.weight"),
     ):
         save_file(arrays | change, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=said):

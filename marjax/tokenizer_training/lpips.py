@@ -4,21 +4,19 @@ Legend: B batch, S pixels a side, C channels.
 """
 
 import os
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marjax.errors import UserError, shortened
-from marjax.interop import weights_file, wrappers
+from marjax.interop.state_dict import read_state_dict
 
 # Channels of the convolutions of VGG16, block by block; a block's last output is compared, and then pooled.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # to and of what VGG16 was trained on, for images in [-1, 1]
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
-_CLASSIFIER = re.compile(r"classifier\.\d+\.(weight|bias)")
+_CLASSIFIER = r"classifier\.\d+\.(weight|bias)"
 
 
 def names() -> dict[str, tuple[int, ...]]:
@@ -48,34 +46,18 @@ def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
     Raises:
       UserError: a file that cannot be read, or with other tensors; names them.
     """
-    features = _read(vgg, names(), "VGG16 of torchvision", _CLASSIFIER)
-    shares = _read(linear, linear_names(), "LPIPS's linear layers over VGG16")
+    features, _ = read_state_dict(
+        vgg, names(), what="VGG16 of torchvision", advice="download it again", ignored=_CLASSIFIER
+    )
+    shares, _ = read_state_dict(
+        linear, linear_names(), what="LPIPS's linear layers over VGG16", advice="download them again"
+    )
     places = [name.removesuffix(".weight") for name in names() if name.endswith(".weight")]
     layers = [(features[f"{place}.weight"], features[f"{place}.bias"]) for place in places]
     return {
         "features": [{"kernel": weight.transpose(2, 3, 1, 0), "bias": bias} for weight, bias in layers],
         "linear": [share.reshape(-1) for share in shares.values()],
     }
-
-
-def _read(
-    path: str | os.PathLike[str], wanted: dict[str, tuple[int, ...]], what: str, ignored: re.Pattern[str] | None = None
-) -> dict[str, np.ndarray]:
-    tensors = wrappers.choose(weights_file.read(path), list(wanted)[:2], path, what=what).tensors
-    given = {name: each for name, each in tensors.items() if not (ignored and ignored.fullmatch(name))}
-    odd = [f"{name} is missing" for name in wanted if name not in given]
-    odd += [f"{shortened(name)} is unknown" for name in given if name not in wanted]
-    odd += [
-        f"{name} is {each.shape} instead of {wanted[name]}"
-        for name, each in given.items()
-        if name in wanted and each.shape != wanted[name]
-    ]
-    if odd:
-        raise UserError(f"{path} is not {what}: {'; '.join(odd[:8])}{'; and others' if len(odd) > 8 else ''}")
-    arrays = {name: np.ascontiguousarray(np.asarray(given[name]), np.float32) for name in wanted}
-    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-        raise UserError(f"{path} has weights that are infinite or not a number, such as {bad[0]}: get it again")
-    return arrays
 
 
 def distance(params: Any, one: jax.Array, other: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ programs only where all of that is the same, and float32 too: bfloat16 would cha
 Legend: B or N images of H x W pixels and C channels.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marjax import memory, numerics
@@ -24,7 +26,6 @@ NUM_FEATURES = 2048
 NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of 192: what the ADM evaluator keeps for sFID
 NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
-BN_EPSILON = 1e-3
 
 _EXACT = jax.lax.Precision.HIGHEST  # else accelerators would round to bfloat16 or TF32
 
@@ -194,10 +195,13 @@ def layers(params: Any, images: jax.Array) -> dict[str, jax.Array]:
     return found
 
 
-def abstract_params() -> Any:
-    """The parameter tree, of `jax.ShapeDtypeStruct`s."""
+@functools.cache
+def kernel_shapes() -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's kernel by the layer's name, with dots."""
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    return jax.eval_shape(Network().init, numerics.key(0), image)["params"]
+    params = jax.eval_shape(Network().init, numerics.key(0), image)["params"]
+    flat = traverse_util.flatten_dict(params, sep=".")
+    return {path.removesuffix(".kernel"): leaf.shape for path, leaf in flat.items() if path.endswith(".kernel")}
 
 
 class Inception:
