@@ -12,9 +12,9 @@ from marjax import sharding
 from marjax.config.resolve import frozen, tokens_of
 from marjax.model_config import ModelConfig
 from marjax.models import generator as generator_lib
+from marjax.models.check import check
 from marjax.models.generator import Generator
 from marjax.models.init import abstract_params
-from marjax.models.protocol import check
 from marjax.orders import MaskRatio
 from marjax.tokenizers import Tokenizer, TokenShape, open_tokenizer
 from marjax.training.optimizer import OptimizerConfig, make_optimizer

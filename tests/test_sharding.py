@@ -21,8 +21,9 @@ CHILD = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from marjax import config as config_lib, sharding
+from marjax.assembly import assemble
 from marjax.generation.sampler import Sampler
-from marjax.models import generator as generator_lib
+from marjax.models.init import init_unboxed
 from marjax.training import state as state_lib
 from marjax.training.step import make_train_step
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-PyTree = Any
+from marjax.trees import PyTree
 
 # Two independent sums: each starts its index hash elsewhere.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)

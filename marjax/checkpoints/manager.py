@@ -26,8 +26,7 @@ from marjax.closing import Closing
 from marjax.errors import StorageError, UserError, causes
 from marjax.json_file import check_json
 from marjax.paths import normalised
-
-PyTree = Any
+from marjax.trees import PyTree
 
 TREES = ("params", "ema", "optimizer")
 META = "meta"

@@ -12,6 +12,7 @@ from marjax.generation.sample import checked_labels, opened_config, opened_sampl
 from marjax.generation.sampler import Sampler
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
+from marjax.trees import PyTree
 
 
 @numerics.pinned()
@@ -58,7 +59,7 @@ class Loaded:
         self,
         config: ml_collections.ConfigDict,
         sampler: Sampler,
-        params: Any,
+        params: PyTree,
         step: int,
         weights: str,
         workdir: str | os.PathLike[str],

@@ -17,6 +17,7 @@ from marjax.errors import UserError
 from marjax.generation.sampler import UNCONDITIONAL, Sampler
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments, shown
+from marjax.trees import PyTree
 from marjax.workdir import no_checkpoints, read_workdir
 
 
@@ -140,7 +141,7 @@ class Opened(NamedTuple):
     """
 
     sampler: Sampler
-    params: Any
+    params: PyTree
     step: int
     weights: str
     digest: str

@@ -21,6 +21,7 @@ from marjax.generation.plan import Stage, cfg_scales, generation_plan, group_sta
 from marjax.images import to_uint8
 from marjax.models.generator import Classes, GenerationState, Generator, PlanStep
 from marjax.perf import flops
+from marjax.trees import PyTree
 
 UNCONDITIONAL = -1  # the label that asks for no class
 
@@ -29,7 +30,7 @@ class SampleRandomness(NamedTuple):
     """Everything random about a batch of samples: `order` int32 (B, L); `head`, by position, leading axes (B, L)."""
 
     order: jax.Array
-    head: Any
+    head: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def draw_randomness(
 
 def generate(
     generator: Generator,
-    params: Any,
+    params: PyTree,
     labels_B: jax.Array,
     rand: SampleRandomness,
     cfg_n: jax.Array | None,
@@ -180,8 +181,8 @@ class Sampler:
         generator = self.generator.with_batch_shards(sharding.batch_shards(mesh))
 
         def program(
-            params: Any,
-            tokenizer_params: Any,
+            params: PyTree,
+            tokenizer_params: PyTree,
             labels_B: jax.Array,
             seed: jax.Array,
             index_B: jax.Array,
@@ -209,7 +210,7 @@ class Sampler:
 
         return jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
 
-    def arguments(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
+    def arguments(self, params: PyTree, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
         """What `program` takes for these samples; their number must divide over the mesh."""
         scales, choice = (
             None if each is None else np.asarray(each, np.float32) for each in (self.settings.cfg, self.settings.choice)
@@ -226,7 +227,7 @@ class Sampler:
             choice,
         )
 
-    def described_arguments(self, params: Any, batch_size: int) -> tuple[Any, ...]:
+    def described_arguments(self, params: PyTree, batch_size: int) -> tuple[Any, ...]:
         """What `arguments` gives for so many samples, as shapes: to compile `program` without devices or weights.
 
         The tokenizer's parameters must be described too (see `sharding.put_replicated`).
@@ -248,10 +249,11 @@ class Sampler:
         )
 
     @numerics.pinned()
-    def dispatch(self, params: Any, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
-        """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, cut over the mesh, which B divides."""
+    def dispatch(self, params: PyTree, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
+        """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, sharded over the mesh."""
         with jax.set_mesh(self.mesh):
-            return self.checked(*self.arguments(params, labels_B, seed, index_B))
+            images: jax.Array = self.checked(*self.arguments(params, labels_B, seed, index_B))
+        return images
 
     def fitting(self, batch_size: int) -> int:
         """`batch_size` rounded up to what divides over the mesh."""
@@ -259,7 +261,7 @@ class Sampler:
         return -(-batch_size // shards) * shards
 
     def __call__(
-        self, params: Any, labels: np.ndarray, seed: int, first_index: int = 0, *, batch_size: int
+        self, params: PyTree, labels: np.ndarray, seed: int, first_index: int = 0, *, batch_size: int
     ) -> np.ndarray:
         """Images uint8 (N, H, W, C) of N labels, the i-th with index first_index + i.
 

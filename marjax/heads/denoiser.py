@@ -3,12 +3,13 @@
 Shapes: `...` any leading axes of tokens, D token dimension, W backbone width, V denoiser width, T diffusion steps.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from marjax.nn.layers import Dense, LayerNorm, lookup, normal_002
 from marjax.nn.transformer import over_layers
@@ -28,7 +29,7 @@ class TimeEmbed(nn.Module):
     """The MLP on the sinusoidal features of a timestep: (...) -> (..., V)."""
 
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ class ResBlock(nn.Module):
     """x + gate * MLP(LN(x) (1 + scale) + shift), with shift, scale and gate linear in the condition."""
 
     width: int
-    dtype: Any
+    dtype: DTypeLike
 
     def setup(self) -> None:
         width, dtype = self.width, self.dtype
@@ -82,7 +83,7 @@ class Denoiser(nn.Module):
     cond_width: int
     num_steps: int = 1000
     remat: str = "none"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         width, dtype = self.width, self.dtype

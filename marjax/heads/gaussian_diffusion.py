@@ -41,14 +41,14 @@ class Schedule:
     def posterior_log_variance_clipped(self) -> np.ndarray:
         """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
         variance = self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-        if len(variance) == 1:
-            return np.log(self.betas)
-        return np.log(np.append(variance[1], variance[1:]))
+        logs: np.ndarray = np.log(self.betas if len(variance) == 1 else np.append(variance[1], variance[1:]))
+        return logs
 
     @functools.cached_property
     def posterior_mean_coef1(self) -> np.ndarray:
         """Weight of x_0 in the posterior mean."""
-        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        weight: np.ndarray = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        return weight
 
     @functools.cached_property
     def posterior_mean_coef2(self) -> np.ndarray:

@@ -3,11 +3,12 @@
 Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, V codes.
 """
 
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import jax
 
 from marjax.model_config import ModelConfig
+from marjax.trees import PyTree
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -34,11 +35,11 @@ class Head(Protocol):
         """
         ...
 
-    def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> Any:
+    def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> PyTree:
         """The randomness of the loss, a pytree whose leaves have the batch axis first; () for none."""
         ...
 
-    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: Any, weight_BxL: jax.Array) -> Terms:
+    def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: PyTree, weight_BxL: jax.Array) -> Terms:
         """Per-token terms, name -> (values, weights); the weighted mean of "loss" is trained on, all are logged.
 
         Args:
@@ -52,14 +53,14 @@ class Head(Protocol):
         """
         ...
 
-    def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: str) -> Any:
+    def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: str) -> PyTree:
         """The randomness of sampling one image, a pytree whose leaves have the token axis first; () for none."""
         ...
 
     def sample(
         self,
         z: jax.Array,
-        noise: Any,
+        noise: PyTree,
         cfg_scale: jax.Array | None,
         *,
         num_sampling_steps: str,

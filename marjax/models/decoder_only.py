@@ -7,7 +7,7 @@ the second half of the stack; raster and random orders differ in nothing but the
 Shapes: B batch, L tokens, D token dimension, W width, M tokens of one generation step (1 here), H heads, E head width.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,9 +17,10 @@ from jax.typing import DTypeLike
 from marjax import orders
 from marjax.model_config import ModelConfig
 from marjax.nn.attention import KeyValue
-from marjax.nn.layers import Dense, LayerNorm, embedding_init
+from marjax.nn.layers import Dense, LayerNorm, embedding_init, parameter
 from marjax.nn.transformer import Stack
 from marjax.perf import flops
+from marjax.trees import PyTree
 
 
 class Cache(NamedTuple):
@@ -67,8 +68,8 @@ class DecoderOnly(nn.Module):
         )
 
     def setup(self) -> None:
-        def embedding(name: str, length: int) -> Any:
-            return self.param(name, embedding_init, (length, self.width), jnp.float32)
+        def embedding(name: str, length: int) -> jax.Array:
+            return parameter(self, name, embedding_init, (length, self.width))
 
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
@@ -138,7 +139,7 @@ class DecoderOnly(nn.Module):
 
     def step(
         self,
-        cache: Any,
+        cache: PyTree,
         tokens_BxLxD: jax.Array,
         order_BxL: jax.Array,
         start: jax.Array,
@@ -146,7 +147,7 @@ class DecoderOnly(nn.Module):
         class_embed_BxW: jax.Array,
         *,
         known_slots: int,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """z of the token that is generated `start`-th, (B, 1, W), and the cache with one element more.
 
         Args:
@@ -171,8 +172,8 @@ class DecoderOnly(nn.Module):
         x, second = self.second.step(x, seen, cache.second)
 
         def written(old: KeyValue, new: KeyValue) -> KeyValue:
-            return jax.tree.map(
-                lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, start, axis=3), old, new
+            return KeyValue(
+                *(jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=3) for pair in zip(old, new, strict=True))
             )
 
         return self.norm(x), Cache(written(cache.first, first), written(cache.second, second))

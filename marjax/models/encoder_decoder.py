@@ -6,8 +6,6 @@ Everything has a static shape: known tokens sit in `slots` slots in the order of
 Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens, M tokens of a generation step.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from jax.typing import DTypeLike
 
 from marjax import orders
 from marjax.model_config import ModelConfig
-from marjax.nn.layers import Dense, LayerNorm, embedding_init, normal_002
+from marjax.nn.layers import Dense, LayerNorm, embedding_init, parameter, vector_init
 from marjax.nn.transformer import Stack
 from marjax.perf import flops
 
@@ -57,8 +55,8 @@ class EncoderDecoder(nn.Module):
         )
 
     def setup(self) -> None:
-        def embedding(name: str, length: int) -> Any:
-            return self.param(name, embedding_init, (length, self.width), jnp.float32)
+        def embedding(name: str, length: int) -> jax.Array:
+            return parameter(self, name, embedding_init, (length, self.width))
 
         length = self.buffer_size + self.num_tokens
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
@@ -67,9 +65,7 @@ class EncoderDecoder(nn.Module):
         self.encoder = Stack.from_backbone(self, self.encoder_depth)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
-        self.mask_token: Any = self.param(
-            "mask_token", nn.with_logical_partitioning(normal_002, ("embed",)), (self.width,), jnp.float32
-        )
+        self.mask_token = parameter(self, "mask_token", vector_init, (self.width,))
         self.decoder_pos_embed = embedding("decoder_pos_embed", length)
         self.decoder = Stack.from_backbone(self, self.decoder_depth)
         self.decoder_norm = LayerNorm(dtype=self.dtype)

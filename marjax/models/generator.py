@@ -20,9 +20,10 @@ from marjax.model_config import ModelConfig
 from marjax.models.decoder_only import DecoderOnly
 from marjax.models.encoder_decoder import EncoderDecoder
 from marjax.models.protocol import Backbone
-from marjax.nn.layers import embedding_init, lookup, normal_002
+from marjax.nn.layers import embedding_init, lookup, parameter, vector_init
 from marjax.ranges import shown
 from marjax.registry import Choices
+from marjax.trees import PyTree
 from marjax.variants import VARIANTS
 
 BACKBONES: Choices[type[Backbone]] = Choices(
@@ -45,7 +46,7 @@ class LossRandomness(NamedTuple):
     order: jax.Array
     num_known: jax.Array
     drop_label: jax.Array
-    head: Any
+    head: PyTree
 
 
 class Classes(NamedTuple):
@@ -77,7 +78,7 @@ class GenerationState(NamedTuple):
 
     tokens: jax.Array
     order: jax.Array
-    cache: Any
+    cache: PyTree
 
 
 class Generator(nn.Module):
@@ -94,12 +95,8 @@ class Generator(nn.Module):
     num_codes: int = 0  # how many different tokens there are; 0: continuous
 
     def setup(self) -> None:
-        self.class_embedding: Any = self.param(
-            "class_embedding", embedding_init, (self.num_classes, self.width), jnp.float32
-        )
-        self.null_embedding: Any = self.param(
-            "null_embedding", nn.with_logical_partitioning(normal_002, ("embed",)), (self.width,), jnp.float32
-        )
+        self.class_embedding = parameter(self, "class_embedding", embedding_init, (self.num_classes, self.width))
+        self.null_embedding = parameter(self, "null_embedding", vector_init, (self.width,))
 
     @nn.nowrap
     def draw_orders(self, key: jax.Array, batch: int) -> jax.Array:
@@ -180,7 +177,7 @@ class Generator(nn.Module):
         state: GenerationState,
         classes: Classes,
         step: PlanStep,
-        noise: Any,
+        noise: PyTree,
         *,
         known_slots: int,
         new_slots: int,

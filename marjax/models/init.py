@@ -1,7 +1,5 @@
 """The parameters of a generator: fresh ones, and their shapes and shardings alone."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,10 @@ from jax.sharding import Mesh
 
 from marjax import numerics, sharding
 from marjax.models.generator import Generator
+from marjax.trees import PyTree
 
 
-def init_params(generator: Generator, key: jax.Array) -> Any:
+def init_params(generator: Generator, key: jax.Array) -> PyTree:
     """Fresh parameters, float32, still carrying their logical axis names."""
     tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
     rand = generator.draw_loss_randomness(key, 1)
@@ -20,12 +19,12 @@ def init_params(generator: Generator, key: jax.Array) -> Any:
     return generator.init({"params": key}, tokens, jnp.zeros((1,), jnp.int32), rand, deterministic=True)["params"]
 
 
-def init_unboxed(generator: Generator, key: jax.Array) -> Any:
+def init_unboxed(generator: Generator, key: jax.Array) -> PyTree:
     """Fresh parameters as plain arrays, float32."""
     return nn.unbox(init_params(generator, key))
 
 
-def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sharding.REPLICATE_BELOW) -> Any:
+def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sharding.REPLICATE_BELOW) -> PyTree:
     """The parameters as ShapeDtypeStructs with their shardings (`sharding.Parameter`), without computing anything.
 
     `replicate_below` is `config.mesh.replicate_below`.

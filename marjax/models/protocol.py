@@ -1,16 +1,14 @@
-"""The contract of a backbone, and the check of registered backbones and heads.
+"""The contract of a backbone: the methods that `models/generator.py` calls.
 
 Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width.
 """
 
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import jax
-import jax.numpy as jnp
 
-from marjax import numerics
-from marjax.errors import UserError
 from marjax.model_config import ModelConfig
+from marjax.trees import PyTree
 
 
 class Backbone(Protocol):
@@ -47,13 +45,13 @@ class Backbone(Protocol):
         """
         ...
 
-    def init_cache(self, batch: int) -> Any:
+    def init_cache(self, batch: int) -> PyTree:
         """What `step` keeps from step to step, a pytree; () for nothing."""
         ...
 
     def step(
         self,
-        cache: Any,
+        cache: PyTree,
         tokens_BxLxD: jax.Array,
         order_BxL: jax.Array,
         start: jax.Array,
@@ -61,72 +59,6 @@ class Backbone(Protocol):
         class_embed_BxW: jax.Array,
         *,
         known_slots: int,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """z of the positions of one generation step, (B, M, W), and the cache; see `models/encoder_decoder.py`."""
         ...
-
-
-def check(generator: Any, model: ModelConfig) -> None:
-    """Traces a generator with a registered head or backbone, so that errors in it are found before a run starts.
-
-    Args:
-      generator: a `models.generator.Generator`.
-      model: its resolved `config.model`.
-
-    Raises:
-      UserError: its results violate the protocols. Errors of its own code propagate.
-    """
-    batch, length, dim = 2, generator.num_tokens, generator.token_dim
-    head, variant = f"config.model.head={model.head}", f"config.model.variant={model.variant}"
-
-    def trace(key: jax.Array) -> Any:
-        tokens, labels = jnp.zeros((batch, length, dim)), jnp.zeros((batch,), jnp.int32)
-        network = generator.with_codebook(jnp.zeros((generator.num_codes, dim)) if generator.num_codes else None)
-        rand = network.draw_loss_randomness(key, batch)
-        terms, variables = network.init_with_output({"params": key, "dropout": key}, tokens, labels, rand)
-        noise = jax.vmap(lambda key: network.head.draw_sample_noise(key, length, "4"))(jax.random.split(key, batch))
-
-        def backbone_output(module: Any) -> jax.Array:
-            return module.backbone_output(tokens, labels, rand.drop_label, rand.order, rand.num_known)
-
-        def sample(module: Any, z: jax.Array) -> jax.Array:
-            return module.head.sample(
-                jnp.concatenate([z, z]), noise, jnp.float32(2.0), num_sampling_steps="4", temperature=jnp.float32(1.0)
-            )
-
-        z = network.apply(variables, method=backbone_output)
-        return rand.num_known, z, terms, network.apply(variables, z, method=sample), variables
-
-    num_known, z, terms, tokens, variables = jax.eval_shape(trace, numerics.key(0))
-    _expect(f"{variant}: draw_num_known", num_known, (batch,), jnp.int32)
-    _expect(f"{variant}: __call__", z, (batch, length, generator.width))
-    if not isinstance(terms, dict) or not all(isinstance(term, tuple) and len(term) == 2 for term in terms.values()):
-        raise UserError(f"{head}: __call__ returns {type(terms).__name__}, expected a dict of name: (values, weights)")
-    if "loss" not in terms:
-        raise UserError(f"{head}: __call__ returns the terms {', '.join(terms) or 'none'}, expected one called 'loss'")
-    for name, (values, weights) in terms.items():
-        try:
-            shape = jnp.broadcast_shapes(values.shape, weights.shape)
-        except ValueError:
-            shape = ()
-        if not shape or shape[0] != batch or values.dtype != jnp.float32:
-            raise UserError(
-                f"{head}: the term {name!r} has values {_shown(values)} and weights {_shown(weights)}, "
-                f"expected float32 values of one shape, such as ({batch}, {length}), which is one a token"
-            )
-    _expect(f"{head}: sample", tokens, (batch, length, dim), jnp.float32)
-    if set(variables) != {"params"}:
-        raise UserError(
-            f"{head}, {variant}: the network has the Flax collections {', '.join(sorted(variables))}, "
-            f"expected params alone"
-        )
-
-
-def _expect(where: str, found: Any, shape: tuple[int, ...], dtype: Any = None) -> None:
-    if getattr(found, "shape", None) != shape or (dtype is not None and found.dtype != dtype):
-        kind = f"{jnp.dtype(dtype).name} " if dtype is not None else ""
-        raise UserError(f"{where} returns {_shown(found)}, expected {kind}{shape}")
-
-
-def _shown(found: Any) -> str:
-    return f"{found.dtype} {found.shape}" if hasattr(found, "shape") else type(found).__name__

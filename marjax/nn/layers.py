@@ -15,6 +15,13 @@ import numpy as np
 Initializer = Callable[..., Any]
 normal_002 = nn.initializers.normal(0.02)
 embedding_init = nn.with_logical_partitioning(normal_002, (None, "embed"))  # of a table of rows
+vector_init = nn.with_logical_partitioning(normal_002, ("embed",))
+
+
+def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
+    """A float32 parameter of the module."""
+    value: Any = module.param(name, init, shape, jnp.float32)  # unboxed, when the module is applied
+    return value
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from marjax import distributed
 from marjax.errors import UserError
+from marjax.trees import PyTree
 
 OnMetrics = Callable[[int, Mapping[str, float]], Any]
 OnStep = Callable[[int, Any], Any]
@@ -30,13 +31,13 @@ class Callbacks:
         self._failure: Exception | None = None
         self._failed: set[str] = set()
 
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of a step, read: scalars by name. Those that are not finite are left out."""
         if self._on_metrics is not None:
             finite = {name: float(value) for name, value in values.items() if np.isfinite(value)}
             self._call("on_metrics", self._on_metrics, step, finite)
 
-    def step(self, step: int, state: Any) -> None:
+    def step(self, step: int, state: PyTree) -> None:
         """The state after a step, as it is dispatched; the next step donates it."""
         if self._on_step is not None:
             self._call("on_step", self._on_step, step, state)
@@ -54,7 +55,7 @@ class Callbacks:
         if self._failure is not None:
             raise self._failure
 
-    def _call(self, name: str, function: Callable[..., Any], step: int, value: Any) -> None:
+    def _call(self, name: str, function: Callable[..., Any], step: int, value: PyTree) -> None:
         if name in self._failed:
             return
         try:

@@ -1,9 +1,9 @@
 """The exponential moving average (EMA) of the parameters, which samples are drawn with."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from marjax.trees import PyTree
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
@@ -21,6 +21,6 @@ def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
     return jnp.minimum(final, (1.0 + n) / (10.0 + n))
 
 
-def update_ema(ema: Any, params: Any, decay: jax.Array) -> Any:
+def update_ema(ema: PyTree, params: PyTree, decay: jax.Array) -> PyTree:
     """decay * ema + (1 - decay) * params, leaf by leaf."""
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from marjax import distributed, memory, sharding
 from marjax.data.examples import Examples
 from marjax.errors import UserError
+from marjax.trees import PyTree
 
 
 def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -21,7 +23,7 @@ def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str
 
 
 def compile_step(
-    step: Any, abstract: Any, *others: Any, params: Any, batch: memory.Batch, weights: Any = ()
+    step: Any, abstract: PyTree, *others: PyTree, params: PyTree, batch: memory.Batch, weights: PyTree = ()
 ) -> jax.stages.Compiled:
     """The compiled train step, once it and the state are known to fit; every process calls this.
 
@@ -47,6 +49,7 @@ def compile_step(
         )
     )
     with jax.set_mesh(sharding_mesh(abstract)):
+        compiled: jax.stages.Compiled
         compiled, problem = memory.compile_checked(
             step, abstract, *others, what="the train step", batch=batch, freed=freed
         )
@@ -60,12 +63,13 @@ def refuse(problem: str) -> None:
         raise UserError(problem)
 
 
-def sharding_mesh(abstract: Any) -> Mesh:
+def sharding_mesh(abstract: PyTree) -> Mesh:
     """The mesh of an abstract state."""
-    return jax.tree.leaves(abstract)[0].sharding.mesh
+    mesh: Mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    return mesh
 
 
-def training_batch(config: Any, mesh: Mesh) -> memory.Batch:
+def training_batch(config: ConfigDict, mesh: Mesh) -> memory.Batch:
     """What a train step's memory grows with, of a resolved config."""
     size, accumulate = config.train.batch_size, config.train.accumulate
     shards = sharding.batch_shards(mesh)

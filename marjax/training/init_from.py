@@ -9,7 +9,7 @@ that is killed before its first checkpoint starts from the same weights again.
 import os
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from etils import epath
@@ -21,6 +21,7 @@ from marjax import config as config_lib
 from marjax.assembly import assemble
 from marjax.checkpoints.manager import Checkpoints
 from marjax.errors import UserError
+from marjax.sharding import Parameter
 from marjax.training.fit import refuse
 from marjax.variants import VARIANTS
 from marjax.workdir import read_workdir
@@ -113,7 +114,7 @@ def _open(config: ConfigDict) -> Checkpoints:
 
 def _weights(config: ConfigDict, trees: list[str]) -> str:
     """Which weights to take of a checkpoint with these trees: "ema" or "raw"."""
-    given = config.init.weights
+    given: str | None = config.init.weights
     if given is None:
         return "ema" if "ema" in trees else "raw"
     if _ITEMS[given] not in trees:
@@ -192,9 +193,10 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
     return Start(config, {path: params[path] for path in taken})
 
 
-def _abstract(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+def _abstract(config: ConfigDict, mesh: Mesh) -> dict[str, Parameter]:
     """The parameters of a config's model, with their shardings, by path."""
-    return traverse_util.flatten_dict(assemble(config, mesh).params, sep="/")
+    flat: dict[str, Parameter] = traverse_util.flatten_dict(assemble(config, mesh).params, sep="/")
+    return flat
 
 
 def _check_meaning(config: ConfigDict, source: ConfigDict, denoises: bool) -> None:
@@ -250,5 +252,5 @@ def _warnings(config: ConfigDict, source: ConfigDict, denoises: bool) -> list[st
     return lines
 
 
-def _shape(leaf: Any) -> str:
+def _shape(leaf: jax.ShapeDtypeStruct | None) -> str:
     return "none" if leaf is None else str(tuple(leaf.shape))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -19,12 +19,13 @@ from marjax.metrics import MetricWriter
 from marjax.training.callbacks import Callbacks
 from marjax.training.clock import Clock
 from marjax.training.profile import Profile
+from marjax.trees import PyTree
 
 Metrics = dict[str, jax.Array]
 S = TypeVar("S", bound="State")
 
 
-def headline(params: Any, start: int, total: int) -> str:
+def headline(params: PyTree, start: int, total: int) -> str:
     """A line about a run that begins after step `start`, 0 for a new one."""
     count = parameter_overview.count_parameters(params)
     return f"{count / 1e6:.2f} M parameters; " + (f"resuming at step {start} of {total}" if start else f"{total} steps")
@@ -74,8 +75,8 @@ class Task(Generic[S]):
       evaluate: metrics of a state, by name; needed if `Intervals.evaluate`.
     """
 
-    step: Callable[[S, Any], tuple[S, Metrics]]
-    items: Callable[[S], dict[str, Any]]
+    step: Callable[[S, PyTree], tuple[S, Metrics]]
+    items: Callable[[S], dict[str, PyTree]]
     draw: Callable[[S], tuple[str, np.ndarray]]
     advice: str
     evaluate: Callable[[S], dict[str, float]] | None = None
@@ -214,7 +215,7 @@ class Run(Generic[S]):
             except memory.DoesNotFitError as error:  # as with pictures
                 self.writer.note(f"warning: no evaluation of step {step}: {error}; or set config.eval.every=0")
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
         self.writer.scalars(step, values)
         self.callbacks.metrics(step, values)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from marjax.trees import PyTree
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -40,7 +42,7 @@ def learning_rate(train: OptimizerConfig) -> optax.Schedule:
     return schedule
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: PyTree) -> PyTree:
     """True where weight decay applies: not on biases, norm scales (the reference's 1-D tensors) or the denoiser.
 
     The reference stores its embeddings with leading axes of length 1, so they count as more than 1-D and decay.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -12,6 +11,7 @@ from marjax.generation.sampler import Sampler
 from marjax.images import beside, grid
 from marjax.models.generator import Generator
 from marjax.perf import flops
+from marjax.trees import PyTree
 from marjax.variants import VARIANTS
 
 _SHARE = 0.02  # of the FLOPs of the steps between two pictures
@@ -74,7 +74,7 @@ class Picture:
             f"{self.sample.num_iter}{share}"
         )
 
-    def draw(self, sampler: Sampler, params: Any, ema: Any, seed: int) -> np.ndarray:
+    def draw(self, sampler: Sampler, params: PyTree, ema: PyTree, seed: int) -> np.ndarray:
         """The same samples, all classes in turn, from raw weights, left, and EMA weights, right; uint8 (H, W, 3)."""
         labels = np.arange(self.count) % self.num_classes
         side = math.sqrt(self.count)

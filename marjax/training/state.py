@@ -1,18 +1,18 @@
 """What training carries from step to step, its shapes and its shardings."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from marjax import numerics, sharding
 from marjax.models.generator import Generator
 from marjax.models.init import init_unboxed
+from marjax.trees import PyTree
 
 
 @flax.struct.dataclass
@@ -20,12 +20,12 @@ class TrainState:
     """`step` int32 () counts finished steps; `params` and `ema` are float32 trees of the same structure."""
 
     step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: optimizer and EMA follow the abstract `params`."""
     replicated = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
@@ -65,8 +65,10 @@ def create(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(numerics.key(seed), dict(given or {}))
+    created = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    state: TrainState = created(numerics.key(seed), dict(given or {}))
+    return state
 
 
-def _struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+def _struct(leaf: jax.Array, where: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

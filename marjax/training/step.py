@@ -19,6 +19,7 @@ from marjax.training.ema import ema_decay, update_ema
 from marjax.training.loop import Metrics
 from marjax.training.optimizer import OptimizerConfig, learning_rate
 from marjax.training.state import TrainState
+from marjax.trees import PyTree
 
 
 def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -29,13 +30,13 @@ def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def loss_and_grads(
     generator: Generator,
-    params: Any,
+    params: PyTree,
     tokens_BxLxD: jax.Array,
     labels_B: jax.Array,
     rand: LossRandomness,
     key_dropout: jax.Array,
     accumulate: int = 1,
-) -> tuple[Metrics, Any]:
+) -> tuple[Metrics, PyTree]:
     """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
 
     Args:
@@ -52,7 +53,7 @@ def loss_and_grads(
     """
 
     def sums(
-        params: Any, tokens: jax.Array, labels: jax.Array, rand: LossRandomness, key: jax.Array
+        params: PyTree, tokens: jax.Array, labels: jax.Array, rand: LossRandomness, key: jax.Array
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
         terms: Any = generator.apply({"params": params}, tokens, labels, rand, rngs={"dropout": key})
         totals = {name: (jnp.sum(value * weight), jnp.sum(weight)) for name, (value, weight) in terms.items()}
@@ -67,7 +68,7 @@ def loss_and_grads(
             lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (tokens_BxLxD, labels_B, rand)
         )
 
-        def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def body(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
             index, (tokens, labels, rand) = inputs
             (_, totals), grads = value_and_grad(params, tokens, labels, rand, jax.random.fold_in(key_dropout, index))
             return jax.tree.map(jnp.add, carry, (totals, grads)), None
@@ -79,7 +80,7 @@ def loss_and_grads(
     return means, jax.tree.map(lambda grad: grad / totals["loss"][1], grads)
 
 
-def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decay: jax.Array) -> TrainState:
+def update(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, decay: jax.Array) -> TrainState:
     """One optimizer step, and one EMA step of that decay."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -98,7 +99,7 @@ def make_train_step(assembly: Assembly) -> jax.stages.Wrapped:
     seed, train = assembly.config.seed, assembly.config.train
     schedule = learning_rate(frozen(train, OptimizerConfig))
 
-    def step(state: TrainState, batch: Any, tokenizer_params: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: PyTree, tokenizer_params: PyTree) -> tuple[TrainState, Metrics]:
         key_tokenizer, key_loss, key_dropout = step_keys(seed, state.step)
         if "moments" in batch:  # of a latent cache: the tokenizer's network has been run ahead
             assert isinstance(tokenizer, Cacheable)

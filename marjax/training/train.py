@@ -42,6 +42,7 @@ from marjax.training.picture import Picture
 from marjax.training.profile import Profile
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
+from marjax.trees import PyTree
 from marjax.workdir import check_workdir, first_start, refuse_weights_alone, settings_of_all, write_config
 
 
@@ -185,7 +186,8 @@ def train(
                 )
                 run = Run(task, every, Outputs(writer, checkpoints, callbacks), clock, mesh, tracer)
                 with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                    return run.steps(state, batches)
+                    final: TrainState = run.steps(state, batches)
+                    return final
 
 
 def _restored(
@@ -226,6 +228,6 @@ def open_batches(
     )
 
 
-def checkpoint_items(state: TrainState) -> dict[str, Any]:
+def checkpoint_items(state: TrainState) -> dict[str, PyTree]:
     """The state as the items of a checkpoint: sampling reads only one of the first two."""
     return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
