@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_AUTOENCODER, make_autoencoder, parity, relative_error
 from flax import traverse_util
 from parity.seeded_weights import seeded_array
+from support.compare import parity, relative_error
+from support.configs import TINY_AUTOENCODER, make_autoencoder
+from support.paths import ROOT
 
 from marjax import sharding
 from marjax.errors import UserError
@@ -226,7 +228,7 @@ CHILD = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 sys.path.insert(0, "tests")
-from conftest import make_autoencoder
+from support.configs import make_autoencoder
 from marjax import sharding
 from marjax.tokenizers import autoencoder, open_tokenizer
 

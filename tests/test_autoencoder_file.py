@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import TINY_AUTOENCODER, make_autoencoder
 from safetensors import numpy as safetensors
+from support.configs import TINY_AUTOENCODER, make_autoencoder
 
 from marjax import config as config_lib
 from marjax import sample, train

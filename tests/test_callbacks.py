@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, make_digits
+from support.configs import QUICK, make_digits
 
 import marjax
 from marjax.errors import UserError

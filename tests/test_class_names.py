@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, make_digits
 from PIL import Image
+from support.configs import QUICK, make_digits
 
 from marjax import class_names, sample, train
 from marjax.cli import main

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS, make_digits
+from support.configs import make_digits
+from support.paths import DIGITS
 
 from marjax import config as config_lib
 from marjax.cli import main

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DIGITS, ROOT
+from support.paths import DIGITS, ROOT
 
 from marjax import cli, commands
 from marjax.command_line import Parser

@@ -13,8 +13,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, make_autoencoder, make_digits
 from jax.sharding import AxisType, Mesh
+from support.configs import make_autoencoder, make_digits
+from support.paths import DIGITS
 
 from marjax import cli, sharding
 from marjax import config as config_lib

@@ -9,8 +9,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, dotted
 from ml_collections import ConfigDict
+from support.configs import dotted
+from support.paths import ROOT
 
 import marjax
 from marjax import cli, sharding

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PARITY, ROOT, make_digits, parity, relative_error
 from safetensors.numpy import load_file, save_file
-from test_pytorch import Call, Global, storage, tensor, write_zip
+from support.compare import parity, relative_error
+from support.configs import make_digits
+from support.paths import PARITY, ROOT
+from support.pytorch_files import Call, Global, storage, tensor, write_zip
 
 from marjax import config as config_lib
 from marjax import sample, sharding, train

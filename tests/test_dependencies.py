@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 # Packages by the names that they are imported by, where these differ; and those that an extra brings.
 PACKAGES = {

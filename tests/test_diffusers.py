@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PARITY, relative_error
 from safetensors.numpy import load_file, save_file
+from support.compare import relative_error
+from support.paths import PARITY
 
 from marjax.cli import main
 from marjax.errors import UserError

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import parity
+from support.compare import parity
 
 from marjax.heads import gaussian_diffusion
 

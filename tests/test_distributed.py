@@ -10,9 +10,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import make_autoencoder, make_digits
 from jax.experimental import multihost_utils
-from processes import Run
+from support.configs import make_autoencoder, make_digits
+from support.processes import Run
 
 from marjax import cli, distributed, memory, sharding
 from marjax.commands import sample

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from marjax import registry
 from marjax.cli import main

@@ -6,8 +6,9 @@ import os
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, make_digits
-from processes import Run, steps_of
+from support.configs import make_digits
+from support.paths import DIGITS
+from support.processes import Run, steps_of
 
 import marjax
 from marjax import distributed, train

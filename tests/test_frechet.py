@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
-from conftest import parity
+from support.compare import parity
 
 from marjax.evaluation.metrics.frechet import Gaussian, Moments, frechet_distance, gaussian
 

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from marjax import cli
 from marjax import config as config_lib

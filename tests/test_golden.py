@@ -12,7 +12,7 @@ import pathlib
 import jaxlib
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 import marjax
 from marjax import config as config_lib

@@ -1,6 +1,6 @@
 """The measure of the host's own work in a step."""
 
-from conftest import make_digits
+from support.configs import make_digits
 
 from marjax.benchmarks.host_overhead import host_work
 

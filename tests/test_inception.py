@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, parity, relative_error
 from parity.seeded_weights import seeded_array
 from safetensors.numpy import save_file
-from test_pytorch import storage, tensor, write_zip
+from support.compare import parity, relative_error
+from support.paths import ROOT
+from support.pytorch_files import storage, tensor, write_zip
 
 from marjax.errors import UserError
 from marjax.evaluation.networks import inception

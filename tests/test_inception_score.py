@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import parity
+from support.compare import parity
 
 from marjax.evaluation.metrics.inception_score import ScoreSums
 

@@ -9,10 +9,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, PARITY, QUICK, ROOT, flags, make_digits
 from flax import traverse_util
 from PIL import Image
-from test_train import assert_same, lines
+from support.compare import assert_same, lines
+from support.configs import QUICK, flags, make_digits
+from support.paths import DIGITS, PARITY, ROOT
 
 from marjax import config as config_lib
 from marjax import sharding, train
@@ -127,7 +128,7 @@ def test_ema_weights_unless_raw_ones_are_asked_for(tmp_path, source):
 
 
 def test_another_head_is_fresh_as_a_whole(tmp_path, source, codebook, capsys):
-    from conftest import make_model
+    from support.configs import make_model
 
     _, taken = prepare(make_model("ar", "categorical", codebook), tmp_path, path=source)
     assert taken.keys() == {path for path in weights_of(source, "ema") if not path.startswith("head/")}

@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from conftest import ADVICE, failure
+from support.errors import ADVICE, failure
 
 from marjax.json_file import check_json, parse_json, read_json
 

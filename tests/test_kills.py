@@ -15,9 +15,10 @@ import uuid
 
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, dotted, flags
 from PIL import Image
-from processes import Run, command
+from support.configs import QUICK, dotted, flags
+from support.paths import DIGITS
+from support.processes import Run, command
 
 CAMPAIGN = "MARJAX_KILLS" in os.environ
 KILLS = int(os.environ.get("MARJAX_KILLS", "1"))

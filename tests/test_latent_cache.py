@@ -10,8 +10,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import make_autoencoder
-from processes import Run
+from support.configs import make_autoencoder
+from support.processes import Run
 
 from marjax import config as config_lib
 from marjax import distributed, train

@@ -8,8 +8,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PARITY, ROOT
 from PIL import Image
+from support.paths import PARITY, ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="comes with nbclient, of the extra test")
 nbclient = pytest.importorskip("nbclient", reason="of the extra test")

@@ -12,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 INSTRUCTIONS = {"FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD"}
 

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from launcher_venv import tool_venv
+from support.launchers import XPK, XPK_ITSELF, tool_venv
+from support.paths import ROOT
 
 from marjax.errors import LOST_PEER, PREEMPTED
 
@@ -37,25 +37,6 @@ ODD = [
     "- |: #&!~",
     "a  b",
 ]
-
-# What `xpk workload create` and `delete` and the manifest need; all that xpk asks for takes three times as long.
-XPK = [
-    "argcomplete==3.6.3",
-    "docker==7.1.0",
-    "google-api-core[grpc]==2.24.1",
-    "google-cloud-storage",
-    "google-cloud-filestore==1.12.0",
-    "google-cloud-resource-manager",
-    "Jinja2",
-    "kubernetes==35.0.0",
-    "packaging==24.2",
-    "ruamel.yaml==0.18.10",
-    "tabulate==0.9.0",
-    "pyyaml",
-    "urllib3<2.6",
-    "kubernetes-validate==1.37.0",
-]
-XPK_ITSELF = ["xpk==1.16.0", "setuptools_scm==10.2.1", "vcs-versioning==2.2.2"]
 
 
 def launch(path, *arguments, fails=0, **settings):

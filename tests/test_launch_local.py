@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 LAUNCHER = ROOT / "launch" / "local.py"
 spec = importlib.util.spec_from_file_location("launch_local", LAUNCHER)

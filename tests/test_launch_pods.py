@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from gcloud_flags import unknown
-from launcher_venv import tool_venv
-from test_launch_gke import XPK, XPK_ITSELF
+from support.gcloud import unknown
+from support.launchers import XPK, XPK_ITSELF, tool_venv
+from support.paths import ROOT
 
 from marjax import config as config_lib
 from marjax.cli import parse

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from launcher_venv import tool_venv
+from support.launchers import tool_venv
+from support.paths import ROOT
 
 from marjax.errors import LOST_PEER, PREEMPTED
 

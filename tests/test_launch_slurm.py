@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, ROOT, flags, make_digits
-from slurm_cluster import slurm
+from support.configs import QUICK, flags, make_digits
+from support.paths import DIGITS, ROOT
+from support.slurm import slurm
 
 from marjax import train
 from marjax.errors import LOST_PEER, PREEMPTED

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from gcloud_flags import unknown
+from support.gcloud import unknown
+from support.paths import ROOT
 
 LAUNCHER = str(ROOT / "launch" / "tpu_vm.sh")
 WHERE = ["--project=proj", "--zone=us-east5-b"]

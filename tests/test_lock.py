@@ -13,8 +13,9 @@ import sys
 import time
 
 import pytest
-from conftest import DIGITS, QUICK, flags
-from fake_gcs import FakeGcs
+from support.configs import QUICK, flags
+from support.gcs import FakeGcs, run_with_gcs
+from support.paths import DIGITS
 
 from marjax import cli, lock
 from marjax.errors import UserError
@@ -230,42 +231,10 @@ def test_who_has_lost_a_lease_ends(tmp_path):
         assert process.wait(timeout=20) == 1
 
 
-IN_A_BUCKET = """
-import dataclasses, os, time
-from marjax import lock, storage
-from marjax.errors import UserError
-lock._PATIENCE, lock._POLL, lock._REFRESH, lock._STALE = 0.1, 0.02, 0.1, 0.5
-storage.check("gs://bucket/run")
-folder = lock.epath.Path("gs://bucket/run")
-with lock.locked_folder(folder, "marjax train") as descriptor:
-    assert descriptor is None
-    first = (folder / lock.NAME).read_bytes()
-    time.sleep(0.5)
-    assert (folder / lock.NAME).read_bytes() != first  # refreshed
-    try:
-        with lock.locked_folder(folder, "other"):
-            raise AssertionError
-    except UserError as error:
-        assert f"process {os.getpid()}" in str(error)
-assert not (folder / lock.NAME).exists()
-holder = dataclasses.replace(lock._Holder.here("marjax train"), boot="another", host="far")
-(folder / lock.NAME).write_bytes(holder.to_bytes())
-with lock.locked_folder(folder, "marjax train"):
-    assert lock._Holder.parse((folder / lock.NAME).read_bytes()).host != "far"
-cell = lock._Object(folder / lock.NAME)
-version = cell.write(b"a", None)
-assert version and cell.write(b"b", None) is None and cell.write(b"b", "7777") is None
-assert cell.read() == (b"a", version) and cell.write(b"b", version) not in (None, version)
-print("all is well")
-"""
-
-
 def test_in_a_bucket():
     pytest.importorskip("gcsfs")
-    from test_storage import run
-
     with FakeGcs("bucket") as google:
-        done = run(google.address, "-c", IN_A_BUCKET)
+        done = run_with_gcs(google.address, "support.gcs_lock")
     assert "all is well" in done.stdout, done.stderr
 
 

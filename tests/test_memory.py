@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import DIGITS
+from support.paths import DIGITS
 
 import marjax
 from marjax import config as config_lib

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import Run
+from support.networks import Network
+from support.processes import Run
 
 from marjax import distributed
 from marjax.evaluation import across_processes as hosts_lib
@@ -21,7 +22,6 @@ from marjax.evaluation.metrics.frechet import Moments, frechet_distance
 from marjax.evaluation.metrics.inception_score import ScoreSums
 from marjax.evaluation.metrics.kernel_distance import kernel_distance
 from marjax.evaluation.metrics.precision_recall import precision_recall
-from marjax.evaluation.networks.extractor import Extracted
 from marjax.evaluation.statistics import compute_statistics
 
 N, F, K = 250, 12, 5
@@ -51,19 +51,6 @@ def on_hosts(count, work):
         results = list(pool.map(lambda index: work(Thread(index, count, meeting, table)), range(count)))
     assert all(result == results[0] for result in results)
     return results[0]
-
-
-class Network:
-    """A fixed linear map of the pixels; a `FeatureExtractor`."""
-
-    name, checksum, image_size, num_features, num_classes, num_spatial = "linear", "0" * 64, 4, F, K, 3
-
-    def extract(self, images):
-        pixels = images.reshape(len(images), -1) / np.float32(255)
-        weights = np.random.default_rng(9).normal(size=(pixels.shape[1], F + K + 3)).astype(np.float32)
-        # Row by row, so that a row does not depend on the others, as the protocol has it.
-        out = np.stack([row @ weights for row in pixels])
-        return Extracted(out[:, :F], out[:, F : F + K], out[:, F + K :])
 
 
 def sets():

@@ -4,7 +4,8 @@ import json
 import shlex
 
 import pytest
-from conftest import DIGITS, ROOT, make_digits
+from support.configs import make_digits
+from support.paths import DIGITS, ROOT
 
 from marjax import cli
 from marjax.class_names import FILE

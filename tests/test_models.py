@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_generator, perturbed_params
+from support.models import make_generator, perturbed_params
 
 from marjax import config as config_lib
 from marjax.assembly import model_config

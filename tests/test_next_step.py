@@ -4,7 +4,7 @@ import pathlib
 import shlex
 
 import pytest
-from conftest import DIGITS
+from support.paths import DIGITS
 
 from marjax import cli
 from marjax.commands.next_step import sample_command, train_command, workdir_of

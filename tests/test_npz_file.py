@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ADVICE, failure
+from support.errors import ADVICE, failure
 
 from marjax.errors import UserError
 from marjax.npz_file import NUMBERS, PLAIN, NpzFile, read_npy, read_npz

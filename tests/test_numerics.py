@@ -10,7 +10,8 @@ import flax
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, ROOT, flags, make_digits
+from support.configs import QUICK, flags, make_digits
+from support.paths import DIGITS, ROOT
 
 from marjax import numerics, sample, train
 

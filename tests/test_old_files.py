@@ -9,7 +9,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_autoencoder, make_digits
+from support.configs import make_autoencoder, make_digits
+from support.paths import ROOT
 
 import marjax
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PARITY
+from support.paths import PARITY
 
 from marjax import config as config_lib
 from marjax.training import optimizer, step

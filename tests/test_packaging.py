@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 import marjax
 

@@ -8,8 +8,9 @@ import shutil
 import urllib.parse
 
 import pytest
-from conftest import DIGITS, make_digits
 from etils import epath
+from support.configs import make_digits
+from support.paths import DIGITS
 
 import marjax
 from marjax import cli

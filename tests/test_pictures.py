@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin, features
+from support.pictures import as_file, decoded, exif
 
 from marjax.data.prepare import png
 from marjax.data.prepare.pictures import MAX_BYTES, UnreadableError, decode, read_bytes, storable
@@ -19,25 +20,6 @@ HOLES = np.where(RNG.random((12, 17)) < 0.5, 0, 255).astype(np.uint8)  # an alph
 BITS = GREY > 128
 DEEP = RNG.integers(0, 65536, (12, 17), dtype=np.uint16)
 PALETTE = Image.fromarray(RGB).quantize(16)
-
-
-def exif(orientation):
-    made = Image.Exif()
-    made[0x0112] = orientation
-    return made
-
-
-def as_file(image, kind, **options):
-    file = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def decoded(data):
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "RGB")
-        return np.asarray(image)
 
 
 def png_of(*chunks):

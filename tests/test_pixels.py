@@ -1,7 +1,7 @@
 """Pixels as latents: the scale goes in and comes out again."""
 
 import numpy as np
-from conftest import DIGITS
+from support.paths import DIGITS
 
 from marjax import config as config_lib
 from marjax import numerics

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from matplotlib import rcParams
 from matplotlib.image import AxesImage
 from PIL import Image
+from support.paths import ROOT
 
 from marjax import plots
 from marjax.errors import UserError

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, dotted, flags
-from processes import Run, command, steps_of
+from support.configs import QUICK, dotted, flags
+from support.paths import DIGITS
+from support.processes import Run, command, steps_of
 
 from marjax.errors import INTERRUPTED, LOST_PEER, PREEMPTED
 from marjax.generation.sample import open_sampler

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ROOT
 from PIL import Image
-from test_pictures import as_file, decoded, exif
+from support.paths import ROOT
+from support.pictures import as_file, decoded, exif
 
 import marjax
 from marjax import cli, lock

@@ -5,8 +5,8 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import QUICK, make_digits
 from PIL import Image
+from support.configs import QUICK, make_digits
 
 import marjax
 from marjax import config as config_lib

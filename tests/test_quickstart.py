@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import DIGITS
 from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
+from support.paths import DIGITS
 
 
 def marjax(*arguments):

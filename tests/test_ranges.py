@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import DIGITS, make_digits
+from support.configs import make_digits
+from support.paths import DIGITS
 
 import marjax
 from marjax import cli

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, make_autoencoder, make_digits
 from PIL import Image
+from support.configs import make_autoencoder, make_digits
+from support.paths import DIGITS, ROOT
 
 from marjax.cli import main
 from marjax.data.preprocess import center_crop

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import parity, relative_error
 from parity.seeded_weights import seeded_array
+from support.compare import parity, relative_error
 
 from marjax import config as config_lib
 from marjax import orders

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK, make_digits
+from support.configs import QUICK, make_digits
 
 import marjax
 from marjax import config as config_lib

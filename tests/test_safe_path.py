@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT
 from PIL import Image
+from support.paths import DIGITS, ROOT
 
 DEPENDENCIES = (
     "numpy",

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, make_digits, make_model
+from support.configs import make_digits, make_model
+from support.paths import DIGITS, ROOT
 
 from marjax import config as config_lib
 from marjax import load, sample, train

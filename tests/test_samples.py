@@ -8,9 +8,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import make_digits
 from PIL import Image
-from processes import Run
+from support.configs import make_digits
+from support.processes import Run
 
 from marjax import train
 from marjax.errors import UserError

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import PARITY
 from safetensors.numpy import load_file, save_file
+from support.paths import PARITY
 
 from marjax.errors import UserError
 from marjax.interop.weights_file import read

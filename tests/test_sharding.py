@@ -8,8 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, make_digits, make_model
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from support.configs import MODELS, make_digits, make_model
+from support.paths import ROOT
 
 from marjax import config as config_lib
 from marjax import sharding

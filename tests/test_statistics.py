@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_digits
 from PIL import Image
-from test_metrics_properties import Network
+from support.configs import make_digits
+from support.networks import Network
 
 from marjax import config as config_lib
 from marjax.data.preprocess import center_crop

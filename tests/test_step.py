@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_digits
+from support.configs import make_digits
 
 from marjax import config as config_lib
 from marjax import sharding

@@ -1,33 +1,21 @@
 """gs:// addresses: what is told without a client, credentials or network, and real commands on an emulator's bucket."""
 
 import os
-import pathlib
-import subprocess
 import sys
 import threading
 from http import server
 
 import jax
 import pytest
-from conftest import DIGITS, QUICK, ROOT, dotted, own_folder_first
-from fake_gcs import FakeGcs
+from support.configs import QUICK, dotted
+from support.gcs import FakeGcs, run_with_gcs
+from support.paths import DIGITS
 
 from marjax import cli, metrics, storage
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
 from marjax.commands import plot
 from marjax.errors import LOST_STORAGE, StorageError, TrainingError, UserError
-
-# So that nothing looks for a Google machine, whose credentials would be asked for over the network.
-ALONE = {
-    "NO_GCE_CHECK": "true",
-    "GCE_METADATA_ROOT": "127.0.0.1:9",
-    "GCE_METADATA_HOST": "127.0.0.1:9",
-    "GCE_METADATA_IP": "127.0.0.1:9",
-    "GCE_METADATA_TIMEOUT": "1",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
-}
 
 
 def test_what_is_no_address_passes(tmp_path):
@@ -177,9 +165,8 @@ def test_a_bucket_that_refuses():
     pytest.importorskip("gcsfs")
     with server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
-        done = run(
+        done = run_with_gcs(
             f"http://127.0.0.1:{refusing.server_port}",
-            "-m",
             "marjax",
             "train",
             "--config",
@@ -206,20 +193,7 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
         'def measure(workdir, root):\n    return [{"score": 0.5}]\n'
     )
     with FakeGcs("bucket") as google:
-        done = run(google.address, str(ROOT / "tests" / "gcs_commands.py"), str(file))
+        done = run_with_gcs(google.address, "support.gcs_commands", file)
     assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "point  unfinished, step 4 of 4, updated" in done.stdout and "point  done in " in done.stdout
     assert "gs://no-such-bucket/run: there is no bucket 'no-such-bucket'" in done.stderr
-
-
-def run(address, *arguments):
-    """A Python process to which that server is Google's."""
-    environment = own_folder_first() | ALONE | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=pathlib.Path(ROOT),
-    )

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, QUICK, dotted, make_digits
+from support.configs import QUICK, dotted, make_digits
+from support.paths import DIGITS
 
 from marjax import cli
 from marjax import config as config_lib

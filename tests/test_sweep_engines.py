@@ -12,7 +12,7 @@ import time
 
 import jax
 import pytest
-from conftest import DIGITS
+from support.paths import DIGITS
 
 from marjax import cli
 from marjax.errors import StorageError, TrainingError, UserError

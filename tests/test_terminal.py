@@ -8,8 +8,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+from support.paths import ROOT
 
 import marjax
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ROOT
-from test_sources import as_file, data_config, picture, write_tfds
+from support.paths import ROOT
+from support.tfds_files import as_file, data_config, picture, write_tfds
 
 from marjax import cli
 from marjax.data import tfds_files

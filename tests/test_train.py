@@ -8,24 +8,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, QUICK, make_digits, make_model
+from support.compare import assert_same, lines
+from support.configs import MODELS, QUICK, make_digits, make_model
 
 from marjax import config as config_lib
 from marjax import train
 from marjax.errors import TrainingError, UserError
-
-
-def lines(workdir):
-    """The metrics of every step, without those that time."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "data/"))} for row in rows]
-
-
-def assert_same(a, b):
-    """Equal to the bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, make_autoencoder
-from processes import Run
+from support.configs import make_autoencoder
+from support.paths import ROOT
+from support.processes import Run
 
 from marjax import config as config_lib
 from marjax import distributed

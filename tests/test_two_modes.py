@@ -4,7 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 spec = importlib.util.spec_from_file_location("two_modes", ROOT / "docs" / "two_modes.py")
 two_modes = importlib.util.module_from_spec(spec)

@@ -18,7 +18,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_digits
+from support.configs import make_digits
+from support.paths import ROOT
 
 from marjax import config as config_lib
 

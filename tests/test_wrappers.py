@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import PARITY, parity
+from support.compare import parity
+from support.paths import PARITY
 
 from marjax.errors import UserError
 from marjax.interop import convert, weights_file

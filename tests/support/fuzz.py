@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from mutators import CANARY, Mutator, mutate_bytes
+from support.mutators import CANARY, Mutator, mutate_bytes
 
 from marjax.errors import TrainingError, UserError
 

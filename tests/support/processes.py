@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import pathlib
 import socket
+import subprocess
 import sys
 import time
+
+from support.paths import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -122,3 +125,22 @@ def command(*arguments):
     from marjax.cli import main
 
     return main(list(map(str, arguments)))
+
+
+def run_program(module, *arguments, devices=None, check=True, **settings):
+    """Runs `python -m module arguments` to its end; the module may be one of `support`.
+
+    Args:
+      devices: the number of CPU devices that JAX has in it.
+      check: fail the test where the program fails.
+      settings: environment variables beside those of the tests.
+    """
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"} | settings
+    if devices is not None:
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert not (check and done.returncode), done.stderr[-5000:]
+    return done

@@ -12,6 +12,8 @@ import urllib.parse
 import uuid
 from http import server
 
+from support.processes import run_program
+
 
 class FakeGcs(server.ThreadingHTTPServer):
     """A context manager; `address` is what clients take in place of https://storage.googleapis.com."""
@@ -207,3 +209,22 @@ class _Handler(server.BaseHTTPRequestHandler):
     def stored(self, name, data, condition):
         described = self.server.put(name, data, condition)
         return self.fail(412, "another generation") if described is None else self.answer(200, described)
+
+
+# So that nothing looks for a Google machine, whose credentials would be asked for over the network.
+ALONE = {
+    "NO_GCE_CHECK": "true",
+    "GCE_METADATA_ROOT": "127.0.0.1:9",
+    "GCE_METADATA_HOST": "127.0.0.1:9",
+    "GCE_METADATA_IP": "127.0.0.1:9",
+    "GCE_METADATA_TIMEOUT": "1",
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+}
+
+
+def run_with_gcs(address, module, *arguments):
+    """`run_program` in a process to which the server at `address` is Google's."""
+    return run_program(
+        module, *arguments, check=False, **ALONE, STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address
+    )

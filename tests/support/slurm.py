@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import pytest
-from processes import free_port
+from support.processes import free_port
 
 CPUS = 8  # that Slurm believes in
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 
 def tool_venv(name: str, requirements: Sequence[str], no_deps: Sequence[str] = ()) -> pathlib.Path:
@@ -44,3 +44,23 @@ def tool_venv(name: str, requirements: Sequence[str], no_deps: Sequence[str] = (
                     pytest.skip(f"{name} cannot be installed here: {why}")
             (folder / "complete").touch()
     return folder / "bin"
+
+
+# What `xpk workload create` and `delete` and the manifest need; all that xpk asks for takes three times as long.
+XPK = [
+    "argcomplete==3.6.3",
+    "docker==7.1.0",
+    "google-api-core[grpc]==2.24.1",
+    "google-cloud-storage",
+    "google-cloud-filestore==1.12.0",
+    "google-cloud-resource-manager",
+    "Jinja2",
+    "kubernetes==35.0.0",
+    "packaging==24.2",
+    "ruamel.yaml==0.18.10",
+    "tabulate==0.9.0",
+    "pyyaml",
+    "urllib3<2.6",
+    "kubernetes-validate==1.37.0",
+]
+XPK_ITSELF = ["xpk==1.16.0", "setuptools_scm==10.2.1", "vcs-versioning==2.2.2"]

@@ -1,11 +1,12 @@
-"""Run as a program by test_storage.py: marjax commands in a bucket, and what they have left there."""
+"""A program of test_storage.py: marjax commands in a bucket, and what they leave there."""
 
 import json
 import sys
 
 import numpy as np
-from conftest import DIGITS, QUICK, flags
 from etils import epath
+from support.configs import QUICK, flags
+from support.paths import DIGITS
 
 from marjax import cli
 
