@@ -1,9 +1,5 @@
 """The KL and VQ networks: the reference's numbers, latents and their randomness, chunks of rows, PyTorch names."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +8,7 @@ from flax import traverse_util
 from parity.seeded_weights import seeded_array
 from support.compare import parity, relative_error
 from support.configs import TINY_AUTOENCODER, make_autoencoder
-from support.paths import ROOT
+from support.processes import run_program
 
 from marjax import sharding
 from marjax.errors import UserError
@@ -224,56 +220,9 @@ def test_how_many_rows_at_once():
     assert autoencoder.rows_at_once(AUTOENCODERS["kl16"].preset, 4096 * 4096) == 1
 
 
-CHILD = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-sys.path.insert(0, "tests")
-from support.configs import make_autoencoder
-from marjax import sharding
-from marjax.tokenizers import autoencoder, open_tokenizer
-
-autoencoder._VALUES_AT_ONCE = 2 * 8 * 8 * 32  # two images
-tokenizer = open_tokenizer(make_autoencoder("kl", sys.argv[1]).tokenizer)
-images = np.random.default_rng(0).uniform(-1, 1, (32, 8, 8, 1)).astype(np.float32)
-
-def run(shape, devices):
-    mesh = sharding.make_mesh(*shape, devices=devices)
-    with jax.set_mesh(mesh):
-        given = sharding.put_batch(images, mesh)
-        params = sharding.put_replicated(tokenizer.params, mesh)
-        cut = sharding.batch_sharding(mesh)
-        encode = jax.jit(lambda p, x: tokenizer.encode(p, x, jax.random.key(0)), out_shardings=cut)
-        decode = jax.jit(tokenizer.decode, out_shardings=cut)
-        latent = encode(params, given)
-        image = decode(params, latent)
-        texts = [encode.lower(params, given).compile().as_text(), decode.lower(params, latent).compile().as_text()]
-    for text in texts:
-        assert "while(" in text
-        for word in ("all-reduce(", "all-gather(", "all-to-all(", "collective-permute("):
-            assert word not in text, word
-        # Two images a device and step: no more rows are ever convolved.
-        assert "f32[2,8,8,32]" in text and "f32[4,8,8,32]" not in text and "f32[32,8,8,32]" not in text
-    return jax.device_get((latent, image))
-
-assert len(jax.devices()) == 8
-one = run((1, 1, 1), jax.devices()[:1])
-for shape in ((8, 1, 1), (2, 2, 2)):
-    for ours, theirs in zip(run(shape, jax.devices()), one):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-"""
-
-
 def test_devices_keep_their_own_rows(autoencoders):
     """Chunks on a mesh: the same images, drawn with the same noise, and nothing is sent between devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(autoencoders / "kl.safetensors")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program("support.programs.autoencoder_mesh", autoencoders / "kl.safetensors", devices=8)
 
 
 def test_bfloat16_is_near(kl, digits):

@@ -34,7 +34,7 @@ def test_readers_of_foreign_files(autoencoders, tmp_path):
 def test_the_runner_notices_what_is_not_allowed(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x").write_bytes(b"\0")
-    made = json.loads(run_program("support.fuzz_misbehaving", tmp_path).stdout)["bad"]
+    made = json.loads(run_program("support.programs.fuzz_misbehaving", tmp_path).stdout)["bad"]
     words = ("os.system", "KeyError", "MemoryError", "SIGABRT", "writes", "no line")
     assert {next(word for word in words if word in each["what"]) for each in made["failures"]} == set(words)
     assert made["works"] > 0 and made["works"] + len(made["failures"]) == 40

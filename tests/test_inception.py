@@ -2,8 +2,6 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ import pytest
 from parity.seeded_weights import seeded_array
 from safetensors.numpy import save_file
 from support.compare import parity, relative_error
-from support.paths import ROOT
+from support.processes import run_program
 from support.pytorch_files import storage, tensor, write_zip
 
 from marjax.errors import UserError
@@ -145,16 +143,6 @@ def test_resize(height, width):
 
 # --- Images ----------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import sys
-import jax, numpy as np
-from marjax.evaluation.networks.inception_file import open_inception
-assert jax.device_count() == 2
-images = np.load(sys.argv[2])
-found = open_inception(sys.argv[1], batch_size=2).extract(images)
-np.savez(sys.argv[3], *found)
-"""
-
 
 def test_rows_depend_on_their_own_image_only(extractor, pth, theirs, tmp_path):
     images = np.concatenate([theirs[1], theirs[1][:2, ::-1]])  # two batches and a rest
@@ -166,15 +154,8 @@ def test_rows_depend_on_their_own_image_only(extractor, pth, theirs, tmp_path):
     assert [array.shape for array in extractor.extract(images[:0])] == [(0, 2048), (0, 1008), (0, 2023)]
     # On two devices, whose last batch is not full either.
     np.save(tmp_path / "images.npy", images)
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(pth), "images.npy", "found.npz"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
+    files = tmp_path / "images.npy", tmp_path / "found.npz"
+    run_program("support.programs.inception_features", pth, *files, devices=2)
     for name, array in np.load(tmp_path / "found.npz").items():
         assert relative_error(array, found[int(name.removeprefix("arr_"))]) < 1e-6
 

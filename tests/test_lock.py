@@ -234,7 +234,7 @@ def test_who_has_lost_a_lease_ends(tmp_path):
 def test_in_a_bucket():
     pytest.importorskip("gcsfs")
     with FakeGcs("bucket") as google:
-        done = run_with_gcs(google.address, "support.gcs_lock")
+        done = run_with_gcs(google.address, "support.programs.gcs_lock")
     assert "all is well" in done.stdout, done.stderr
 
 

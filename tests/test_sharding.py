@@ -1,9 +1,6 @@
-"""Eight devices in meshes of every kind, and one, agree. Fake CPU devices, in a process of their own."""
+"""Eight devices agree with one, for every kind of mesh. They are CPU devices of a process of their own."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,90 +8,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from support.configs import MODELS, make_digits, make_model
 from support.paths import ROOT
+from support.processes import run_program
 
 from marjax import config as config_lib
 from marjax import sharding
 from marjax.assembly import assemble
 from marjax.errors import UserError
 from marjax.models.init import init_params
-
-CHILD = """
-import json, sys
-import jax, jax.numpy as jnp, numpy as np
-from marjax import config as config_lib, sharding
-from marjax.assembly import assemble
-from marjax.generation.sampler import Sampler
-from marjax.models.init import init_unboxed
-from marjax.training import state as state_lib
-from marjax.training.step import make_train_step
-
-assert len(jax.devices()) == 8
-rng = np.random.default_rng(0)
-host_batch = {"image": rng.integers(0, 256, (32, 8, 8, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
-
-def run(config, shape, devices, weights):
-    config = config_lib.apply_overrides(config, {"mesh.replicate_below": 0})
-    mesh = sharding.make_mesh(*shape, devices=devices)
-    assembly = assemble(config, mesh)
-    abstract, tokenizer = assembly.state, assembly.tokenizer
-    with jax.set_mesh(mesh):
-        state = state_lib.create(assembly.generator, assembly.optimizer, abstract, 0)
-        placed = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract)
-        assert all(jax.tree.leaves(placed))
-        cut = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
-        batch = sharding.put_batch(host_batch, mesh)
-        step = make_train_step(assembly)
-        step = step.lower(state, batch, tokenizer.params).compile()
-        text = step.as_text()
-        out = []
-        for _ in range(2):
-            state, metrics = step(state, batch, tokenizer.params)
-            out.append(jax.device_get(metrics))
-            if len(out) == 1:  # without clipping, Adam's first moment is the gradient times 1 - b1
-                grads = jax.device_get(state.opt_state[1][0].mu)
-        assert all(leaf.sharding == want.sharding for leaf, want in
-                   zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True))
-        sampler = Sampler(assembly)
-        # Fixed weights, so that sampling is compared by itself.
-        params = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
-        images = sampler(params, np.arange(12) % 10, 3, batch_size=12)
-    return dict(state=jax.device_get(state), metrics=out, images=images, grads=grads, cut=cut,
-                collectives=text.count("all-reduce(") + text.count("all-gather(") + text.count("reduce-scatter("))
-
-def settled(params):
-    # A key's bias shifts all scores of a query alike: its gradient is rounding, of which Adam makes a step.
-    def one(path, leaf):
-        if [p.key for p in path[-2:]] == ["qkv", "bias"]:
-            leaf = np.array(leaf)
-            leaf[..., 1, :, :] = 0.0
-        return leaf
-    return jax.tree_util.tree_map_with_path(one, params)
-
-def worst(a, b):
-    flat = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max(float(np.linalg.norm(np.float64(x) - y) / (np.linalg.norm(np.float64(y)) + 1e-12)) for x, y in flat)
-
-def compare(fields, meshes):
-    config = config_lib.resolve(config_lib.apply_overrides(config_lib.base(), fields))
-    generator = assemble(config).generator
-    weights = jax.device_get(jax.jit(lambda key: jax.tree.map(lambda x: x + 0.03, init_unboxed(
-        generator, key)))(jax.random.key(1)))
-    one = run(config, (1, 1, 1), jax.devices()[:1], weights)
-    report = {"one": {"cut": one["cut"], "collectives": one["collectives"]}}
-    for shape in map(tuple, meshes):
-        many = run(config, shape, jax.devices(), weights)
-        report[str(shape)] = dict(
-            cut=many["cut"], collectives=many["collectives"],
-            params=worst(settled(many["state"].params), settled(one["state"].params)),
-            ema=worst(settled(many["state"].ema), settled(one["state"].ema)),
-            metrics=worst(many["metrics"], one["metrics"]), grads=worst(many["grads"], one["grads"]),
-            images=int(np.abs(many["images"].astype(int) - one["images"]).max()),
-            distinct=len({i.tobytes() for i in one["images"]}))
-    return report
-
-print(json.dumps([compare(*case) for case in json.loads(sys.argv[1])]))
-"""
-
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 OTHERS = [model for model in MODELS[1:] if model != ("ar", "diffusion")]  # whose halves the first and the last have
@@ -120,20 +40,12 @@ def fields(config):
 
 @pytest.fixture(scope="module")
 def reports(codebook):
-    """What one process finds about each model: the first on all meshes, the others on one that cuts along all axes."""
+    """The program's report on each model: the first on all meshes, the others on one with all axes."""
     cases = [
         (fields(make_digits(sample__num_iter=3)), MESHES),
         *((fields(make_model(*model, codebook)), [(2, 2, 2)]) for model in OTHERS),
     ]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program("support.programs.sharding", json.dumps(cases), devices=8)
     return dict(zip([MODELS[0], *OTHERS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
@@ -158,12 +70,12 @@ def test_variants_and_heads_agree_with_one_device(reports, variant, head):
     rows = reports[variant, head]
     # Means in raster order know nothing but the class: 12 samples of 10 classes.
     assert_agrees(rows["(2, 2, 2)"], distinct=10 if (variant, head) == ("ar", "regression") else 12)
-    assert rows["(2, 2, 2)"]["cut"] and rows["(2, 2, 2)"]["collectives"]
+    assert rows["(2, 2, 2)"]["sharded"] and rows["(2, 2, 2)"]["collectives"]
 
 
 def test_parameters_and_work_are_really_cut(report):
-    assert report["one"] == {"cut": 0, "collectives": 0}
-    assert report["(8, 1, 1)"]["cut"] == 0 < report["(2, 4, 1)"]["cut"] < report["(2, 2, 2)"]["cut"]
+    assert report["one"] == {"sharded": 0, "collectives": 0}
+    assert report["(8, 1, 1)"]["sharded"] == 0 < report["(2, 4, 1)"]["sharded"] < report["(2, 2, 2)"]["sharded"]
     assert all(report[str(shape)]["collectives"] for shape in MESHES)
 
 

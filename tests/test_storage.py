@@ -193,7 +193,7 @@ def test_commands_in_a_bucket(tmp_path, monkeypatch):
         'def measure(workdir, root):\n    return [{"score": 0.5}]\n'
     )
     with FakeGcs("bucket") as google:
-        done = run_with_gcs(google.address, "support.gcs_commands", file)
+        done = run_with_gcs(google.address, "support.programs.gcs_commands", file)
     assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "point  unfinished, step 4 of 4, updated" in done.stdout and "point  done in " in done.stdout
     assert "gs://no-such-bucket/run: there is no bucket 'no-such-bucket'" in done.stderr
