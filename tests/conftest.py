@@ -56,6 +56,18 @@ import pytest  # noqa: E402
 pytest.register_assert_rewrite("support")
 
 from support.configs import TINY_AUTOENCODER  # noqa: E402
+from support.marks import starts_processes  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores, since tests wait for processes that they start."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if starts_processes(item):
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")
