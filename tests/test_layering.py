@@ -4,7 +4,7 @@ import ast
 import graphlib
 import pathlib
 
-from conftest import ROOT
+from support.paths import ROOT
 
 # From the top: a module imports from its own row and those below. All that is not named is the last row.
 ROWS = [
