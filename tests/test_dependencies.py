@@ -73,7 +73,7 @@ def test_every_requirement_has_bounds():
 
 
 def test_all_is_every_extra_that_runs_on_any_machine():
-    extras = declared().keys() - {"", "all", "lowest", "test", "tpu", "cuda12", "cuda13"}
+    extras = declared().keys() - {"", "all", "docs", "lowest", "test", "tpu", "cuda12", "cuda13"}
     [(name, given, _)] = declared()["all"]
     assert name == "marjax" and set(given.strip("[]").split(",")) == extras
 
