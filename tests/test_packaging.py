@@ -17,18 +17,23 @@ import marjax
 
 pytest.importorskip("setuptools", reason="of the extra test")
 
-FOLDERS = (".ci", "configs", "docs", "launch", "marjax", "tests")
+FOLDERS = (".ci", ".github", "configs", "docs", "launch", "marjax", "tests")
 FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
     "README.md",
+    "SECURITY.md",
+    "mkdocs.yml",
     "pyproject.toml",
     "ruff.toml",
     "setup.cfg",
     "setup.py",
     ".dockerignore",
     ".gitignore",
+    ".pre-commit-config.yaml",
     ".skyignore",
 )
 LINK = re.compile(r"\]\(([^)#:]+?)(?:#[^)]*)?\)")  # of Markdown, without those that are addresses
