@@ -40,7 +40,7 @@ class Assembly:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with its weights. Raises UserError: they cannot be read, or are of another network."""
-        return open_tokenizer(self.config.tokenizer)
+        return open_tokenizer(config_lib.tokenizer_settings(self.config))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:

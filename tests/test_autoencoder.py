@@ -10,6 +10,7 @@ from support.compare import parity, relative_error
 from support.configs import TINY_AUTOENCODER, make_autoencoder
 from support.processes import run_program
 
+from marjax import config as config_lib
 from marjax import sharding
 from marjax.errors import UserError
 from marjax.tokenizers import autoencoder, open_tokenizer, token_shape
@@ -121,12 +122,12 @@ def digits():
 
 @pytest.fixture(scope="module")
 def kl(autoencoders):
-    return open_tokenizer(make_autoencoder("kl", autoencoders / "kl.safetensors").tokenizer)
+    return open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("kl", autoencoders / "kl.safetensors")))
 
 
 @pytest.fixture(scope="module")
 def vq(autoencoders):
-    return open_tokenizer(make_autoencoder("vq", autoencoders / "vq.safetensors").tokenizer)
+    return open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("vq", autoencoders / "vq.safetensors")))
 
 
 def test_rows_draw_their_own_noise(kl, digits):
@@ -165,9 +166,8 @@ def test_vq_tokens_are_rows_of_the_codebook(vq, digits, autoencoders):
     index = np.asarray(jax.jit(vq.codes)(vq.params, digits))
     np.testing.assert_array_equal(latent, codebook[index])
     assert len(np.unique(index)) > 1
-    before = open_tokenizer(
-        make_autoencoder("vq_continuous", autoencoders / "vq.safetensors", tokenizer__autoencoder__scale=2.0).tokenizer
-    )
+    scaled = make_autoencoder("vq_continuous", autoencoders / "vq.safetensors", tokenizer__autoencoder__scale=2.0)
+    before = open_tokenizer(config_lib.tokenizer_settings(scaled))
     assert before.codebook(before.params) is None and before.checksum == vq.checksum
     raw = jax.jit(before.encode)(before.params, digits, jax.random.key(0))
     np.testing.assert_array_equal(nearest(raw / 2.0, codebook), index)

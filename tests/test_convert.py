@@ -134,12 +134,12 @@ def test_the_autoencoder(tmp_path):
     numbers = np.load(FILES / "kl_small.npz")
     made, is_new = convert_tokenizer(VAE, tmp_path / "kl.safetensors")
     assert is_new and made.name == "kl" and (made.spec.stride, made.spec.embed_dim, made.scale) == (2, 4, None)
-    config = config_lib.base().tokenizer
-    config.update(name="kl", path=str(tmp_path / "kl.safetensors"))
+    config = config_lib.base()
+    config.tokenizer.update(name="kl", path=str(tmp_path / "kl.safetensors"))
     fields = made.spec.to_json()
     fields.pop("num_codes")
-    config.autoencoder.update(fields | {"scale": 0.5})
-    tokenizer = open_tokenizer(config)
+    config.tokenizer.autoencoder.update(fields | {"scale": 0.5})
+    tokenizer = open_tokenizer(config_lib.tokenizer_settings(config))
     moments = tokenizer.moments(tokenizer.params, jnp.asarray(numbers["in/images"]).transpose(0, 2, 3, 1))
     assert relative_error(moments.transpose(0, 3, 1, 2), numbers["out/moments"]) < 1e-4
     decoded = tokenizer.decode(tokenizer.params, moments[..., :4] * 0.5)

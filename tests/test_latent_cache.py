@@ -75,7 +75,8 @@ def test_latents_of_a_cached_batch_are_those_of_its_images(autoencoders, tmp_pat
     config = config_lib.resolve(make(autoencoders, name, tokenizer__posterior=posterior))
     manifest = cache_latents(config, tmp_path / "cache", dtype="float32").manifest
     assert manifest.dtype == ("int32" if name == "vq" else "float32")
-    tokenizer, key, data = open_tokenizer(config.tokenizer), jax.random.key(5), config_lib.data_settings(config)
+    tokenizer, data = open_tokenizer(config_lib.tokenizer_settings(config)), config_lib.data_settings(config)
+    key = jax.random.key(5)
     with (
         Batches(data, 32, 3) as images,
         Batches(data, 32, 3, examples=Latents(tmp_path / "cache", manifest, flip=True)) as cached,
@@ -214,12 +215,8 @@ def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache
         raise UserError("gone")
 
     monkeypatch.setattr("marjax.data.latent_cache.write.open_source", gone)
-    assert (
-        open_fitting(
-            resolve(make(autoencoders, data__cache=str(cache))), open_tokenizer(make(autoencoders).tokenizer)
-        ).num_examples
-        == 100
-    )
+    config = resolve(make(autoencoders, data__cache=str(cache)))
+    assert open_fitting(config, open_tokenizer(config_lib.tokenizer_settings(config))).num_examples == 100
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}', "[" * 100_000, "\0"])

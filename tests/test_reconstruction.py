@@ -6,6 +6,7 @@ from PIL import Image
 from support.configs import make_autoencoder, make_digits
 from support.paths import DIGITS, ROOT
 
+from marjax import config as config_lib
 from marjax.cli import main
 from marjax.data.preprocess import center_crop
 from marjax.errors import UserError
@@ -43,7 +44,7 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
     folder, images = pictures
     path = autoencoders / "kl.safetensors"
     report = check(folder, path=str(path), image_size=8, batch_size=3, out=tmp_path / "new")
-    tokenizer = open_tokenizer(make_autoencoder("kl", path).tokenizer)
+    tokenizer = open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("kl", path)))
     x = images / np.float32(127.5) - np.float32(1.0)
     moments = tokenizer.moments(tokenizer.params, x)
     assert report["num_images"] == 7 and report["image_size"] == 8

@@ -100,7 +100,7 @@ def lowered_programs(
       UserError: the batch does not divide over the mesh, or the tokenizer's latents cannot be cached.
     """
     assembly = assemble(config, mesh)
-    tokenizer = described_tokenizer(config.tokenizer, assembly.tokens)
+    tokenizer = described_tokenizer(config_lib.tokenizer_settings(config), assembly.tokens)
     tokenizer.params = sharding.put_replicated(tokenizer.params, mesh)
     assembly = assembly.replace(tokenizer=tokenizer)
     made = []

@@ -6,7 +6,16 @@ fields, `resolve` checks the result and computes what follows from it; everythin
 
 from marjax.config.files import errors_of, load, load_function, parse_arg
 from marjax.config.overrides import apply_overrides, conform, flatten
-from marjax.config.resolve import check_fields, check_sample, data_settings, resolve, tokens_of, with_data
+from marjax.config.resolve import (
+    check_fields,
+    check_sample,
+    data_settings,
+    fill_tokenizer,
+    resolve,
+    tokenizer_settings,
+    tokens_of,
+    with_data,
+)
 from marjax.config.schema import CHOICES, MODEL_SIZES, base, set_model_size
 
 __all__ = [
@@ -19,12 +28,14 @@ __all__ = [
     "conform",
     "data_settings",
     "errors_of",
+    "fill_tokenizer",
     "flatten",
     "load",
     "load_function",
     "parse_arg",
     "resolve",
     "set_model_size",
+    "tokenizer_settings",
     "tokens_of",
     "with_data",
 ]

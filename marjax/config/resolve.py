@@ -6,6 +6,7 @@ import typing
 
 from ml_collections import ConfigDict
 
+from marjax import tokenizers
 from marjax.config.overrides import conform, flatten
 from marjax.config.schema import CHOICES, MAX_LENGTH, PATHS, RANGES
 from marjax.data.settings import DataSettings, check_image
@@ -13,7 +14,7 @@ from marjax.errors import UserError
 from marjax.paths import optional
 from marjax.ranges import shown
 from marjax.registry import Choices, unknown
-from marjax.tokenizers import TokenShape, token_shape
+from marjax.tokenizers import TokenizerSettings, TokenShape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
 
@@ -45,6 +46,17 @@ def frozen(section: ConfigDict, cls: type[T], **values: typing.Any) -> T:
 def data_settings(config: ConfigDict) -> DataSettings:
     """`config.data` as plain values."""
     return frozen(config.data, DataSettings)
+
+
+def tokenizer_settings(config: ConfigDict) -> TokenizerSettings:
+    """`config.tokenizer` as plain values."""
+    return frozen(config.tokenizer, TokenizerSettings)
+
+
+def fill_tokenizer(config: ConfigDict) -> None:
+    """Derives the fields of `config.tokenizer` that are None and follow from its name. Raises UserError."""
+    filled = autoencoder_spec.fill(tokenizer_settings(config), config.data.channels)
+    config.tokenizer.update(dataclasses.asdict(filled))
 
 
 def with_data(config: ConfigDict, data: typing.Any) -> tuple[ConfigDict, "Source"]:
@@ -94,7 +106,7 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
         raise UserError(
             f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}"
         )
-    autoencoder_spec.fill(config.tokenizer, data.channels)
+    fill_tokenizer(config)
     _resolve_tokenizer_training(config.tokenizer.train, data.image_size)
     tokens, variant = tokens_of(config), VARIANTS[model.variant]
     if HEADS[model.head].discrete and not tokens.num_codes:
@@ -221,17 +233,7 @@ def _count(data: ConfigDict) -> None:
 
 def tokens_of(config: ConfigDict) -> TokenShape:
     """The tokens of the config's images. Raises UserError."""
-    data, tokenizer = config.data, config.tokenizer
-    num_codes = autoencoder_spec.DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes
-    named = tokenizer.name in autoencoder_spec.AUTOENCODERS
-    return token_shape(
-        tokenizer.name,
-        image_size=data.image_size,
-        channels=data.channels,
-        patch_size=tokenizer.patch_size,
-        num_codes=num_codes,
-        spec=autoencoder_spec.spec_of(tokenizer, data.channels) if named else None,
-    )
+    return tokenizers.tokens_of(tokenizer_settings(config), config.data.image_size, config.data.channels)
 
 
 def check_sample(config: ConfigDict) -> None:

@@ -77,7 +77,7 @@ def train_autoencoder(
         raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
     check_loggers(config.log)
-    train, spec = config.tokenizer.train, spec_of(config.tokenizer, config.data.channels)
+    train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_settings(config), config.data.channels)
     mesh = sharding.near_mesh(config.mesh)
     sharding.check_batch(mesh, train.batch_size, 1)
     trainer = Trainer.from_config(config, spec)

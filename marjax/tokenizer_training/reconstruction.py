@@ -195,8 +195,8 @@ def _open(
     if kind is not None and not kind.discrete:
         base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found
     config_lib.tokens_of(base)
-    autoencoder_spec.fill(base.tokenizer, base.data.channels)
-    return open_tokenizer(base.tokenizer), config_lib.data_settings(base)
+    config_lib.fill_tokenizer(base)
+    return open_tokenizer(config_lib.tokenizer_settings(base)), config_lib.data_settings(base)
 
 
 def from_config(data: DataSettings, batch_size: int) -> Generator[Batch]:

@@ -8,7 +8,8 @@ from marjax import registry
 from marjax.errors import UserError, shortened
 from marjax.tokenizers.pixels import Pixels
 from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape, check_checksum
-from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
+from marjax.tokenizers.settings import TokenizerSettings
+from marjax.tokenizers.spec import AUTOENCODERS, DEFAULT_NUM_CODES, Spec, spec_of
 
 if TYPE_CHECKING:
     from marjax.tokenizers.autoencoder_file import Stored
@@ -17,10 +18,12 @@ __all__ = [
     "Cacheable",
     "TokenShape",
     "Tokenizer",
+    "TokenizerSettings",
     "described_tokenizer",
     "make_tokenizer",
     "open_tokenizer",
     "token_shape",
+    "tokens_of",
 ]
 
 # Those without a network have stride 1 and the image's channels; whether tokens are codes.
@@ -66,8 +69,20 @@ def token_shape(
         raise UserError(f"data.image_size: {error}") from None
 
 
-def open_tokenizer(tokenizer: Any) -> Tokenizer:
-    """The tokenizer of a `config.tokenizer`, with its weights.
+def tokens_of(tokenizer: TokenizerSettings, image_size: int, channels: int) -> TokenShape:
+    """The tokens of a square image. Raises UserError as `token_shape` and `spec_of` do."""
+    return token_shape(
+        tokenizer.name,
+        image_size=image_size,
+        channels=channels,
+        patch_size=tokenizer.patch_size,
+        num_codes=DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes,
+        spec=spec_of(tokenizer, channels) if tokenizer.name in AUTOENCODERS else None,
+    )
+
+
+def open_tokenizer(tokenizer: TokenizerSettings) -> Tokenizer:
+    """The tokenizer that the settings ask for, with its weights.
 
     Raises:
       UserError: no file, a damaged one, or another network, scale or checksum than the config asks for.
@@ -124,7 +139,7 @@ def open_tokenizer(tokenizer: Any) -> Tokenizer:
     )
 
 
-def _open_registered(tokenizer: Any) -> Tokenizer:
+def _open_registered(tokenizer: TokenizerSettings) -> Tokenizer:
     """A tokenizer of `marjax.register`. Raises UserError: it is none, or has other weights than the model knows."""
     name = tokenizer.name
     found = registry.find("tokenizer", name)
@@ -143,8 +158,8 @@ def _open_registered(tokenizer: Any) -> Tokenizer:
     return opened
 
 
-def described_tokenizer(tokenizer: Any, tokens: TokenShape) -> Tokenizer:
-    """The tokenizer of a resolved `config.tokenizer` without its weights: `params` are ShapeDtypeStructs.
+def described_tokenizer(tokenizer: TokenizerSettings, tokens: TokenShape) -> Tokenizer:
+    """The tokenizer without its weights: `params` are ShapeDtypeStructs.
 
     It is for compiling. A scale that only the weights' file knows is taken to be 1.
     """

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -18,6 +17,7 @@ from marjax.errors import UserError
 from marjax.npz_file import read_npz
 from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.protocol import TokenShape, check_checksum
+from marjax.tokenizers.settings import TokenizerSettings
 
 _ARRAYS = {
     "codes": ("f", 2),
@@ -127,8 +127,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
     return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
 
 
-def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
-    """The codebook of a `config.tokenizer`: its `path`, checked against `num_codes`, `patch_size` and `checksum`.
+def open_codebook(tokenizer: TokenizerSettings) -> Codebook:
+    """The codebook that the settings ask for: its `path`, checked against `num_codes`, `patch_size` and `checksum`.
 
     Raises:
       UserError: no path, no such file, a damaged one, or another codebook than the config asks for.
@@ -147,9 +147,9 @@ def open_codebook(tokenizer: ml_collections.ConfigDict) -> Codebook:
             f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
         ) from None
     for key, given in (("num_codes", codebook.num_codes), ("patch_size", codebook.patch_size)):
-        if given != tokenizer[key]:
+        if given != (wanted := getattr(tokenizer, key)):
             raise UserError(
-                f"config.tokenizer.{key} is {tokenizer[key]}, but the codebook {tokenizer.path} was made "
+                f"config.tokenizer.{key} is {wanted}, but the codebook {tokenizer.path} was made "
                 f"with {given}: set it to {given}, or {how}"
             )
     check_checksum(tokenizer.checksum, codebook.checksum, "codebook", tokenizer.path)

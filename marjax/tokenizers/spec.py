@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from marjax.errors import UserError
+from marjax.tokenizers.settings import TokenizerSettings
 
 GROUPS = 32  # of every GroupNorm
 DEFAULT_NUM_CODES = 512
@@ -169,28 +170,21 @@ _FREE = {
 }
 
 
-def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
-    """The network that a `config.tokenizer` with one of the names in AUTOENCODERS asks for.
-
-    Fields of `config.tokenizer.autoencoder` that are None follow from the name.
+def spec_of(tokenizer: TokenizerSettings, channels: int | None = None) -> Spec:
+    """The network of a tokenizer whose name is in AUTOENCODERS.
 
     Args:
-      tokenizer: the section, resolved or not.
-      channels: of the images, where they are known.
+      tokenizer: the settings; fields of `autoencoder` that are None follow from the name.
+      channels: of the images, if known.
 
     Raises:
-      UserError: no such network, or a field at odds with the name's preset.
+      UserError: an invalid network, or a field that contradicts the name's preset.
     """
     kind, name = AUTOENCODERS[tokenizer.name], tokenizer.name
-    given = {
-        field.name: tokenizer.autoencoder[field.name] for field in dataclasses.fields(Spec) if field.name != "num_codes"
-    }
-    given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
-    if kind.vq:
-        given["num_codes"] = tokenizer.num_codes
-        if tokenizer.num_codes is not None and tokenizer.num_codes < 1:
-            raise UserError(f"config.tokenizer.num_codes is {tokenizer.num_codes}: give at least 1")
-    given = {field: value for field, value in given.items() if value is not None}
+    given = dataclasses.asdict(tokenizer.autoencoder) | {"num_codes": tokenizer.num_codes if kind.vq else None}
+    given = {each.name: given[each.name] for each in dataclasses.fields(Spec) if given[each.name] is not None}
+    if kind.vq and tokenizer.num_codes is not None and tokenizer.num_codes < 1:
+        raise UserError(f"config.tokenizer.num_codes={tokenizer.num_codes} is too small; use at least 1")
     if kind.preset is None:
         if channels is not None:
             given.setdefault("in_channels", channels)
@@ -212,27 +206,27 @@ def spec_of(tokenizer: Any, channels: int | None = None) -> Spec:
     if channels is not None and spec.in_channels != channels:
         raise UserError(
             f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}: set it to "
-            f"{spec.in_channels} (grey images are repeated, colour ones become grey)"
+            f"{spec.in_channels} (grey images are repeated, colour images become grey)"
         )
     return spec
 
 
-def fill(tokenizer: Any, channels: int) -> None:
-    """Writes what `spec_of` makes of a `config.tokenizer` into its fields that are None. Raises UserError."""
-    if tokenizer.name in AUTOENCODERS:
-        kind, spec = AUTOENCODERS[tokenizer.name], spec_of(tokenizer, channels)
-        for field, value in spec.to_json().items():
-            if field != "num_codes":
-                tokenizer.autoencoder[field] = value
-        if kind.vq:
-            tokenizer.num_codes = spec.num_codes
-        scale = tokenizer.autoencoder.scale
-        if scale is not None and not scale > 0.0:
-            raise UserError(f"config.tokenizer.autoencoder.scale is {scale}: give a positive number")
-        if scale not in (None, 1.0) and kind.discrete:
-            raise UserError(
-                f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
-                f"are not scaled: leave it out"
-            )
-    elif tokenizer.num_codes is None:
-        tokenizer.num_codes = DEFAULT_NUM_CODES
+def fill(tokenizer: TokenizerSettings, channels: int) -> TokenizerSettings:
+    """The settings with the fields of its network that are None derived. Raises UserError."""
+    if tokenizer.name not in AUTOENCODERS:
+        num_codes = DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes
+        return dataclasses.replace(tokenizer, num_codes=num_codes)
+    kind, fields = AUTOENCODERS[tokenizer.name], spec_of(tokenizer, channels).to_json()
+    num_codes, scale = fields.pop("num_codes"), tokenizer.autoencoder.scale
+    if scale is not None and not scale > 0.0:
+        raise UserError(f"config.tokenizer.autoencoder.scale={scale} is not positive; use a positive number")
+    if scale not in (None, 1.0) and kind.discrete:
+        raise UserError(
+            f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
+            f"are not scaled: leave it out"
+        )
+    return dataclasses.replace(
+        tokenizer,
+        num_codes=num_codes if kind.vq else tokenizer.num_codes,
+        autoencoder=dataclasses.replace(tokenizer.autoencoder, **fields),
+    )

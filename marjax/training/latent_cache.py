@@ -48,7 +48,7 @@ def cache_latents(
       TrainingError: a file cannot be written, or moments are not finite.
     """
     config = config_lib.resolve(config)
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config_lib.tokenizer_settings(config))
     if not isinstance(tokenizer, Cacheable):
         raise UserError(f"config.tokenizer.name={config.tokenizer.name} has no network: there is nothing to cache")
     return write.write(
