@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from support.configs import make_autoencoder
 
+from marjax import config as config_lib
 from marjax import sharding
 from marjax.tokenizers import autoencoder, open_tokenizer
 
