@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from support.compare import parity
+from support.hosts import on_hosts
 
 from marjax.evaluation.metrics.frechet import Gaussian, Moments, frechet_distance, gaussian
 
@@ -137,16 +138,17 @@ def test_merged_moments_are_those_of_all_rows():
     rows = rng.normal(size=(9000, 6)) @ spd(rng, 6) + np.arange(6)
     whole = gaussian(rows)
     np.testing.assert_allclose(whole.cov, np.cov(rows.T), rtol=1e-12)  # more rows than are held at a time
-    parts = [Moments(6) for _ in range(4)]
-    for part, some in zip(parts[:3], np.split(rows, [10, 4000]), strict=True):  # one has none
-        part.add(some)
-    left, right = Moments(6), Moments(6)
-    for part in parts:
-        left.merge(part)
-    for part in reversed(parts):
-        right.merge(part)
-    for found in (left.gaussian(), right.gaussian()):
-        assert found.count == 9000
-        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
-        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-12, atol=1e-12)
-    assert np.abs(parts[0].gaussian().cov - whole.cov).max() > 0.1
+    parts = np.split(rows, [10, 4000, 9000])  # the last is empty
+    for order in (parts, parts[::-1]):
+
+        def merged(processes, order=order):
+            moments = Moments(6)
+            moments.add(order[processes.index])
+            found = moments.merged(processes).gaussian()
+            return found.count, found.mean.tolist(), found.cov.tolist()
+
+        count, mean, cov = on_hosts(4, merged)
+        assert count == 9000
+        np.testing.assert_allclose(mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(cov, whole.cov, rtol=1e-12, atol=1e-12)
+    assert np.abs(gaussian(parts[0]).cov - whole.cov).max() > 0.1

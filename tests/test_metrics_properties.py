@@ -3,14 +3,11 @@
 Processes are threads that meet at every gather, and once two real processes. Legend: N rows, F features.
 """
 
-import dataclasses
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
+from support.hosts import on_hosts
 from support.networks import Network
 from support.processes import Run
 
@@ -25,32 +22,6 @@ from marjax.evaluation.metrics.precision_recall import precision_recall
 from marjax.evaluation.statistics import compute_statistics
 
 N, F, K = 250, 12, 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Thread(Processes):
-    """One of several hosts within this process."""
-
-    meeting: Any = None
-    table: Any = None
-
-    def allgather(self, values):
-        values = np.asarray(values)
-        assert values.dtype in (np.float64, np.int64)
-        self.table[self.index] = values.copy()
-        self.meeting.wait()
-        gathered = np.stack(self.table)  # fails where shapes differ
-        self.meeting.wait()
-        return gathered
-
-
-def on_hosts(count, work):
-    """The results of work(hosts), which all hosts must agree on; one of them."""
-    meeting, table = threading.Barrier(count, timeout=60), [None] * count
-    with ThreadPoolExecutor(count) as pool:
-        results = list(pool.map(lambda index: work(Thread(index, count, meeting, table)), range(count)))
-    assert all(result == results[0] for result in results)
-    return results[0]
 
 
 def sets():

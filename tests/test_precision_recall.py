@@ -75,8 +75,8 @@ def test_refusals():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"{k}-th neighbours"):
             precision_recall([rows], [rows], k=k)
-    with pytest.raises(ValueError, match="different widths: 2 and 3"):
+    with pytest.raises(ValueError, match="2 and 3"):
         precision_recall([rows], [np.zeros((4, 3), np.float32)])
     for blocks in ([], [rows, rows.astype(np.float64)], [rows, rows[:, :1]], [rows[0]], [rows.astype(int)]):
-        with pytest.raises(ValueError, match="of one F and type"):
+        with pytest.raises(ValueError, match="F and type"):
             precision_recall([rows], blocks)

@@ -4,7 +4,7 @@ import configparser
 import re
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 import marjax
 

@@ -14,6 +14,7 @@ from support.processes import Run
 
 from marjax import train
 from marjax.errors import UserError
+from marjax.evaluation.across_processes import ALONE, Processes
 from marjax.evaluation.evaluate import LOCK
 from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.generation.sample import open_sampler
@@ -101,12 +102,12 @@ def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path
 
 def test_hosts_make_a_share_each(whole, opened, tmp_path):
     for host in range(3):
-        part = SampleSet(tmp_path, SPEC, host, 3)
+        part = SampleSet(tmp_path, SPEC, Processes(host, 3))
         part.generate(opened.sampler, opened.params)
         found = np.concatenate([indices for indices, _ in part.batches()])
         assert found.tolist() == [index for batch in range(host, 4, 3) for index in SPEC.indices(batch)]
         part.write_pngs(tmp_path / "png")
-    everything = list(part.batches(everyones=True))
+    everything = list(part.batches(ALONE))
     np.testing.assert_array_equal(np.concatenate([images for _, images in everything]), whole[0])
     names = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert names == [f"{index:06d}.png" for index in range(23)]
@@ -136,7 +137,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("marjax.evaluation.samples._write_header", full)
-    with pytest.raises(UserError, match=r"x\.npz cannot be written .No space left"):
+    with pytest.raises(UserError, match=r"x\.npz .*No space left"):
         samples.write_npz(tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == [SPEC.name]
 
@@ -148,7 +149,7 @@ def test_damage_is_told(opened, tmp_path):
     content = path.read_bytes()
     for broken in (content[:60], b"", content.replace(b"|u1", b"|i1")):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="batch-000002.npy .*delete it and start again"):
+        with pytest.raises(UserError, match=r"batch-000002\.npy"):
             list(samples.batches())
     headers = ("(10000000, 8, 8, 1)", "(4, 10000000000, 8, 1)", "(4, 8, 4, 2)")  # ours, with another shape
     for shape in headers:

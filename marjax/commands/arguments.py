@@ -31,10 +31,6 @@ SAMPLE_FIELDS = {
 }
 
 
-# Those that `marjax evaluate` takes lists of: all that alter an image.
-EVALUATE_FIELDS = tuple(name for name in SAMPLE_FIELDS if name != "batch_size")
-
-
 def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = True, what: str = "the config") -> None:
     """Adds `--config`, or those flags; `what` says in the help what is taken from the config."""
     parser.add_argument(

@@ -3,8 +3,9 @@
 import argparse
 import os
 
-from marjax.commands.arguments import EVALUATE_FIELDS, join, split_list
+from marjax.commands.arguments import join, split_list
 from marjax.commands.next_step import plot_command, print_next
+from marjax.evaluation.record import RECORD, SETTINGS
 
 HELP = "Sample from a work directory and measure: FID and more."
 EXAMPLE = "marjax evaluate --workdir runs/digits --num_images 1000"
@@ -32,16 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer_path", help="where the tokenizer's weights are now, if they have moved")
     parser.add_argument("--save", choices=("npz", "png"), default="", help="keep the samples")
     parser.add_argument("--overwrite", action="store_true", help="measure again what has been measured")
-    for name in EVALUATE_FIELDS:
+    for name in SETTINGS:
         parser.add_argument(f"--{name}", metavar="A,B", help="one or several, all combinations of which are measured")
 
 
 def run(given: argparse.Namespace) -> None:
     from marjax.evaluation.evaluate import Request, evaluate, table
-    from marjax.evaluation.record import RECORD
 
     join(given)
-    settings = {name: split_list(getattr(given, name)) for name in EVALUATE_FIELDS if getattr(given, name) is not None}
+    settings = {name: split_list(getattr(given, name)) for name in SETTINGS if getattr(given, name) is not None}
     entries = evaluate(
         given.workdir,
         Request(

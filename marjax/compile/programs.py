@@ -19,6 +19,7 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from marjax import config as config_lib
 from marjax import numerics, sharding
 from marjax.assembly import Assembly, assemble
 from marjax.compile import hlo

@@ -1,4 +1,4 @@
-"""Sharing work out over the JAX processes of a run, and bringing the results of all of them together."""
+"""Splits work over the JAX processes of a run and combines their results."""
 
 import dataclasses
 from typing import Any
@@ -7,38 +7,38 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_AT_A_TIME = 2**23  # values that `sum` holds of all hosts together: 64 MiB
+_AT_A_TIME = 2**23  # values over all processes that `sum` gathers at a time: 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a run, and which of them this is; alone by default. `all_processes` makes the real one.
+    """The number of processes of a run, and the index of this one.
 
-    Whatever gathers is called by all of them, in the same order and with the same shapes.
+    Every process must call `allgather`, `sum` and `barrier`, in the same order and with the same shapes.
     """
 
     index: int = 0
     count: int = 1
 
     def share(self, number: int) -> range:
-        """Which of `number` pieces of work are this host's: each is one host's, and all have as many but for one."""
+        """The pieces of work, of `number`, that this process does."""
         return range(self.index, number, self.count)
 
     def allgather(self, values: np.ndarray) -> np.ndarray:
-        """(count, ...) of each host's values (...), float64 or int64, to the bit. Raises ValueError for other types."""
+        """Returns every process's values (...), float64 or int64, bit-exact as (count, ...). Raises ValueError."""
         values = np.asarray(values)
         if values.dtype not in (np.float64, np.int64):
             raise ValueError(f"values are {values.dtype}: expected float64 or int64")
         if self.count == 1:
             return values[None]
-        # JAX would round 64 bits to 32, so they travel as pairs of words.
+        # JAX would round 64 bits to 32, so each value travels as a pair of words.
         words: Any = multihost_utils.process_allgather(values.ravel().view(np.uint32))
         return np.ascontiguousarray(words).view(values.dtype).reshape(self.count, *values.shape)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum over processes, in their order and so the same on each: shape and type as `allgather` takes them.
+        """Sums float64 or int64 values over the processes, in their order, so that all get the same bits.
 
-        Memory for one more such array and 64 MiB, however many hosts there are.
+        Needs memory for one more such array and 64 MiB, for any number of processes.
         """
         flat = np.reshape(values, -1)
         total = np.empty_like(flat)
@@ -52,6 +52,9 @@ class Processes:
         """Waits for all processes."""
         if self.count > 1:
             multihost_utils.sync_global_devices("marjax.evaluation")
+
+
+ALONE = Processes()
 
 
 def all_processes() -> Processes:

@@ -1,7 +1,7 @@
-"""The smaller evaluation of a training run: some samples every so many steps, without guidance and with.
+"""Small evaluations of the EMA weights during training, without and with guidance.
 
-Its distances are not those of `marjax evaluate`, since they grow as the number of samples falls; they show how a run
-goes on.
+Their distances show the trend but differ from those of `marjax evaluate`, because distances grow as the number of
+samples falls.
 """
 
 from typing import Any
@@ -17,52 +17,47 @@ from marjax.generation.sampler import Sampler
 
 
 class Probe:
-    """Measures EMA weights by `config.eval`; the samples are the same ones every time."""
+    """Measures EMA weights as `config.eval` says, always with the same sample indices."""
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
-        """Opens extractor and statistics.
-
-        Args:
-          config: resolved.
-
-        Raises:
-          UserError: either cannot be used.
-        """
-        self.config = config
-        self.extractor = open_extractor(config.eval.extractor, config.eval.extractor_path)
-        self.statistics = read_statistics(config.eval.statistics)
+        """Opens the extractor and the dataset statistics of a resolved config. Raises UserError."""
+        self._settings, self._sample, self._seed = config.eval, config.sample, config.seed
+        self._num_classes = config.data.num_classes
+        self._extractor = open_extractor(config.eval.extractor, config.eval.extractor_path)
+        self._statistics = read_statistics(config.eval.statistics)
         self._samplers: dict[str, Sampler] = {}
-        check_fits(self.extractor, self.statistics, config.data.image_size, config.data.channels)
+        check_fits(self._extractor, self._statistics, config.data.image_size, config.data.channels)
 
     def __call__(self, sampler: Sampler, params: Any) -> dict[str, float]:
-        """`eval/fid` and so on, without guidance, and `eval/fid_guided` and so on, where `config.eval.cfg` is not 1.
+        """Samples and measures; every process must call it.
 
-        Other features than Inception's give other names (see `evaluation.names`); `eval/num_images` is their number.
-        With several processes, all must call this.
+        Returns:
+          `eval/num_images`; `eval/fid` and the other metrics of `score`, measured without guidance; and, if
+          `config.eval.cfg` is not 1, `eval/fid_guided` and the others with guidance.
         """
-        config, processes = self.config, all_processes()
-        found: dict[str, float] = {"eval/num_images": config.eval.num_images}
-        if not self._samplers:  # kept, since each has a program of its own
-            self._samplers = {"": sampler.with_settings(self._sample(1.0))}
-            if config.eval.cfg != 1.0:
-                self._samplers["_guided"] = sampler.with_settings(self._sample(config.eval.cfg))
-        labels = np.arange(config.eval.num_images) % config.data.num_classes
-        mine = np.arange(processes.index, len(labels), processes.count)
+        total, cfg = self._settings.num_images, self._settings.cfg
+        if not self._samplers:  # kept, because each compiles its own program
+            scales = {"": 1.0} | ({"_guided": cfg} if cfg != 1.0 else {})
+            self._samplers = {suffix: sampler.with_settings(self._with_cfg(scale)) for suffix, scale in scales.items()}
+        processes = all_processes()
+        labels = np.arange(total) % self._num_classes
+        mine = np.array(processes.share(total))
+        metrics: dict[str, float] = {"eval/num_images": total}
         for suffix, each in self._samplers.items():
-            images = each(params, labels, config.seed, batch_size=config.sample.batch_size)
-            metrics = score(
+            images = each(params, labels, self._seed, batch_size=self._sample.batch_size)
+            found = score(
                 [(mine, images[mine])],
-                len(images),
-                self.extractor,
-                self.statistics,
+                total,
+                self._extractor,
+                self._statistics,
                 processes,
-                num_classes=config.data.num_classes,
+                num_classes=self._num_classes,
             )
-            found |= {f"eval/{name}{suffix}": value for name, value in metrics.items()}
-        return found
+            metrics |= {f"eval/{name}{suffix}": value for name, value in found.items()}
+        return metrics
 
-    def _sample(self, cfg: float) -> ml_collections.ConfigDict:
-        sample = self.config.sample.copy_and_resolve_references()
+    def _with_cfg(self, cfg: float) -> ml_collections.ConfigDict:
+        sample = self._sample.copy_and_resolve_references()
         with sample.unlocked():
             sample.cfg = cfg
         return sample

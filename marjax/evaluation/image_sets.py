@@ -1,6 +1,6 @@
-"""Sets of real images, each read by its index: arrays in an npz file, pictures in a folder, the data of a config.
+"""Sets of real images: an array in an npz file, pictures in a folder, the data of a config.
 
-Legend: N images of H x W pixels and C channels, B of them at a time.
+Legend: N images of H x W pixels and C channels, B in a batch.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from marjax.data.preprocess import Preprocess, center_crop, to_channels
 from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
-from marjax.evaluation.across_processes import Processes
+from marjax.evaluation.across_processes import ALONE, Processes
 from marjax.npz_file import NpzFile
 from marjax.paths import takes_paths
 
@@ -29,7 +29,7 @@ class ImageSet(Protocol):
     """Images of one size.
 
     Attributes:
-      source: where they come from, for people.
+      source: where the images come from, for people.
     """
 
     source: str
@@ -37,12 +37,12 @@ class ImageSet(Protocol):
     def __len__(self) -> int:
         """N, at least 1."""
 
-    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
-        """Each image once: those of a host's share, at most `batch_size` at a time. Raises UserError."""
+    def batches(self, batch_size: int, processes: Processes = ALONE) -> Iterator[Batch]:
+        """Yields a process's share of the images, each once, at most `batch_size` at a time. Raises UserError."""
 
 
 class NpzImages:
-    """The array uint8 (N, H, W, C) in a member of an npz file, read front to back, a batch at a time.
+    """The array uint8 (N, H, W, C) in a member of an npz file, read sequentially.
 
     Attributes:
       source: the file's path.
@@ -51,7 +51,7 @@ class NpzImages:
 
     @takes_paths("path")
     def __init__(self, path: str | os.PathLike[str], key: str = "arr_0") -> None:
-        """Reads the header. Raises UserError: no such file or array, or one of another kind."""
+        """Reads the header. Raises UserError: no such file or array, or another shape or type."""
         self.source, self._key = os.fspath(path), key
         self._advice = f"give an npz file with images, uint8 (N, H, W, 1 or 3), as {key}"
         with NpzFile(path, advice=self._advice) as file:
@@ -64,7 +64,7 @@ class NpzImages:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes = ALONE) -> Iterator[Batch]:
         """See `ImageSet`."""
         image_bytes = math.prod(self.shape[1:])
         with (
@@ -72,11 +72,10 @@ class NpzImages:
             archive.stream(self._key, ("u", 4)) as (file, header),
         ):
             if header.shape != self.shape:
-                raise UserError(f"{self.source} was replaced while it was read; start again")
-            for batch in (processes or Processes()).share(-(-len(self) // batch_size)):
+                raise UserError(f"{self.source} changed while it was being read; start again")
+            for batch in processes.share(-(-len(self) // batch_size)):
                 indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
-                # Forwards only, which a stream can do.
-                file.seek(header.start + int(indices_B[0]) * image_bytes)
+                file.seek(header.start + int(indices_B[0]) * image_bytes)  # forward only, as streams can
                 data = file.read(len(indices_B) * image_bytes)
                 if len(data) < len(indices_B) * image_bytes:
                     raise EOFError(f"{self._key} ends early")
@@ -84,7 +83,7 @@ class NpzImages:
 
 
 class FolderImages:
-    """The pictures in a folder and those in it, in the order of their paths.
+    """The pictures in a folder, at any depth, in the order of their paths.
 
     Attributes:
       source: the folder.
@@ -92,15 +91,15 @@ class FolderImages:
 
     @takes_paths("folder")
     def __init__(self, folder: str | os.PathLike[str], image_size: int | None = None, channels: int = 3) -> None:
-        """Lists them.
+        """Lists the pictures.
 
         Args:
-          folder: with pictures at any depth.
-          image_size: the side of the square that is cropped out of each as in training; None takes them as they are.
-          channels: 1 or 3, which colours are turned into.
+          folder: the folder.
+          image_size: the side of the square cropped from each picture as in training; None keeps their size.
+          channels: 1 or 3, to which colours are converted.
 
         Raises:
-          UserError: no pictures, or impossible sizes.
+          UserError: no pictures, or an invalid size.
         """
         self.source = os.fspath(folder)
         self._paths = pictures(folder)
@@ -110,31 +109,31 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes = ALONE) -> Iterator[Batch]:
         """See `ImageSet`."""
         shape = self._picture(self._paths[0]).shape
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for batch in (processes or Processes()).share(-(-len(self) // batch_size)):
+            for batch in processes.share(-(-len(self) // batch_size)):
                 indices_B = np.arange(batch * batch_size, min(len(self), (batch + 1) * batch_size))
                 paths = [self._paths[index] for index in indices_B]
                 images = list(pool.map(self._picture, paths))
                 for path, image in zip(paths, images, strict=True):
                     if image.shape != shape:
                         raise UserError(
-                            f"picture {path} has {image.shape[0]} x {image.shape[1]} pixels, the first of "
-                            f"the folder {shape[0]} x {shape[1]}: give an image size to crop all to"
+                            f"picture {path} has {image.shape[0]} x {image.shape[1]} pixels, the first of the "
+                            f"folder {shape[0]} x {shape[1]}; set image_size to crop all to one size"
                         )
                 yield indices_B, np.stack(images)
 
     def _picture(self, path: str) -> np.ndarray:
         image = read_picture(path)
-        # Before the crop if channels are lost and after it if they are repeated, as `Preprocess` does.
+        # Like `Preprocess`, drops channels before the crop and repeats them after it.
         image = to_channels(image, min(self._channels, image.shape[2]))
         return to_channels(image if self._crop is None else center_crop(image, self._crop), self._channels)
 
 
 class ConfigImages:
-    """The images of a `config.data`, cropped as in training, in its order and without flips.
+    """The images of a `config.data`, in its order, cropped as in training, without flips.
 
     Attributes:
       source: the data set and its split.
@@ -149,9 +148,8 @@ class ConfigImages:
     def __len__(self) -> int:
         return len(self._examples)
 
-    def batches(self, batch_size: int, processes: Processes | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, processes: Processes = ALONE) -> Iterator[Batch]:
         """See `ImageSet`."""
-        processes = processes or Processes()
         opened = Batches(
             self._data,
             batch_size * processes.count,
@@ -164,5 +162,5 @@ class ConfigImages:
             for step, batch in enumerate(batches):
                 first = (step * processes.count + processes.index) * batch_size
                 indices_B = np.arange(first, min(len(self), first + batch_size))
-                if len(indices_B):  # the last batch is filled up, for some hosts wholly
+                if len(indices_B):  # the last batch is padded, on some processes entirely
                     yield indices_B, batch["image"][: len(indices_B)]

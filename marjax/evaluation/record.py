@@ -1,4 +1,4 @@
-"""`evaluation.json`: what was measured of a work directory, an entry for each setting."""
+"""`evaluation.json`: the metrics of a work directory, one entry per setting."""
 
 import hashlib
 import json
@@ -15,12 +15,22 @@ from marjax.json_file import read_json
 
 RECORD = "evaluation.json"
 FORMAT = 1
-_ADVICE = "measure again with another --out, or move it away"
+# The fields of config.sample that change images.
+SETTINGS = (
+    "num_iter",
+    "num_sampling_steps",
+    "cfg",
+    "cfg_schedule",
+    "temperature",
+    "confidence_order",
+    "choice_temperature",
+)
+_ADVICE = "evaluate with another --out or move it away"
 _NETWORK = {"name": str, "checksum": str}
 _SHAPE = {
     "format": {FORMAT},
     "results": [
-        {  # the format first: what a later one says of its entries is not known here
+        {
             "identity?": str,
             "settings": {"num_images": range(1 << 53), str: (float, bool, str, None)},
             "metrics": {str: (float, None)},
@@ -28,17 +38,17 @@ _SHAPE = {
             "samples?": (str, None),
             "extractor": _NETWORK,
             "statistics?": _NETWORK,
-            "reference?": _NETWORK,  # the same, in older records
+            "reference?": _NETWORK,  # its name in older records
         }
     ],
 }
 
 
 def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of a record, none if there is no such file; numbers may be infinite or not a number.
+    """Reads the entries; [] without a file. Numbers may be infinite or NaN.
 
     Raises:
-      UserError: it cannot be read, or is of another format.
+      UserError: the file cannot be read or has another format.
       StorageError: gs:// does not answer.
     """
     found = read_json(path, _SHAPE, advice=_ADVICE, missing={"results": []}, allow_nan=True)
@@ -46,32 +56,32 @@ def read_record(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _updated(entry: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """An entry under today's names: older records have "reference", and call all distances FID."""
+    """Renames the fields of older records, which have "reference" and call every distance FID."""
     entry = dict(entry)
     if "reference" in entry:
         entry["statistics"] = entry.pop("reference")
     if "statistics" not in entry:
-        raise UserError(f"{os.fspath(path)}: an entry has no statistics; {_ADVICE}")
+        raise UserError(f"{os.fspath(path)}: an entry has no field statistics; {_ADVICE}")
     return entry | {"metrics": names.of_extractor(entry["metrics"], entry["extractor"]["name"])}
 
 
 class Record:
-    """The entries of a file, which other commands may add to meanwhile."""
+    """The entries of a file to which other commands may add."""
 
     def __init__(self, path: epath.Path) -> None:
-        """Reads them. Raises UserError, StorageError as `read_record` does."""
+        """Raises UserError, StorageError: see `read_record`."""
         self.path = path
         self.results = read_record(path)
 
     def find(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The entry of the same samples measured the same way."""
+        """Returns the entry with this identity, or None."""
         return next((entry for entry in self.results if entry.get("identity") == _digest(identity)), None)
 
     def put(self, identity: Mapping[str, Any], entry: dict[str, Any], write: bool) -> None:
-        """Adds an entry, in place of one of the same; every host knows it then, and one of them writes."""
+        """Adds or replaces an entry; every process calls this, and one of them with `write`."""
         entry["identity"] = _digest(identity)
         if write:
-            self.results = read_record(self.path)  # which another command may have added to
+            self.results = read_record(self.path)  # with the entries of other commands
         self.results = [each for each in self.results if each.get("identity") != entry["identity"]] + [entry]
         if write:
             write_bytes(self.path, (json.dumps({"format": FORMAT, "results": self.results}, indent=1) + "\n").encode())

@@ -1,11 +1,9 @@
-"""A set of samples as files, made in any number of sittings and by any number of hosts.
+"""A set of samples on disk that a killed run resumes without changing a byte.
 
-A set is a folder with `plan.json`, which says all that decides the images, and a file a batch, in NumPy's format, which
-is renamed into place when it is whole. Hosts share nothing but the folder: host h of H makes batches h, h + H, ... on
-its own devices, at its own pace. What a killed run has finished is not done again, and the set is the same to the byte
-as if it had not been killed.
+The folder of a set has `plan.json`, the spec of its images, and one .npy file per batch, renamed into place once it is
+complete. Processes share only the folder: process h of H makes batches h, h + H, ... on its own devices.
 
-Legend: N images in all, B a batch, H x W pixels of C channels.
+Legend: N images in the set, B in a batch, H x W pixels, C channels.
 """
 
 import collections
@@ -25,29 +23,30 @@ from etils import epath
 
 from marjax import progress
 from marjax.errors import UserError
+from marjax.evaluation.across_processes import ALONE, Processes
 from marjax.files import atomic, make_folder, write_bytes
 from marjax.generation.sampler import Sampler
 from marjax.images import to_uint8, write_png
 from marjax.json_file import read_json
 from marjax.npz_file import read_npy
 
-_AHEAD = 2  # batches on the devices at a time, so that these never wait for a file to be written
+_AHEAD = 2  # batches dispatched at a time, so that the devices never wait for a file
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """What decides a set of samples: image i is a function of (weights, settings, seed, i) and its class is i mod K.
+    """What a set of samples depends on: image i is a function of (weights, settings, seed, i) and has class i mod K.
 
     Attributes:
       num_images: N.
       seed: of all randomness.
-      num_classes: K: of every class there are as many images as of any other, give or take one.
-      settings: the fields of `config.sample` that alter an image.
+      num_classes: K.
+      settings: the fields of `config.sample` that change images.
       weights: "ema" or "raw".
       step: of the checkpoint.
-      digest: of these weights.
-      tokenizer: the checksum of its weights.
-      batch_size: images a file, B; of no influence on what they are but for rounding.
+      digest: hash of the weights.
+      tokenizer: checksum of its weights.
+      batch_size: B, images per file; changes images by rounding only.
     """
 
     num_images: int
@@ -62,12 +61,12 @@ class SampleSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All but the batch size: what two sets of the same images have in common."""
+        """All fields but the batch size."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "batch_size"}
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """The name of the folder."""
         text = json.dumps(self.identity, sort_keys=True)
         return f"{self.weights}-{self.step}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -76,68 +75,67 @@ class SampleSpec:
         return -(-self.num_images // self.batch_size)
 
     def indices(self, batch: int) -> np.ndarray:
-        """Of the images in a file, int64 (B,), or fewer in the last."""
+        """The indices of a batch's images, int64 (B,); the last batch may have fewer."""
         return np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
-        """The classes of images, int64, by index."""
+        """The classes, int64, of images by index."""
         return indices % self.num_classes
 
 
 class SampleSet:
-    """The folder `root/<spec.name>`. A set that was begun there with another batch size keeps that.
+    """The folder `root/<spec.name>`; a set that exists there keeps its batch size.
 
     Attributes:
-      spec: of the set.
-      folder: where it is.
+      spec: of the set, with its batch size.
+      folder: the folder.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
         spec: SampleSpec,
-        host: int = 0,
-        hosts: int = 1,
+        processes: Processes = ALONE,
         *,
         image_shape: tuple[int, int, int] | None = None,
     ) -> None:
-        """Begins or resumes a set.
+        """Creates or resumes a set.
 
         Args:
-          root: the folder of its folder.
+          root: the parent folder.
           spec: of the set.
-          host, hosts: which part of it is this host's.
-          image_shape: (H, W, C) of an image, to check files of an earlier start; without it they must agree.
+          processes: those that share the batches.
+          image_shape: (H, W, C), to check existing files; by default only that they agree.
 
         Raises:
-          UserError: the folder cannot be written, or holds a spec that cannot be read.
+          UserError: the folder cannot be written, or its plan.json cannot be read.
         """
         self.folder = epath.Path(root) / spec.name
-        self.host, self.hosts, self._image_shape = host, hosts, image_shape
+        self.processes, self._image_shape = processes, image_shape
         path = self.folder / "plan.json"
-        if host == 0 and self.folder.exists() and not path.exists():
-            self.remove()  # what was left of a set that was being deleted
+        if processes.index == 0 and self.folder.exists() and not path.exists():
+            self.remove()  # an unfinished deletion
         make_folder(self.folder)
-        # A batch size with which nothing was made, such as one that the memory did not suffice for, is forgotten.
+        # A batch size that made no batch, such as one that did not fit into memory, is dropped.
         if path.exists() and any(each.name.startswith("batch-") for each in self.folder.iterdir()):
             begun = read_json(path, {"batch_size": range(1, 1 << 31)}, advice="delete its folder and start again")
-            # Of one batch that holds all images, there is nothing left to generate.
+            # The limit matters for one batch with all images, which needs no more generation.
             spec = dataclasses.replace(spec, batch_size=min(begun["batch_size"], max(spec.num_images, spec.batch_size)))
-        elif host == 0:
+        elif processes.index == 0:
             write_bytes(path, (json.dumps(dataclasses.asdict(spec), indent=1) + "\n").encode())
         self.spec = spec
 
     def missing(self) -> list[int]:
-        """This host's batches that are not there yet, in order."""
+        """This process's batches without a file, in order."""
         there = {path.name for path in self.folder.iterdir()}
-        return [batch for batch in range(self.host, self.spec.num_batches, self.hosts) if _file(batch) not in there]
+        return [batch for batch in self.processes.share(self.spec.num_batches) if _file(batch) not in there]
 
-    def generate(self, sampler: Sampler, params: Any, show: bool = True) -> None:
-        """Makes this host's missing batches, and shows how far it is. Raises UserError: a file cannot be written."""
+    def generate(self, sampler: Sampler, params: Any) -> None:
+        """Makes this process's missing batches. Raises UserError: a file cannot be written."""
         missing = self.missing()
-        mine = len(range(self.host, self.spec.num_batches, self.hosts))
-        clock = _Clock(self.folder / f"timing-{self.host}.json")
-        with progress.bar("sampling", mine, "batches", start=mine - len(missing), show=show) as bar:
+        mine = len(self.processes.share(self.spec.num_batches))
+        clock = _Clock(self.folder / f"timing-{self.processes.index}.json")
+        with progress.bar("sampling", mine, "batches", start=mine - len(missing)) as bar:
             for batch, image in self._dispatched(sampler, params, missing):
                 pixels = to_uint8(np.asarray(image)[: len(self.spec.indices(batch))])
                 write_bytes(self.folder / _file(batch), _to_npy(pixels))
@@ -145,7 +143,7 @@ class SampleSet:
                 bar.update()
 
     def _dispatched(self, sampler: Sampler, params: Any, batches: list[int]) -> Iterator[tuple[int, Any]]:
-        """The images of these batches, on the devices, where those of the next are being made already."""
+        """Yields batches and their images on the devices, with the next batch already dispatched."""
         spec, pending = self.spec, collections.deque[tuple[int, Any]]()
         for batch in batches:
             index = batch * spec.batch_size + np.arange(sampler.fitting(spec.batch_size))
@@ -154,15 +152,14 @@ class SampleSet:
                 yield pending.popleft()
         yield from pending
 
-    def batches(self, everyones: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Indices, int64 (B,), and images, uint8 (B, H, W, C), of this host's batches, or of all.
+    def batches(self, processes: Processes | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields indices, int64 (B,), and images, uint8 (B, H, W, C), of a process's share, by default this one's.
 
         Raises:
           UserError: a file is missing or damaged.
         """
-        first, step = (0, 1) if everyones else (self.host, self.hosts)
-        advice, shape = "delete it and start again, which makes it anew", self._image_shape
-        for batch in range(first, self.spec.num_batches, step):
+        advice, shape = "delete it and start again", self._image_shape
+        for batch in (processes or self.processes).share(self.spec.num_batches):
             path, indices = self.folder / _file(batch), self.spec.indices(batch)
             images = read_npy(path, ("u", 4), advice=advice)
             shape = shape or images.shape[1:]
@@ -173,15 +170,15 @@ class SampleSet:
             yield indices, images
 
     def seconds_per_image(self) -> float | None:
-        """Of all hosts together, without each sitting's first batch, which compiles; None if nothing was timed."""
+        """The time over all processes, without the first batch of each start, which compiles; None if not timed."""
         timings = [_timing(path) for path in self.folder.iterdir() if re.fullmatch(r"timing-\d+\.json", path.name)]
         rate = sum(images / seconds for images, seconds in timings if seconds > 0)
         return 1.0 / rate if rate else None
 
     def write_npz(self, path: str | os.PathLike[str]) -> None:
-        """All images and labels as `arr_0` and `arr_1` of one file, as the ADM evaluator reads it; whole or not at all.
+        """Writes all images and labels as `arr_0` and `arr_1` of one file for the ADM evaluator; atomic.
 
-        Goes through one batch at a time. Raises UserError.
+        Holds one batch at a time. Raises UserError.
         """
         target = epath.Path(path)
         spec = self.spec
@@ -191,7 +188,7 @@ class SampleSet:
                 partial.open("wb") as file,
                 zipfile.ZipFile(file, "w", allowZip64=True) as archive,
             ):
-                batches = self.batches(everyones=True)
+                batches = self.batches(ALONE)
                 _, first = next(batches)
                 with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                     _write_header(member, (spec.num_images, *first.shape[1:]), first.dtype)
@@ -204,11 +201,11 @@ class SampleSet:
                     member.write(labels.tobytes())
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): free space, or give another folder"
+                f"{path} cannot be written ({error.strerror or error}): free space or give another folder"
             ) from None
 
     def write_pngs(self, folder: str | os.PathLike[str]) -> None:
-        """This host's images as `folder/000123.png`, by index; those that are there are left. Raises UserError."""
+        """Writes this process's images as `folder/000123.png`, by index; keeps existing files. Raises UserError."""
         target = make_folder(folder)
         there = {path.name for path in target.iterdir()}
         for indices, images in self.batches():
@@ -217,12 +214,12 @@ class SampleSet:
                     write_png(target / name, image[..., 0] if image.shape[-1] == 1 else image)
 
     def remove(self) -> None:
-        """Deletes the folder, all of whose files can be made again."""
+        """Deletes the folder."""
         self.folder.rmtree(missing_ok=True)
 
 
 class _Clock:
-    """Keeps the time that images took, over several sittings; the first batch of each compiles and does not count."""
+    """Times the images over several starts, without the first batch of each, which compiles."""
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
@@ -230,7 +227,7 @@ class _Clock:
         self.last: float | None = None
 
     def tick(self, images: int) -> None:
-        """To be called when a batch is done."""
+        """Call this after each batch."""
         now = time.perf_counter()
         if self.last is not None:
             self.images += images
@@ -240,7 +237,7 @@ class _Clock:
 
 
 def _timing(path: epath.Path) -> tuple[int, float]:
-    """Images and the seconds that they took; a file that cannot be read only costs what it had counted."""
+    """The images and seconds counted so far; (0, 0.0) if the file cannot be read."""
     try:
         kept = read_json(path, {"images": range(1 << 53), "seconds": float}, advice="", missing=None)
     except UserError:

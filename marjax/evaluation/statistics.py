@@ -1,4 +1,4 @@
-"""Statistics files: what samples are measured against, as others and as we write it.
+"""Dataset statistics, which samples are measured against: computing them, and reading and writing their files.
 
 Legend: N images, F features, S spatial features.
 """
@@ -17,11 +17,11 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import distributed, numerics, progress
-from marjax.errors import UserError, shortened
-from marjax.evaluation.across_processes import Processes, all_processes
+from marjax.errors import UserError, listed, shortened
+from marjax.evaluation.across_processes import ALONE, Processes, all_processes
 from marjax.evaluation.image_sets import Batch, ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.metrics.frechet import Gaussian, Moments
-from marjax.evaluation.networks.extractor import FeatureExtractor, open_extractor
+from marjax.evaluation.networks.extractor import FeatureExtractor, identity, open_extractor
 from marjax.files import make_folder, open_regular
 from marjax.images import write_npz
 from marjax.json_file import parse_json
@@ -31,22 +31,22 @@ from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
 FORMAT = 1
-_ADVICE = "give another npz file of statistics or images, or make it with marjax stats"
-_LARGEST = 1e18  # of a value, so that its square and sums of those are finite in float32
+_ADVICE = "give an npz file of statistics or images, as marjax stats writes"
+_LARGEST = 1e18  # so that sums of squared values are finite in float32
 _STYLES = ("mu", "sigma"), ("ref_mu", "ref_sigma")
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetStatistics:
-    """What is known of a set of real images; None where it is not.
+    """Statistics of a set of real images; None for what is unknown.
 
     Attributes:
-      gaussian: of the features. Its `count` is 0 in files of others, which do not say it.
+      gaussian: of the features; `count` is 0 in files that do not store it.
       spatial: of the spatial features.
       features: of some of the images, float32 (n, F).
-      images: some of them, read from the file when they are asked for.
-      extractor: the "name" and "checksum" of the network that made the features.
-      source: where the images came from, for people; "" where the file does not say.
+      images: some of the images, read lazily from the file.
+      extractor: "name" and "checksum" of the network that made the features.
+      source: where the images came from, for people; "" if unknown.
       path: of the file; "" before it is written.
       checksum: SHA-256 of the file.
     """
@@ -70,12 +70,12 @@ class DatasetStatistics:
 def read_statistics(path: str | os.PathLike[str]) -> DatasetStatistics:
     """Reads an npz file of statistics.
 
-    It may be one of ours, a reference batch of the ADM evaluator (`mu`, `sigma`, `mu_s`, `sigma_s`, images `arr_0`),
-    `mu` and `sigma` as of pytorch-fid, torch-fidelity or the reference, `ref_mu` and `ref_sigma`, or images alone. Of
-    images only the header is read.
+    The file is one of ours, a reference batch of the ADM evaluator (`mu`, `sigma`, `mu_s`, `sigma_s`, images `arr_0`),
+    has `mu` and `sigma` (pytorch-fid, torch-fidelity, the reference) or `ref_mu` and `ref_sigma`, or has images only.
+    Only the header of images is read.
 
     Raises:
-      UserError: no such file, one of another kind, or arrays that cannot be what their names say.
+      UserError: no such file, one of another kind, or invalid arrays.
     """
     path = os.fspath(path)
     with NpzFile(path, advice=_ADVICE) as file:
@@ -86,46 +86,34 @@ def read_statistics(path: str | os.PathLike[str]) -> DatasetStatistics:
         gaussian = keys and _gaussian(file, *keys, count)
         spatial = _gaussian(file, "mu_s", "sigma_s", count) if names & {"mu_s", "sigma_s"} else None
         if gaussian is None and "arr_0" not in names:
-            listed = ", ".join(map(shortened, file.names[:20]))
-            raise UserError(
-                f"{path} holds {listed or 'nothing'}, expected statistics (mu and sigma, or ref_mu and "
-                f"ref_sigma) or images (arr_0); {_ADVICE}"
-            )
+            found = listed([shortened(name) for name in file.names]) or "nothing"
+            raise UserError(f"{path} has {found}, expected mu and sigma, ref_mu and ref_sigma, or arr_0; {_ADVICE}")
         features = None
         if "features" in names:
             shape = file.header("features", ("f", 2)).shape
             if gaussian is None or shape[1:] != gaussian.mean.shape:
-                raise UserError(
-                    f"{path}: features has the shape {shape}, which does not go with the file's mean; {_ADVICE}"
-                )
-            features = _array(file, "features", 2)
+                raise UserError(f"{path}: features has the shape {shape}, which does not fit the mean; {_ADVICE}")
+            features = _array(file, "features", 2).astype(np.float32)
     images = NpzImages(path) if "arr_0" in names else None
     with open_regular(path) as stored:
         checksum = hashlib.file_digest(stored, "sha256").hexdigest()  # type: ignore[arg-type]
     return DatasetStatistics(
-        gaussian,
-        spatial,
-        None if features is None else features.astype(np.float32),
-        images,
-        meta.get("extractor"),
-        meta.get("source", ""),
-        path,
-        checksum,
+        gaussian, spatial, features, images, meta.get("extractor"), meta.get("source", ""), path, checksum
     )
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: DatasetStatistics) -> DatasetStatistics:
-    """Writes all but `images` as one npz file, whole or not at all; the same content gives the same bytes.
+    """Writes all but `images` as one npz file; atomic, and the same content gives the same bytes.
 
     Returns:
       The statistics with the file's path and checksum.
 
     Raises:
       UserError: the file cannot be written.
-      ValueError: there are no statistics.
+      ValueError: there is no mean and covariance.
     """
     if statistics.gaussian is None:
-        raise ValueError("no mean and covariance to write: compute them first")
+        raise ValueError("statistics.gaussian is None; compute it first")
     meta = {
         "format": FORMAT,
         "count": statistics.gaussian.count,
@@ -156,26 +144,25 @@ def compute_statistics(
     source: str = "",
     keep_features: int = 10_000,
     seed: int = 0,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> DatasetStatistics:
-    """Sends images through a network; every host calls it with its share of them, and all get the same.
+    """Computes statistics of images; every process calls this with its share and gets the same result.
 
     Args:
       batches: indices int (B,) and images uint8 (B, H, W, C); each index of [0, total) once over all processes.
       total: N, at least 2.
       extractor: the network.
-      source: see `Statistics`.
-      keep_features: of how many images, at most, the features are kept, in the order of their indices.
-      seed: of their choice, which follows from it, `keep_features` and N alone.
+      source: see `DatasetStatistics`.
+      keep_features: the number of images, at most, whose features are kept, in the order of their indices.
+      seed: of the choice of these images, which depends on `seed`, `keep_features` and N only.
       processes: those that share the images.
 
     Raises:
       UserError: fewer than 2 images.
-      ValueError: an image is missing or came twice, or one that the network does not take.
+      ValueError: an image is missing or came twice, or the network does not take it.
     """
     if total < 2:
-        raise UserError(f"{total} images have no statistics: give at least 2")
-    processes = processes or Processes()
+        raise UserError(f"number of images is {total}; statistics need at least 2")
     moments, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial)
     chosen = np.sort(np.random.RandomState(seed).permutation(total)[:keep_features])
     place_N = np.full(total, -1)
@@ -195,17 +182,17 @@ def compute_statistics(
     times_N = processes.sum(times_N)
     if (times_N != 1).any():
         raise ValueError(
-            f"{(times_N != 1).sum()} of {total} images are missing or came more than once: give each image once"
+            f"{(times_N != 1).sum()} of {total} images are missing or came more than once; give each image once"
         )
     if processes.count > 1:
-        for start in range(0, len(kept_nxF), 1024):  # as float64 only in parts
+        for start in range(0, len(kept_nxF), 1024):  # in parts, because float64 takes twice the memory
             some = slice(start, start + 1024)
             kept_nxF[some] = processes.sum(kept_nxF[some].astype(np.float64))
     return DatasetStatistics(
         moments.merged(processes).gaussian(),
         spatial.merged(processes).gaussian() if extractor.num_spatial else None,
         kept_nxF if len(kept_nxF) else None,
-        extractor={"name": extractor.name, "checksum": extractor.checksum},
+        extractor=identity(extractor),
         source=source,
     )
 
@@ -215,13 +202,13 @@ def _gaussian(file: NpzFile, mean_key: str, cov_key: str, count: int) -> Gaussia
     shape = file.header(cov_key, ("f", 2)).shape
     if shape != (len(mean_F), len(mean_F)):
         raise UserError(
-            f"{file.path}: {cov_key} has the shape {shape}, expected {(len(mean_F), len(mean_F))} to go "
-            f"with {mean_key}; {_ADVICE}"
+            f"{file.path}: {cov_key} has the shape {shape}, expected {(len(mean_F), len(mean_F))} as {mean_key} has "
+            f"{len(mean_F)} values; {_ADVICE}"
         )
     cov_FxF = _array(file, cov_key, 2).astype(np.float64)
     if np.abs(cov_FxF - cov_FxF.T).max() > 1e-5 * np.abs(cov_FxF).max() or cov_FxF.diagonal().min() < 0:
         raise UserError(
-            f"{file.path}: {cov_key} is no covariance (not symmetric, or with negative variances); {_ADVICE}"
+            f"{file.path}: {cov_key} is not a covariance (asymmetric, or with negative variances); {_ADVICE}"
         )
     return Gaussian(mean_F, cov_FxF, count)
 
@@ -229,12 +216,12 @@ def _gaussian(file: NpzFile, mean_key: str, cov_key: str, count: int) -> Gaussia
 def _array(file: NpzFile, key: str, ndim: int) -> np.ndarray:
     array = file.read(key, ("f", ndim))
     if not array.size or not (np.abs(array) < _LARGEST).all():
-        raise UserError(f"{file.path}: {key} holds values that are not finite or far too large, or none; {_ADVICE}")
+        raise UserError(f"{file.path}: {key} is empty or has values that are not finite or too large; {_ADVICE}")
     return array
 
 
 def _meta(path: str, stored: np.ndarray) -> dict[str, Any]:
-    """What our own files say beside their arrays."""
+    """The metadata of our files."""
     name = re.compile(r"[ -~]*")
     shape = {
         "format": {FORMAT},
@@ -261,34 +248,35 @@ def make_statistics(
     batch_size: int = 64,
     overwrite: bool = False,
 ) -> DatasetStatistics:
-    """Sends images through an extractor and writes what `marjax evaluate` measures against.
+    """Computes dataset statistics and writes them to a file for `marjax evaluate`.
 
-    All processes of a run may call this; each reads its share, and the first writes.
+    With several processes, all must call this; each reads its share, and the first one writes.
 
     Args:
-      out: the npz file. If it is there, it must have these very contents, which are computed again.
-      config: its data set, cropped as in training, without flips; `config.eval` has the extractor by default.
-      images: instead, a folder of pictures.
-      npz: instead, a file with images uint8 (N, H, W, C) as `arr_0`, such as the samples of another program.
+      out: the npz file. If it exists, the statistics are computed again and must equal it.
+      config: the source of images: its data set, cropped as in training, without flips. `config.eval` sets the default
+        extractor.
+      images: another source: a folder of pictures.
+      npz: another source: a file with images uint8 (N, H, W, C) as `arr_0`, such as the samples of another program.
       extractor, extractor_path: see `open_extractor`; inception by default.
-      image_size: that pictures of a folder are cropped to; by default they all have one size.
-      keep_features: of how many images, at most, the features are kept, for precision, recall and KID.
+      image_size: the size to which the pictures of a folder are cropped; by default they must have one size.
+      keep_features: the number of images, at most, whose features are kept for precision, recall and KID.
       batch_size: images read at a time.
       overwrite: replace a file with other contents.
 
     Raises:
-      UserError: not exactly one source, or anything that cannot be used.
+      UserError: not exactly one source, or invalid input.
     """
     if (images is None) + (npz is None) + (config is None) != 2:
-        raise UserError("statistics are made of one source: give --dataset NAME, --images DIR or --npz FILE")
+        raise UserError("statistics need exactly one source; give --dataset NAME, --images DIR or --npz FILE")
     if image_size is not None and images is None:
-        raise UserError("image_size crops the pictures of a folder: leave it out, or give --images DIR")
+        raise UserError("image_size applies to the pictures of a folder only; leave it out or give --images DIR")
     check_arguments(image_size=image_size, keep_features=keep_features, batch_size=batch_size)
     if config is not None:
         config = config_lib.check_fields(config)
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     with distributed.first_holds(locked_file(out, "marjax stats")):
-        there = read_statistics(out) if epath.Path(out).exists() and not overwrite else None
+        existing = read_statistics(out) if epath.Path(out).exists() and not overwrite else None
         if config is not None:
             extractor = extractor or config.eval.extractor
             if extractor_path is None and extractor == config.eval.extractor:
@@ -301,17 +289,14 @@ def make_statistics(
             source = NpzImages(npz)
         else:
             assert config is not None
-            config_lib.tokens_of(config)  # invalid sizes of the data are reported before anything is read
+            config_lib.tokens_of(config)  # reports invalid sizes before reading any data
             source = ConfigImages(config_lib.data_settings(config))
+        differs = UserError(f"{os.fspath(out)} exists with other contents; give another --out or --overwrite it")
+        if existing is not None:  # a cheap check before any image is read
+            count = existing.gaussian and existing.gaussian.count
+            if (existing.extractor, existing.source, count) != (identity(network), source.source, len(source)):
+                raise differs
         processes = all_processes()
-        if there is not None:  # at once, where that is enough to tell
-            network_of = {"name": network.name, "checksum": network.checksum}
-            if (there.extractor, there.source, there.gaussian and there.gaussian.count) != (
-                network_of,
-                source.source,
-                len(source),
-            ):
-                raise _other(out)
         try:
             made = compute_statistics(
                 source.batches(batch_size, processes),
@@ -323,31 +308,25 @@ def make_statistics(
             )
         except ValueError as error:
             raise UserError(f"{source.source} cannot be measured by {network.name}: {error}") from None
-        if there is not None:
-            if not _same(there, made):
-                raise _other(out)
-            return there
+        if existing is not None:
+            if not _same(existing, made):
+                raise differs
+            return existing
         if processes.index == 0:
             write_statistics(out, made)
         processes.barrier()
         return read_statistics(out)
 
 
-def _other(out: str | os.PathLike[str]) -> UserError:
-    return UserError(
-        f"{os.fspath(out)} is there already, with other contents: give another --out, or --overwrite to replace it"
-    )
-
-
 def _same(one: DatasetStatistics, other: DatasetStatistics) -> bool:
-    """Whether two files would have the same contents."""
+    """Whether the arrays are equal."""
 
     def arrays(statistics: DatasetStatistics) -> list[np.ndarray | None]:
         gaussians = [each for each in (statistics.gaussian, statistics.spatial) if each is not None]
         return [array for each in gaussians for array in (each.mean, each.cov)] + [statistics.features]
 
-    pairs = zip(arrays(one), arrays(other), strict=False)
-    return len(arrays(one)) == len(arrays(other)) and all(
-        (a is None and b is None) or np.array_equal(a, b)  # type: ignore[arg-type]
-        for a, b in pairs
+    a, b = arrays(one), arrays(other)
+    return len(a) == len(b) and all(
+        np.array_equal(x, y)  # type: ignore[arg-type]  # also of None
+        for x, y in zip(a, b, strict=True)
     )

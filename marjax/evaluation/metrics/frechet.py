@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, each taken to be Gaussian (Heusel et al. 2017, equation 6).
+"""The Frechet distance between Gaussian fits of two sets of features (Heusel et al. 2017, equation 6).
 
 FID is this distance with the features of InceptionV3. Legend: N rows, F features. Everything is float64 numpy.
 """
@@ -9,15 +9,12 @@ import numpy as np
 
 from marjax.evaluation.across_processes import Processes
 
-_ROWS = 4096  # that are held as float64 at a time
+_ROWS = 4096  # converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """What the distance needs to know of a set: mean float64 (F,), covariance float64 (F, F), number of rows.
-
-    A `count` of 0 stands for a number that is not known: a file of others does not say it.
-    """
+    """Mean, float64 (F,), covariance, float64 (F, F), and number of rows, 0 if unknown."""
 
     mean: np.ndarray
     cov: np.ndarray
@@ -25,10 +22,10 @@ class Gaussian:
 
 
 class Moments:
-    """The mean and covariance of rows that come in batches: memory for one (F, F) matrix, however many rows.
+    """Accumulates mean and covariance over batches of rows, in memory for one (F, F) matrix.
 
-    Batch by batch the mean moves and the scatter around it is corrected for that (Chan, Golub and LeVeque 1983), so
-    that, unlike with sums of squares, nothing is lost where a mean is large beside its standard deviation.
+    Every batch moves the mean and corrects the scatter around it (Chan, Golub and LeVeque 1983). Unlike sums of
+    squares, this stays accurate if a mean is large compared to its standard deviation.
 
     Attributes:
       count: rows so far.
@@ -40,7 +37,7 @@ class Moments:
         self._scatter_FxF = np.zeros((num_features, num_features))
 
     def add(self, features: np.ndarray) -> None:
-        """Takes in rows (N, F) of any real type and number. Raises ValueError: another shape, or not finite."""
+        """Adds rows (N, F) of any real type. Raises ValueError: another shape, or a value that is not finite."""
         if np.shape(features)[1:] != self._mean_F.shape:
             raise ValueError(f"features have the shape {np.shape(features)}: give (N, {len(self._mean_F)})")
         for start in range(0, len(features), _ROWS):
@@ -49,18 +46,12 @@ class Moments:
                 raise ValueError("features hold values that are not finite")
             mean_F = rows_NxF.mean(axis=0)
             step_F = self._move(len(rows_NxF), mean_F)
-            # The correction goes along as a row, so that one symmetric product makes the sum of both.
+            # With the correction as one more row, a single symmetric product computes the sum.
             centred_NxF = np.concatenate([rows_NxF - mean_F, step_F[None]])
             self._scatter_FxF += centred_NxF.T @ centred_NxF
 
-    def merge(self, other: "Moments") -> None:
-        """Takes in the rows that another, of as many features, has taken in."""
-        if other.count:
-            step_F = self._move(other.count, other._mean_F)
-            self._scatter_FxF += other._scatter_FxF + np.outer(step_F, step_F)
-
     def merged(self, processes: Processes) -> "Moments":
-        """Those of the rows of all processes, the same on each; every host calls it."""
+        """The moments over all processes, equal on each; every process calls this."""
         counts = processes.allgather(np.array(self.count))
         means_HxF = processes.allgather(self._mean_F)
         made = Moments(len(self._mean_F))
@@ -78,7 +69,7 @@ class Moments:
         return Gaussian(self._mean_F.copy(), self._scatter_FxF / (self.count - 1), self.count)
 
     def _move(self, count: int, mean_F: np.ndarray) -> np.ndarray:
-        """Counts in `count` rows with that mean; the vector (F,) whose outer square the scatter then lacks."""
+        """Adds `count` rows with this mean; returns the vector (F,) whose outer square the scatter still lacks."""
         step_F, total = mean_F - self._mean_F, self.count + count
         scale = np.sqrt(self.count * count / total)
         self._mean_F += step_F * (count / total)
@@ -90,7 +81,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
     """Mean and unbiased covariance (divided by N - 1) of features (N, F) of any real type.
 
     Raises:
-      ValueError: not two axes, fewer than 2 rows, or a value that is not finite.
+      ValueError: another shape, fewer than 2 rows, or a value that is not finite.
     """
     if np.ndim(features) != 2 or len(features) < 2:
         raise ValueError(f"features have the shape {np.shape(features)}: give (N, F) with N of at least 2")
@@ -102,9 +93,8 @@ def gaussian(features: np.ndarray) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
 
-    With any R of C_a = R R^T, C_a C_b has the eigenvalues of the symmetric S = R^T C_b R, so the trace of its root is
-    the sum of the roots of those: no root of an asymmetric matrix, which fails or turns complex where a covariance is
-    singular.
+    With C_a = R R^T, C_a C_b has the eigenvalues of the symmetric S = R^T C_b R, so the trace of its root is the sum of
+    their roots. The root of the asymmetric C_a C_b would fail or turn complex for singular covariances.
 
     Raises:
       ValueError: the two have different numbers of features.
@@ -121,7 +111,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(cov_FxF: np.ndarray) -> np.ndarray:
-    """A matrix R with R R^T the covariance: Cholesky's, or where it is singular one that takes far longer."""
+    """A matrix R with R R^T the covariance: by Cholesky, or by the slower eigendecomposition if it is singular."""
     try:
         return np.linalg.cholesky(cov_FxF)
     except np.linalg.LinAlgError:

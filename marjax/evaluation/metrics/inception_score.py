@@ -1,8 +1,8 @@
-"""The Inception Score (Salimans et al. 2016), as torch-fidelity and with it the reference defines it.
+"""The Inception Score (Salimans et al. 2016), as in torch-fidelity, which the reference uses.
 
-Images are shuffled by a fixed seed and cut into splits, since a generator's images come sorted by class; the score of
-one is exp of the mean Kullback-Leibler divergence of p(class | image) from their mean. Who is in which split follows
-from the number of images alone, so sums are all that has to be kept. Legend: N images, K classes, S splits.
+Images are shuffled with a fixed seed, because samples are sorted by class, and divided into splits. The score of a
+split is exp of the mean Kullback-Leibler divergence of p(class | image) from its mean. The split of an image depends on
+its index and the number of images only, so sums suffice. Legend: N images, K classes, S splits.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ class Score(NamedTuple):
 
 
 class ScoreSums:
-    """What the score needs of images that come in batches, in any order: memory for S x K sums and N counts."""
+    """Accumulates the score over batches of images, in any order, in memory for S x K sums and N counts."""
 
     def __init__(self, total: int, num_classes: int, splits: int = 10, seed: int = 2020) -> None:
-        """Of `total` images (N) in all, of all processes. Raises ValueError: fewer than one a split."""
+        """Expects `total` images (N) over all processes. Raises ValueError: fewer than one per split."""
         if not 1 <= splits <= total:
-            raise ValueError(f"{total} images make no {splits} splits: give at least one image a split")
+            raise ValueError(f"{total} images cannot fill {splits} splits: give at least one image per split")
         order_N = np.random.RandomState(seed).permutation(total)
         ends_S = np.arange(1, splits + 1) * total // splits
         self._split_of_N = np.empty(total, np.int64)
@@ -35,7 +35,7 @@ class ScoreSums:
         self._classes_SxK = np.zeros((splits, num_classes))
 
     def add(self, indices: np.ndarray, logits: np.ndarray) -> None:
-        """Takes in images.
+        """Adds images.
 
         Args:
           indices: int (B,), in [0, N).
@@ -69,14 +69,8 @@ class ScoreSums:
         self._negentropy_S += member_SxB @ negentropy_B
         np.add.at(self._times_N, indices_B, 1)
 
-    def merge(self, other: "ScoreSums") -> None:
-        """Takes in the images that another, made with the same arguments, has taken in."""
-        self._times_N += other._times_N
-        self._negentropy_S += other._negentropy_S
-        self._classes_SxK += other._classes_SxK
-
     def merged(self, processes: Processes) -> "ScoreSums":
-        """Those of the images of all processes, the same on each; every host calls it."""
+        """The sums over all processes, equal on each; every process calls this."""
         made = ScoreSums(len(self._times_N), self._classes_SxK.shape[1], len(self._negentropy_S))
         made._split_of_N = self._split_of_N
         made._times_N = processes.sum(self._times_N)

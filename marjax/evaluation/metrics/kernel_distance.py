@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marjax.evaluation.across_processes import Processes
+from marjax.evaluation.across_processes import ALONE, Processes
 from marjax.evaluation.metrics.pairwise import Blocks, Rows
 
-_SUBSETS = 8  # for which one pass over the blocks gathers the rows
+_SUBSETS = 8  # gathered in one pass over the blocks
 
 
 class KernelDistance(NamedTuple):
-    """Mean and standard deviation (divided by their number) of the estimates of the subsets."""
+    """Mean and standard deviation over the subsets."""
 
     mean: float
     std: float
@@ -28,30 +28,31 @@ def kernel_distance(
     subsets: int = 100,
     size: int = 1000,
     seed: int = 2020,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> KernelDistance:
-    """Compares two sets of features; every host calls it with the same blocks and does its share.
+    """Compares two sets of features; every process calls this with the same blocks.
 
     Subsets are chosen by row number and drawn as torch-fidelity draws them, the first set's before the second's, so
     the sets' order and that of their rows matter as the seed does, unless a set is no larger than a subset.
 
     Args:
-      first: blocks of float32 (n, F), n of any sizes.
+      first: blocks of float32 (n, F), with any n.
       second: blocks of the same F.
-      subsets: how many pairs of subsets are compared.
-      size: of a subset, or as many rows as there are.
-      seed: of the choice.
+      subsets: number of pairs of subsets.
+      size: rows of a subset, at most.
+      seed: of the subsets.
       processes: those that share the work.
 
     Raises:
       ValueError: sets of different F or of fewer than 2 rows, or arguments out of range.
     """
-    processes = processes or Processes()
     x, y = Rows(first), Rows(second)
     if x.num_features != y.num_features:
         raise ValueError(f"features have different widths: {x.num_features} and {y.num_features}")
     if min(size, len(x), len(y)) < 2 or subsets < 1:
-        raise ValueError(f"{subsets} subsets of {size} out of {len(x)} and {len(y)} rows: give at least 1 and 2 rows")
+        raise ValueError(
+            f"{subsets} subsets of {size} out of {len(x)} and {len(y)} rows: give at least 1 subset of 2 rows"
+        )
     rng = np.random.RandomState(seed)
     chosen = [
         tuple(rng.choice(len(rows), min(size, len(rows)), replace=False) for rows in (x, y)) for _ in range(subsets)

@@ -1,6 +1,6 @@
-"""What metrics are called. FID, Inception Score and KID are those of Inception's features only.
+"""Names of metrics. FID, Inception Score and KID require Inception's features.
 
-The same measures of another network's features carry its name, as in TF-GAN: `frechet_classifier_distance`.
+With another network's features, names contain the network, as in TF-GAN: `frechet_classifier_distance`.
 """
 
 import re
@@ -22,10 +22,10 @@ _TITLES = {"fid": "FID", "inception_score": "Inception Score"}
 
 
 def of_extractor(metrics: Mapping[str, Value], extractor: str) -> dict[str, Value]:
-    """Metrics by the names that they have with this extractor's features.
+    """Renames metrics for an extractor.
 
     Args:
-      metrics: by the names that they have with Inception's; other names stay, and so do those given by this function.
+      metrics: by their names for Inception; other names, and those already renamed, are kept.
       extractor: name of the network.
     """
     if extractor == "inception":
@@ -35,17 +35,17 @@ def of_extractor(metrics: Mapping[str, Value], extractor: str) -> dict[str, Valu
 
 
 def is_distance(metric: str) -> bool:
-    """Whether it is a Frechet distance of features, FID or another."""
+    """Whether a metric is a Frechet distance, FID or another network's."""
     return _DISTANCE.fullmatch(metric) is not None
 
 
 def is_score(metric: str) -> bool:
-    """Whether it is the Inception Score, or that of another network."""
+    """Whether a metric is the Inception Score or another network's."""
     return _SCORE.fullmatch(metric) is not None
 
 
 def title(metric: str) -> str:
-    """What figures call a distance or a score."""
+    """The title of a distance or score in figures."""
     if metric in _TITLES:
         return _TITLES[metric]
     distance, score = _DISTANCE.fullmatch(metric), _SCORE.fullmatch(metric)

@@ -1,28 +1,30 @@
-"""Rows that are kept in blocks, in memory or on disk, looked up by their number. Legend: N rows, F features."""
+"""Rows in blocks, in memory or on disk, looked up by number. Legend: N rows, F features."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-Blocks = Sequence[np.ndarray]  # each (n, F), all of one type; indexing one may load it from disk
+Blocks = Sequence[np.ndarray]  # each (n, F), of one type; indexing may load a block from disk
 
 
 class Rows:
-    """All rows of the blocks, numbered through; at most one block is held at a time.
+    """The rows of all blocks, numbered consecutively; holds at most one block at a time.
 
     Attributes:
       num_features: F.
     """
 
     def __init__(self, blocks: Blocks) -> None:
-        """Looks at every block once. Raises ValueError: no rows, or blocks that do not fit together."""
+        """Loads every block once. Raises ValueError: no rows, or blocks of different types or widths."""
         shapes, types = [], set()
         for block in blocks:
             shapes.append(block.shape)
             types.add(block.dtype)
         widths = {shape[1:] for shape in shapes}
         if len(widths) != 1 or len(next(iter(widths))) != 1 or len(types) != 1 or types.pop().kind != "f":
-            raise ValueError(f"blocks have the shapes {sorted(set(shapes))}: give floats (n, F), all of one F and type")
+            raise ValueError(
+                f"blocks have the shapes {sorted(set(shapes))}: expected floats (n, F), all of one F and type"
+            )
         self._blocks = blocks
         self._ends = np.cumsum([shape[0] for shape in shapes])
         (self.num_features,) = widths.pop()
@@ -32,7 +34,7 @@ class Rows:
         return int(self._ends[-1])
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows (n, F), in the blocks' type, of these numbers (n,), in their order; looks at a block at most once."""
+        """Returns the rows (n, F) with these numbers (n,), in their order; loads a block at most once."""
         owners = np.searchsorted(self._ends, numbers, side="right")
         taken = None
         for owner in np.unique(owners):

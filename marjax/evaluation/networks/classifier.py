@@ -1,6 +1,6 @@
-"""A small convolutional classifier, trained on the spot on the real images that samples are to be measured against.
+"""A small convolutional classifier, trained on the real images that samples are measured against.
 
-Measures of digits or icons need a network that knows those; this is a `FeatureExtractor` like any larger one.
+Metrics of digits or icons need a network that knows them. It is a `FeatureExtractor` like Inception.
 Legend: B or N images of H x W pixels (H = W) and C channels, F features, K classes.
 """
 
@@ -30,18 +30,18 @@ from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
 NUM_FEATURES = 64
-_LARGEST = 1 << 16  # of image_size, channels and num_classes in a file
-EVAL_BATCH = 256  # every evaluation is padded to whole batches of it, so that one program serves any number of images
+_LARGEST = 1 << 16  # limit of image_size, channels and num_classes in a file
+EVAL_BATCH = 256  # batches are padded to this size, so that one program serves any number of images
 
 
 class _Network(nn.Module):
-    """Features (B, F), after the ReLU, and logits (B, K) of float32 (B, H, W, C) in [-1, 1]."""
+    """Returns features (B, F), after the ReLU, and logits (B, K) for float32 (B, H, W, C) in [-1, 1]."""
 
     num_classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        exact = jax.lax.Precision.HIGHEST  # else accelerators would give other features than the CPU
+        exact = jax.lax.Precision.HIGHEST  # the same features on accelerators as on the CPU
         for width in (16, 32):
             x = nn.relu(nn.Conv(width, (3, 3), strides=2, precision=exact)(x))
         features_BxF = nn.relu(nn.Dense(NUM_FEATURES, precision=exact)(x.reshape(len(x), -1)))
@@ -70,7 +70,7 @@ class Classifier:
 
     @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:
-        """See `FeatureExtractor`; takes images of its own size and channels only."""
+        """See `FeatureExtractor`; takes images of `image_size` and `channels` only."""
         shape = (self.image_size, self.image_size, self.channels)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, *{shape})")
@@ -85,26 +85,26 @@ class Classifier:
         return Extracted(features_NxF, logits_NxK)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """The share of images, uint8 (N, H, W, C), whose likeliest class is their label, int (N,).
+        """The share of images, uint8 (N, H, W, C), classified as their label, int (N,).
 
         Raises:
-          ValueError: none, or labels and images that do not go together.
+          ValueError: no images, or another number of labels.
         """
         labels_N = np.asarray(labels)
         if labels_N.shape != (len(images),) or not len(labels_N):
-            raise ValueError(f"{len(images)} images and labels of shape {labels_N.shape}: give one label an image")
+            raise ValueError(f"labels have shape {labels_N.shape} for {len(images)} images: give one label per image")
         return float(np.mean(self.extract(images).logits.argmax(axis=1) == labels_N))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one npz file, whole or not at all. Raises UserError."""
+        """Writes one npz file; atomic. Raises UserError."""
         names = flax.traverse_util.flatten_dict(self._params, sep="/")
         sizes = {"image_size": self.image_size, "channels": self.channels, "num_classes": self.num_classes}
         write_npz(path, **{name: np.asarray(value) for name, value in (sizes | names).items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Classifier":
-        """What `save` wrote. Raises UserError where it is not."""
-        advice = "give a classifier's file, which marjax train-classifier makes"
+        """Reads a file that `save` wrote. Raises UserError."""
+        advice = "give a file of marjax train-classifier"
         with NpzFile(path, advice=advice) as file:
             sizes = {name: int(file.read(name, ("iu", 0))) for name in ("image_size", "channels", "num_classes")}
             wanted = _abstract_params(**sizes) if all(0 < size <= _LARGEST for size in sizes.values()) else {}
@@ -112,10 +112,10 @@ class Classifier:
                 if (given := file.header(name, ("f", len(shape))).shape) != shape:
                     raise UserError(f"{file.path}: {name} has the shape {given}, expected {shape}; {advice}")
             if not wanted or set(file.names) != {*sizes, *wanted}:
-                raise UserError(f"{file.path} is no classifier: it has other arrays, or sizes that cannot be; {advice}")
+                raise UserError(f"{file.path} has other arrays or invalid sizes; {advice}")
             arrays = {name: file.read(name, ("f", len(shape))).astype(np.float32) for name, shape in wanted.items()}
         if odd := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-            raise UserError(f"{file.path}: {odd[0]} holds values that are infinite or not a number; {advice}")
+            raise UserError(f"{file.path}: {odd[0]} is not finite; {advice}")
         return cls(flax.traverse_util.unflatten_dict(arrays, sep="/"), **sizes)
 
 
@@ -131,22 +131,22 @@ def train_classifier(
     lr: float = 3e-3,
     max_shift: int = 2,
 ) -> Classifier:
-    """Trains by Adam under a cosine decay, on images shifted by up to `max_shift` pixels.
+    """Trains with Adam and a cosine decay on randomly shifted images.
 
-    Batch and shifts of a step are drawn from (seed, step), with replacement: the same arguments give the same network.
+    Batches (with replacement) and shifts are drawn from (seed, step): the same arguments give the same network.
 
     Args:
       images: uint8 (N, S, S, C), in any order.
       labels: int (N,), in [0, num_classes).
       num_classes: K.
       seed: of initialisation, batches and shifts.
-      steps: of training.
-      batch_size: images a step.
-      lr: the learning rate at the start.
-      max_shift: pixels, along each axis; what a shift uncovers repeats the edge.
+      steps: training steps.
+      batch_size: images per step.
+      lr: the initial learning rate.
+      max_shift: in pixels along each axis; the edge is repeated.
 
     Raises:
-      ValueError: images or labels of another kind.
+      ValueError: images or labels of another type, shape or range.
     """
     labels_N = np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or not len(images):
@@ -196,25 +196,25 @@ def classifier_of(
     held_out: float = 0.2,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Trains a classifier on a data set and writes it: what `marjax train-classifier` does.
+    """Trains a classifier on a data set and writes it: `marjax train-classifier`.
 
     Args:
-      data: of a resolved config; its images are taken without flips, all of them into memory.
+      data: a resolved `config.data`; all images are read into memory, without flips.
       out: the npz file.
-      seed: of the training, and of which images are held out.
-      steps: of training.
-      held_out: the share of the images that are not trained on but tested with.
-      overwrite: replace a file that is there.
+      seed: of the training and of the choice of held-out images.
+      steps: training steps.
+      held_out: the share of images for testing.
+      overwrite: replace an existing file.
 
     Returns:
-      `accuracy` on the images held out, `num_trained`, `num_tested`.
+      `accuracy` on the held-out images, `num_trained`, `num_tested`.
 
     Raises:
-      UserError: anything that cannot be used.
+      UserError: invalid input.
     """
     check_arguments(seed=seed, steps=steps, held_out=held_out)
     if epath.Path(out).exists() and not overwrite:
-        raise UserError(f"{out} is there already: give another --out, or --overwrite to replace it")
+        raise UserError(f"{out} exists; give another --out or --overwrite it")
     make_folder(os.path.dirname(os.fspath(out)) or ".")
     with locked_file(out, "marjax train-classifier"):
         with progress.activity("reading the images"), Batches(data, EVAL_BATCH, 0, train=False) as batches:
@@ -224,7 +224,9 @@ def classifier_of(
         order = np.random.RandomState(seed).permutation(count)
         tested = round(count * held_out)
         if not 0 < tested < count:
-            raise UserError(f"{count} images cannot be parted by held_out={held_out}: give more, or another share")
+            raise UserError(
+                f"held_out={held_out} leaves no image to train or to test on, of {count}; use another share"
+            )
         train, test = order[tested:], order[:tested]
         made = train_classifier(
             images[train],
@@ -232,15 +234,15 @@ def classifier_of(
             data.num_classes,
             seed=seed,
             steps=steps,
-            max_shift=min(2, data.image_size // 8),
-        )  # of digits of 8 pixels, 2 would lose too much
+            max_shift=min(2, data.image_size // 8),  # 2 pixels lose too much of 8
+        )
         made.save(out)
         return {"accuracy": made.accuracy(images[test], labels[test]), "num_trained": len(train), "num_tested": tested}
 
 
 @functools.lru_cache(maxsize=8)
 def _abstract_params(image_size: int, channels: int, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters by name."""
+    """Parameter shapes by name."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
     params = jax.eval_shape(_Network(num_classes).init, numerics.key(0), image)["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
@@ -252,12 +254,12 @@ def _forward(num_classes: int, params: Any, images: jax.Array) -> Any:
 
 
 def _scaled(images: Any) -> jax.Array:
-    """float32 in [-1, 1] from uint8."""
+    """Converts uint8 to float32 in [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def _shifted(images: jax.Array, key: jax.Array, limit: int) -> jax.Array:
-    """Images (B, H, W, C), each moved by its own whole number of pixels in [-limit, limit] along both axes."""
+    """Shifts each image of (B, H, W, C) by a random integer in [-limit, limit] along each axis."""
     padded = jnp.pad(images, ((0, 0), (limit, limit), (limit, limit), (0, 0)), mode="edge")
     corners_Bx2 = jax.random.randint(key, (len(images), 2), 0, 2 * limit + 1)
 

@@ -1,4 +1,4 @@
-"""What a network has to offer to be measured with: features for distances, logits for scores.
+"""The contract of networks for metrics: features for distances, logits for scores.
 
 Legend: N images of H x W pixels and C channels; F features, K classes, S spatial features.
 """
@@ -14,12 +14,12 @@ from marjax.paths import takes_paths
 
 
 class Extracted(NamedTuple):
-    """What a network says of N images; each row depends on its own image only.
+    """The outputs of a network for N images; each row depends on its own image only.
 
     Attributes:
       features: the last hidden layer, float32 (N, F).
       logits: unnormalised log probabilities of the K classes, float32 (N, K).
-      spatial: features that still know places, float32 (N, S), or None where a network has none.
+      spatial: spatial features, float32 (N, S), or None if the network has none.
     """
 
     features: np.ndarray
@@ -31,11 +31,11 @@ class FeatureExtractor(Protocol):
     """A frozen network over images.
 
     Attributes:
-      name: of the kind of network, as `marjax evaluate --extractor` has it.
+      name: the value of `marjax evaluate --extractor`.
       checksum: SHA-256 of its weights.
-      image_size: pixels on a side of the images that the network sees.
+      image_size: side of the network's input, in pixels.
       num_features, num_classes: F and K.
-      num_spatial: S; 0 where there are none.
+      num_spatial: S; 0 for none.
     """
 
     name: str
@@ -46,11 +46,16 @@ class FeatureExtractor(Protocol):
     num_spatial: int
 
     def extract(self, images: np.ndarray) -> Extracted:
-        """Of images, uint8 (N, H, W, C); any N. Raises ValueError for others than the network takes."""
+        """Evaluates images, uint8 (N, H, W, C), for any N. Raises ValueError: another type or shape."""
+
+
+def identity(extractor: FeatureExtractor) -> dict[str, str]:
+    """The extractor's name and checksum, as files store them."""
+    return {"name": extractor.name, "checksum": extractor.checksum}
 
 
 def checksum(weights: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of arrays, which are taken as float32, their names and shapes, in the order of the names."""
+    """SHA-256 over names, shapes and float32 values, in the order of the names."""
     made = hashlib.sha256()
     for name, array in sorted(weights.items()):
         made.update(f"{name} {array.shape}\n".encode())
@@ -60,14 +65,14 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
 
 @takes_paths("path")
 def open_extractor(name: str, path: str = "") -> FeatureExtractor:
-    """The network of that name with its weights.
+    """Loads an extractor.
 
     Args:
       name: "inception" or "classifier".
-      path: of the weights; "" for the place where inception's are kept.
+      path: of the weights; "" for the default place of Inception's.
 
     Raises:
-      UserError: there is none of that name, or no weights.
+      UserError: an unknown name, or no weights.
     """
     if name == "inception":
         from marjax.evaluation.networks.inception_file import open_inception
@@ -78,8 +83,7 @@ def open_extractor(name: str, path: str = "") -> FeatureExtractor:
 
         if not path:
             raise UserError(
-                "no weights of the classifier: give the file that marjax train-classifier wrote "
-                "(--extractor_path, config.eval.extractor_path)"
+                "extractor_path is not set; give a file of marjax train-classifier for extractor=classifier"
             )
         return Classifier.load(path)
-    raise UserError(f"extractor is {name!r}: give inception or classifier")
+    raise UserError(f"extractor={name!r} is unknown; use inception or classifier")

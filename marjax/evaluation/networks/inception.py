@@ -1,8 +1,8 @@
-"""InceptionV3 as FID has it: the TensorFlow graph of 2015-12-05, in the form that torch-fidelity and pytorch-fid ship.
+"""FID's InceptionV3: the TensorFlow graph of 2015-12-05, as shipped by torch-fidelity and pytorch-fid.
 
-It differs from the published network: 1008 classes, averages over 3 x 3 that leave out the padding, a maximum instead
-of an average in the last block, and TF1's bilinear resize, whose pixels lie at their corners. FID compares across
-programs only where all of that is the same, and float32 too: bfloat16 would change it, so there is no such choice.
+It differs from the published network: 1008 classes, 3 x 3 average pooling that excludes padding, max instead of average
+pooling in the last block, and TF1's bilinear resize, which aligns pixel corners. FIDs of two programs are comparable
+only if all of this is equal, and float32 too, so there is no bfloat16 option.
 Legend: B or N images of H x W pixels and C channels.
 """
 
@@ -24,10 +24,10 @@ from marjax.evaluation.networks.extractor import Extracted
 IMAGE_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of 192: what the ADM evaluator keeps for sFID
+SPATIAL_CHANNELS = 7  # the first of 192, as in the ADM evaluator's sFID
 NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
-_EXACT = jax.lax.Precision.HIGHEST  # else accelerators would round to bfloat16 or TF32
+_EXACT = jax.lax.Precision.HIGHEST  # no bfloat16 or TF32 on accelerators
 
 
 def _conv(
@@ -38,7 +38,7 @@ def _conv(
     strides: int = 1,
     padding: str | None = None,
 ) -> jax.Array:
-    """A convolution, its BatchNorm folded in, and ReLU; padded where nothing else is said and the stride is 1."""
+    """A convolution with folded BatchNorm, and ReLU; by default padded if the stride is 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = padding or ("SAME" if strides == 1 else "VALID")
     return nn.relu(nn.Conv(features, kernel, strides, padding, precision=_EXACT, name=name)(x))
@@ -77,7 +77,7 @@ class _BlockB(nn.Module):
 
 
 class _BlockC(nn.Module):
-    """17 x 17; also gives the branch of 1 x 1."""
+    """17 x 17; also returns the 1 x 1 branch."""
 
     width: int
 
@@ -123,7 +123,7 @@ class _BlockE(nn.Module):
 
 
 class _Logits(nn.Module):
-    """A dense layer without its bias, and with it."""
+    """A dense layer; returns its output without and with the bias."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -133,11 +133,11 @@ class _Logits(nn.Module):
 
 
 class Network(nn.Module):
-    """The network; its parameters have the names of PyTorch's modules, kernels (rows, columns, in, out)."""
+    """The network; parameters have the names of the PyTorch modules, kernels are (rows, columns, in, out)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        """What `layers` returns, of float32 (B, 299, 299, 3) in about [-1, 1]."""
+        """Returns the outputs that `layers` lists, for float32 (B, 299, 299, 3) in about [-1, 1]."""
         x = _conv(x, "Conv2d_1a_3x3", 32, 3, strides=2)
         x = _conv(x, "Conv2d_2a_3x3", 32, 3, padding="VALID")
         x = first = _shrink(_conv(x, "Conv2d_2b_3x3", 64, 3))
@@ -165,11 +165,11 @@ class Network(nn.Module):
 
 
 def resize(x: jax.Array) -> jax.Array:
-    """TF1's bilinear resize, float32 (B, 299, 299, C), of (B, H, W, C).
+    """TF1's bilinear resize of (B, H, W, C) to float32 (B, 299, 299, C).
 
-    Output pixel i is read at i * H / 299, between the two pixels about it, however much larger the input is.
+    Output pixel i interpolates the two pixels around i * H / 299, without antialiasing.
     """
-    for axis in (2, 1):  # columns first, as in TensorFlow, whose rounding this shares
+    for axis in (2, 1):  # columns first, which rounds as TensorFlow does
         size = x.shape[axis]
         at = np.arange(IMAGE_SIZE, dtype=np.float32) * (np.float32(size) / np.float32(IMAGE_SIZE))
         low = np.minimum(at.astype(np.int32), size - 1)
@@ -179,17 +179,17 @@ def resize(x: jax.Array) -> jax.Array:
 
 
 def layers(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """What the network says of images, by the names of torch-fidelity, float32.
+    """The outputs of the network, float32, under the names of torch-fidelity.
 
     Args:
       params: of `Network`.
       images: uint8 (B, H, W, 3).
 
     Returns:
-      "64", "192", "768", "2048": means over places of the activations after the two poolings, before Mixed_7a and at
-      the end, (B, that many). "logits_unbiased", "logits": (B, 1008); both Inception Scores in use take the first.
-      "spatial": the first 7 channels of Mixed_6d.branch1x1 (mixed_6/conv in TensorFlow), (B, 17 * 17 * 7) in the order
-      row, column, channel.
+      "64", "192", "768", "2048": spatial means of the activations after the two poolings, before Mixed_7a and at the
+      end, (B, number in the name). "logits_unbiased", "logits": (B, 1008); Inception Scores use the first. "spatial":
+      the first 7 channels of Mixed_6d.branch1x1 (mixed_6/conv in TensorFlow), (B, 17 * 17 * 7), ordered (row, column,
+      channel).
     """
     found: Any = Network().apply({"params": params}, (resize(images) - 128.0) / 128.0)
     return found
@@ -209,8 +209,8 @@ class Inception:
 
     Attributes:
       checksum: SHA-256 of its weights.
-      batch_size: images on a device at a time. Every batch is filled up to it, so that one program serves all of a
-        size, and a row depends neither on the images beside it nor on the number of devices.
+      batch_size: images per device. Batches are padded to it, so that there is one program per image size, and a row
+        depends neither on the other images nor on the number of devices.
     """
 
     name = "inception"
@@ -221,12 +221,12 @@ class Inception:
 
     @numerics.pinned()
     def __init__(self, params: Any, checksum: str, *, batch_size: int = 32) -> None:
-        """Of a parameter tree of `Network`, as `inception_file.open_inception` reads it."""
+        """Puts a parameter tree of `Network` on the devices; see `inception_file.open_inception`."""
         self.checksum, self.batch_size = checksum, batch_size
         mesh = Mesh(jax.local_devices(), ("batch",))
         self._rows = NamedSharding(mesh, PartitionSpec("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        # A program of its own on each device, rather than one that the compiler cuts as it sees fit.
+        # shard_map runs the same program on each device, independent of the compiler's partitioning.
         self._forward = memory.Checked(
             jax.jit(
                 jax.shard_map(
@@ -241,15 +241,15 @@ class Inception:
 
     @numerics.pinned()
     def extract(self, images: np.ndarray) -> Extracted:
-        """Features, logits without their bias, and 17 x 17 x 7 spatial features (see `layers`).
+        """Returns features, logits without bias, and 17 x 17 x 7 spatial features (see `layers`).
 
-        Devices wait for the host only at the end of a call: give many images at once.
+        Devices wait for the host at the end of each call, so give many images at once.
 
         Args:
-          images: uint8 (N, H, W, 1 or 3) of any size; grey counts as three equal channels.
+          images: uint8 (N, H, W, 1 or 3) of any size; grey images are repeated to three channels.
 
         Raises:
-          ValueError: other images.
+          ValueError: another type or shape.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not all(images.shape[1:]):
             raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
@@ -258,14 +258,14 @@ class Inception:
         rows = self.batch_size * self._rows.mesh.size
         starts = range(0, total, rows)
         outputs = (self._forward(self._params, self._batch(images[start : start + rows], rows)) for start in starts)
-        # A batch is read back once the next one is under way.
+        # A batch is read back after the next one is dispatched.
         for start, (output, _) in zip(starts, itertools.pairwise(itertools.chain(outputs, [None])), strict=True):
             for whole, part in zip(found, output, strict=True):
                 whole[start : start + rows] = np.asarray(part)[: total - start]
         return Extracted(*found)
 
     def network_alone(self) -> tuple[Callable[[jax.Array], Any], jax.Array]:
-        """To be timed: the network as `extract` runs it, without the resize, and a batch of random input for it."""
+        """For benchmarks: the network as in `extract` but without the resize, and a random input batch."""
         mesh = self._rows.mesh
         program = jax.jit(
             jax.shard_map(
@@ -280,7 +280,7 @@ class Inception:
         return lambda x: program(self._params, x), made
 
     def _batch(self, images: np.ndarray, rows: int) -> jax.Array:
-        """`rows` images with three channels, on the devices."""
+        """Pads to `rows` images with three channels, on the devices."""
         colour = np.broadcast_to(images, (*images.shape[:3], 3))
         return jax.device_put(np.pad(colour, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0))), self._rows)
 
