@@ -1,7 +1,7 @@
-"""Event files for TensorBoard, written by tensorboardX: no TensorFlow.
+"""TensorBoard event files, written with tensorboardX, without TensorFlow.
 
-Its SummaryWriter is not used. That hands events to a thread of its own, which a failed write ends without a word, and
-then waits for ever for room in the queue; and on gs:// it sends the whole file at every flush.
+SummaryWriter is not used: its thread ends silently after a failed write, and the run then waits forever for its queue;
+and on gs:// it sends the whole file at every flush.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from marjax.files import write_bytes
 from marjax.loggers.protocol import Logger
 from marjax.storage import is_remote
 
-_UPLOAD_PAUSE = 300.0  # seconds; an object is written as a whole
+_UPLOAD_PAUSE = 300.0  # seconds between uploads, which send the whole file
 
 
 class Events(Logger):
-    """One event file. A file on an object store is written on this machine, and copied there now and then.
+    """One event file; for object stores it is written locally and uploaded from time to time.
 
-    All methods but `close` are for one thread; they raise TrainingError where the disk cannot be written, StorageError
-    where the store does not answer.
+    Call all methods but `close` from one thread. Raises TrainingError if the disk cannot be written, StorageError if
+    the store does not answer.
     """
 
     def __init__(self, folder: str | os.PathLike[str], start_step: int) -> None:
         """Args:
-        folder: local or gs://; made if need be.
-        start_step: events of later steps in other files of the folder are not shown any more.
+        folder: local or gs://; created if missing.
+        start_step: TensorBoard hides events of later steps in older files of the folder.
         """
         self._folder = epath.Path(folder)
         self._remote = is_remote(folder)
@@ -58,7 +58,7 @@ class Events(Logger):
         self._flush()
 
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
-        """The settings of the run, for the HPARAMS tab, which compares runs by their loss."""
+        """The settings of the run, for the HPARAMS tab."""
         for part in summary.hparams(dict(values), {"train/loss": None}):
             self._add(Event(summary=part))
         self._flush()
@@ -69,7 +69,7 @@ class Events(Logger):
         self._flush()
 
     def close(self) -> None:
-        """Ends the file, and copies it where it belongs."""
+        """Closes the file and uploads it."""
         try:
             with self._explained():
                 self._writer.close()
@@ -105,5 +105,5 @@ class Events(Logger):
             yield
         except OSError as error:
             raise TrainingError(
-                f"{self._local} cannot be written ({error.strerror or error}): make room, then start the same again"
+                f"{self._local} cannot be written ({error.strerror or error}); free space and start again"
             ) from None

@@ -1,4 +1,4 @@
-"""Sampled images as files: grids, PNG and npz, written whole or not at all."""
+"""Image grids, and atomic PNG and npz files."""
 
 import functools
 import io
@@ -12,28 +12,28 @@ from marjax.files import write_bytes
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """uint8 from float in [-1, 1], any shape; values outside are clipped."""
+    """Converts floats in [-1, 1] to uint8; clips values outside."""
     return np.clip(np.rint((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 _LONGEST = 24  # characters of a row label
-_CAPTION_WIDTH = 320  # pixels that a caption has at least
+_CAPTION_WIDTH = 320  # pixels, at least
 _MARGIN = 4  # pixels around text
 
 
 def grid(
     images: np.ndarray, columns: int, min_side: int = 32, *, rows: Sequence[str] = (), caption: str = ""
 ) -> np.ndarray:
-    """One picture of images in reading order.
+    """Arranges images in reading order.
 
-    Small images are enlarged by a whole factor to at least `min_side`; empty places are white. Without text, the
-    picture has the shape (rows * S, columns * S, 3), where S is the enlarged side and a margin of 2 pixels.
+    Small images are enlarged by an integer factor to at least `min_side` pixels; empty cells are white. Without text,
+    the shape is (rows * S, columns * S, 3), where S is the enlarged side plus a margin of 2 pixels.
 
     Args:
       images: uint8 (N, H, W, 1 or 3).
-      columns: images in a row.
-      min_side: pixels.
-      rows: the label of each row, drawn at its left; long ones are shortened.
+      columns: images per row.
+      min_side: see above.
+      rows: the label of each row, drawn at its left; long labels are shortened.
       caption: text below, wrapped to the width of the picture.
 
     Returns:
@@ -54,7 +54,7 @@ def grid(
 
 
 def _with_text(picture: np.ndarray, height: int, rows: Sequence[str], caption: str) -> np.ndarray:
-    """The picture with a label at the left of each row of `height` pixels, and a caption below."""
+    """Draws a label at the left of each row of `height` pixels, and a caption below."""
     font, small = _font(min(24, max(12, height // 6))), _font(min(14, max(12, height // 6)))
     labels = [row if len(row) <= _LONGEST else f"{row[: _LONGEST - 1]}…" for row in rows]
     left = max((int(font.getlength(label)) + 2 * _MARGIN for label in labels), default=0)
@@ -73,7 +73,7 @@ def _with_text(picture: np.ndarray, height: int, rows: Sequence[str], caption: s
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The lines of a text; a word that is wider than `width` pixels is split."""
+    """Wraps a text to `width` pixels; splits longer words."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -89,14 +89,14 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which has Latin, Greek, Cyrillic, Arabic and more; Matplotlib contains it."""
+    """DejaVu Sans, which ships with Matplotlib and has Latin, Greek, Cyrillic, Arabic and more."""
     import matplotlib
 
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def beside(pictures: Sequence[np.ndarray], gap: int = 16) -> np.ndarray:
-    """Pictures of one height side by side, with a white gap."""
+    """Joins pictures of equal height side by side, with a white gap."""
     parts = [np.pad(picture, ((0, 0), (0, gap), (0, 0)), constant_values=255) for picture in pictures]
     return np.concatenate(parts, axis=1)[:, :-gap]
 
@@ -109,7 +109,7 @@ def write_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
 
 
 def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
-    """Writes arrays under their names. Raises UserError."""
+    """Writes arrays by name. Raises UserError."""
     data = io.BytesIO()
     np.savez(data, **arrays)  # type: ignore[arg-type]
     write_bytes(path, data.getvalue())

@@ -1,7 +1,7 @@
-"""Where metrics go: JSON lines and TensorBoard in the work directory, a bar or lines on standard error.
+"""Writes metrics: JSON lines and TensorBoard events in the work directory, a bar or lines on standard error.
 
-Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes, in a thread of its own, so that slow storage
-does not hold up the steps.
+Metric names are paths (`train/loss`, `perf/mfu`). Only process 0 writes, in its own thread, so that slow storage does
+not delay steps.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ _REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object sto
 
 
 class MetricWriter(Closing):
-    """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run; a context manager, to be closed.
+    """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run; a context manager.
 
     Args:
       workdir: the work directory, which exists.
-      start_step: lines of later steps are dropped, since a resumed run writes them again.
+      start_step: lines of later steps are dropped, because a resumed run writes them again.
       total_steps: the length of the progress bar.
       tensorboard: whether to write events.
       progress: whether to show a bar.
-      active: false on every process but the first; then nothing is written.
-      loggers: further ones to report to, which are closed with the writer.
+      active: whether to write anything; false on all processes but the first.
+      loggers: more loggers; closed with the writer.
     """
 
     def __init__(
@@ -61,28 +61,28 @@ class MetricWriter(Closing):
         self._pool = ThreadPoolExecutor(1, "marjax-metrics")
         self._writes: list[Future[None]] = []
         self._unwritten = self._lines_wait = False
-        # An object is written anew as a whole: at every line, that would be gigabytes over a long run.
+        # Object stores cannot append: rewriting the file at every line would send gigabytes over a long run.
         self._pause = _REMOTE_PAUSE if is_remote(workdir) else 0.0
         self._last_write = -math.inf
         self._outage: StorageError | None = None
         self._lines: list[dict[str, Any]] = []
         self._total, self._progress = total_steps, progress
-        self._bar: progress_lib.Bar | None = None  # from the first call of `progress` on
+        self._bar: progress_lib.Bar | None = None  # created by the first call of `progress`
         self._loggers = loggers
-        self._sent: set[tuple[int, str]] = set()  # what an earlier start has sent to loggers, and this does again
+        self._sent: set[tuple[int, str]] = set()  # by an earlier start, whose steps are repeated
         if not active:
             return
-        # Kept in memory, because object stores cannot append: a run of 250,000 steps logs some 2,500 lines.
+        # Kept in memory to be rewritten: a run of 250,000 steps logs about 2,500 lines.
         self._lines = self._resume_lines(start_step)
         self._write_lines()
         if tensorboard:
             self._events = Events(self._root / "tensorboard", start_step)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics; values that are not finite (a term without any token) are left out."""
-        if not self.active:
-            return
+    def scalars(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Writes one line of metrics; returns the finite values. Others (means over no token) are left out."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        if not self.active:
+            return finite
         self._lines.append({"step": step, **finite})
         self._unwritten = True
         if time.monotonic() - self._last_write >= self._pause:
@@ -103,9 +103,10 @@ class MetricWriter(Closing):
         if self._bar is None or not (self._bar.show and progress_lib.is_live()):
             eta = "" if self._bar is None else self._bar.eta()
             progress_lib.note(f"step {step}: {text}{eta and f', ETA {eta}'}")
+        return dict(finite)  # a callback may change it
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """A picture, uint8 (H, W, 3), as `samples/<name>_<step>.png` and in TensorBoard."""
+        """Writes a picture, uint8 (H, W, 3), as `samples/<name>_<step>.png` and to TensorBoard."""
         if not self.active:
             return
         self._queue(lambda: self._write_picture(step, name, picture))
@@ -113,7 +114,7 @@ class MetricWriter(Closing):
             logger.image(step, name, picture)
 
     def describe(self, config: Mapping[str, Any]) -> None:
-        """The run's config by dotted names, for TensorBoard and loggers; None is left out, lists become text."""
+        """Writes the config by dotted names to TensorBoard and loggers; omits None, converts lists to text."""
         if not self.active:
             return
         values = {
@@ -130,27 +131,27 @@ class MetricWriter(Closing):
             logger.text("config", text)
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether a metric with a name that begins so was written at that step. Only an active writer knows."""
+        """Whether this step has a metric with this prefix. Only an active writer knows."""
         return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in self._lines)
 
     def progress(self, step: int) -> None:
-        """Shows how many steps are done: first those of earlier starts, then at every step."""
+        """Shows the number of finished steps; the first call gives those of earlier starts."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         elif self.active:
             self._bar = progress_lib.bar("train", self._total, "steps", start=step, show=self._progress)
 
     def pause(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Shows other work than steps, such as "drawing pictures", whose time does not count for the bar's ETA."""
+        """Shows other work than steps, such as "drawing pictures", and excludes its time from the ETA."""
         return contextlib.nullcontext() if self._bar is None else self._bar.pause(what)
 
     def note(self, text: str) -> None:
-        """A line for the person who watches; does not break the bar."""
+        """Prints a line above the bar."""
         if self.active:
             progress_lib.note(text)
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Waits until all is written, or for so long; whether it is. Raises UserError: something cannot be."""
+        """Waits, at most for `seconds`, and returns whether all is written. Raises UserError: a failed write."""
         if self._unwritten:
             self._queue_lines()
         wait(self._writes, seconds)
@@ -158,7 +159,7 @@ class MetricWriter(Closing):
         return not self._writes and self._outage is None
 
     def close(self) -> None:
-        """Writes what is left. Raises UserError: something could not be written; StorageError: no answer."""
+        """Writes what is pending. Raises UserError: a failed write; StorageError: the store does not answer."""
         if self._bar is not None:
             self._bar.close()
         if self._unwritten:
@@ -174,7 +175,7 @@ class MetricWriter(Closing):
 
     def _queue_lines(self) -> None:
         self._unwritten, self._last_write = False, time.monotonic()
-        if not self._lines_wait:  # else the write that waits takes the lines along
+        if not self._lines_wait:  # else the queued write includes these lines
             self._lines_wait = True
             self._queue(self._write_lines)
 
@@ -183,16 +184,16 @@ class MetricWriter(Closing):
         self._writes.append(self._pool.submit(self._try, write))
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Of what an object store does not take, pictures and events are lost; the lines are tried again later."""
+        """If the object store fails, pictures and events are lost, and the lines are retried later."""
         try:
             write()
         except Exception as error:
-            told = explain(error)
-            if not isinstance(told, StorageError):
+            outage = explain(error)
+            if not isinstance(outage, StorageError):
                 raise
             if self._outage is None:
-                self.note(f"metrics are not being written: {told}")
-            self._outage, self._unwritten = told, True
+                self.note(f"metrics are not being written: {outage}")
+            self._outage, self._unwritten = outage, True
 
     def _raise_failures(self) -> None:
         done = [write for write in self._writes if write.done()]
@@ -208,13 +209,13 @@ class MetricWriter(Closing):
             self._events.image(step, name, picture)
 
     def _resume_lines(self, start_step: int) -> list[dict[str, Any]]:
-        """The lines up to a step; foreign ones, which do not stay in the file, go into a file beside it."""
+        """Reads the lines up to a step, and moves foreign lines to a file beside this one."""
         found = read_metrics(self._path)
         if found.foreign:
             kept = self._path.with_name(FOREIGN)
             before = kept.read_bytes() if kept.exists() else b""
             write_bytes(kept, before + b"".join(line + b"\n" for line in found.foreign))
-            progress_lib.note(f"{kept} has the ignored lines of {self._path}")
+            progress_lib.note(f"moved the ignored lines of {self._path} to {kept}")
         self._sent = {(line["step"], name) for line in found.lines if line["step"] > start_step for name in line}
         return [line for line in found.lines if line["step"] <= start_step]
 

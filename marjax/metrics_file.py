@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: the metrics of a run, one JSON object a line, whatever else has been written to it."""
+"""Reads `metrics.jsonl`: the metrics of a run, one JSON object per line."""
 
 import math
 import os
@@ -16,11 +16,11 @@ _MAX_STEP = 1 << 53
 
 
 class MetricLines(NamedTuple):
-    """Of a file.
+    """The lines of a file.
 
     Attributes:
-      lines: by step, each {"step": int, name: float or str, ...}; numbers are finite.
-      foreign: the other lines, as they are.
+      lines: {"step": int, name: float or str, ...}, sorted by step; numbers are finite.
+      foreign: all other lines, unchanged.
     """
 
     lines: list[dict[str, Any]]
@@ -28,19 +28,18 @@ class MetricLines(NamedTuple):
 
 
 def read_metrics(path: str | os.PathLike[str], *, warn: bool = True) -> MetricLines:
-    """Reads the lines of metrics; a line that holds none is left out, and so is a value that is no number or text.
+    """Reads the metrics, keeping values that are numbers or text.
 
-    A last line that a crash has cut short is in neither list.
+    A last line that a crash cut short is in neither list.
 
     Args:
-      path: of the file, local or gs://; one that does not exist has no lines.
-      warn: print to standard error how many lines are foreign, and which is the first.
+      path: the file, local or gs://; a missing file has no lines.
+      warn: whether to report foreign lines on standard error.
 
     Raises:
-      UserError: the file cannot be read, or is far too long.
+      UserError: the file cannot be read or is too large.
       StorageError: gs:// does not answer.
     """
-    where = os.fspath(path)
     try:
         data = read_whole(path, _MAX_BYTES, advice="move it away")
     except (FileNotFoundError, NotADirectoryError):
@@ -57,8 +56,7 @@ def read_metrics(path: str | os.PathLike[str], *, warn: bool = True) -> MetricLi
             first = first or number
     if found.foreign and warn:
         print(
-            f"{where}: {len(found.foreign)} of {len(rows)} lines hold no metrics and are ignored, the first is line "
-            f"{first}",
+            f"{os.fspath(path)}: ignored {len(found.foreign)} of {len(rows)} lines without metrics, first line {first}",
             file=sys.stderr,
         )
     found.lines.sort(key=lambda line: line["step"])

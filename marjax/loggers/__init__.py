@@ -1,4 +1,4 @@
-"""Where a run reports beside its work directory: Weights & Biases, MLflow, or a logger of your own."""
+"""Loggers of a run besides its work directory: Weights & Biases, MLflow, or your own."""
 
 import importlib.util
 import os
@@ -8,45 +8,38 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marjax import progress
-from marjax.errors import UserError, first_line, missing_extra, shortened
-from marjax.loggers.guarded import Guarded
+from marjax.errors import UserError, missing_extra
+from marjax.loggers.guarded import Guarded, reason
 from marjax.loggers.protocol import Logger
 
 __all__ = ["Guarded", "Logger", "check_loggers", "open_loggers"]
 
-_EXTRAS = ("wandb", "mlflow")  # fields of config.log, the packages that they need, and their extras
+_EXTRAS = ("wandb", "mlflow")  # each the name of a field of config.log, of its package and of its extra
 
 
 def check_loggers(log: ConfigDict, given: Sequence[Any] = ()) -> None:
-    """Checks what `open_loggers` needs, before anything is written.
+    """Checks what `open_loggers` needs.
 
     Raises:
-      UserError: a package of `config.log` is not installed, or an object has not the methods of a `Logger`.
+      UserError: a package of `config.log` is not installed, or an object lacks methods of `Logger`.
     """
     for name in _EXTRAS:
         if log[name] and importlib.util.find_spec(name) is None:
             raise missing_extra(f"config.log.{name}", name)
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise UserError(f"loggers is a {type(given).__name__}: give a list of loggers")
+        raise UserError(f"loggers is a {type(given).__name__}; give a list of loggers")
     for logger in given:
-        missing = [
-            method
-            for method in ("hparams", "text", "scalars", "image", "close")
-            if not callable(getattr(logger, method, None))
-        ]
-        if missing or isinstance(logger, type):
+        if isinstance(logger, type):
+            raise UserError(f"loggers has the class {logger.__name__}; give an instance of it")
+        methods = ("hparams", "text", "scalars", "image", "close")
+        if missing := [method for method in methods if not callable(getattr(logger, method, None))]:
             raise UserError(
-                f"loggers has {logger if isinstance(logger, type) else type(logger)}, "
-                + (
-                    "a class: give an object"
-                    if isinstance(logger, type)
-                    else f"which has no {', '.join(missing)}: make it a subclass of marjax.loggers.Logger"
-                )
+                f"loggers has a {type(logger).__name__} without {', '.join(missing)}; subclass marjax.loggers.Logger"
             )
 
 
 def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequence[Logger] = ()) -> list[Guarded]:
-    """The loggers of `config.log` and those given, each guarded; one that cannot start is reported and left out."""
+    """Opens and guards the loggers of `config.log` and `given`; reports and omits one that cannot start."""
     opened = [Guarded(logger) for logger in given]
     for name in _EXTRAS:
         if not log[name]:
@@ -63,10 +56,7 @@ def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequen
         except UserError:
             raise
         except Exception as error:
-            progress.note(
-                f"{name} cannot be started ({type(error).__name__}: "
-                f"{shortened(first_line(error, ''), 200)}); the run continues without it"
-            )
+            progress.note(f"{name} cannot be started ({reason(error)}); the run continues without it")
         else:
             opened.append(Guarded(logger, name))
     return opened

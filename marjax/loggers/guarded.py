@@ -1,4 +1,4 @@
-"""A logger in a thread of its own, whose failures do not reach the run."""
+"""Runs a logger in its own thread, so that its failures do not reach the run."""
 
 import queue
 import threading
@@ -11,17 +11,22 @@ from marjax import progress
 from marjax.errors import first_line, shortened
 from marjax.loggers.protocol import Logger
 
-_PATIENCE = 60.0  # seconds that the end of a run waits for a logger
+_PATIENCE = 60.0  # seconds that a run waits for a logger at its end
+
+
+def reason(error: Exception) -> str:
+    """The type and the first line of an exception."""
+    return f"{type(error).__name__}: {shortened(first_line(error, ''), 200)}"
 
 
 class Guarded(Logger):
-    """Passes calls on to a logger, in its thread; the first exception is reported, and ends the logger."""
+    """Forwards calls to a logger in its thread; reports its first exception and then ends it."""
 
     def __init__(self, logger: Logger, name: str | None = None) -> None:
         self._logger, self._name = logger, name or type(logger).__name__
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._failed = False
-        # A daemon, since the interpreter must be able to end while a service does not answer.
+        # A daemon thread, so that the interpreter can exit while a service hangs.
         self._thread = threading.Thread(target=self._work, name=f"marjax-{self._name}", daemon=True)
         self._thread.start()
 
@@ -38,11 +43,11 @@ class Guarded(Logger):
         self._calls.put(("image", (step, name, picture)))
 
     def close(self) -> None:
-        """Ends the logger once it has all calls behind it; waits a minute for that, and no longer."""
+        """Ends the logger after all its calls; waits a minute at most."""
         self._calls.put(None)
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
-            progress.note(f"logger {self._name} does not answer: what it had still to send is lost")
+            progress.note(f"logger {self._name} does not answer; its pending calls are lost")
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -55,8 +60,5 @@ class Guarded(Logger):
             getattr(self._logger, method)(*arguments)
         except Exception as error:
             if not self._failed:
-                progress.note(
-                    f"logger {self._name} failed in {method} ({type(error).__name__}: "
-                    f"{shortened(first_line(error, ''), 200)}); the run continues without it"
-                )
+                progress.note(f"logger {self._name} failed in {method} ({reason(error)}); the run continues without it")
             self._failed = True

@@ -1,4 +1,4 @@
-"""The names that services give to a run, kept in its work directory so that a resumed run continues the same."""
+"""The run ids of services, kept in the work directory so that a resumed run continues the same one."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FILE = "loggers.json"
 
 
 def read_id(workdir: str | os.PathLike[str], service: str) -> str | None:
-    """The id that `keep_id` kept; None if there is none, or none that can be used."""
+    """The id that `keep_id` stored; None if there is no valid one."""
     found = _read(workdir).get(service)
     usable = (
         isinstance(found, str)
@@ -26,7 +26,7 @@ def read_id(workdir: str | os.PathLike[str], service: str) -> str | None:
 
 
 def keep_id(workdir: str | os.PathLike[str], service: str, run_id: str) -> None:
-    """Keeps the id of a run beside those of other services."""
+    """Stores the run id of a service."""
     content = {**_read(workdir), service: run_id}
     write_bytes(epath.Path(workdir) / FILE, (json.dumps(content, indent=2) + "\n").encode())
 

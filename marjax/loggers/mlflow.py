@@ -1,4 +1,4 @@
-"""MLflow (the extra marjax[mlflow]): a tracking server, or a database of this machine."""
+"""MLflow (the extra marjax[mlflow]): a tracking server or a local database."""
 
 import os
 import time
@@ -9,8 +9,8 @@ import numpy as np
 from marjax.loggers.ids import keep_id, read_id
 from marjax.loggers.protocol import Logger
 
-_PARAMS = 100  # that one call may log
-_LONGEST = 500  # characters of a parameter
+_PARAMS = 100  # per call, at most
+_LONGEST = 500  # characters of a parameter, at most
 
 
 class MLflow(Logger):
@@ -18,8 +18,8 @@ class MLflow(Logger):
 
     def __init__(self, uri: str, workdir: str | os.PathLike[str]) -> None:
         """Args:
-        uri: of the tracking server, such as http://HOST:5000, or of a database of this machine, such as sqlite:///mlflow.db.
-        workdir: of the run, which exists; the run's id is kept there.
+        uri: of a tracking server, such as http://HOST:5000, or of a local database, such as sqlite:///mlflow.db.
+        workdir: the work directory, which exists and keeps the run id.
         """
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -30,7 +30,7 @@ class MLflow(Logger):
             try:
                 self._client.update_run(run_id, status="RUNNING")
             except MlflowException:
-                run_id = None  # of another server, or deleted
+                run_id = None  # deleted, or from another server
         if run_id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "marjax")
             found = self._client.get_experiment_by_name(name)
@@ -43,7 +43,7 @@ class MLflow(Logger):
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
         from mlflow.entities import Param
 
-        there = self._client.get_run(self._run_id).data.params  # which cannot be changed
+        there = self._client.get_run(self._run_id).data.params  # cannot be changed
         new = [Param(name, str(value)[:_LONGEST]) for name, value in values.items() if name not in there]
         for first in range(0, len(new), _PARAMS):
             self._client.log_batch(self._run_id, params=new[first : first + _PARAMS])

@@ -1,4 +1,4 @@
-"""Weights & Biases (the extra marjax[wandb]); WANDB_MODE=offline keeps everything on this machine."""
+"""Weights & Biases (the extra marjax[wandb]); WANDB_MODE=offline keeps everything local."""
 
 import os
 import secrets
@@ -18,7 +18,7 @@ class Wandb(Logger):
     def __init__(self, project: str, workdir: str | os.PathLike[str]) -> None:
         """Args:
         project: "PROJECT", or "ENTITY/PROJECT".
-        workdir: of the run, which exists; the run's id is kept there.
+        workdir: the work directory, which exists and keeps the run id.
         """
         import wandb
 

@@ -32,10 +32,9 @@ class Callbacks:
         self._failed: set[str] = set()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """The metrics of a step, read: scalars by name. Those that are not finite are left out."""
+        """Passes the finite metrics of a step to `on_metrics`."""
         if self._on_metrics is not None:
-            finite = {name: float(value) for name, value in values.items() if np.isfinite(value)}
-            self._call("on_metrics", self._on_metrics, step, finite)
+            self._call("on_metrics", self._on_metrics, step, values)
 
     def step(self, step: int, state: PyTree) -> None:
         """The state after a step, as it is dispatched; the next step donates it."""

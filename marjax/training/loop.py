@@ -216,8 +216,7 @@ class Run(Generic[S]):
                 self.writer.note(f"warning: no evaluation of step {step}: {error}; or set config.eval.every=0")
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
-        self.writer.scalars(step, values)
-        self.callbacks.metrics(step, values)
+        self.callbacks.metrics(step, self.writer.scalars(step, values))
 
     def _is_idle(self) -> bool:
         """Whether the devices are through with all steps dispatched."""
