@@ -18,7 +18,7 @@ import numpy as np
 from marjax import config as config_lib
 from marjax import numerics
 from marjax.sweep import Point, Sweep
-from marjax.sweep.rows import write_whole
+from marjax.sweep.rows import write_text
 from marjax.workdir import read_workdir
 
 TEMPERATURES = (0.6, 0.8, 1.0)
@@ -103,7 +103,7 @@ def prepare(root: pathlib.Path) -> None:
     quantised = np.clip(np.round((quantised + 1.0) * 127.5), 0, 255).astype(np.uint8)
     # As many real images as there are samples in a row, against all others.
     rest = gaussian(classifier.extract(images[MEASURED_ON:]).features)
-    write_whole(
+    write_text(
         root / "reference.json",
         json.dumps(
             {
@@ -175,7 +175,7 @@ def measure_row(workdir: pathlib.Path, root: pathlib.Path, judge: Judge, num_ite
         for key in itertools.product(scales, TEMPERATURES):
             if key not in tried:
                 tried[key] = judge(*draw(sampler, params, sample, *key, TUNING_SEED, TUNED_ON))[0]
-                write_whole(kept, json.dumps({"terms": terms, "tried": [[*k, d] for k, d in tried.items()]}))
+                write_text(kept, json.dumps({"terms": terms, "tried": [[*k, d] for k, d in tried.items()]}))
         scale, temperature = min(itertools.product(scales, TEMPERATURES), key=lambda key: tried[key])
         images, labels = draw(sampler, params, sample, scale, temperature, SEED, MEASURED_ON)
         distance, accuracy = judge(images, labels)

@@ -1,4 +1,4 @@
-"""Sweeps that are submitted: stand-ins for sbatch, squeue, sacct, xpk and kubectl note what they are called with."""
+"""Submitted sweeps: stand-ins for sbatch, squeue, sacct, xpk and kubectl record their arguments."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ PREPARES = FILE + '\ndef prepare(root):\n    (root / "prepared").write_text("yes
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """A function that puts a program of this name in the path: it notes its arguments and input, and answers so."""
+    """A function that puts a stand-in on the PATH, which records its arguments and input and prints `answer`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -46,20 +46,20 @@ def programs(tmp_path, monkeypatch):
         path = folder / name
         path.write_text(
             f"#!{sys.executable}\nimport json, sys\n"
-            f"said = sys.stdin.read() if {name == 'sbatch'} else ''\n"
+            f"printed = sys.stdin.read() if {name == 'sbatch'} else ''\n"
             f"with open({str(folder / name)!r} + '.jsonl', 'a') as file:\n"
-            f"    file.write(json.dumps([sys.argv[1:], said]) + '\\n')\n"
+            f"    file.write(json.dumps([sys.argv[1:], printed]) + '\\n')\n"
             f"print({answer!r})\nsys.exit({code})\n"
         )
         path.chmod(0o755)
 
         def calls():
-            noted = folder / f"{name}.jsonl"
-            return [json.loads(line) for line in noted.read_text().splitlines()] if noted.exists() else []
+            calls_file = folder / f"{name}.jsonl"
+            return [json.loads(line) for line in calls_file.read_text().splitlines()] if calls_file.exists() else []
 
         return calls
 
-    for name in ("squeue", "sacct", "kubectl"):  # whatever is installed here
+    for name in ("squeue", "sacct", "kubectl"):  # even if they are installed
         make(name, code=1)
     return make
 
@@ -89,16 +89,16 @@ def test_get_sweep_may_yield(tmp_path):
     assert loaded.report is not None and loaded.prepare is None
     more = "from marjax.sweep import Point\n" + FILE + '    yield Point("own", "x.py")\n'
     assert load(write(tmp_path, more)).points[-1] == Point("own", "x.py")
-    for text, says in (
-        (FILE.replace("CONFIG =", "OTHER ="), "CONFIG = 'NAME:ARG'"),
-        (FILE + "    yield 3\n", "yielded 3: yield a Point"),
+    for text, match in (
+        (FILE.replace("CONFIG =", "OTHER ="), "CONFIG"),
+        (FILE + "    yield 3\n", "yielded 3"),
         ("def get_sweep():\n    return 3\n", "returned int"),
         (
             FILE + '    yield {"seed": 1, "train.lr": 1e-3}\n    yield {"train.lr": 0.001, "seed": 1}\n',
-            "several points named",
+            "several points",
         ),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=match):
             load(write(tmp_path, text))
 
 
@@ -109,27 +109,24 @@ def test_names_of_overlays():
     for odd in ({"data.source": "tfds:a/b"}, {"data.data_dir": "x" * 300}, {"seed": "é"}):
         name = name_of(odd)
         assert name == name_of(dict(odd)) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,199}", name)
-    assert name_of({"data.source": "a:b"}) != name_of({"data.source": "a/b"})  # which look alike without the hash
+    assert name_of({"data.source": "a:b"}) != name_of({"data.source": "a/b"})  # differ only in the hash
 
 
-def test_slips_start_nothing(tmp_path, capsys, programs):
+def test_invalid_arguments_start_nothing(tmp_path, capsys, programs):
     file, root = write(tmp_path), tmp_path / "root"
     programs("sbatch")
-    for arguments, says in (
-        (["--engine_args=--x=1"], "engine_args are for slurm and xpk"),
-        (["--engine", "slurm", "--engine_args='"], "mend the quotes"),
-        (["--engine", "xpk"], "xpk needs --cluster --docker-image --tpu-type"),
-        (["--engine", "xpk", "--jobs", "2"], "not for xpk"),
-        (
-            ["--engine", "xpk", "--engine_args=--cluster=c --docker-image=i --tpu-type=t --command=x"],
-            "--command is made for each point",
-        ),
-        (["--status", "--engine", "slurm"], "runs nothing"),
-        (["--status"], "does not exist"),
+    for arguments, match in (
+        (["--engine_args=--x=1"], "engine_args"),
+        (["--engine", "slurm", "--engine_args='"], "engine_args"),
+        (["--engine", "xpk"], "--cluster --docker-image --tpu-type"),
+        (["--engine", "xpk", "--jobs", "2"], "jobs"),
+        (["--engine", "xpk", "--engine_args=--cluster=c --docker-image=i --tpu-type=t --command=x"], "--command"),
+        (["--status", "--engine", "slurm"], "--status"),
+        (["--status"], str(root)),
     ):
         assert cli.main(["sweep", file, "--root", str(root), *arguments]) == 2
-        assert says in capsys.readouterr().err
-    with pytest.raises(UserError, match="a folder of this machine"):
+        assert match in capsys.readouterr().err
+    with pytest.raises(UserError, match="root root"):
         sweep(file, "root", engine="xpk", engine_args="--cluster=c --docker-image=i --device-type=t")
     assert not root.exists()
 
@@ -137,7 +134,7 @@ def test_slips_start_nothing(tmp_path, capsys, programs):
 def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
     file, root = write(tmp_path), tmp_path / "root"
     os.environ["PATH"] = str(tmp_path / "bin")
-    with pytest.raises(UserError, match="no sbatch on this machine"):
+    with pytest.raises(UserError, match="sbatch"):
         sweep(file, root, engine="slurm")
     sweep_run = SweepRun.open(file, root)
     sweep_run.fail("named", "ValueError: no", 2.0)
@@ -153,7 +150,7 @@ def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
         assert not list((root / "jobs").glob("*"))  # so that the next start submits them all
         assert sweep_run.state("named").error == "ValueError: no"
     programs("sbatch", "submitted")
-    with pytest.raises(TrainingError, match="no job's id"):
+    with pytest.raises(TrainingError, match="sbatch.*submitted"):
         sweep(file, root, engine="slurm")
     assert not list((root / "jobs").glob("*"))
     programs("sbatch", "3")
@@ -161,8 +158,8 @@ def test_a_missing_program_and_one_that_refuses(tmp_path, programs, capfd):
     assert sweep_run.state("named").status == "unfinished"
 
 
-def test_nobody_is_asked():
-    """xpk would wait for an answer to a question that is not seen."""
+def test_programs_cannot_prompt():
+    """xpk would wait for an answer to a hidden prompt."""
     terminal, write_end = os.pipe()
     os.write(write_end, b"y\n")
     before = os.dup(0)
@@ -176,7 +173,7 @@ def test_nobody_is_asked():
 
 
 def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
-    """All processes of the point are started again; until then it is as if nothing had been said of it."""
+    """The engine restarts all processes of the point; until then its state is unfinished, not failed."""
     sweep_run = SweepRun.open(write(tmp_path), tmp_path)
     (tmp_path / "logs").mkdir()
 
@@ -201,14 +198,14 @@ def test_a_lost_peer_or_store_is_no_failure(tmp_path, monkeypatch):
         assert sweep_run.state("named").status == status_
 
 
-def test_local_points_of_a_container_that_is_gone(tmp_path, monkeypatch):
-    """Its sweep and points would still hold the lock. A lease in a bucket tells nothing of points."""
+def test_local_points_of_a_deleted_container(tmp_path, monkeypatch):
+    """If they ran, they would hold the lock. A lease in a bucket does not cover points."""
     file, root, started = write(tmp_path), tmp_path / "root", []
     jobs.write(SweepRun.open(file, root), "named", Job("local", "other:1"))
     monkeypatch.setattr(engines.runner, "run", lambda sweep_run, names, *_: started.append(names))
     sweep(file, root)
     monkeypatch.setattr(engines, "locked_folder", lambda *_: contextlib.nullcontext())
-    with pytest.raises(TrainingError, match="1 of 3 points were skipped, since nothing can be learnt .*: named; "):
+    with pytest.raises(TrainingError, match="1 of 3 points.*: named; "):
         sweep(file, root)
     assert started == [NAMES, NAMES[:2]]
 
@@ -226,7 +223,7 @@ def test_slurm_array(tmp_path, programs, capsys):
     assert [jobs.read(SweepRun.open(file, root), NAMES)[name].id for name in NAMES] == ["17_0", "17_1", "17_2"]
     assert not (root / "report.txt").exists() and not (root / "prepared").exists()  # nothing has run
 
-    # What is queued or runs is left alone, `prepare` too; so is what nobody knows. What is over is submitted again.
+    # Queued, running and unknown jobs are left alone, including `prepare`. Ended ones are submitted again.
     squeue = programs("squeue", "17 RUNNING\n17_0 PENDING\n17_1 RUNNING\n17_2 PREEMPTED")
     programs("sbatch", "18")
     sweep(file, root, engine="slurm")
@@ -235,9 +232,9 @@ def test_slurm_array(tmp_path, programs, capsys):
     assert jobs.read(SweepRun.open(file, root), NAMES)["named"] == Job("slurm", "18_0")
     programs("squeue", code=1)
     capsys.readouterr()
-    with pytest.raises(TrainingError, match="3 of 3 points were skipped"):
+    with pytest.raises(TrainingError, match="3 of 3 points"):
         sweep(file, root, engine="slurm")
-    assert len(sbatch()) == 3 and capsys.readouterr().out.count("nothing can be learnt") == 3
+    assert len(sbatch()) == 3 and capsys.readouterr().out.count("is unknown") == 3
     programs("sacct", "17|COMPLETED\n17_0|COMPLETED\n17_1|CANCELLED by 0")
     sweep(file, root, engine="slurm", only=[NAMES[1]])
     assert sbatch()[-1][1].count(NAMES[1]) == 1 and len(sbatch()) == 5
@@ -251,7 +248,7 @@ def test_states_of_slurm_jobs(programs):
     programs("sacct", "3_0|RUNNING\n2_0|RUNNING")  # the accounting lags behind
     assert slurm.states(asked)["3_0"] == "running" and slurm.states(asked)["2_0"] == "ended"
     programs("sacct", code=1)
-    programs("squeue", "1_0 PENDING", code="'--jobs=3' in sys.argv")  # as of one that it has forgotten
+    programs("squeue", "1_0 PENDING", code="'--jobs=3' in sys.argv")  # as for a job that it has forgotten
     assert slurm.states(asked[3:])["3_0"] == "ended"
 
 
@@ -271,7 +268,7 @@ def test_states_of_slurm_jobs(programs):
     ],
 )
 def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
-    """It is run by bash, with a stand-in for srun that ends with a code; the names have what a shell would take."""
+    """bash runs it with a stand-in for srun that exits with `code`; names contain shell syntax."""
     sweep_run = SweepRun.open(write(tmp_path), tmp_path / "the root")
     (sweep_run.root / "logs").mkdir(parents=True)
     srun, scontrol = programs("srun", "step 1", code), programs("scontrol")
@@ -283,7 +280,7 @@ def test_the_script_of_an_array(tmp_path, programs, code, kills, state, again):
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_JOB_ID": "8",
         "SLURM_RESTART_COUNT": "99",
-    }  # mostly for being preempted
+    }  # mostly preemptions
     killed = sweep_run.root / "logs" / "slurm-7_1.kills"
     if kills:
         killed.write_text("137\n" * kills)
@@ -327,7 +324,7 @@ def test_xpk_workloads(tmp_path, programs):
     assert calls[0]["max-restarts"] == "3" and "42" in calls[0]["restart-on-exit-codes"]
     assert calls[0]["ttl-seconds-after-finished"] == "604800"
 
-    # Suspended is queued, as Kueue has it. A failed one gets another name, since the old one is kept.
+    # Kueue suspends queued workloads. A failed one is resubmitted under a new name, since the old one still exists.
     items = [
         {"metadata": {"name": names[0]}, "spec": {"suspend": True}},
         {"metadata": {"name": names[1]}, "spec": {}},
@@ -342,8 +339,8 @@ def test_xpk_workloads(tmp_path, programs):
     assert len(xpk_calls()) == 4 and again != names[2] and f"--workload={again}" in xpk_calls()[-1][0]
 
 
-def test_workloads_of_a_cluster_that_is_known(programs):
-    """Known since kubectl had the workload in the context that xpk had set. What is not there any more is over."""
+def test_workloads_of_a_known_cluster(programs):
+    """The cluster is known if kubectl found the new workload in xpk's context. A missing workload has ended."""
     kubectl = programs("kubectl", "cluster")
     where = xpk._where("a-1", ["--tpu-type=t", "--namespace", "n"])
     assert where == ("--context=cluster", "--namespace=n") and set(where) | {"a-1"} <= set(kubectl()[-1][0])
@@ -392,9 +389,9 @@ def test_local_processes_are_known(tmp_path):
         [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)", "sweep-point"], stdout=subprocess.PIPE
     )
     try:
-        process.stdout.readline()  # until then it has another's command line
+        process.stdout.readline()  # before that, /proc shows the parent's command line
         asked = [Job("local", f"{host}:{process.pid}"), Job("local", f"{host}:{os.getpid()}"), Job("local", "other:1")]
-        assert jobs.local_states(asked) == {asked[0].id: "running", asked[1].id: "ended"}  # which is no point's
+        assert jobs.local_states(asked) == {asked[0].id: "running", asked[1].id: "ended"}  # not a point
     finally:
         process.kill()
         process.communicate()
@@ -419,8 +416,8 @@ DAMAGED = ["", "[]", "{}", "[" * 100_000, "\0", '{"engine": 9}', '{"rows": ' + "
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
-    """Of how it ended: it runs again. Of its job: two could be at work on it, so nothing starts."""
+def test_damaged_records_of_a_point_are_named(tmp_path, capsys, text):
+    """A point with a damaged result runs again. A damaged job file is an error, since that job may still run."""
     file, root = write(tmp_path), tmp_path / "root"
     sweep_run = SweepRun.open(file, root)
     finish(sweep_run, *NAMES[:2])
@@ -428,8 +425,8 @@ def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert [row["status"] for row in table(file, root)] == ["done", "unfinished", "unfinished"]
-    said = capsys.readouterr().err
-    assert "result.json" in said and "named.failed.json" in said
+    printed = capsys.readouterr().err
+    assert "result.json" in printed and "named.failed.json" in printed
     jobs.write(sweep_run, "named", Job("local", "other:1"))
     sweep_run.job("named").write_text(text)
     for act in (status, sweep):
@@ -451,8 +448,8 @@ def test_damaged_notes_of_a_point_are_named(tmp_path, capsys, text):
         {"engine": ["slurm"]},
     ],
 )
-def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
-    """kubectl runs what a --kubeconfig names, and the folder of a sweep may be anyone's."""
+def test_a_job_file_cannot_add_options(tmp_path, programs, changes):
+    """kubectl runs programs named in a --kubeconfig, and the root of a sweep is not trusted."""
     file, root = write(tmp_path), tmp_path / "root"
     calls = [programs("kubectl", "{}"), programs("squeue")]
     sweep_run = SweepRun.open(file, root)
@@ -467,7 +464,7 @@ def test_a_job_s_file_gives_programs_no_options(tmp_path, programs, changes):
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", '{"items": [{}]}', '{"items": [{"metadata": {"name": "a"}, "status": 3}]}']
 )
-def test_an_answer_of_kubectl_that_is_none(programs, text):
+def test_an_invalid_answer_of_kubectl(programs, text):
     programs("kubectl", text)
     assert jobs.states({"p": Job("xpk", "a")}, {"xpk": xpk.states}) == {"p": "unknown"}
 

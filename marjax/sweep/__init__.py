@@ -1,8 +1,8 @@
-"""Sweeps: many trainings from one file, a work directory each, resumable, and one table of them all.
+"""Sweeps: many training runs from one file, each in its own work directory, resumable, with one table of results.
 
-A sweep file has `get_sweep`, which returns a Sweep or yields overlays. In the root folder of a sweep lie `NAME/` (the
-work directory of a point, with `result.json` once it is finished), `logs/NAME.log`, `jobs/NAME.json` (what runs it),
-`table.csv` and `table.md`.
+A sweep file defines `get_sweep`, which returns a Sweep or yields overlays. The root folder of a sweep holds `NAME/`
+(the work directory of a point, with `result.json` once it is finished), `logs/NAME.log`, `jobs/NAME.json` (the job that
+runs it), `table.csv` and `table.md`.
 """
 
 from marjax.sweep.definition import Point, Sweep, grid, load, name_of, select

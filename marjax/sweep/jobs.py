@@ -1,6 +1,6 @@
-"""Jobs that were given points: which engine has them under what id, as files in the root folder, and how they are.
+"""Jobs that run points: their engine and id, kept as files in the root folder, and their states.
 
-The files are all that is needed later: `marjax sweep --status` asks the engine of each job, where its program is there.
+The files suffice to find a job later: `marjax sweep --status` asks the engine of each job, if its program is installed.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from marjax.errors import TrainingError, UserError
 from marjax.files import write_bytes
@@ -19,23 +19,23 @@ from marjax.json_file import read_json
 from marjax.sweep.points import SweepRun, write_json
 
 QUEUED, RUNNING, ENDED, UNKNOWN = "queued", "running", "ended", "unknown"
-# Whoever wrote the file: no option of squeue or kubectl but these, of which others would run a program.
+# Anyone may have written the file, and other options of squeue and kubectl can run programs.
 _SHAPE = {
     "engine": {"local", "slurm", "xpk"},
     "id": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,300}"),
     "where": [re.compile(r"--(clusters|context|namespace)=[^-\x00-\x1f][^\x00-\x1f]*")],
 }
-_SHOWN = 15  # lines of a command that fails
+_SHOWN = 15  # lines of a failed command's output
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What runs a point.
+    """The job that runs a point.
 
     Attributes:
       engine: "local", "slurm" or "xpk".
-      id: "HOST:PID", Slurm's "ARRAY_TASK", or the workload's name.
-      where: arguments with which Slurm's programs or kubectl find it, if they need any: of which cluster it is.
+      id: "HOST:PID", Slurm's "ARRAY_TASK", or the name of the workload.
+      where: arguments that select the job's cluster in Slurm's programs or kubectl, if needed.
     """
 
     engine: str
@@ -44,34 +44,30 @@ class Job:
 
 
 def read(sweep_run: SweepRun, names: Sequence[str]) -> dict[str, Job]:
-    """The jobs of these points; those that none was given are left out. Raises UserError: a damaged file."""
+    """Returns the jobs of these points, without those that have none. Raises UserError: a damaged file."""
     jobs = {}
     for name in names:
-        found = read_json(
-            sweep_run.job(name), _SHAPE, missing=None, advice="delete it if the job of that point has ended"
-        )
+        advice = "delete it if the job of that point has ended"
+        found = read_json(sweep_run.job(name), _SHAPE, missing=None, advice=advice)
         if found is not None:
             jobs[name] = Job(found["engine"], found["id"], tuple(found["where"]))
     return jobs
 
 
 def write(sweep_run: SweepRun, name: str, job: Job) -> None:
-    """Notes the job of a point, or of PREPARE. Raises UserError."""
+    """Records the job of a point, or of PREPARE. Raises UserError."""
     sweep_run.job(name).parent.mkdir(parents=True, exist_ok=True)
     write_json(sweep_run.job(name), dataclasses.asdict(job))
 
 
 @contextlib.contextmanager
 def submitting(sweep_run: SweepRun, names: Sequence[str]) -> Iterator[None]:
-    """Erases how points failed before they are submitted, since their jobs may fail at once.
+    """Removes the failure records of points before submission, since their jobs may fail at once.
 
-    If the engine refuses, what was noted of them and of their jobs is put back.
+    If the engine refuses, the records of failures and jobs are restored.
     """
-    before = {
-        path: path.read_bytes() if path.exists() else None
-        for name in names
-        for path in (sweep_run.failure(name), sweep_run.job(name))
-    }
+    paths = [path for name in names for path in (sweep_run.failure(name), sweep_run.job(name))]
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
     for name in names:
         sweep_run.failure(name).unlink(missing_ok=True)
     try:
@@ -85,19 +81,19 @@ def submitting(sweep_run: SweepRun, names: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def states(jobs: dict[str, Job], ask: "dict[str, Callable[[Sequence[Job]], dict[str, str]]]") -> dict[str, str]:
-    """QUEUED, RUNNING, ENDED or UNKNOWN by point; `ask` has for each engine what knows the states of ids."""
+def states(jobs: Mapping[str, Job], engines: Mapping[str, Callable[[Sequence[Job]], dict[str, str]]]) -> dict[str, str]:
+    """Returns QUEUED, RUNNING, ENDED or UNKNOWN by point; `engines` maps each engine to its query by job."""
     found: dict[str, str] = {}
-    for engine, asked in ask.items():
+    for engine, states_by_id in engines.items():
         of_engine = {name: job for name, job in jobs.items() if job.engine == engine}
         if of_engine:
-            by_id = asked(list(of_engine.values()))
+            by_id = states_by_id(list(of_engine.values()))
             found |= {name: by_id.get(job.id, UNKNOWN) for name, job in of_engine.items()}
     return found
 
 
 def local_states(jobs: Sequence[Job]) -> dict[str, str]:
-    """Of processes; those of other machines are unknown."""
+    """Returns the states of this machine's processes by id; those of other machines are unknown."""
     found = {}
     for job in jobs:
         host, _, pid = job.id.rpartition(":")
@@ -107,12 +103,12 @@ def local_states(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def all_ended(jobs: Sequence[Job]) -> dict[str, str]:
-    """Of processes, where the lock of their root is held: as long as one runs it holds the lock itself."""
+    """States of processes while this process holds the root's lock, which every running point would hold."""
     return {job.id: ENDED for job in jobs}
 
 
 def _is_point(pid: str) -> bool:
-    """Whether a process is there and, where that can be seen, no other that has got the same number since."""
+    """Whether the process exists and, where /proc can tell, has not been replaced by another with the same pid."""
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError, OverflowError):
@@ -127,34 +123,34 @@ def _is_point(pid: str) -> bool:
 
 
 def run(command: Sequence[str], text: str | None = None) -> str:
-    """What a program of an engine prints; `text` is its standard input.
+    """Runs a program of an engine with `text` as standard input, and returns its output.
 
     Raises:
-      UserError: there is no such program.
-      TrainingError: it failed; says what it said last, after printing what came before that.
+      UserError: the program is not installed.
+      TrainingError: it failed; the error has the last line of its output, and the lines before it are printed.
     """
     done = _call(command, text)
     if done is None:
         raise UserError(
-            f"there is no {command[0]} on this machine: start the sweep where there is one, or give another --engine"
+            f"{command[0]} is not installed on this machine; start the sweep where it is, or give another --engine"
         )
     if done.returncode:
-        said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()] or ["without a word"]
-        print(*said[-_SHOWN:-1], sep="\n", end="\n" if said[1:] else "", file=sys.stderr, flush=True)
+        lines = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()] or ["no output"]
+        print(*lines[-_SHOWN:-1], sep="\n", end="\n" if lines[1:] else "", file=sys.stderr, flush=True)
         raise TrainingError(
-            f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: {said[-1].strip():.300}"
+            f"{shlex.join(command[:3])} ... ended with exit code {done.returncode}: {lines[-1].strip():.300}"
         )
     return done.stdout
 
 
-def ask(command: Sequence[str]) -> str | None:
-    """What a program prints; None where it is missing or fails, as one that is asked about old jobs does."""
+def query(command: Sequence[str]) -> str | None:
+    """Returns a program's output; None if it is not installed or fails, for example when asked about old jobs."""
     done = _call(command)
     return None if done is None or done.returncode else done.stdout
 
 
 def _call(command: Sequence[str], text: str | None = None) -> "subprocess.CompletedProcess[str] | None":
-    """None where there is no such program. Without `text` it can ask nothing, which nobody would see."""
+    """Returns None if there is no such program. Without `text`, standard input is empty: no hidden prompts."""
     try:
         return subprocess.run(
             command, input=text, stdin=subprocess.DEVNULL if text is None else None, capture_output=True, text=True

@@ -1,6 +1,6 @@
-"""The points of a sweep on disk: their resolved configs, what finished and failed ones leave, and the work of one.
+"""The points of a sweep on disk: their resolved configs, their records of success and failure, and the work of one.
 
-Read by the process of the sweep, which never touches an accelerator, and by the process of each point.
+Used by the process of the sweep, which never touches an accelerator, and by the process of each point.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,25 @@ from marjax import storage
 from marjax.errors import PreemptedError, StorageError, TrainingError, UserError, first_line
 from marjax.json_file import read_json
 from marjax.paths import takes_paths
-from marjax.sweep.definition import Sweep, load
-from marjax.sweep.rows import FIXED_COLUMNS, Row, write_whole
+from marjax.sweep.definition import Row, Sweep, load
+from marjax.sweep.rows import FIXED_COLUMNS, write_text
 from marjax.workdir import FREE_FIELDS, read_workdir
 
 _RESULT = {"fingerprint": str, "rows": [{str: (float, bool, str, None)}], "seconds": float}
 ORPHAN_SECONDS = 15.0
-PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, none of which can start like this
+PREPARE = "_prepare"  # stands for `prepare` in place of a point's name, which cannot start with an underscore
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """How far a point is.
+    """The state of a point.
 
     Attributes:
       status: "done", "failed" or "unfinished".
-      measured: the lines of a point that is done.
-      seconds: of the process that finished it, or failed.
+      measured: measured rows of a finished point.
+      seconds: run time of the process that finished or failed.
       error: why it failed.
-      conflict: failed because it was finished with another config, which running it again would not mend.
+      conflict: whether it was finished with another config, so that running it again would not help.
     """
 
     status: str
@@ -52,13 +53,13 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-    """A sweep whose every config is known to be right, and its root folder.
+    """A sweep with validated configs, and its root folder.
 
     Attributes:
       path: the sweep file.
       root: the root folder, which may not exist yet.
-      sweep: what the file returns.
-      configs: the resolved config of each point, by name, in the sweep's order.
+      sweep: the loaded sweep.
+      configs: resolved config of each point by name, in the sweep's order.
     """
 
     path: str
@@ -69,7 +70,7 @@ class SweepRun:
     @classmethod
     @takes_paths("path", "root")
     def open(cls, path: str | os.PathLike[str], root: str | os.PathLike[str]) -> "SweepRun":
-        """Loads the file, and loads, overlays and resolves every point of it. Raises UserError, naming the point."""
+        """Loads the file and resolves the config of every point. Raises UserError, which names the point."""
         storage.check(root)
         loaded = load(path)
         configs = {}
@@ -82,46 +83,44 @@ class SweepRun:
         return cls(os.fspath(path), epath.Path(root), loaded, configs)
 
     def log(self, name: str) -> epath.Path:
-        """What the process of a point prints."""
+        """Path of the output of a point's process."""
         return self.root / "logs" / f"{name}.log"
 
     def failure(self, name: str) -> epath.Path:
-        """Why a point failed; outside its work directory, which a failed point may not have, or not rightfully."""
+        """Path of a failure record; outside the work directory, which may not exist or may belong to another config."""
         return self.root / "logs" / f"{name}.failed.json"
 
     def job(self, name: str) -> epath.Path:
-        """Which job was given the point, as `jobs.Job` has it."""
+        """Path of a point's `jobs.Job`."""
         return self.root / "jobs" / f"{name}.json"
 
     def command(self, name: str, python: str) -> list[str]:
-        """What a point's process runs, which imports nothing from the current folder; for PREPARE, `prepare`."""
+        """Command of a point's process, or of PREPARE's; it imports nothing from the current folder."""
         return [python, "-P", "-m", "marjax", "sweep-point", self.path, "--root", os.fspath(self.root), "--name", name]
 
     def state(self, name: str) -> State:
-        """What the files of a point say, or of PREPARE."""
-        result = _read_note(self.root / name / "result.json", _RESULT)
+        """Reads the state of a point, or of PREPARE, from its files."""
+        result = _read_record(self.root / name / "result.json", _RESULT)
         if result is not None:
             if result["fingerprint"] == fingerprint(self.configs[name]):
                 return State("done", result["rows"], result["seconds"])
-            return State("failed", error=self._contradiction(name), conflict=True)
-        failure = _read_note(self.failure(name), {"error": str, "seconds": float})
+            return State("failed", error=self._conflict(name), conflict=True)
+        failure = _read_record(self.failure(name), {"error": str, "seconds": float})
         if failure is not None:
             return State("failed", seconds=failure["seconds"], error=failure["error"])
         return State("unfinished")
 
     def fail(self, name: str, error: str, seconds: float) -> None:
-        """Notes why a point failed."""
+        """Records why a point failed."""
         write_json(self.failure(name), {"error": error, "seconds": round(seconds, 1)})
 
     def finish(self, name: str, measured: list[Row], seconds: float) -> None:
-        """Notes that a point is done."""
-        write_json(
-            self.root / name / "result.json",
-            {"fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)},
-        )
+        """Records that a point is done."""
+        result = {"fingerprint": fingerprint(self.configs[name]), "rows": measured, "seconds": round(seconds, 1)}
+        write_json(self.root / name / "result.json", result)
 
     def varying(self) -> dict[str, Row]:
-        """By point, the fields that any overlay names and that differ between points; "config" first if that does."""
+        """Returns, by point, the overlaid fields that differ between points; "config" comes first if it differs."""
         keys = list(dict.fromkeys(key for point in self.sweep.points for key in point.overlay))
         flat = {name: config_lib.flatten(config) for name, config in self.configs.items()}
         fields = {
@@ -131,32 +130,31 @@ class SweepRun:
         varying = [key for key in ["config", *keys] if len({repr(row[key]) for row in fields.values()}) > 1]
         return {name: {key: row[key] for key in varying} for name, row in fields.items()}
 
-    def _contradiction(self, name: str) -> str:
+    def _conflict(self, name: str) -> str:
         workdir = self.root / name
         try:
-            before, after = (_fields_that_count(config) for config in (read_workdir(workdir), self.configs[name]))
+            before, after = (_relevant_fields(config) for config in (read_workdir(workdir), self.configs[name]))
         except UserError as error:
             return str(error)
         keys = [key for key in sorted(before) if before[key] != after[key] and key != "tokenizer.checksum"]
         listed = ", ".join(f"{key} (was {before[key]!r}, now {after[key]!r})" for key in keys)
         return (
-            f"{workdir} was finished with another config{': ' if listed else ''}{listed}. Use another --root or "
-            f"name, or delete its result.json to train on and measure again, if training may go on"
+            f"{workdir} was finished with another config{': ' if listed else ''}{listed}; use another --root or point "
+            f"name, or delete its result.json to resume training and measure again"
         )
 
 
 @takes_paths("path", "root")
 def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: str) -> None:
-    """What the process of a point does: trains, measures, writes `result.json`. For PREPARE, what `prepare` does.
+    """Trains and measures a point, and writes its `result.json`; for PREPARE, calls `prepare`.
 
-    A failure is noted for the table, and raised; that of an earlier start is erased. Where the point has several
-    processes, all call this, and the first one writes.
+    A failure is recorded for the table and raised; an earlier record is removed. If several processes run the point,
+    all call this function and the first one writes.
     """
     sweep_run = SweepRun.open(path, root)
     if name not in (PREPARE, *sweep_run.configs):
-        raise UserError(f"sweep file {path} has no point {name!r} any more: start the sweep again")
-    state = State("unfinished") if name == PREPARE else sweep_run.state(name)
-    if state.status == "done":  # a job that was queued twice, or started again after its last line
+        raise UserError(f"sweep file {path} no longer has the point {name!r}; start the sweep again")
+    if name != PREPARE and sweep_run.state(name).status == "done":  # a job queued twice, or restarted after its end
         return
     if is_first_process():
         sweep_run.failure(name).unlink(missing_ok=True)
@@ -167,12 +165,10 @@ def run_point(path: str | os.PathLike[str], root: str | os.PathLike[str], name: 
         elif sweep_run.sweep.prepare is not None:
             sweep_run.sweep.prepare(sweep_run.root)
     except Exception as error:
-        if _goes_on(error):
-            raise
-        first = first_line(error, "")
-        told = first if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {first}"
-        if is_first_process():
-            sweep_run.fail(name, told, time.monotonic() - start)
+        if not _is_retried(error) and is_first_process():
+            line = first_line(error, "")
+            expected = isinstance(error, UserError | TrainingError)
+            sweep_run.fail(name, line if expected else f"{type(error).__name__}: {line}", time.monotonic() - start)
         raise
 
 
@@ -188,10 +184,10 @@ def _train_and_measure(sweep_run: SweepRun, name: str, start: float) -> None:
 
 
 def end_with_parent(pid: int) -> None:
-    """Has this process stop as on SIGTERM once its parent, the sweep, is gone; after ORPHAN_SECONDS it is killed.
+    """Stops this process, as SIGTERM would, once its parent (the sweep) is gone; kills it after ORPHAN_SECONDS.
 
     Args:
-      pid: of the parent, which may be gone already.
+      pid: pid of the parent, which may be gone already.
     """
 
     def watch() -> None:
@@ -199,20 +195,20 @@ def end_with_parent(pid: int) -> None:
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
-        os.killpg(os.getpgid(0), signal.SIGKILL)  # its worker processes, too
+        os.killpg(os.getpgid(0), signal.SIGKILL)  # including its worker processes
 
     threading.Thread(target=watch, name="marjax-parent", daemon=True).start()
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that run a point."""
+    """Whether this is the first of the processes that run a point."""
     import jax  # not needed by the process of the sweep
 
     return not jax.distributed.is_initialized() or bool(jax.process_index() == 0)
 
 
-def _goes_on(error: Exception) -> bool:
-    """Whether nothing failed that the point could help, so that engines start the same command again."""
+def _is_retried(error: Exception) -> bool:
+    """Whether the cause lies outside the point, so that engines start the same command again."""
     import jax
 
     from marjax import distributed
@@ -222,38 +218,38 @@ def _goes_on(error: Exception) -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1 and distributed.is_lost_peer(error)
 
 
-def checked(measured: Any, taken: Any = ()) -> list[Row]:
-    """What a `measure` returned, as JSON can hold it: numpy's numbers as Python's.
+def checked(measured: object, taken: Collection[str] = ()) -> list[Row]:
+    """Returns the rows of a `measure` as JSON values: NumPy scalars become Python numbers.
 
     Raises:
-      UserError: not a list of dicts of names to int, float or str, or a name that the table has already.
+      UserError: not a list of dicts from names to int, float or str, or a name that the table already has.
     """
     if not isinstance(measured, list) or not all(isinstance(row, dict) for row in measured):
-        raise UserError(f"measure returned {measured!r:.100}: return a list of dicts, one a line of the table")
+        raise UserError(f"measure returned {measured!r:.100}; return a list of dicts, one per row of the table")
     rows = []
     for given in measured:
         row = {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
         for key, value in row.items():
             if not isinstance(key, str) or key in FIXED_COLUMNS or key in taken:
-                raise UserError(f"measure returned the column {key!r}, which the table has already: rename it")
+                raise UserError(f"measure returned the column {key!r}, which the table already has; rename it")
             if not isinstance(value, int | float | str):
-                raise UserError(f"measure returned {key}={value!r:.100}: expected int, float or str")
+                raise UserError(f"measure returned {key}={value!r:.100}; expected int, float or str")
         rows.append(row)
     return rows
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Of the fields of a resolved config that can change what is trained or sampled."""
-    return hashlib.sha256(json.dumps(_fields_that_count(config), sort_keys=True).encode()).hexdigest()
+    """Returns a hash of the fields of a resolved config that can change training or sampling."""
+    return hashlib.sha256(json.dumps(_relevant_fields(config), sort_keys=True).encode()).hexdigest()
 
 
-def _fields_that_count(config: ConfigDict) -> dict[str, Any]:
-    free = tuple(key for key in FREE_FIELDS if key != "sample.")  # `measure` may well sample
+def _relevant_fields(config: ConfigDict) -> dict[str, Any]:
+    free = tuple(key for key in FREE_FIELDS if key != "sample.")  # `measure` may sample
     return {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(free)}
 
 
-def _read_note(path: epath.Path, shape: Any) -> dict[str, Any] | None:
-    """What a file says; None if there is none or it is damaged, which is printed: the point then runs again."""
+def _read_record(path: epath.Path, shape: Any) -> dict[str, Any] | None:
+    """Reads a record; None if it is missing or damaged, with a warning: the point then runs again."""
     try:
         found: dict[str, Any] | None = read_json(path, shape, advice="it is ignored", missing=None, allow_nan=True)
         return found
@@ -263,4 +259,4 @@ def _read_note(path: epath.Path, shape: Any) -> dict[str, Any] | None:
 
 
 def write_json(path: epath.Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -3,29 +3,27 @@
 import csv
 import io
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
 from marjax.files import write_bytes
 from marjax.metrics_file import METRICS, read_metrics
+from marjax.sweep.definition import Row
 
-Row = dict[str, Any]
-
-# Every row's own, before and after the measured ones; what a point has not got yet is missing from its row.
+# Columns of every row, around the measured ones; a row omits what its point does not have yet.
 _FIRST, _LAST = ("point", "config"), ("status", "seconds", "error")
 _TRAINING = ("step", "train/loss")
 FIXED_COLUMNS = (*_FIRST, *_TRAINING, *_LAST)
 
 
 def last_metrics(workdir: epath.Path) -> Row:
-    """ "step" and "train/loss" of the last line of `metrics.jsonl`, those that it has. Raises UserError."""
+    """Returns "step" and "train/loss" of the last line of `metrics.jsonl`, if present. Raises UserError."""
     lines = read_metrics(workdir / METRICS).lines
     return {key: lines[-1][key] for key in _TRAINING if lines and key in lines[-1]}
 
 
 def columns(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
-    """The columns that any row has: point, `varying` fields, training, measured by first appearance, status."""
+    """Returns the columns present: point, `varying` fields, training, measured in order of appearance, status."""
     present = dict.fromkeys(key for row in rows for key in row)
     front = ["point", *varying, *_TRAINING]
     measured = [key for key in present if key not in front and key not in _LAST]
@@ -33,7 +31,7 @@ def columns(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
 
 
 def to_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Numbers in full, empty where a row has no value."""
+    """Numbers in full precision; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
@@ -42,9 +40,9 @@ def to_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 
 def to_markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Floats with 4 significant digits, "" where a row has no value; numbers are right-aligned."""
+    """Floats with 4 significant digits, numbers right-aligned; missing values are empty."""
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         return " ".join(text.split()).replace("|", "\\|")
 
@@ -60,10 +58,10 @@ def to_markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
 def write_table(root: epath.Path, rows: Sequence[Row], varying: Sequence[str]) -> None:
     """Writes `table.csv` and `table.md`. Raises UserError."""
     names = columns(rows, varying)
-    write_whole(root / "table.csv", to_csv(rows, names))
-    write_whole(root / "table.md", to_markdown(rows, names))
+    write_text(root / "table.csv", to_csv(rows, names))
+    write_text(root / "table.md", to_markdown(rows, names))
 
 
-def write_whole(path: epath.PathLike, text: str) -> None:
-    """Writes a file at once or not at all. Raises UserError."""
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a file atomically. Raises UserError."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))

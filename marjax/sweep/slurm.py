@@ -1,4 +1,4 @@
-"""Points as Slurm jobs: one array of all that are to run, whose every task runs one point."""
+"""The Slurm engine: submits one array job, in which each task runs one point."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from marjax.sweep import jobs
 from marjax.sweep.jobs import ENDED, QUEUED, RUNNING, Job
 from marjax.sweep.points import PREPARE, SweepRun
 
-LARGEST = 1000  # tasks an array; Slurm's own MaxArraySize is 1001 unless a cluster sets another
-RESTARTS = 10  # of a task whose processes were killed or lost each other; one that was preempted starts ever again
+LARGEST = 1000  # tasks per array; Slurm's default MaxArraySize is 1001
+RESTARTS = 10  # of a task whose processes were killed or lost each other; preempted tasks restart without limit
 
 _QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
@@ -22,19 +22,19 @@ _RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "S
 def submit(
     sweep_run: SweepRun, names: Sequence[str], *, prepare: bool, at_once: int | None, arguments: Sequence[str]
 ) -> dict[str, Job]:
-    """Submits points, after `prepare` if there is one, and notes their jobs.
+    """Submits points and records their jobs.
 
     Args:
-      sweep_run: of the sweep; its root must be a folder that every node sees, or gs://.
-      names: of the points.
-      prepare: whether a job for `prepare` goes first, if none is queued or running; if that fails, Slurm drops the
-        points.
-      at_once: tasks of an array that may run at a time; None for no limit.
-      arguments: of sbatch, such as --partition=x; they go before what the script says.
+      sweep_run: the sweep; its root must be a folder that every node sees, or gs://.
+      names: names of the points.
+      prepare: whether the points depend on a job for `prepare`, which is submitted unless one is queued or running. If
+        it fails, Slurm drops the points.
+      at_once: maximum number of tasks of an array that run at a time; None for no limit.
+      arguments: arguments for sbatch, such as --partition=x; they override those in the script.
 
     Raises:
-      UserError: there is no sbatch.
-      TrainingError: sbatch refused.
+      UserError: sbatch is not installed.
+      TrainingError: sbatch failed.
     """
     after: list[str] = []
     if prepare:
@@ -54,7 +54,7 @@ def submit(
 
 
 def states(asked: Sequence[Job]) -> dict[str, str]:
-    """Of jobs by id, as squeue has them, and of those that it has forgotten, as the accounting does."""
+    """Returns states by job id, from squeue or, for jobs that it has forgotten, from sacct."""
     found: dict[str, str] = {}
     for where in dict.fromkeys(job.where for job in asked):
         found |= _states([job.id for job in asked if job.where == where], where)
@@ -62,24 +62,22 @@ def states(asked: Sequence[Job]) -> dict[str, str]:
 
 
 def _states(ids: Sequence[str], where: Sequence[str]) -> dict[str, str]:
-    about = f"--jobs={','.join(sorted({id_.partition('_')[0] for id_ in ids}))}"
+    selection = f"--jobs={','.join(sorted({id_.partition('_')[0] for id_ in ids}))}"
     squeue = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", *where]
-    listed = jobs.ask([*squeue, about])
-    if listed is None:  # it fails if it is asked about one array alone that it has forgotten
-        listed = jobs.ask(squeue)
+    listed = jobs.query([*squeue, selection])
+    if listed is None:  # squeue fails if its only selected job is one that it has forgotten
+        listed = jobs.query(squeue)
     found = _parse(listed or "", " ")
     if any(id_ not in found for id_ in ids):
-        past = jobs.ask(
-            ["sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID,State", about, *where]
-        )
-        found = _parse(past or "", "|") | found
-        if listed is not None:  # it answers, and does not know them: they are through
+        sacct = ["sacct", "--noheader", "--allocations", "--array", "--parsable2", "--format=JobID,State"]
+        found = _parse(jobs.query([*sacct, selection, *where]) or "", "|") | found
+        if listed is not None:  # squeue works, so unknown jobs have ended
             found |= {id_: ENDED for id_ in ids if id_ not in found}
     return found
 
 
 def script(sweep_run: SweepRun, names: Sequence[str], at_once: int | None) -> str:
-    """The batch script of an array; of PREPARE alone, of a single job."""
+    """Returns the batch script of an array, or of a single job for PREPARE."""
     local = not is_remote(sweep_run.root)
     logs = os.path.abspath(sweep_run.root / "logs") if local else "."
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(os.path.basename(sweep_run.path))[0])
@@ -90,13 +88,13 @@ def script(sweep_run: SweepRun, names: Sequence[str], at_once: int | None) -> st
         f'--output="{_quoted(logs)}/slurm-%{"j" if single else "A_%a"}.log"',
         "--open-mode=append",
         "--requeue",
-        "--signal=TERM@120",  # to the steps: before the time is up, they save
+        "--signal=TERM@120",  # to the steps, which save before the time limit
         *([] if single else [f"--array=0-{len(names) - 1}{throttle}"]),
     ]
     command = sweep_run.command("", sys.executable)[:-1]
-    # Whoever is first to end leaves the others time to end in order: to save, or to notice that a process is lost.
+    # The first process to end gives the others time to save, or to notice the lost process.
     srun = "srun --kill-on-bad-exit=0 --wait=180"
-    told = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
+    output = f' >> {shlex.quote(logs)}/"$name".log 2>&1' if local else ""
     kills = f'{shlex.quote(logs)}/slurm-"$id".kills'
     lines = [
         "#!/bin/bash",
@@ -104,18 +102,18 @@ def script(sweep_run: SweepRun, names: Sequence[str], at_once: int | None) -> st
         f"cd {shlex.quote(os.getcwd())} || exit 1",
         f"names=({' '.join(shlex.quote(name) for name in names)})",
         'name="${names[${SLURM_ARRAY_TASK_ID:-0}]}"',
-        "trap : TERM  # which the steps get too; if this script ended by it, they would not have time to save",
-        f'{srun} {shlex.join(command)} "$name"{" --alone" if single else ""}{told}',
+        "trap : TERM  # the steps get SIGTERM too, and need this script to wait while they save",
+        f'{srun} {shlex.join(command)} "$name"{" --alone" if single else ""}{output}',
         "code=$?",
-        "# 42: preempted, and saved. From 128 on: killed, or another process of the run was lost. Not 127: what",
-        "# is not found will not be found the next time either.",
+        "# 42: preempted after saving. 128 and above: killed, or a process of the run was lost. Not 127: a missing",
+        "# command will be missing next time too.",
         'id="$SLURM_JOB_ID"; [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
-        "# A task that was cancelled, or that Slurm itself is about to put back, is not running any more.",
+        "# A task that was cancelled, or that Slurm is about to requeue, is no longer running.",
         'if { [ "$code" -eq 42 ] || [ "$code" -ge 128 ]; } && '
         '[ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then',
-        f'    [ "$code" -eq 42 ] || echo "$code" >> {kills}  # Slurm itself counts all restarts',
+        f'    [ "$code" -eq 42 ] || echo "$code" >> {kills}  # Slurm\'s own count includes preemptions',
         f'    if [ "$code" -eq 42 ] || [ "$(wc -l < {kills})" -le {RESTARTS} ]; then',
-        '        scontrol requeue "$id" && sleep 60  # which ends this script',
+        '        scontrol requeue "$id" && sleep 60  # requeuing ends this script',
         "    fi",
         "fi",
         f"rm -f {kills}",
@@ -125,20 +123,18 @@ def script(sweep_run: SweepRun, names: Sequence[str], at_once: int | None) -> st
 
 
 def _quoted(path: str) -> str:
-    """A path in double quotes of an #SBATCH line, where % stands for numbers of the job."""
+    """Escapes a path for double quotes in an #SBATCH line, where % starts a job number."""
     return re.sub(r'(["\\\\])', r"\\\1", path).replace("%", "%%")
 
 
 def _sbatch(sweep_run: SweepRun, names: Sequence[str], at_once: int | None, arguments: Sequence[str]) -> Job:
-    """Submits a script, and returns the job: of an array, all of it."""
+    """Submits a script, and returns its job; for an array, the array's."""
     text = script(sweep_run, names, at_once)
     with jobs.submitting(sweep_run, names):
         answer = jobs.run(["sbatch", "--parsable", *arguments], text).strip()
-        id_, _, cluster = (answer.splitlines() or [""])[-1].partition(";")  # the latter after --clusters
+        id_, _, cluster = (answer.splitlines() or [""])[-1].partition(";")  # the cluster follows after --clusters
         if not id_.isdecimal():
-            raise TrainingError(
-                f"sbatch said {answer!r:.200}, which is no job's id: look with squeue before you try again"
-            )
+            raise TrainingError(f"sbatch printed {answer!r:.200}, not a job id; check squeue before you try again")
     return Job("slurm", id_, (f"--clusters={cluster}",) if cluster else ())
 
 
