@@ -207,7 +207,7 @@ def test_the_state_is_cut_over_what_the_tensor_groups_and_a_given_data_axis_leav
     lowered = programs.Lowered("train", 2048, 1.0, lambda: None, state_bytes=14 * 2**30)
     compiled = programs.Compiled(lowered, 1.0, programs.Memory(20 * 2**30), None, 15.75 * 2**30)
     advised = [tip for tip in report.advice(compiled, config, mesh) if "mesh.fsdp" in tip]
-    assert advised == ([] if fsdp is None else [f"cut the state over more devices: --config.mesh.fsdp={fsdp}"])
+    assert advised == ([] if fsdp is None else [f"shard the state over more devices: --config.mesh.fsdp={fsdp}"])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_search_serves_configs_that_do_not_run_as_they_are(one_device):
         },
     )
     said = []
-    found = run.search_batch(config, "v5e:1x1", policies=("none", "full"), say=said.append)
+    found = run.search_batch(config, "v5e:1x1", policies=("none", "full"), log=said.append)
     assert [each.batch for each in found] == [1024, 1024] and "1024" in said[-1]
 
 
@@ -436,7 +436,7 @@ def test_machines_of_a_slice(name, hosts):
 
 @needs_libtpu
 def test_a_shape_that_libtpu_refuses_is_told():
-    with pytest.raises(UserError, match="libtpu does not take v5e:3x3"):
+    with pytest.raises(UserError, match="v5e:3x3"):
         topology.describe("v5e:3x3")
 
 

@@ -46,12 +46,12 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
     names = tuple(split_list(given.programs)) if given.programs else NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--programs has {unknown[0]!r}: give some of {','.join(NAMES)}")
-    say = (lambda text: None) if given.json else functools.partial(print, flush=True)
+    log = (lambda text: None) if given.json else functools.partial(print, flush=True)
     made: object
     if given.search:
-        made = records = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, say=say)]
+        made = records = [each.to_json() for each in search_batch(config, given.topology, cached=given.cached, log=log)]
     else:
-        made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo or "", say=say)
+        made = compile_for(config, given.topology, names=names, cached=given.cached, hlo_dir=given.hlo or "", log=log)
         records = made["programs"]
     if given.json:
         print(json.dumps(made))

@@ -1,1 +1,1 @@
-"""Compiling for TPU slices that are not at hand: what fits, what it costs, how long it would take."""
+"""Ahead-of-time compilation for TPU slices that need not exist: memory, communication and step time."""

@@ -1,8 +1,8 @@
-"""Compiling a program in a process of its own: a crash of the compiler ends that process and is reported in one line.
+"""Compilation in a child process, so that a crash of the compiler is reported in one line.
 
 libtpu recurses deeply while it estimates the cost of large convolutions, and overflows the usual stack of 8 MiB with a
-segmentation fault (128 images a chip of 256 x 256 pixels through the tokenizer). Its threads have the stack that the
-process's limit gives them at its start, so the process is started with a large one; unused stack takes no memory.
+segmentation fault (128 images of 256 x 256 pixels per chip through the tokenizer). The stack size of its threads is the
+process's limit at its start, so the process is started with a large limit; unused stack takes no memory.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from marjax.errors import UserError
 
 STACK = 2**30  # bytes
 
-# `-P` and appending to the path keep the current folder's modules out.
+# `-P` and appending to the path keep modules of the current folder out.
 _CHILD = f"""
 import sys
 sys.path.append({str(pathlib.Path(marjax.__file__).parent.parent)!r})
@@ -42,7 +42,7 @@ serve()
 
 
 def prepare(config: ml_collections.ConfigDict, topology: str) -> tuple[ml_collections.ConfigDict, Slice, Mesh]:
-    """The resolved config, the described slice and its mesh. Raises UserError: no such slice, or a misfit mesh."""
+    """Returns the resolved config, the slice and its mesh. Raises UserError: no such slice, or no such mesh on it."""
     config = config_lib.resolve(config)
     described = describe(topology)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=described.devices)
@@ -52,18 +52,18 @@ def prepare(config: ml_collections.ConfigDict, topology: str) -> tuple[ml_collec
 def compile_program(
     lowered: Lowered, config: ml_collections.ConfigDict, topology: str, *, cached: bool = False, keep_text: bool = False
 ) -> Compiled:
-    """`programs.compile_program` for a described slice, in a process of its own.
+    """Runs `programs.compile_program` for a described slice in a child process.
 
     Args:
-      lowered: what is compiled, of `config`; the process lowers it again.
+      lowered: the program of `config`; the child lowers it again.
       config: resolved.
-      topology: as `topology.describe` takes it.
-      cached: as `programs.lowered_programs` takes it.
+      topology: see `topology.describe`.
+      cached: see `programs.lowered_programs`.
       keep_text: keep the program's HLO text.
 
     Raises:
       CompilerError: the compiler gave up or crashed.
-      UserError: as `programs.lowered_programs` raises it.
+      UserError: see `programs.lowered_programs`.
     """
     with tempfile.TemporaryFile() as log, progress.activity(f"compiling {lowered.name} for {topology}"):
         with _large_stack():
@@ -76,7 +76,7 @@ def compile_program(
             )
         assert child.stdin is not None and child.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it is gone already; its exit code says why
+            with contextlib.suppress(BrokenPipeError):  # it has already exited; its exit code tells why
                 child.stdin.write(pickle.dumps((config, topology, lowered.name, cached, keep_text)))
                 child.stdin.flush()
             reply = child.stdout.read()
@@ -97,7 +97,7 @@ def compile_program(
 
 
 def serve() -> None:
-    """In the process: compiles what stdin asks for, and answers on stdout, where nothing else is printed."""
+    """Runs the child process: reads the request from stdin and writes only the reply to stdout."""
     prepare_environment()
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -114,18 +114,18 @@ def serve() -> None:
     with answer:
         pickle.dump(made, answer)
     sys.stderr.flush()
-    os._exit(0)  # libtpu has nothing to save, and may crash as it is unloaded
+    os._exit(0)  # libtpu has nothing to save, and may crash while it is unloaded
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it has gone: nobody would read the answer."""
+    """Ends this process when its parent has ended."""
     os.read(0, 1)
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _large_stack() -> Iterator[None]:
-    """Processes started under it have a stack of STACK bytes, or what the hard limit allows."""
+    """Gives processes started in this context a stack of STACK bytes, or as much as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     size = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (size, hard))
@@ -136,13 +136,13 @@ def _large_stack() -> Iterator[None]:
 
 
 def _crash(program: str, code: int, log: str) -> str:
-    """A line about a compiler's process that gave no answer."""
+    """Returns a one-line error for a child that ended without a reply."""
     advice = "compile it for another batch size, remat policy or slice"
     if code == -signal.SIGKILL:
-        return f"{program}: the compiler was killed (SIGKILL), as a machine out of memory does; use one with more"
+        return f"{program}: the compiler was killed (SIGKILL), probably for lack of memory; use a larger machine"
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         return f"{program}: the TPU compiler crashed ({name}); {advice}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "no message"
-    return f"{program}: the compiler's process ended with {code} ({last}); {advice}"
+    return f"{program}: the compiler exited with {code} ({last}); {advice}"

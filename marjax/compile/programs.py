@@ -1,7 +1,7 @@
-"""What a run compiles, lowered for described devices: the train step, the sampler, the tokenizer both ways.
+"""The programs of a run, lowered for described devices: train step, sampler, tokenizer encoder and decoder.
 
-No arrays are made: states, batches and the tokenizer's weights are shapes with shardings, and the programs are those
-that training and sampling run.
+They are the programs that training and sampling run. No arrays are created: states, batches and the tokenizer's weights
+are shapes with shardings.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from marjax.tokenizers import Cacheable, described_tokenizer
 from marjax.training.step import make_train_step
 
 NAMES = ("train", "sample", "encode", "decode")
-_OTHERS_FLAGS = ("--xla_cpu_", "--xla_gpu_", "--xla_backend_")
+_FLAGS_OF_OTHER_COMPILERS = ("--xla_cpu_", "--xla_gpu_", "--xla_backend_")
 
 
 class CompilerError(UserError):
-    """The compiler gave up, and not for want of memory."""
+    """The compiler failed for another reason than memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Lowered:
 
     Attributes:
       name: one of NAMES.
-      images: that one run takes or makes, on all devices.
-      model_flops: of one run on all devices, as `flops` counts them: no padding, no recomputation.
-      lower: traces and lowers it; None where it came from another process.
-      state_bytes: of what a device holds from run to run: parameters, EMA, optimizer; or parameters alone.
+      images: images per run, on all devices.
+      model_flops: FLOPs per run on all devices, as in `perf.flops`: without padding and recomputation.
+      lower: traces and lowers the program; None if it comes from another process.
+      state_bytes: bytes that stay on a device between runs: parameters, EMA and optimizer, or only parameters.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Lowered:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a device's HBM that a program needs, in all (`peak`) and by what for; -1 where it is not known.
+    """HBM that a program needs on a device, in bytes: in total (`peak`) and by use; -1 if unknown.
 
-    Temporaries have one block of memory, gaps included: what is alive at one time is less.
+    Temporaries are one block of memory, including gaps between those alive at one time.
     """
 
     peak: float
@@ -73,7 +73,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of compiling one: `program` is None where memory did not suffice, `usable` is then what there was."""
+    """A compiled program; `program` is None if it needs more than the `usable` bytes of HBM."""
 
     lowered: Lowered
     seconds: float
@@ -87,18 +87,16 @@ class Compiled:
 def lowered_programs(
     config: ml_collections.ConfigDict, mesh: Mesh, names: Sequence[str] = NAMES, cached: bool = False
 ) -> list[Lowered]:
-    """The programs of these names, for a resolved config.
-
-    A tokenizer without a network has no "encode" and "decode" worth compiling: they are left out.
+    """Returns the programs of these names, without "encode" and "decode" if the tokenizer has no network.
 
     Args:
       config: resolved.
-      mesh: of real or described devices.
-      names: of NAMES.
-      cached: the train step's batches are of a latent cache, as with `config.data.cache`.
+      mesh: mesh of real or described devices.
+      names: among NAMES.
+      cached: the train step reads a latent cache, as with `config.data.cache`.
 
     Raises:
-      UserError: the batch does not divide over the mesh, or the tokenizer's latents cannot be cached.
+      UserError: the batch size is not divisible by the mesh, or the tokenizer's latents cannot be cached.
     """
     assembly = assemble(config, mesh)
     tokenizer = described_tokenizer(config_lib.tokenizer_settings(config), assembly.tokens)
@@ -117,16 +115,16 @@ def lowered_programs(
 
 @numerics.pinned()
 def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text: bool = False) -> Compiled:
-    """Compiles it; memory that does not suffice is a result, not an error.
+    """Compiles a program; running out of memory is a result, not an error.
 
     Args:
-      lowered: from `lowered_programs`, with that mesh.
-      mesh: what it was lowered for.
-      usable: bytes of HBM on a device, where they are known.
+      lowered: from `lowered_programs` with this mesh.
+      mesh: the mesh it is lowered for.
+      usable: bytes of HBM on a device, if known.
       keep_text: keep the program's HLO text.
 
     Raises:
-      CompilerError: the compiler gave up for another reason, or its program cannot be read.
+      CompilerError: the compiler failed for another reason, or the program cannot be read.
     """
     start = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
@@ -134,7 +132,8 @@ def compile_program(lowered: Lowered, mesh: Mesh, usable: float = 0.0, keep_text
         traced = lowered.lower()
         try:
             with _compiler_alone():
-                compiled = traced.compile(compiler_options=_dumping(dump) if _is_tpu(mesh) else None)
+                options: dict[str, str | bool] = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+                compiled = traced.compile(compiler_options=options if _is_tpu(mesh) else None)
             text = _text_of(compiled, dump)
         except jax.errors.JaxRuntimeError as error:
             needed, limit = out_of_memory(str(error))
@@ -159,16 +158,11 @@ def _is_tpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "tpu"
 
 
-def _dumping(folder: str) -> dict[str, Any]:
-    """Compiler options that leave a program's text in a folder."""
-    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-
-
 def _text_of(compiled: jax.stages.Compiled, dump: str) -> str:
-    """Its HLO text; from the compiler's own dump where JAX 0.10 cannot read the program back (v5p and v6e).
+    """Returns the HLO text; from the compiler's dump if JAX 0.10 cannot read the program back (v5p and v6e).
 
     Raises:
-      CompilerError: there is neither.
+      CompilerError: neither is available.
     """
     try:
         text = compiled.as_text()
@@ -183,16 +177,18 @@ def _text_of(compiled: jax.stages.Compiled, dump: str) -> str:
 
 @contextlib.contextmanager
 def _compiler_alone() -> Iterator[None]:
-    """Without a persistent cache, which programs for absent devices would only fill, and flags of other compilers.
+    """Disables the persistent cache, which described devices cannot use, and hides flags of other compilers.
 
-    libtpu ends the process when it meets a flag in XLA_FLAGS that it does not know, such as those for CPUs.
+    libtpu ends the process at an unknown flag in XLA_FLAGS, such as those for CPUs.
     """
-    cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - the type does not tell of it
+    cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - missing from the type
     given = os.environ.get("XLA_FLAGS")
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or JAX, once it has used the cache, would not look at the setting
+    compilation_cache.reset_cache()  # JAX reads the setting only before it first uses the cache
     if given is not None:
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if not flag.startswith(_OTHERS_FLAGS))
+        os.environ["XLA_FLAGS"] = " ".join(
+            flag for flag in given.split() if not flag.startswith(_FLAGS_OF_OTHER_COMPILERS)
+        )
     try:
         yield
     finally:
@@ -203,11 +199,7 @@ def _compiler_alone() -> Iterator[None]:
 
 
 def out_of_memory(message: str) -> tuple[float, float]:
-    """Bytes needed and bytes there are, from the compiler's message.
-
-    Raises:
-      CompilerError: another message.
-    """
+    """Returns needed and usable bytes from the compiler's message. Raises CompilerError: another message."""
     if (found := needed_and_usable(message)) is None:
         raise CompilerError(f"the compiler gave up: {message.strip().splitlines()[0][:400]}")
     return found
@@ -222,11 +214,12 @@ def _train(assembly: Assembly, cached: bool) -> Lowered:
     if cached:
         if not isinstance(tokenizer, Cacheable):
             raise UserError(
-                f"latents of tokenizer {config.tokenizer.name!r} cannot be cached: leave out --cached and "
-                f"config.data.cache"
+                f"latents of tokenizer {config.tokenizer.name!r} cannot be cached; omit --cached and config.data.cache"
             )
         one = jax.eval_shape(tokenizer.moments, tokenizer.params, _images(config, 1, mesh, jnp.float32))
-        dtype = one.dtype if jnp.issubdtype(one.dtype, jnp.integer) else jnp.bfloat16  # as marjax cache-latents has it
+        dtype = (
+            one.dtype if jnp.issubdtype(one.dtype, jnp.integer) else jnp.bfloat16
+        )  # as marjax cache-latents writes them
         batch["moments"] = _rows((size, *one.shape[1:]), dtype, mesh)
     else:
         batch["image"] = _images(config, size, mesh, jnp.uint8)
@@ -248,15 +241,15 @@ def _sample(assembly: Assembly) -> Lowered:
         generator, plan, settings.num_sampling_steps, settings.cfg is not None, settings.choice is not None
     )
     if isinstance(tokenizer, Cacheable):
-        each += flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)[1]
+        each += flops.autoencoder_flops(_spec(tokenizer), config.data.image_size)[1]
     inputs = sampler.described_arguments(assembly.params, size)
     return Lowered("sample", size, each * size, lambda: sampler.program.lower(*inputs), held_by(assembly.params))
 
 
 def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokenizer: Cacheable) -> Lowered:
-    """As `marjax cache-latents` and the sampler run it: 32 images a device."""
+    """Encoder or decoder with 32 images per device, as in `marjax cache-latents`."""
     size = 32 * mesh.size
-    encode, decode = flops.autoencoder_flops(tokenizer_spec(tokenizer), config.data.image_size)
+    encode, decode = flops.autoencoder_flops(_spec(tokenizer), config.data.image_size)
     image = _images(config, size, mesh, jnp.float32)
     if name == "encode":
         program, given, each = jax.jit(tokenizer.moments), image, encode
@@ -266,8 +259,8 @@ def _tokenizer(name: str, config: ml_collections.ConfigDict, mesh: Mesh, tokeniz
     return Lowered(name, size, each * size, lambda: program.lower(tokenizer.params, given), held_by(tokenizer.params))
 
 
-def tokenizer_spec(tokenizer: Any) -> Any:
-    """The network of a tokenizer that has one."""
+def _spec(tokenizer: Any) -> Any:
+    """The `Spec` of a tokenizer with a network."""
     return tokenizer.spec
 
 

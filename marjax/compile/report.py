@@ -1,4 +1,4 @@
-"""What `marjax compile` finds, for people and for scripts, and what to change where memory does not suffice."""
+"""Reports of `marjax compile`, as text and JSON, with advice for programs that do not fit."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ TITLES = {"train": "train step", "sample": "sampler", "encode": "tokenizer, enco
 
 
 def record(compiled: Compiled, config: ml_collections.ConfigDict, described: Slice, mesh: Mesh) -> dict[str, Any]:
-    """All there is to say of one program, as JSON has it; bytes are of one device, FLOPs of one unless said."""
+    """Returns the JSON record of a program; bytes and FLOPs are per device unless named otherwise."""
     lowered, memory = compiled.lowered, compiled.memory
     found: dict[str, Any] = {
         "program": lowered.name,
@@ -54,44 +54,44 @@ def record(compiled: Compiled, config: ml_collections.ConfigDict, described: Sli
 
 
 def text(compiled: Compiled, config: ml_collections.ConfigDict, described: Slice, mesh: Mesh) -> str:
-    """The same for people, some ten lines."""
+    """Returns the report of a program for people, about ten lines."""
     lowered, memory, usable = compiled.lowered, compiled.memory, compiled.usable
-    where = f"{lowered.images} images, {lowered.images / mesh.size:g} a device"
+    where = f"{lowered.images} images, {lowered.images / mesh.size:g} per device"
     lines = [f"{TITLES[lowered.name]} ({where})"]
     if compiled.program is None:
         return "\n".join(
             [
                 *lines,
-                f"  does not fit: needs {gib(memory.peak)} a device, {gib(memory.peak - usable)} "
-                f"more than the {gib(usable)} there are; {gib(lowered.state_bytes)} of it is state",
+                f"  does not fit: needs {gib(memory.peak)} per device, {gib(memory.peak - usable)} more than the "
+                f"{gib(usable)} usable; {gib(lowered.state_bytes)} of it is state",
                 *(f"  try: {each}" for each in advice(compiled, config, mesh)),
             ]
         )
     program = compiled.program
     expected = estimate(program, lowered.model_flops, described, mesh)
-    room = f", {gib(usable - memory.peak)} to spare of {gib(usable)}" if usable else ""
+    room = f", {gib(usable - memory.peak)} of {gib(usable)} free" if usable else ""
     lines.append(
-        f"  fits: needs {gib(memory.peak)} a device{room}; arguments {gib(memory.arguments)}, temporaries "
+        f"  fits: needs {gib(memory.peak)} per device{room}; arguments {gib(memory.arguments)}, temporaries "
         f"{gib(memory.temporaries)}, code {gib(memory.code)}"
     )
     by_dtype = ", ".join(f"{dtype} {flops / program.flops:.1%}" for dtype, flops in program.flops_by_dtype().items())
     lines.append(
-        f"  FLOPs: model {lowered.model_flops / mesh.size:.3e} a device, executed {program.flops:.3e} ({by_dtype})"
+        f"  FLOPs: model {lowered.model_flops / mesh.size:.3e} per device, executed {program.flops:.3e} ({by_dtype})"
     )
     moved = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in program.collective_bytes().items())
-    lines.append(f"  sent by a device in collectives: {moved or 'nothing'}")
+    lines.append(f"  sent per device in collectives: {moved or 'nothing'}")
     lines.append(
-        f"  at best {time_of(expected.seconds)}: {time_of(expected.products)} of matrix products, "
-        f"{time_of(expected.memory)} of HBM traffic ({time_of(expected.ahead)} beside), "
-        f"{time_of(expected.collectives)} waiting for collectives ({time_of(expected.overlapped)} beside); "
+        f"  at best {duration(expected.seconds)}: {duration(expected.products)} of matrix products, "
+        f"{duration(expected.memory)} of HBM traffic (plus {duration(expected.ahead)} overlapped), "
+        f"{duration(expected.collectives)} waiting for collectives (plus {duration(expected.overlapped)} overlapped); "
         f"bound by {expected.bound}; MFU at most {expected.mfu:.1%}"
     )
     if expected.compiler:
         lines.append(
-            f"  by the compiler's own count of cycles {time_of(expected.compiler)}, MFU {expected.compiler_mfu:.1%}"
+            f"  by the compiler's cycle estimate {duration(expected.compiler)}, MFU {expected.compiler_mfu:.1%}"
         )
     if program.unread:
-        lines.append(f"  counted once, since how often they run is not to be read: loops {', '.join(program.unread)}")
+        lines.append(f"  loops with an unknown number of iterations, counted once: {', '.join(program.unread)}")
     if lowered.name == "train":
         seconds = expected.compiler or expected.seconds
         lines.append(
@@ -103,15 +103,15 @@ def text(compiled: Compiled, config: ml_collections.ConfigDict, described: Slice
 
 
 def advice(compiled: Compiled, config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
-    """What to set for a program that does not fit, the cheapest first."""
+    """Returns settings that reduce the memory of a program, cheapest first."""
     lowered = compiled.lowered
     if lowered.name == "sample":
         return ["a smaller --config.sample.batch_size, or --config.sample.max_stages=1"]
-    if lowered.name != "train":  # of 32 images a device
+    if lowered.name != "train":  # with 32 images per device
         return ["--config.tokenizer.autoencoder.dtype=bfloat16, or chips with more memory"]
     tips = []
     if lowered.state_bytes > compiled.usable / 2 and (fsdp := fsdp_for(config, mesh)) > mesh.shape["fsdp"]:
-        tips.append(f"cut the state over more devices: --config.mesh.fsdp={fsdp}")
+        tips.append(f"shard the state over more devices: --config.mesh.fsdp={fsdp}")
     if config.model.remat == "none":
         tips.append("recompute activations: --config.model.remat=dots, or full")
     elif config.model.remat == "dots":
@@ -120,15 +120,15 @@ def advice(compiled: Compiled, config: ml_collections.ConfigDict, mesh: Mesh) ->
         tips.append("recompute the denoiser: --config.model.denoiser.remat=full")
     share = config.train.batch_size // mesh.shape["data"] // mesh.shape["fsdp"] // config.train.accumulate
     if share % 2 == 0:
-        tips.append(f"the same batch in more parts: --config.train.accumulate={2 * config.train.accumulate}")
+        tips.append(f"more accumulation steps: --config.train.accumulate={2 * config.train.accumulate}")
     return tips or [f"a larger slice, or a smaller --config.train.batch_size than {config.train.batch_size}"]
 
 
 def fsdp_for(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-    """The most devices to cut the state over so that each keeps 16 rows, or a multiple, of every weight.
+    """Returns the largest fsdp axis that leaves each device a multiple of 16 rows of every weight.
 
-    With fewer TPUs gather by an all-reduce of the whole, which sends twice as much: a bfloat16 tile has 16 rows. The
-    tensor group stays as it is, and so does `config.mesh.data` where it is a number.
+    A bfloat16 tile has 16 rows; of partial tiles, TPUs gather by an all-reduce of the entire weight, which sends twice
+    as much. The tensor axis is kept, and so is `config.mesh.data` if it is a number.
     """
     devices = mesh.size // mesh.shape["tensor"] // max(1, config.mesh.data)
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
@@ -136,5 +136,5 @@ def fsdp_for(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     return max(size for size in sizes if all(width % (16 * size) == 0 for width in widths) or size == 1)
 
 
-def time_of(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

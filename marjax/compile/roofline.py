@@ -1,9 +1,8 @@
-"""How long a compiled program takes at best, from what it does and what the chip can do.
+"""Roofline model: the best step time of a compiled program on a chip.
 
-An instruction that multiplies matrices and moves memory does both at once, so it takes the longer of the two; one
-instruction follows the other. Copies that start ahead of their use run beside all that, as far as HBM has time for
-them; so do collectives that the compiler made asynchronous, the others stop it.
-Left out: work of the vector unit, which is not a matrix product, latencies, and everything outside the program.
+Instructions run in sequence, and each takes the longer of its matrix products and its HBM traffic. Copies started ahead
+of their use overlap with all that, within the HBM bandwidth; so do asynchronous collectives, while synchronous ones
+block. Not modelled: the vector unit, latencies, and everything outside the program.
 """
 
 import dataclasses
@@ -19,20 +18,19 @@ from marjax.compile.topology import Slice
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one run, and what they consist of.
+    """Seconds per run, in total and by part.
 
     Attributes:
-      seconds: at best.
-      products: in instructions that matrix products bound.
-      memory: in instructions that HBM traffic bounds, or waiting for copies that HBM has no time for beside the rest.
-      collectives: stopping for collectives, or waiting for asynchronous ones that take longer than all else.
-      overlapped: asynchronous collectives, beside the rest.
-      ahead: copies that start ahead of their use, beside the rest.
-      mfu: model FLOP/s at that speed over the peak: a ceiling.
-      compiler: the TPU compiler's own estimate of all instructions but collectives, plus those that stop it or take
-        longer; 0 where it gives none or the chip's clock is not known. It knows the vector unit and how tiles fill, so
-        it is the likelier.
-      compiler_mfu: model FLOP/s at that speed over the peak.
+      seconds: best total.
+      products: instructions bound by matrix products.
+      memory: instructions bound by HBM traffic, and waiting for copies that exceed the HBM bandwidth.
+      collectives: synchronous collectives, and waiting for asynchronous ones that take longer than everything else.
+      overlapped: asynchronous collectives, which overlap with the rest.
+      ahead: copies started ahead of their use, which overlap with the rest.
+      mfu: model FLOP/s at `seconds` over the peak, an upper bound.
+      compiler: the TPU compiler's estimate of all instructions but collectives, plus waiting for collectives; 0 if it
+        gives none or the chip's clock is unknown. It models the vector unit and partial tiles, so it is more realistic.
+      compiler_mfu: model FLOP/s at `compiler` over the peak.
     """
 
     seconds: float
@@ -47,13 +45,13 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What takes most of the time: "matrix products", "HBM" or "interconnect"."""
+        """The largest part: "matrix products", "HBM" or "interconnect"."""
         parts = {"matrix products": self.products, "HBM": self.memory, "interconnect": self.collectives}
         return max(parts, key=lambda name: parts[name])
 
 
 def estimate(program: hlo.Program, model_flops: float, described: Slice, mesh: Mesh) -> Estimate:
-    """The estimate of one run of a program of that mesh; `model_flops` of one run on all devices."""
+    """Estimates one run of a program on a mesh; `model_flops` are per run on all devices."""
     chip = described.chip
     products = memory = ahead = traffic = 0.0
     for each in program.operations:
@@ -65,23 +63,23 @@ def estimate(program: hlo.Program, model_flops: float, described: Slice, mesh: M
             products += busy * each.times
         else:
             memory += moving * each.times
-    stopping = overlapped = 0.0
+    blocking = overlapped = 0.0
     for collective in program.collectives:
         if collective.group == 1:
             continue
-        # What is passed on to one other device goes over one link.
+        # A permutation sends to one other device, over one link.
         ring = [] if collective.kind == "collective-permute" else group_of(mesh, collective.group)
         seconds = collective.total / described.link_bandwidth(ring)
         if collective.overlapped:
             overlapped += seconds
         else:
-            stopping += seconds
-    memory += max(0.0, traffic - products - memory - stopping)
-    collectives = stopping + max(0.0, overlapped - products - memory)
+            blocking += seconds
+    memory += max(0.0, traffic - products - memory - blocking)
+    collectives = blocking + max(0.0, overlapped - products - memory)
     seconds = products + memory + collectives
     compiler = sum(each.cycles * each.times for each in program.operations) / chip.clock if chip.clock else 0.0
     if compiler:
-        compiler += stopping + max(0.0, overlapped - compiler)
+        compiler += blocking + max(0.0, overlapped - compiler)
     peak = chip.device_flops * mesh.size
     return Estimate(
         seconds,
@@ -97,9 +95,9 @@ def estimate(program: hlo.Program, model_flops: float, described: Slice, mesh: M
 
 
 def group_of(mesh: Mesh, size: int) -> list[Any]:
-    """The first so many devices along the fewest mesh axes whose sizes multiply to it, or of the mesh if none do.
+    """Returns a group of `size` devices along the fewest mesh axes with that product, or the first of the mesh.
 
-    A program's text names the size of a collective's groups, and the axes of a mesh it may run along follow from it.
+    A program gives only the group size of a collective; the mesh axes are inferred from it.
     """
     axes = range(mesh.devices.ndim)
     for count in range(1, mesh.devices.ndim + 1):

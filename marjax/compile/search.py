@@ -1,4 +1,4 @@
-"""The largest batch a chip that fits, by remat policy: few compiles, since memory grows evenly with the batch."""
+"""Search for the largest batch per device that fits, with few compiles: memory grows linearly with the batch."""
 
 import dataclasses
 import math
@@ -7,19 +7,21 @@ from typing import Any
 
 from marjax.host_memory import gib
 
-POLICIES = ("none", "dots", "full")  # of backbone and denoiser alike
+POLICIES = ("none", "dots", "full")  # for backbone and denoiser
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Attributes:
-    policy: of `config.model.remat` and `config.model.denoiser.remat`.
-    batch: images a device, a power of two; 0: not even one fits.
-    needed: bytes of HBM at that batch; of one image where none fits.
-    usable: bytes there are.
-    more: bytes needed at twice the batch; NaN where that was not tried.
-    result: what `compile_at` gave for that batch besides, or None.
-    error: why there is no answer, "" where there is one.
+    """The largest batch for one remat policy.
+
+    Attributes:
+      policy: `config.model.remat` and `config.model.denoiser.remat`.
+      batch: images per device, a power of two; 0 if not even one fits.
+      needed: bytes of HBM at that batch; for one image if none fits.
+      usable: usable bytes.
+      more: bytes needed at twice the batch; NaN if not tried.
+      result: result of the `Trial` at that batch, or None.
+      error: why the search failed, "" if it did not.
     """
 
     policy: str
@@ -31,7 +33,7 @@ class Found:
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """All but `result`; what is not known is null."""
+        """Everything but `result`, as JSON values; unknown numbers are null."""
         numbers = {"hbm_bytes": self.needed, "usable": self.usable, "hbm_bytes_of_twice_as_many": self.more}
         if self.error:
             return {"remat": self.policy, "error": self.error}
@@ -44,7 +46,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One compile: bytes needed, bytes usable, whether the compiler found that it fits, and anything to keep."""
+    """One compilation: bytes needed and usable, whether it fits by the compiler's own verdict, and a result to keep."""
 
     needed: float
     usable: float
@@ -53,14 +55,14 @@ class Trial:
 
 
 def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, fixed: float, most: int = 1024) -> Found:
-    """The largest power of two that fits, where twice as many do not.
+    """Finds the largest power of two that fits.
 
     Args:
-      policy: only noted.
-      compile_at: compiles for so many images a device.
-      start: where to begin, images a device.
-      fixed: bytes that do not depend on the batch, as far as they are known; the first guess rests on them.
-      most: where to stop.
+      policy: recorded in the result.
+      compile_at: compiles for a number of images per device.
+      start: first number to try.
+      fixed: estimate of the bytes that do not depend on the batch, used for the first guess.
+      most: largest number to try.
     """
     trials: dict[int, Trial] = {}
 
@@ -84,18 +86,18 @@ def largest_batch(policy: str, compile_at: Callable[[int], Trial], start: int, f
 
 
 def table(found: Sequence[Found]) -> str:
-    """A line a policy, for people."""
-    lines = ["remat  images a device  needs        twice as many need  there are"]
+    """Returns a table with one line per policy."""
+    lines = ["remat  images per device  needs        twice as many need     usable"]
     for each in found:
         if each.error:
             lines.append(f"{each.policy:5}  {each.error}")
             continue
         needed = gib(each.needed) if each.batch else f"one needs {gib(each.needed)}"
         more = gib(each.more) or ("-" if each.batch else "")
-        lines.append(f"{each.policy:5}  {each.batch or 'none':>15}  {needed:11}  {more:>18}  {gib(each.usable):>9}")
+        lines.append(f"{each.policy:5}  {each.batch or 'none':>17}  {needed:11}  {more:>18}  {gib(each.usable):>9}")
     return "\n".join(lines)
 
 
 def _power(number: int) -> int:
-    """The largest power of two that is not above it; 1 for less."""
+    """Largest power of two that is at most `number`, and at least 1."""
     return 1 << (max(1, number).bit_length() - 1)

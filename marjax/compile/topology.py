@@ -1,4 +1,4 @@
-"""A TPU slice by its name, as devices to compile programs for: no TPU is needed, only its compiler, libtpu."""
+"""TPU slices by name, as devices to compile for; needs only the compiler, libtpu, not a TPU."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ from marjax.errors import UserError, missing_extra
 from marjax.perf import chips
 from marjax.quiet import LIBTPU
 
-# The slices of an accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, of which a chip has two.
+# Slices by accelerator type: "v5e-64" counts chips, "v4-32" TensorCores, two per chip.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _SHAPES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _SHAPES = {
@@ -21,13 +21,13 @@ _SHAPES = {
     "v6e": _SHAPES_2D,
     "tpu7x": _SHAPES_3D,
 }
-_HOSTS = {(1, 1), (2, 4)}  # shapes of v5e and v6e that are one machine; larger ones are of machines of 2 x 2 chips
-_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # that an accelerator type counts a chip
+_HOSTS = {(1, 1), (2, 4)}  # shapes of v5e and v6e with one host; larger slices have hosts of 2 x 2 chips
+_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # per chip, as accelerator types count them
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A described slice: `name` as libtpu has it, its chip, its shape in chips, and JAX's devices."""
+    """A described slice: its `name` in libtpu, chip, shape in chips, and JAX devices."""
 
     name: str
     chip: chips.Chip
@@ -35,11 +35,11 @@ class Slice:
     devices: tuple[Any, ...]
 
     def link_bandwidth(self, group: list[Any]) -> float:
-        """Bytes/s that a device can send while these devices run a ring: over the links along their directions.
+        """Bytes/s that a device can send in a ring over a group of devices; one link's for an empty group.
 
-        Along a direction in which they differ there are two links, one where the slice has ends there (the ring then
-        comes back the way it went). Ends are linked in whole rows of a pod of v5e or v6e, and in slices of the others
-        that are made of cubes of 4 x 4 x 4. Of no devices, it is that of one link.
+        Each axis along which the group extends contributes two links, or one if it does not wrap around (the ring then
+        returns the way it came). Axes wrap around in full rows of a v5e or v6e pod, and in slices of the other chips
+        that consist of cubes of 4 x 4 x 4.
         """
         points = [tuple(device.coords) for device in group]
         cubes = len(self.shape) == 3 and all(size % 4 == 0 for size in self.shape)
@@ -53,24 +53,24 @@ class Slice:
 
 
 def prepare_environment() -> None:
-    """Makes JAX start on the CPU, whatever else there is. Before anything starts JAX; only for a process of its own."""
+    """Makes JAX start on the CPU. Call it before JAX starts, in a process that does nothing else."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def _prepare_compiler() -> None:
-    """Makes libtpu look for no TPU when it is loaded; without effect where a TPU is in use."""
-    # One process at a time may hold a TPU's libtpu; compilers need not wait for each other. The others are what libtpu
-    # would ask the machine for and say that it did not find; no slice's shape follows from them.
+    """Keeps libtpu from looking for a TPU when it is loaded; without effect if a TPU is in use."""
+    # Only one process may use a TPU through libtpu, but many may compile. LIBTPU has the settings that libtpu would
+    # otherwise query from the machine, with warnings; they do not affect a described slice.
     for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **LIBTPU}.items():
         os.environ.setdefault(name, value)
 
 
 def describe(name: str) -> Slice:
-    """The slice of a topology, "v5e:8x8", or of an accelerator type, "v5e-64" or "v4-32".
+    """Describes the slice of a topology, "v5e:8x8", or of an accelerator type, "v5e-64" or "v4-32".
 
     Raises:
-      UserError: no libtpu, a chip that is not in `chips.CHIPS`, or a shape that libtpu refuses.
+      UserError: libtpu is not installed, a chip that is not in `chips.CHIPS`, or a shape that libtpu refuses.
     """
     kind, shape = _parse(name)
     if importlib.util.find_spec("libtpu") is None:
@@ -78,20 +78,18 @@ def describe(name: str) -> Slice:
     _prepare_compiler()
     from jax.experimental import topologies
 
-    # A v4 chip's two cores appear as one device, as they do on a real slice.
+    # The two cores of a v4 chip are one device, as on a real slice.
     settings: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if len(shape) == 2 and shape in _HOSTS:
         settings["chips_per_host_bounds"] = (*shape, 1)
     text = f"{kind}:{'x'.join(map(str, shape))}"
     try:
         devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=text, **settings).devices
-    except Exception as error:  # libtpu's own, of a type that is not public
-        raise UserError(f"--topology {name}: libtpu does not take {text}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # its type is not public
+        raise UserError(f"--topology {name}: libtpu refuses {text}: {str(error).splitlines()[0]}") from None
     chip = chips.of_kind(devices[0].device_kind)
     if chip is None:
-        raise UserError(
-            f"--topology {name}: nothing is known of chip {devices[0].device_kind!r}; see marjax/perf/chips.py"
-        )
+        raise UserError(f"--topology {name}: unknown chip {devices[0].device_kind!r}; add it to marjax/perf/chips.py")
     return Slice(text, chip, shape, tuple(devices))
 
 
@@ -107,12 +105,12 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
         if kind in _SHAPES and not text:
             counts = ", ".join(str(number * _CORES.get(kind, 1)) for number in shapes)
             raise UserError(
-                f"--topology {name}: the sizes of {kind} are {counts}; or give its shape, such as "
+                f"--topology {name}: sizes of {kind} are {counts}; use one, or a shape such as "
                 f"{kind}:{next(iter(shapes.values()))}"
             )
     else:
-        raise UserError(f"--topology {name!r}: {expected}")
+        raise UserError(f"--topology {name!r} is invalid; {expected}")
     kind = "v5e" if kind == "v5litepod" else kind
     if kind not in _SHAPES:
-        raise UserError(f"--topology {name}: there is no chip {kind!r}: {expected}")
+        raise UserError(f"--topology {name}: no chip {kind!r}; {expected}")
     return kind, tuple(int(size) for size in text.split("x"))
