@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from marjax import progress as progress_lib
-from marjax.closing import Closing
+from marjax.closeable import Closeable
 from marjax.errors import StorageError, UserError
 from marjax.events import Events
 from marjax.files import write_bytes
@@ -30,7 +30,7 @@ FOREIGN = "metrics-foreign.txt"
 _REMOTE_PAUSE = 30.0  # seconds between writes of metrics.jsonl to an object store
 
 
-class MetricWriter(Closing):
+class MetricWriter(Closeable):
     """Writes `metrics.jsonl`, `samples/*.png` and TensorBoard events of one run; a context manager.
 
     Args:

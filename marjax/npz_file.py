@@ -12,11 +12,11 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from marjax.closeable import Closeable
 from marjax.errors import UserError, shortened
 from marjax.files import open_regular
 from marjax.storage import explain
@@ -94,7 +94,7 @@ def read_npy(path: str | os.PathLike[str], kind: Kind = (PLAIN, None), *, advice
         return _read(file, _header(file, size, where, kind, advice), where, advice)
 
 
-class NpzFile:
+class NpzFile(Closeable):
     """An open npz file, whose arrays are read one by one; to be used in a `with`.
 
     Attributes:
@@ -119,12 +119,7 @@ class NpzFile:
             self._stack.close()
             raise UserError(f"{self.path} is damaged: it has two arrays of one name; {advice}")
 
-    def __enter__(self) -> "NpzFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     def header(self, name: str, kind: Kind = (PLAIN, None)) -> Header:

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.utils import disp_len, disp_trim
 
-from marjax.closing import Closing
+from marjax.closeable import Closeable
 
 _SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
 _START = 3.0  # seconds that a process takes before its command begins
@@ -41,7 +41,7 @@ _XLA_LEVEL, _XLA_DEFAULT = "TF_CPP_MIN_LOG_LEVEL", "1"  # which JAX sets
 KEPT = "compiled programs are kept: the next start skips this"
 
 
-class Task(Closing):
+class Task(Closeable):
     """Work without a count: its name and its elapsed time. A context manager, or to be closed."""
 
     def __init__(

@@ -1,5 +1,6 @@
 """Checkpoints come back to the bit or not at all: retention, damage, foreign models, failed saves, other meshes."""
 
+import asyncio
 import collections
 import contextlib
 import json
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src import asyncio_utils
 
 from marjax.checkpoints import manager
 from marjax.checkpoints.checksums import checksum
@@ -574,6 +576,14 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path, limit, says):
     )
     assert says in failed.stdout and len(failed.stdout.splitlines()) == 1
     assert failed.returncode == 0 and "Traceback" not in failed.stderr and "Event loop" not in failed.stderr
+
+
+def test_orbax_is_changed_only_while_checkpoints_are_open(tmp_path):
+    first, second = Checkpoints(tmp_path / "1"), Checkpoints(tmp_path / "2")
+    first.close()
+    assert asyncio_utils.asyncio is not asyncio
+    second.close()
+    assert asyncio_utils.asyncio is asyncio
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path):

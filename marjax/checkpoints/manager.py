@@ -6,6 +6,7 @@ weights alone lacks some of the trees. Storage is Orbax's, which restores overwr
 checksums are how they are noticed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,8 +22,8 @@ from etils import epath
 
 from marjax import distributed, failures, progress, storage
 from marjax.checkpoints import checksums, entries
-from marjax.checkpoints.quiet import quiet_orbax
-from marjax.closing import Closing
+from marjax.checkpoints.quiet import QuietOrbax
+from marjax.closeable import Closeable
 from marjax.errors import StorageError, UserError, causes
 from marjax.json_file import check_json
 from marjax.paths import normalised
@@ -59,7 +60,7 @@ class _DamageError(Exception):
     """A checkpoint that cannot be read back as it was written; its text says what is wrong."""
 
 
-class Checkpoints(Closing):
+class Checkpoints(Closeable):
     """The checkpoints in one directory. Every process of a run must make the same calls in the same order.
 
     Only one training run may write to a directory; any number may open it with read_only.
@@ -98,12 +99,14 @@ class Checkpoints(Closing):
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
-        quiet_orbax()
-        try:
-            entries.check_times(self.directory)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except Exception as error:
-            self._raise_unlisted(error)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(QuietOrbax())
+            try:
+                entries.check_times(self.directory)
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except Exception as error:
+                self._raise_unlisted(error)
+            self._quiet = stack.pop_all()
         self._saving: int | None = None
 
     def steps(self) -> list[int]:
@@ -245,14 +248,12 @@ class Checkpoints(Closing):
 
     def close(self) -> None:
         """Waits as `wait` does, and releases threads. The object is of no use afterwards."""
-        try:
-            if self._manager.is_saving_in_progress():
-                with progress.activity("writing the checkpoint"):
+        with self._quiet:
+            try:
+                with progress.activity("writing the checkpoint", show=self._manager.is_saving_in_progress()):
                     self.wait()
-            else:
-                self.wait()
-        finally:
-            self._manager.close()
+            finally:
+                self._manager.close()
 
     def _raise_unlisted(self, error: Exception) -> NoReturn:
         """Raises what to say of checkpoints that cannot be listed."""

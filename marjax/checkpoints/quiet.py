@@ -1,25 +1,27 @@
-"""Orbax without what it prints of failures that it raises too: hundreds of lines for one full disk.
+"""Keeps Orbax from printing the failures that it raises too: hundreds of lines for one full disk.
 
-Orbax logs the traceback of an exception in each of its threads. It also closes its event loop at the first error, and
-each read or write still under way then prints a traceback of its own.
+Orbax logs a traceback in each of its threads. It also closes its event loops at the first error; every read or write
+still pending on one then prints a traceback of its own.
 """
 
 import asyncio
 import contextlib
-import functools
 import logging
+import threading
+import types
 from typing import Any
+
+from marjax.closeable import Closeable
 
 
 class _DrainingLoop(asyncio.SelectorEventLoop):
-    """An event loop that lets its tasks end before it closes, and reports no exception that nobody awaits."""
+    """An event loop that completes its tasks before it closes, and reports no exception that nobody awaits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.set_exception_handler(lambda loop, context: None)
 
     def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As usual; on a closed loop, which nobody listens to any more, nothing."""
         return None if self.is_closed() else super().call_soon_threadsafe(*args, **kwargs)
 
     def close(self) -> None:
@@ -32,24 +34,31 @@ class _DrainingLoop(asyncio.SelectorEventLoop):
         super().close()
 
 
-class _Asyncio:
-    """The module `asyncio`, but for the event loops it makes."""
-
-    new_event_loop = _DrainingLoop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
+_ASYNCIO = types.SimpleNamespace(**vars(asyncio) | {"new_event_loop": _DrainingLoop})
 
 
-@functools.cache
-def quiet_orbax() -> None:
-    """Stops Orbax from printing exceptions that it raises; its warnings and other errors are logged as before."""
-    with contextlib.suppress(ImportError, AttributeError):  # where it lies is Orbax's own business
-        from orbax.checkpoint._src import asyncio_utils
+class QuietOrbax(Closeable):
+    """Until it is closed, Orbax does not print exceptions that it raises; it logs warnings and other errors as before.
 
-        if asyncio_utils.asyncio is asyncio:
-            asyncio_utils.asyncio = _Asyncio()
-    logging.getLogger("absl").addFilter(_is_no_failure_of_orbax)
+    Orbax makes its event loops itself, in background threads: as long as one of these is open, they drain.
+    """
+
+    _lock, _num_open = threading.Lock(), 0
+
+    def __init__(self) -> None:
+        logging.getLogger("absl").addFilter(_is_no_failure_of_orbax)  # which is added once
+        self._count(1)
+
+    def close(self) -> None:
+        self._count(-1)
+
+    @classmethod
+    def _count(cls, change: int) -> None:
+        with cls._lock, contextlib.suppress(ImportError):  # private to Orbax: without it, more is printed
+            from orbax.checkpoint._src import asyncio_utils
+
+            cls._num_open += change
+            asyncio_utils.asyncio = _ASYNCIO if cls._num_open else asyncio
 
 
 def _is_no_failure_of_orbax(record: logging.LogRecord) -> bool:

@@ -19,8 +19,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grain
 import numpy as np
@@ -28,6 +27,7 @@ import numpy.typing as npt
 from absl import flags
 
 from marjax.class_names import Names
+from marjax.closeable import Closeable
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
 from marjax.data.settings import DataSettings
@@ -46,7 +46,7 @@ _ALIGNMENT = 64  # bytes
 Batch = dict[str, npt.NDArray[Any]]
 
 
-class Batches(Iterator[Batch]):
+class Batches(Closeable, Iterator[Batch]):
     """Iterates over this host's part of the batches from `start_step` on; a context manager, to be closed.
 
     With `train` the batches never end, every epoch
@@ -173,14 +173,6 @@ class Batches(Iterator[Batch]):
             del iterator
             if self._workers:  # Grain's last batches lie in shared memory and in reference cycles
                 gc.collect()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -1,12 +1,15 @@
-"""Context managers whose end may fail."""
+"""The base class of what is closed at the end of a `with` block."""
 
 import logging
 from types import TracebackType
 from typing import Self
 
 
-class Closing:
-    """Closes itself at the end of its block. A subclass has `close`."""
+class Closeable:
+    """A context manager that calls `close`, which a subclass defines.
+
+    An error of `close` after an error of the block, which may have caused it, is logged instead of raised.
+    """
 
     def close(self) -> None:
         raise NotImplementedError
@@ -22,5 +25,4 @@ class Closing:
         except Exception as failure:
             if error is None:
                 raise
-            # The error that ended the block matters more than this one, which may be its consequence.
             logging.getLogger(type(self).__module__).warning("%s", failure)
