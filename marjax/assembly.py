@@ -88,7 +88,9 @@ def assemble(config: ConfigDict, mesh: Mesh | None = None) -> Assembly:
     )
     if generator_lib.is_registered(model):
         check(generator, model)
-    return Assembly(config, sharding.near_mesh(config.mesh) if mesh is None else mesh, tokens, generator)
+    if mesh is None:
+        mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor)
+    return Assembly(config, mesh, tokens, generator)
 
 
 def model_config(model: ConfigDict) -> ModelConfig:

@@ -106,15 +106,15 @@ def _within_processes(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
     return ordered.reshape(sizes)
 
 
-def near_mesh(config: Any, devices: Any = None) -> Mesh:
-    """A mesh over all devices, or those given, as near to `config.mesh` as their number allows.
+def near_mesh(fsdp: int, tensor: int, devices: Any = None) -> Mesh:
+    """A mesh over `devices`, by default all, whose axes are as close to these sizes as the number of devices allows.
 
-    For work whose result does not depend on the mesh: a model trained on a pod is sampled on whatever there is.
+    Use it where results do not depend on the mesh: a model trained on a pod is sampled on any machine.
     """
     devices = list(jax.devices() if devices is None else devices)
-    on_a_host = min(Counter(device.process_index for device in devices).values())
-    tensor = math.gcd(config.tensor if config.tensor > 0 else 1, on_a_host)
-    fsdp = math.gcd(config.fsdp, len(devices) // tensor) if config.fsdp > 0 else len(devices) // tensor
+    per_host = min(Counter(device.process_index for device in devices).values())
+    tensor = math.gcd(tensor if tensor > 0 else 1, per_host)
+    fsdp = math.gcd(fsdp, len(devices) // tensor) if fsdp > 0 else len(devices) // tensor
     return make_mesh(-1, fsdp, tensor, devices)
 
 

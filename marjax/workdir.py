@@ -287,7 +287,7 @@ def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
     return min(now, float(found["unix_seconds"]))
 
 
-def settings_of_all(config: ConfigDict) -> dict[str, Any]:
+def shared_settings(config: ConfigDict) -> dict[str, Any]:
     """The fields of a resolved config that all processes of a run must share: all but where a host has its data."""
     own = ("data.data_dir", "data.cache", "tokenizer.path", "log.progress")
     return {key: value for key, value in flatten(config).items() if key not in own}

@@ -176,7 +176,7 @@ def opened_sampler(
     check_arguments(step=step)
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
-    mesh = sharding.near_mesh(config.mesh, jax.local_devices() if local else None)
+    mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor, jax.local_devices() if local else None)
     assembly = assemble(config, mesh)
     sampler = Sampler(assembly)
     folder = epath.Path(workdir) / "checkpoints"

@@ -30,7 +30,7 @@ from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch
 from marjax.training.loop import Intervals, Outputs, Run, Task, headline
-from marjax.workdir import check_workdir, first_start, settings_of_all, write_config
+from marjax.workdir import check_workdir, first_start, shared_settings, write_config
 
 _COMMAND = "marjax train-tokenizer"
 _SHOWN = 32  # images in a picture
@@ -78,7 +78,7 @@ def train_autoencoder(
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
     check_loggers(config.log)
     train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_settings(config), config.data.channels)
-    mesh = sharding.near_mesh(config.mesh)
+    mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, train.batch_size, 1)
     trainer = Trainer.from_config(config, spec)
     abstract = jax.eval_shape(trainer.init, numerics.key(config.seed))
@@ -94,7 +94,7 @@ def train_autoencoder(
             f"another --out, or --overwrite it"
         )
     make_folder(epath.Path(path).parent)  # before the work, which would be lost
-    about = distributed.check(mesh, settings_of_all(config))
+    about = distributed.check(mesh, shared_settings(config))
     with distributed.first_holds(locked_folder(folder, _COMMAND)):
         distributed.on_first(lambda: check_workdir(folder, config, tokenizer=True))
         state = _run(config, folder, trainer, abstract, batch, mesh, about)

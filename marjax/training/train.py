@@ -43,7 +43,7 @@ from marjax.training.profile import Profile
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
 from marjax.trees import PyTree
-from marjax.workdir import check_workdir, first_start, refuse_weights_alone, settings_of_all, write_config
+from marjax.workdir import check_workdir, first_start, refuse_weights_alone, shared_settings, write_config
 
 
 @numerics.pinned()
@@ -121,7 +121,7 @@ def train(
         batch = described_batch(batches.examples, config.train.batch_size, mesh)
     probe = Probe(config) if config.eval.every else None
     tracer = None if profile is None else Profile(*profile, workdir, config.train.steps)
-    about = distributed.check(mesh, settings_of_all(config))
+    about = distributed.check(mesh, shared_settings(config))
     config, weights = init_from_lib.prepare(config, workdir, mesh)
     assembly = assemble(config, mesh).replace(tokenizer=tokenizer)
     with distributed.first_holds(locked_folder(workdir, "marjax train")):
