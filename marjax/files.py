@@ -66,7 +66,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         if is_remote(path) and (explained := explain(error)) is not None:
             raise explained from None
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}") from None
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); {failures.advice(error)}") from None
 
 
 def write_text(path: str, text: str) -> None:
@@ -79,12 +79,12 @@ def write_text(path: str, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise TrainingError(
-            f"{path} cannot be written ({error.strerror or error}): {failures.advice(error)}, then start the same again"
+            f"{path} cannot be written ({error.strerror or error}); {failures.advice(error)}, then run it again"
         ) from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file, local or gs://, for reading; never waits for a writer, as a named pipe in its place would.
+    """Opens a file, local or gs://, for reading, without blocking on a named pipe.
 
     Raises:
       OSError: it cannot be opened, or is a folder, pipe or device.
@@ -93,13 +93,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         return cast(BinaryIO, epath.Path(path).open("rb"))
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError:  # a null character, or one that no encoding has
-        raise OSError(errno.EINVAL, "its name has characters that no file has") from None
+    except ValueError:  # a null character, or one that cannot be encoded
+        raise OSError(errno.EINVAL, "invalid characters in its name") from None
     try:
         mode = os.fstat(number).st_mode
         if not stat.S_ISREG(mode):
             code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-            raise OSError(code, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+            raise OSError(code, "a folder" if stat.S_ISDIR(mode) else "not a regular file")
         return open(number, "rb")
     except BaseException:
         os.close(number)
@@ -107,28 +107,28 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_whole(path: str | os.PathLike[str], max_bytes: int, *, advice: str) -> bytes:
-    """Reads a file that someone else may have put there, local or gs://; one that is longer is not read at all.
+    """Reads an untrusted file, local or gs://, after checking its size.
 
     Args:
-      path: of the file.
-      max_bytes: the most that such a file can have.
-      advice: what the user can do; the end of every error.
+      path: path of the file.
+      max_bytes: upper bound of its size.
+      advice: how to fix it; the end of every error.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: there is none.
+      FileNotFoundError, NotADirectoryError: the file does not exist.
       UserError: it cannot be read, or is too long.
       StorageError: gs:// does not answer.
     """
     try:
         with open_regular(path) as file:
             if file.seek(0, os.SEEK_END) > max_bytes:
-                raise UserError(f"{path} has more than {max_bytes} bytes, which no such file has; {advice}")
+                raise UserError(f"{path} has more than {max_bytes} bytes, expected at most that; {advice}")
             file.seek(0)
             return file.read(max_bytes)
     except (UserError, FileNotFoundError, NotADirectoryError):
         raise
     except MemoryError:
-        raise UserError(f"{path} needs more memory than there is; {advice}") from None
+        raise UserError(f"{path} needs more memory than is available; {advice}") from None
     except Exception as error:
         if (explained := explain(error)) is not None:
             raise explained from None
@@ -138,7 +138,7 @@ def read_whole(path: str | os.PathLike[str], max_bytes: int, *, advice: str) -> 
 
 
 def make_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """The folder, created if need be and checked to be writable. Raises UserError."""
+    """Creates a folder if missing and checks that it is writable. Raises UserError."""
     folder = epath.Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,5 +146,5 @@ def make_folder(path: str | os.PathLike[str]) -> epath.Path:
         trial.write_text("")
         trial.unlink()
     except OSError as error:
-        raise UserError(f"folder {path} cannot be written ({error.strerror or error}): give one that can") from None
+        raise UserError(f"folder {path} is not writable ({error.strerror or error}); give another") from None
     return folder

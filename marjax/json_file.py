@@ -1,15 +1,15 @@
-r"""JSON that this program reads: one check of size, encoding and shape for all of it.
+r"""Reads JSON files and checks their size, encoding and shape.
 
 A shape is plain Python:
 
-    int, float, bool, str, dict, list   a value of that type; a bool is no int, and a float may be written as an integer
+    int, float, bool, str, dict, list   a value of that type; a bool is not an int; a float may be written as an integer
     None                                null
     object                              anything
     range(1, 100)                       an integer in that range
     {"ema", "raw"}                      one of these values
-    re.compile(r"\w+")                  a string that matches as a whole
-    {"name": shape, "note?": shape}     an object with these members, of which note may be missing; others are ignored
-    {str: shape}                        an object whose members, but for those that are named too, all have that shape
+    re.compile(r"\w+")                  a string that fully matches
+    {"name": shape, "note?": shape}     an object with these members; note may be missing; other members are ignored
+    {str: shape}                        an object whose members, except those named beside str, all have that shape
     [shape]                             an array of such values
     (shape, shape)                      a value of either shape
 """
@@ -25,7 +25,7 @@ from marjax.errors import UserError, shortened
 from marjax.files import read_whole
 
 MAX_BYTES = 16 << 20
-_MAX_DEPTH = 100  # arrays and objects in each other; recursive code fails at some hundreds
+_MAX_DEPTH = 100  # of nesting; recursive code fails at a few hundred
 _MAX_INT = 1 << 64
 REQUIRED = object()
 _NAMES: dict[Any, str] = {
@@ -51,19 +51,19 @@ def read_json(
     """Reads a JSON file, local or gs://, and checks it.
 
     Args:
-      path: of the file, UTF-8 with or without a byte order mark.
-      shape: what it must hold, see the module.
-      advice: what the user can do about a wrong file; the end of every error.
-      missing: returned if there is no such file; without it, that is an error.
+      path: path of the file, UTF-8 with or without a byte order mark.
+      shape: expected shape, see the module.
+      advice: how to fix an invalid file; the end of every error.
+      missing: returned if the file does not exist; by default that is an error.
       allow_nan: accept NaN and Infinity.
-      max_bytes: refuse a longer file before it is parsed.
+      max_bytes: refuse a longer file before parsing it.
 
     Returns:
-      What `json.loads` returns. Integers have at most 64 bits, numbers are finite unless `allow_nan`, and no object
-      has a member twice.
+      What `json.loads` returns. Integers have at most 64 bits, numbers are finite unless `allow_nan`, and the members
+      of an object are unique.
 
     Raises:
-      UserError: the file is missing, cannot be read, is no JSON, or a value has another shape, which is named.
+      UserError: the file is missing, unreadable or not JSON, or a value, which is named, has another shape.
       StorageError: gs:// does not answer.
     """
     where = os.fspath(path)
@@ -77,22 +77,16 @@ def read_json(
 
 
 def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: str, allow_nan: bool = False) -> Any:
-    """The same for JSON that is already in memory.
+    """Parses and checks JSON in memory; arguments and errors as in `read_json`.
 
     Args:
       text: the JSON; bytes are UTF-8.
-      shape: see the module.
-      where: what it is, such as a path or "line 3 of PATH"; the start of every error.
-      advice: see `read_json`.
-      allow_nan: see `read_json`.
-
-    Raises:
-      UserError: see `read_json`.
+      where: its source, such as a path or "line 3 of PATH"; the start of every error.
     """
 
     def constant(name: str) -> float:
         if not allow_nan:
-            raise ValueError(f"{name} is no JSON number")
+            raise ValueError(f"{name} is not a JSON number")
         return float(name)
 
     def number(digits: str) -> float:
@@ -110,19 +104,19 @@ def parse_json(text: str | bytes, shape: Any = object, *, where: str, advice: st
     except RecursionError:
         raise UserError(f"{where} is nested deeper than {_MAX_DEPTH} levels; {advice}") from None
     except MemoryError:
-        raise UserError(f"{where} needs more memory than there is; {advice}") from None
+        raise UserError(f"{where} needs more memory than is available; {advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}); {advice}") from None
     except UnicodeEncodeError:
-        raise UserError(f"{where} has half of a surrogate pair as a character; {advice}") from None
+        raise UserError(f"{where} has an unpaired surrogate; {advice}") from None
     except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}); {advice}") from None
+        raise UserError(f"{where} is not JSON ({error}); {advice}") from None
     check_json(content, shape, where=where, advice=advice)
     return content
 
 
 def check_json(content: Any, shape: Any, *, where: str, advice: str) -> None:
-    """Checks parsed JSON against a shape. Raises UserError: a value has another shape, which is named."""
+    """Checks parsed JSON against a shape. Raises UserError that names the first value with another shape."""
     found = _misfit(content, shape, "")
     if found is not None:
         name, value, expected = found
@@ -130,7 +124,7 @@ def check_json(content: Any, shape: Any, *, where: str, advice: str) -> None:
 
 
 def _misfit(value: Any, shape: Any, name: str) -> tuple[str, str, str] | None:
-    """The name of the first value with another shape, what it is and what is expected; None if all is right."""
+    """The name of the first value with another shape, the value, and what is expected; None if everything matches."""
     if isinstance(shape, tuple):
         misfits = [_misfit(value, each, name) for each in shape]
         if None in misfits:
@@ -162,17 +156,17 @@ def _fits(value: Any, shape: Any) -> bool:
         return True
     if shape is None:
         return value is None
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
     if isinstance(shape, range):
-        return whole and value in shape
+        return is_int and value in shape
     if isinstance(shape, set | frozenset):
         return any(type(value) is type(each) and value == each for each in shape)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     if shape is int:
-        return whole and -(1 << 63) <= value < 1 << 63
+        return is_int and -(1 << 63) <= value < 1 << 63
     if shape is float:
-        return whole or isinstance(value, float)
+        return is_int or isinstance(value, float)
     return isinstance(shape, type) and isinstance(value, shape)
 
 
@@ -191,7 +185,7 @@ def _expected(shape: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A foreign value in an error: on one line, and short."""
+    """An untrusted value as an error shows it: short, on one line."""
     if isinstance(value, dict | list):
         return _NAMES[type(value)]
     return shortened(json.dumps(value))
@@ -204,16 +198,15 @@ def _integer(digits: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise ValueError(f"the member {shortened(twice)!r} is there twice")
-    return made
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate member {shortened(duplicate)!r}")
+    return members
 
 
 def _check_all(content: Any) -> None:
-    """Raises RecursionError and UnicodeEncodeError: nested too deeply, or text that could not be written again."""
+    """Raises RecursionError for deep nesting, and UnicodeEncodeError for text that could not be written back."""
     level = [content]
     for _ in range(_MAX_DEPTH):
         for value in level:

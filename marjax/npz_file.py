@@ -1,7 +1,6 @@
-"""NumPy's files from anyone: nothing in them runs, and their sizes are checked before anything is allocated.
+"""Reads untrusted npz and npy files: no code in them runs, and sizes are checked before memory is allocated.
 
-`np.load` allocates what a header claims, whatever the file holds. Here a member's header must agree with the member's
-size, and that with the size of the file.
+`np.load` allocates what a header claims. Here a member's header must match the member's size, and that the file's size.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from marjax.errors import UserError, shortened
 from marjax.files import open_regular
 from marjax.storage import explain
 
-MAX_RATIO = 100  # of a compressed member's size to its bytes in the file
-_SMALL = 64 << 20  # bytes, to which a member may be expanded whatever the ratio
+MAX_RATIO = 100  # of a member's size to its compressed size
+_SMALL = 64 << 20  # bytes; the ratio of smaller members is not checked
 _MAX_DIRECTORY = 4 << 20  # bytes of the list of members
 _MAX_HEADER = 10_000  # bytes, as in NumPy
 _MAX_AXIS, _MAX_DIMS = 1 << 48, 32
@@ -37,14 +36,14 @@ _KINDS = {
     "c": "complex numbers",
 }
 
-# What an array must be: the letters of `np.dtype.kind` that are allowed, and the number of dimensions or None for any.
+# Expected array: allowed letters of `np.dtype.kind`, and the number of dimensions, None for any.
 Kind = tuple[str, int | None]
 PLAIN = "biufUS"
 NUMBERS = "iuf"
 
 
 class Header(NamedTuple):
-    """Of one array: its shape and dtype, whether its first axis runs fastest, and its bytes before and of the data."""
+    """Shape and dtype of an array, whether it is in Fortran order, and the offset and size of its data in bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -59,18 +58,18 @@ def read_npz(
     """Reads arrays of an npz file, local or gs://.
 
     Args:
-      path: of the file.
-      arrays: what to read, such as {"mu": ("f", 1), "meta?": ("U", 0)}: name to kinds and number of dimensions; an
-        array whose name ends in ? may be missing. By default all of them, of any kind.
-      advice: what the user can do about a wrong file; the end of every error.
-      max_ratio: refuse a member over 64 MiB that is compressed further than this.
+      path: path of the file.
+      arrays: kinds and number of dimensions of the arrays to read, such as {"mu": ("f", 1), "meta?": ("U", 0)};
+        an array whose name ends in ? may be missing. By default all arrays of any kind.
+      advice: how to fix an invalid file; the end of every error.
+      max_ratio: refuse members over 64 MiB with a higher compression ratio.
 
     Returns:
-      The arrays that are there, by name, in C order and this machine's byte order.
+      The arrays found, by name, in C order and native byte order.
 
     Raises:
-      UserError: the file is missing, cannot be read, is no npz file or damaged, or an array is missing or another
-        than `arrays` says.
+      UserError: the file is missing, unreadable, damaged or not an npz file, or an array is missing or does not match
+        `arrays`.
       StorageError: gs:// does not answer.
     """
     with NpzFile(path, advice=advice, max_ratio=max_ratio) as file:
@@ -95,11 +94,11 @@ def read_npy(path: str | os.PathLike[str], kind: Kind = (PLAIN, None), *, advice
 
 
 class NpzFile(Closeable):
-    """An open npz file, whose arrays are read one by one; to be used in a `with`.
+    """An open npz file, whose arrays are read one by one.
 
     Attributes:
-      path: of the file.
-      names: of its arrays, in the order of the file; other members are left out.
+      path: path of the file.
+      names: names of its arrays, in file order; other members are ignored.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, advice: str, max_ratio: int = MAX_RATIO) -> None:
@@ -117,32 +116,27 @@ class NpzFile(Closeable):
         self.names = tuple(self._members)
         if len(members) > len(self._members):
             self._stack.close()
-            raise UserError(f"{self.path} is damaged: it has two arrays of one name; {advice}")
+            raise UserError(f"{self.path} is damaged (two arrays have the same name); {advice}")
 
     def close(self) -> None:
         self._stack.close()
 
     def header(self, name: str, kind: Kind = (PLAIN, None)) -> Header:
-        """Of an array, which is not read. Raises UserError as `read_npz` does."""
-        with self._opened(name, kind) as (_, header):
+        """Reads the header of an array. Raises UserError as `read_npz` does."""
+        with self.stream(name, kind) as (_, header):
             return header
 
     def read(self, name: str, kind: Kind = (PLAIN, None)) -> np.ndarray:
-        """An array, in C order. Raises UserError as `read_npz` does."""
-        with self._opened(name, kind) as (file, header):
+        """Reads an array in C order. Raises UserError as `read_npz` does."""
+        with self.stream(name, kind) as (file, header):
             return _read(file, header, f"{self.path}: {shortened(name)}", self._advice)
 
     @contextlib.contextmanager
     def stream(self, name: str, kind: Kind = (PLAIN, None)) -> Iterator[tuple[BinaryIO, Header]]:
-        """An array's data as a file that is positioned at its start, to read a part at a time.
+        """Yields a file at the start of an array's data, to read it in parts.
 
-        What reading it raises becomes a UserError, as in `read_npz`.
+        Errors of reading become UserErrors, as in `read_npz`.
         """
-        with self._opened(name, kind) as found:
-            yield found
-
-    @contextlib.contextmanager
-    def _opened(self, name: str, kind: Kind) -> Iterator[tuple[BinaryIO, Header]]:
         where, advice, info = f"{self.path}: {shortened(name)}", self._advice, self._members.get(name)
         if info is None:
             names = ", ".join(shortened(each) for each in self.names[:20])
@@ -151,33 +145,33 @@ class NpzFile(Closeable):
             raise UserError(f"{where} is encrypted; {advice}")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(
-                f"{where} is compressed by method {info.compress_type}, expected none or deflate, as in "
-                f"np.savez; {advice}"
+                f"{where} has compression method {info.compress_type}, expected none or deflate, as np.savez "
+                f"writes it; {advice}"
             )
         stored = info.compress_type == zipfile.ZIP_STORED
         if info.header_offset + info.compress_size > self._size or (stored and info.compress_size != info.file_size):
-            raise UserError(f"{where} is damaged (its size cannot be right); {advice}")
+            raise UserError(f"{where} is damaged (impossible size); {advice}")
         if info.file_size > max(_SMALL, self._max_ratio * info.compress_size):
             raise UserError(
-                f"{where} is compressed more than {self._max_ratio} times, to {info.file_size} bytes; {advice}"
+                f"{where} is compressed more than {self._max_ratio} times, from {info.file_size} bytes; {advice}"
             )
         with _explained(where, advice), self._archive.open(info) as file:
             yield file, _header(file, info.file_size, where, kind, advice)  # type: ignore[arg-type, misc]
 
 
 def _check_directory(file: BinaryIO, size: int, path: str, advice: str) -> None:
-    """Refuses a list of members that would itself fill the memory."""
+    """Refuses a zip directory that would itself fill the memory."""
     file.seek(max(0, size - (1 << 16) - 1024))
     tail = file.read()
     end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
     if end < 0 or len(tail) < end + 16:
-        begins = "an npy file, one array" if _begins(file) == b"\x93NUMPY" else "no npz file, or its end is missing"
+        begins = "an npy file, one array" if _begins(file) == b"\x93NUMPY" else "not an npz file, or truncated"
         raise UserError(f"{path} is {begins}; {advice}")
     (length,) = struct.unpack_from("<L", tail, end + 12)
     if 0 <= end64 <= len(tail) - 48:
         length = max(0 if length == 0xFFFFFFFF else length, *struct.unpack_from("<Q", tail, end64 + 40))
     if length > _MAX_DIRECTORY:
-        raise UserError(f"{path} has a list of members of {length} bytes, expected a few arrays; {advice}")
+        raise UserError(f"{path} has a zip directory of {length} bytes, expected a few arrays; {advice}")
 
 
 def _begins(file: BinaryIO) -> bytes:
@@ -186,11 +180,11 @@ def _begins(file: BinaryIO) -> bytes:
 
 
 def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> Header:
-    """Reads the header of an array of which `size` bytes are there, and checks it. Raises UserError."""
+    """Reads and checks the header of an array whose file has `size` bytes. Raises UserError."""
     start = file.read(12)
     major, length = start[6:7], 0
     if start[:6] != b"\x93NUMPY" or len(start) < 12 or major not in (b"\1", b"\2", b"\3"):
-        raise UserError(f"{where} is no array in NumPy's format; {advice}")
+        raise UserError(f"{where} is not an array in NumPy's format; {advice}")
     prefix, format_ = (10, "<H") if major == b"\1" else (12, "<L")
     (length,) = struct.unpack_from(format_, start, 8)
     if length > _MAX_HEADER:
@@ -202,7 +196,7 @@ def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> H
             version = np.lib.format.read_magic(data)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(data, max_header_size=_MAX_HEADER)
-    except Exception as error:  # it evaluates a literal and makes a dtype: there is little that it cannot raise
+    except Exception as error:  # it evaluates a literal and makes a dtype, which may raise almost anything
         raise UserError(f"{where} has a damaged header ({shortened(str(error))}); {advice}") from None
     if dtype.hasobject:
         raise UserError(f"{where} cannot be read (it holds pickled objects, which could run code); {advice}")
@@ -221,7 +215,7 @@ def _header(file: BinaryIO, size: int, where: str, kind: Kind, advice: str) -> H
     nbytes = math.prod(shape) * dtype.itemsize
     if data.tell() + nbytes != size:
         raise UserError(
-            f"{where} is damaged: it has {size - data.tell()} bytes, its header says "
+            f"{where} is damaged: it has {size - data.tell()} bytes, but its header has "
             f"{shortened(str(shape))} of {dtype}; {advice}"
         )
     return Header(tuple(map(int, shape)), dtype, bool(fortran), data.tell(), nbytes)
@@ -236,13 +230,13 @@ def _read(file: BinaryIO, header: Header, where: str, advice: str) -> np.ndarray
             raise UserError(f"{where} is damaged: it ends after {done} of {header.nbytes} bytes; {advice}")
         view[done : done + len(block)] = block
         done += len(block)
-    file.read(1)  # at its end, the member's checksum is compared
+    file.read(1)  # at the end of a member, zipfile verifies its checksum
     if not header.nbytes:
         return np.zeros(header.shape, header.dtype)
     flat = np.frombuffer(data, header.dtype)
     flat = flat.astype(header.dtype.newbyteorder("="), copy=False)
     if header.dtype.kind == "U" and flat.view(np.uint32).max() > 0x10FFFF:
-        raise UserError(f"{where} is damaged: it holds text of characters that there are not; {advice}")
+        raise UserError(f"{where} is damaged: it has text with invalid characters; {advice}")
     if header.fortran:
         return flat.reshape(header.shape, order="F").copy(order="C")
     return flat.reshape(header.shape)
@@ -250,7 +244,7 @@ def _read(file: BinaryIO, header: Header, where: str, advice: str) -> np.ndarray
 
 @contextlib.contextmanager
 def _explained(where: str, advice: str) -> Iterator[None]:
-    """Turns what reading raises into a UserError: a damaged zip file raises almost anything."""
+    """Turns errors of reading into UserErrors: a damaged zip file raises almost anything."""
     try:
         yield
     except UserError:
@@ -258,7 +252,7 @@ def _explained(where: str, advice: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{where} does not exist; {advice}") from None
     except MemoryError:
-        raise UserError(f"{where} needs more memory than there is; {advice}") from None
+        raise UserError(f"{where} needs more memory than is available; {advice}") from None
     except Exception as error:
         if (explained := explain(error)) is not None:
             raise explained from None

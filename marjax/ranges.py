@@ -1,6 +1,6 @@
-"""Ranges of numbers, those of the arguments that commands and functions share, and how a wrong value is reported.
+"""Ranges of numbers, and the ranges of arguments that commands and functions share.
 
-The ranges of the config's fields are in `config/schema.py`.
+The ranges of config fields are in `config/schema.py`.
 """
 
 import dataclasses
@@ -11,35 +11,29 @@ from typing import Any
 
 from marjax.errors import UserError, shortened
 
-MAX_INT = 2**31 - 1  # of a step, as the devices count them
-MAX_FLOAT = 3e38  # that a float32 holds
-MIN_FLOAT = 1e-30  # that is not zero to a float32, nor to what is computed with it
+MAX_INT = 2**31 - 1  # largest step, an int32 on the devices
+MAX_FLOAT = 3e38  # fits float32
+MIN_FLOAT = 1e-30  # nonzero in float32, also after some arithmetic
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included; NaN is in no range.
-
-    Attributes:
-      low: the least.
-      high: the greatest.
-      whole: integers only.
-    """
+    """Numbers from `low` to `high`, both included, and never NaN; integers only if `whole`."""
 
     low: float
     high: float
     whole: bool = False
 
     def check(self, name: str, value: Any) -> None:
-        """Raises UserError: the value, which the error calls `name`, is no number of this range."""
+        """Raises UserError, which calls the value `name`, if it is not a number in this range."""
         if self.whole:
             if not _is_int(value):
-                raise UserError(f"{name} is {shown(value)}: expected int")
+                raise UserError(f"{name} is {shown(value)}, expected int")
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise UserError(f"{name} is {shown(value)}: expected float")
+            raise UserError(f"{name} is {shown(value)}, expected float")
         if not self.low <= value <= self.high:
-            raise UserError(f"{name} is {shown(value)}: give {self._expected(value)}")
+            raise UserError(f"{name} is {shown(value)}, expected {self._expected(value)}")
 
     def _expected(self, value: Any) -> str:
         if value > self.high == BELOW_ONE:
@@ -57,7 +51,7 @@ def integer(low: int, high: int = MAX_INT) -> Range:
 
 
 COUNT = integer(1)
-COUNT_OR_NONE = integer(0)  # where 0 turns something off
+COUNT_OR_NONE = integer(0)  # 0 turns something off
 BATCH = integer(1, 2**24)
 SEED = integer(0, 2**32 - 1)
 IMAGE_SIZE = integer(1, 16_384)
@@ -66,7 +60,7 @@ SHARE_BELOW_ONE = Range(0.0, BELOW_ONE)
 SHARE_BETWEEN = Range(MIN_FLOAT, BELOW_ONE)
 POSITIVE = Range(MIN_FLOAT, MAX_FLOAT)
 
-# Arguments of functions, and of the commands that call them; the same name has the same range everywhere.
+# Arguments of functions and commands, by name.
 ARGUMENTS = {
     "batch_size": BATCH,
     "bits": integer(8, 16),
@@ -99,18 +93,14 @@ def _is_int(value: Any) -> bool:
 
 
 def check_arguments(**values: Any) -> None:
-    """Checks arguments against ARGUMENTS by their names; None, which stands for a default, is not checked.
-
-    Raises:
-      UserError: a value that is no number of its range.
-    """
+    """Checks arguments against ARGUMENTS by name, except those that are None. Raises UserError."""
     for name, value in values.items():
         if value is not None:
             ARGUMENTS[name].check(name, value)
 
 
 def shown(value: Any) -> str:
-    """A value of any kind and size, as an error shows it: on one line, and short."""
+    """A value of any type as an error shows it: short, on one line."""
     try:
         return shortened(repr(value))
     except ValueError:  # Python does not print integers of more than 4300 digits

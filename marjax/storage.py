@@ -1,8 +1,8 @@
-"""Addresses on object stores (`gs://bucket/path`): checked before any work, and their failures told in one line.
+"""Object store addresses (`gs://bucket/path`): checked before any work, with failures reported in one line.
 
-Paths are read and written through `etils.epath`, which reaches gs:// through gcsfs (the `gcs` extra); the arrays of
-checkpoints go through TensorStore's own client. An object store has no folders: one that is empty does not exist, and
-`mkdir` does nothing. But an object is there as a whole or not at all, without renaming anything.
+Paths are read and written through `etils.epath`, which reaches gs:// through gcsfs (the `gcs` extra); checkpoint arrays
+go through TensorStore's own client. An object store has no folders: an empty one does not exist, and `mkdir` does
+nothing. Objects are written atomically, without renaming.
 """
 
 import functools
@@ -17,32 +17,32 @@ from etils import epath
 
 from marjax.errors import StorageError, TrainingError, UserError, missing_extra
 
-_PATIENCE = 120.0  # seconds; the client itself gives up before, and then says why
-_SAID_AFTER = 5.0
+_TIMEOUT = 120.0  # seconds; the client itself gives up earlier and gives a reason
+_LOG_AFTER = 5.0  # seconds
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an address such as gs://bucket/run, and so on no file system of this machine."""
+    """Whether a path is an address such as gs://bucket/run instead of a local path."""
     return "://" in os.fspath(path)
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Makes sure that an address can be reached, by one request the first time a bucket is seen; local paths pass.
+    """Checks that an address can be reached, with one request per bucket; local paths pass.
 
     Raises:
-      UserError: an address of another kind than gs://, no client for it, or a bucket that does not answer, does not
-        exist or may not be read with the credentials at hand.
+      UserError: the address is not gs://, no client is installed, or the bucket does not answer, does not exist or
+        may not be read with the current credentials.
     """
     text = os.fspath(path)
     if not is_remote(text):
         return
     scheme, _, rest = text.partition("://")
     if scheme != "gs":
-        raise UserError(f"{text} is on {scheme}://: give a local path or a gs:// address")
+        raise UserError(f"{text} is on {scheme}://; give a local path or a gs:// address")
     bucket = rest.partition("/")[0]
     if not bucket:
-        raise UserError(f"{text} names no bucket: give gs://BUCKET/PATH")
-    # Where TensorFlow is installed, etils would go through it, which takes the accelerators on its first use.
+        raise UserError(f"{text} names no bucket; give gs://BUCKET/PATH")
+    # etils would use TensorFlow where it is installed, which allocates the accelerators on first use.
     os.environ.setdefault("EPATH_USE_TF", "false")
     if os.environ["EPATH_USE_TF"].lower() in ("false", "no", "f", "0") and not importlib.util.find_spec("gcsfs"):
         raise missing_extra(text, "gcs")
@@ -52,16 +52,16 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def on_this_machine(path: str | os.PathLike[str], what: str) -> None:
-    """Raises UserError if a path is an address: what lies there is read by a library that knows only files."""
+    """Raises UserError if a path is an address: the library that reads it supports only local files."""
     if is_remote(path):
         raise UserError(
-            f"{what} {os.fspath(path)} is read from files alone: copy it to a disk of every host "
+            f"{what} {os.fspath(path)} must be a local path; copy it to a disk of every host "
             f"(gcloud storage cp -r), or mount the bucket with gcsfuse, and give that folder"
         )
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What is in a folder, none if there is no such folder, which on an object store is the same thing."""
+    """The contents of a folder; [] if it does not exist, as an empty one on an object store."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -69,11 +69,10 @@ def children(folder: epath.Path) -> list[epath.Path]:
 
 
 def explain(error: BaseException) -> UserError | TrainingError | None:
-    """What to tell instead of a failure of the store's clients; None if the error is something else.
+    """The error to report for a failure of the object store or its clients; None for any other error.
 
-    A StorageError, which tells it already, is returned as it is. Those who have no `try` of their own around a read or
-    write meet these: a missing package, credentials that ran out, a network that is gone. The clients have retried by
-    then.
+    Covers missing packages, expired credentials and lost networks; the clients have retried by then. A StorageError is
+    returned unchanged.
     """
     if isinstance(error, StorageError):
         return error
@@ -92,19 +91,19 @@ def _reach(bucket: str) -> str | None:
     import fsspec
     from fsspec.asyn import sync
 
-    # It prints tracebacks of what it then raises, and a warning a call about buckets of a kind that it cannot tell.
+    # gcsfs logs tracebacks of what it raises, and one warning per call about buckets whose type it cannot determine.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    waiting = threading.Timer(_SAID_AFTER, lambda: print(f"waiting for gs://{bucket} ...", file=sys.stderr, flush=True))
+    waiting = threading.Timer(_LOG_AFTER, lambda: print(f"waiting for gs://{bucket} ...", file=sys.stderr, flush=True))
     waiting.daemon = True
     waiting.start()
     try:
-        client = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils makes
-        client.dircache.use_listings_cache = False  # what other processes write would never be seen
-        sync(client.loop, client._call, "GET", "b/{}/o", bucket, maxResults=1, json_out=True, timeout=_PATIENCE)
+        client = fsspec.filesystem("gcs", finalize_on_close=True)  # the same client as etils uses
+        client.dircache.use_listings_cache = False  # to see what other processes write
+        sync(client.loop, client._call, "GET", "b/{}/o", bucket, maxResults=1, json_out=True, timeout=_TIMEOUT)
     except FileNotFoundError:
-        return f"there is no bucket {bucket!r}, or none that you may see: make it, or check the name"
+        return f"bucket {bucket!r} does not exist or you may not see it; create it, or check the name"
     except fsspec.FSTimeoutError:
-        return f"no answer within {_PATIENCE:.0f} s: check the network"
+        return f"no answer within {_TIMEOUT:.0f} s; check the network"
     except Exception as error:
         reason = _reason(error)
         if reason is None:
@@ -116,24 +115,24 @@ def _reach(bucket: str) -> str | None:
 
 
 def _reason(error: BaseException) -> str | None:
-    """What a failure of gcsfs, aiohttp, google.auth, google.cloud or TensorStore comes to, and what to do."""
+    """What failed in gcsfs, aiohttp, google.auth, google.cloud or TensorStore, and how to fix it."""
     text = " ".join(str(error).split())[:200]
     package = type(error).__module__.partition(".")[0]
     code: Any = getattr(error, "code", None)
     login = (
-        "run `gcloud auth application-default login`, or give the machine a service account that may read and "
-        "write the bucket"
+        "run `gcloud auth application-default login`, or give the machine a service account that may read and write "
+        "the bucket"
     )
     if package == "google" or (package == "gcsfs" and str(code) in ("401", "403")):
-        return f"the credentials are missing or refused ({text}): {login}"
+        return f"the credentials are missing or refused ({text}); {login}"
     if isinstance(error, OSError) and text.startswith("Forbidden"):
-        return f"the credentials do not allow it ({text}): {login}"
+        return f"the credentials do not allow it ({text}); {login}"
     if package == "aiohttp":
-        return f"it cannot be reached ({text}): check the network"
+        return f"it cannot be reached ({text}); check the network"
     if package in ("gcsfs", "requests"):
         return f"it answers {text or type(error).__name__}"
     if "gcs" in text.lower() and text.startswith(("UNAUTHENTICATED", "PERMISSION_DENIED")):
-        return f"the credentials do not allow it ({text}): {login}"
+        return f"the credentials do not allow it ({text}); {login}"
     if "gcs" in text.lower() and text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED")):
         return text
     return None

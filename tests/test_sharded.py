@@ -83,7 +83,7 @@ def test_other_files_are_refused(folder):
     for text, problem in (
         ("{}", "weight_map is missing"),
         ('{"weight_map": {"a": 1}}', "weight_map.a is 1"),
-        ("[", "no JSON"),
+        ("[", "JSON"),
         ('{"weight_map": {}}', "names 0 shards"),
         ("[" * 100_000, "nested deep"),
     ):
