@@ -34,7 +34,7 @@ def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1
     sampler, params, *_ = open_sampler(workdir, step=step, cfg=1.0)
     tokenizer, tokens = sampler.tokenizer, sampler.tokens
     generator = sampler.generator.with_codebook(tokenizer.codebook(tokenizer.params))
-    source = open_source(config_lib.data_settings(config))
+    source = open_source(config_lib.data_config(config))
     images = np.stack([source[i]["image"] for i in range(NUM_IMAGES)]).astype(np.float32) / 127.5 - 1.0
     labels = jnp.array([source[i]["label"] for i in range(NUM_IMAGES)])
     rand = draw_randomness(generator, 0, jnp.arange(NUM_IMAGES), "ddim25")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marjax import sharding
-from marjax.config.resolve import frozen, tokenizer_settings, tokens_of
+from marjax.config.resolve import frozen, tokenizer_config, tokens_of
 from marjax.model_config import ModelConfig
 from marjax.models import generator as generator_lib
 from marjax.models.check import check
@@ -40,7 +40,7 @@ class Assembly:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with its weights. Raises UserError: they cannot be read, or are of another network."""
-        return open_tokenizer(tokenizer_settings(self.config))
+        return open_tokenizer(tokenizer_config(self.config))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:

@@ -122,12 +122,12 @@ def digits():
 
 @pytest.fixture(scope="module")
 def kl(autoencoders):
-    return open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("kl", autoencoders / "kl.safetensors")))
+    return open_tokenizer(config_lib.tokenizer_config(make_autoencoder("kl", autoencoders / "kl.safetensors")))
 
 
 @pytest.fixture(scope="module")
 def vq(autoencoders):
-    return open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("vq", autoencoders / "vq.safetensors")))
+    return open_tokenizer(config_lib.tokenizer_config(make_autoencoder("vq", autoencoders / "vq.safetensors")))
 
 
 def test_rows_draw_their_own_noise(kl, digits):
@@ -167,7 +167,7 @@ def test_vq_tokens_are_rows_of_the_codebook(vq, digits, autoencoders):
     np.testing.assert_array_equal(latent, codebook[index])
     assert len(np.unique(index)) > 1
     scaled = make_autoencoder("vq_continuous", autoencoders / "vq.safetensors", tokenizer__autoencoder__scale=2.0)
-    before = open_tokenizer(config_lib.tokenizer_settings(scaled))
+    before = open_tokenizer(config_lib.tokenizer_config(scaled))
     assert before.codebook(before.params) is None and before.checksum == vq.checksum
     raw = jax.jit(before.encode)(before.params, digits, jax.random.key(0))
     np.testing.assert_array_equal(nearest(raw / 2.0, codebook), index)

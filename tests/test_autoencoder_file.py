@@ -62,10 +62,10 @@ def test_what_a_free_network_is(autoencoders):
     assert config_lib.tokens_of(resolve("vq")).num_codes == 16
     assert config_lib.tokens_of(resolve("vq_continuous")).num_codes == 0
     assert config_lib.resolve(config) == config
-    assert open_tokenizer(config_lib.tokenizer_settings(config)).scale == 0.5  # the file's own
+    assert open_tokenizer(config_lib.tokenizer_config(config)).scale == 0.5  # the file's own
     config = resolve("kl", autoencoders / "kl.safetensors", tokenizer__autoencoder__scale="0.25")
-    assert open_tokenizer(config_lib.tokenizer_settings(config)).scale == 0.25
-    assert open_tokenizer(config_lib.tokenizer_settings(resolve("vq", autoencoders / "vq.safetensors"))).scale == 1.0
+    assert open_tokenizer(config_lib.tokenizer_config(config)).scale == 0.25
+    assert open_tokenizer(config_lib.tokenizer_config(resolve("vq", autoencoders / "vq.safetensors"))).scale == 1.0
 
 
 def test_a_preset_fills_the_section():
@@ -148,7 +148,7 @@ def test_another_network_than_the_config_asks_for(autoencoders, name, overrides,
     given = {f"tokenizer__{key}": value for key, value in overrides.items()}
     config = resolve(name, **{"path": autoencoders / "kl.safetensors", **given})
     with pytest.raises(UserError, match=says) as caught:
-        open_tokenizer(config_lib.tokenizer_settings(config))
+        open_tokenizer(config_lib.tokenizer_config(config))
     assert "\n" not in str(caught.value)
 
 
@@ -157,13 +157,13 @@ def test_official_files_are_named():
     for name, file in (("kl16", "kl16.ckpt"), ("kl8", "kl-f8"), ("vq16", "vq-f16")):
         config.tokenizer.name = name
         with pytest.raises(UserError, match=f"marjax convert makes it from .*{file}"):
-            open_tokenizer(config_lib.tokenizer_settings(config))
+            open_tokenizer(config_lib.tokenizer_config(config))
 
 
 def test_latents_before_quantisation_need_a_scale(autoencoders):
     config = resolve("vq_continuous", autoencoders / "vq.safetensors")
     with pytest.raises(UserError, match="measure it with marjax tokenizer check, and set .*autoencoder.scale"):
-        open_tokenizer(config_lib.tokenizer_settings(config))
+        open_tokenizer(config_lib.tokenizer_config(config))
     # A preset knows its scale, unless the file says otherwise.
     assert (AUTOENCODERS["kl16"].scale, AUTOENCODERS["kl8"].scale) == (0.2325, 0.18215)
 
@@ -180,7 +180,7 @@ def rewritten(path, out, change_tensors=None, change_meta=None):
 
 def test_damaged_files_are_told(autoencoders, tmp_path):
     path, out = autoencoders / "vq.safetensors", tmp_path / "damaged.safetensors"
-    tokenizer = config_lib.tokenizer_settings(resolve("vq", out))
+    tokenizer = config_lib.tokenizer_config(resolve("vq", out))
     data = path.read_bytes()
     bias = "decoder.conv_out.bias"
 

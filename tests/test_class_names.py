@@ -11,7 +11,7 @@ from support.configs import QUICK, make_digits
 from marjax import class_names, sample, train
 from marjax.cli import main
 from marjax.commands.arguments import parse_labels
-from marjax.config import base, data_settings
+from marjax.config import base, data_config
 from marjax.data import sources
 from marjax.data.latent_cache.read import Manifest
 from marjax.data.python_source import Part, python_source
@@ -71,7 +71,7 @@ def test_names_that_cannot_be_used_are_left_out():
 
 
 def test_a_source_names_its_classes(monkeypatch):
-    data = data_settings(base())
+    data = data_config(base())
     assert sources.open_source(data).class_names == tuple("0123456789")
     assert sources.class_names_of(sources.open_source(data)) == ()  # no more than the numbers
 

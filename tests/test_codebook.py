@@ -50,7 +50,7 @@ def contents(path):
 
 
 def digits(config):
-    source = open_source(config_lib.data_settings(config))
+    source = open_source(config_lib.data_config(config))
     return np.stack([source[i]["image"] for i in range(len(source))]).astype(np.float32) / 127.5 - 1.0
 
 
@@ -69,7 +69,7 @@ def patches_of(images, p=2):
 
 def test_latents_are_rows_of_the_codebook(made):
     config, _ = made
-    tokenizer, images = open_tokenizer(config_lib.tokenizer_settings(config)), digits(config)
+    tokenizer, images = open_tokenizer(config_lib.tokenizer_config(config)), digits(config)
     shape = config_lib.tokens_of(config)
     latent = jax.jit(tokenizer.encode)(tokenizer.params, images, jax.random.key(0))
     assert latent.shape == images.shape and latent.dtype == jnp.float32
@@ -107,7 +107,7 @@ def test_images_that_do_not_fit_are_refused(shape):
 
 def test_report_says_what_is_measured(made):
     config, report = made
-    tokenizer, images = open_tokenizer(config_lib.tokenizer_settings(config)), digits(config)
+    tokenizer, images = open_tokenizer(config_lib.tokenizer_config(config)), digits(config)
     latent = np.asarray(tokenizer.encode(tokenizer.params, images, jax.random.key(0)), np.float64)
     mse = ((latent - images) ** 2).mean()
     assert report["mse"] == pytest.approx(mse, rel=1e-6) and report["psnr"] == pytest.approx(10 * np.log10(4 / mse))
@@ -125,7 +125,7 @@ def test_codes_fit_the_data(made):
     patches = patches_of(digits(config)).reshape(-1, 4)
     drawn = np.random.default_rng(0).choice(np.unique(patches, axis=0), NUM_CODES, replace=False)
     assert report["mse"] < 0.6 * ((patches[:, None] - drawn) ** 2).mean(-1).min(-1).mean()
-    codes = open_tokenizer(config_lib.tokenizer_settings(config)).params["codebook"]
+    codes = open_tokenizer(config_lib.tokenizer_config(config)).params["codebook"]
     index = ((patches[:, None] - codes) ** 2).sum(-1).argmin(-1)
     means = np.stack([patches[index == k].mean(0) for k in range(NUM_CODES)])
     np.testing.assert_allclose(codes, means, atol=0.02)
@@ -229,10 +229,10 @@ def test_damaged_files_are_told(made, tmp_path, how):
     path = tmp_path / "damaged.npz"
     path.write_bytes(contents(made[0].tokenizer.path))
     config = make_config(tokenizer__path=str(path))
-    open_tokenizer(config_lib.tokenizer_settings(config))
+    open_tokenizer(config_lib.tokenizer_config(config))
     damaged(path, how)
     with pytest.raises(UserError, match=f"^{path}.* ") as caught:
-        open_tokenizer(config_lib.tokenizer_settings(config))
+        open_tokenizer(config_lib.tokenizer_config(config))
     assert "marjax train-tokenizer" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -255,10 +255,10 @@ def test_another_codebook_than_the_config_asks_for(made, changes, says):
         }
     )
     with pytest.raises(UserError, match=says) as caught:
-        open_tokenizer(config_lib.tokenizer_settings(changed))
+        open_tokenizer(config_lib.tokenizer_config(changed))
     assert "\n" not in str(caught.value)
     changed.tokenizer.update(path=config.tokenizer.path, num_codes=NUM_CODES, patch_size=2, checksum=report["checksum"])
-    assert open_tokenizer(config_lib.tokenizer_settings(changed)).checksum == report["checksum"]
+    assert open_tokenizer(config_lib.tokenizer_config(changed)).checksum == report["checksum"]
 
 
 FLAGS = [

@@ -611,3 +611,11 @@ def test_frozen_takes_the_fields_of_a_dataclass_from_a_section():
     config = config_lib.base()
     config.tokenizer.train.disc.width = 96
     assert frozen(config.tokenizer.train, Train, seed=7) == Train(Disc(96), 1.0, 7)
+
+
+def test_the_data_room_gets_every_field_of_its_section():
+    """Registered sources may read any of them."""
+    config = config_lib.base()
+    assert dataclasses.asdict(config_lib.data_config(config)) == config.data.to_dict()
+    given = {key: value for key, value in config.tokenizer.to_dict().items() if key != "train"}
+    assert dataclasses.asdict(config_lib.tokenizer_config(config)) == given

@@ -139,7 +139,7 @@ def test_the_autoencoder(tmp_path):
     fields = made.spec.to_json()
     fields.pop("num_codes")
     config.tokenizer.autoencoder.update(fields | {"scale": 0.5})
-    tokenizer = open_tokenizer(config_lib.tokenizer_settings(config))
+    tokenizer = open_tokenizer(config_lib.tokenizer_config(config))
     moments = tokenizer.moments(tokenizer.params, jnp.asarray(numbers["in/images"]).transpose(0, 2, 3, 1))
     assert relative_error(moments.transpose(0, 3, 1, 2), numbers["out/moments"]) < 1e-4
     decoded = tokenizer.decode(tokenizer.params, moments[..., :4] * 0.5)

@@ -75,7 +75,7 @@ def test_latents_of_a_cached_batch_are_those_of_its_images(autoencoders, tmp_pat
     config = config_lib.resolve(make(autoencoders, name, tokenizer__posterior=posterior))
     manifest = cache_latents(config, tmp_path / "cache", dtype="float32").manifest
     assert manifest.dtype == ("int32" if name == "vq" else "float32")
-    tokenizer, data = open_tokenizer(config_lib.tokenizer_settings(config)), config_lib.data_settings(config)
+    tokenizer, data = open_tokenizer(config_lib.tokenizer_config(config)), config_lib.data_config(config)
     key = jax.random.key(5)
     with (
         Batches(data, 32, 3) as images,
@@ -104,7 +104,7 @@ def test_bfloat16_is_the_rounded_float32(autoencoders, cache, tmp_path):
 
 
 def test_cached_batches_do_not_depend_on_hosts_or_workers(cache, autoencoders):
-    data = config_lib.data_settings(config_lib.resolve(make(autoencoders)))
+    data = config_lib.data_config(config_lib.resolve(make(autoencoders)))
     examples = Latents(cache, read_manifest(cache), flip=True)
 
     def take(data=data, **more):
@@ -216,7 +216,7 @@ def test_a_cache_of_other_images_of_the_same_name_is_refused(autoencoders, cache
 
     monkeypatch.setattr("marjax.data.latent_cache.write.open_source", gone)
     config = resolve(make(autoencoders, data__cache=str(cache)))
-    assert open_fitting(config, open_tokenizer(config_lib.tokenizer_settings(config))).num_examples == 100
+    assert open_fitting(config, open_tokenizer(config_lib.tokenizer_config(config))).num_examples == 100
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '{"checksum": "c"}', "[" * 100_000, "\0"])

@@ -277,7 +277,7 @@ def test_mangled_addresses_on_the_command_line(home, capsys, arguments):
         lambda path: prepare("a", out=path),
         lambda path: cache_latents(make_digits(), path),
         lambda path: make_statistics("out.npz", npz=path),
-        lambda path: classifier_of(config_lib.data_settings(make_digits()), path),
+        lambda path: classifier_of(config_lib.data_config(make_digits()), path),
         lambda path: evaluate(path),
         lambda path: evaluate("run", Request(statistics=path)),
         lambda path: plot([path], "out"),

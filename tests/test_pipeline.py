@@ -14,17 +14,17 @@ import tensorflow_datasets as tfds
 from marjax import config as config_lib
 from marjax.config.resolve import frozen
 from marjax.data import worker_processes
+from marjax.data.config import DataConfig
 from marjax.data.pipeline import Batch, Batches
-from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 
 
-def data_config(**changes: Any) -> DataSettings:
-    return frozen(config_lib.base().data, DataSettings, **{"num_classes": 10, "flip": True} | changes)
+def data_config(**changes: Any) -> DataConfig:
+    return frozen(config_lib.base().data, DataConfig, **{"num_classes": 10, "flip": True} | changes)
 
 
-def take(count: int, data: DataSettings, batch_size: int = 32, seed: int = 0, **more: Any) -> list[Batch]:
+def take(count: int, data: DataConfig, batch_size: int = 32, seed: int = 0, **more: Any) -> list[Batch]:
     with Batches(data, batch_size, seed, **more) as batches:
         return list(itertools.islice(batches, count))
 

@@ -112,7 +112,7 @@ def mixed(tmp_path_factory):
 def _data(name, data_dir, **fields):
     config = config_lib.load(f"{FOLDER}:name={name},debug")
     config.data.update(data_dir=str(data_dir), **fields)
-    return config_lib.data_settings(config)
+    return config_lib.data_config(config)
 
 
 def test_two_hundred_pictures_of_all_kinds(mixed):
@@ -704,7 +704,7 @@ def test_imagenet(imagenet, tmp_path):
     # What configs/imagenet256.py opens.
     config = config_lib.load(str(ROOT / "configs" / "imagenet256.py"))
     config.data.data_dir = str(tmp_path)
-    ours = open_source(config_lib.data_settings(config))
+    ours = open_source(config_lib.data_config(config))
     assert len(ours) == 17 and {ours[i]["label"] for i in range(17)} == set(SYNSETS.values())
     assert tfds.builder("imagenet2012", data_dir=str(tmp_path)).is_prepared()
 

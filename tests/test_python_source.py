@@ -147,7 +147,7 @@ def test_more_classes_than_the_config_has(tmp_path):
 
 def test_slices_of_registered_data():
     marjax.register("source", "slices_of_registered", (IMAGES, LABELS))
-    data = config_lib.data_settings(own(data__source="slices_of_registered", data__split="train[10:12]"))
+    data = config_lib.data_config(own(data__source="slices_of_registered", data__split="train[10:12]"))
     batches = Batches(data, 2, seed=0, train=False)
     with batches:
         assert batches.num_examples == 2 and next(batches)["label"].tolist() == [2, 3]
@@ -158,7 +158,7 @@ def test_data_that_worker_processes_cannot_be_given():
         def __init__(self):
             self.lock = threading.Lock()
 
-    data = config_lib.data_settings(own(data__workers=1))
+    data = config_lib.data_config(own(data__workers=1))
     examples = Images(python_source(Locked()), Preprocess(8, 1, False))
     with Batches(data, 2, seed=0, examples=examples) as batches, pytest.raises(UserError, match="data.workers"):
         next(batches)

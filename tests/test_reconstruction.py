@@ -44,7 +44,7 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
     folder, images = pictures
     path = autoencoders / "kl.safetensors"
     report = check(folder, path=str(path), image_size=8, batch_size=3, out=tmp_path / "new")
-    tokenizer = open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("kl", path)))
+    tokenizer = open_tokenizer(config_lib.tokenizer_config(make_autoencoder("kl", path)))
     x = images / np.float32(127.5) - np.float32(1.0)
     moments = tokenizer.moments(tokenizer.params, x)
     assert report["num_images"] == 7 and report["image_size"] == 8

@@ -94,7 +94,7 @@ if __name__ == "__main__":
     prepare(sys.argv[1], out=sys.argv[2], workers=2, num_shards=2)
     given = config.resolve(config.load(sys.argv[3]))
     given.data.workers = 1
-    with Batches(config.data_settings(given), 2, 0) as batches:
+    with Batches(config.data_config(given), 2, 0) as batches:
         print(next(batches)["image"].shape)
 """
 

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from support.tfds_files import as_file, data_config, picture, write_tfds
 
 from marjax.data import sources
+from marjax.data.config import DataConfig
 from marjax.data.pipeline import Batches
-from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 
@@ -37,7 +37,7 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def tfds_config(tfds_dir: pathlib.Path) -> Callable[..., DataSettings]:
+def tfds_config(tfds_dir: pathlib.Path) -> Callable[..., DataConfig]:
     return lambda source, **changes: data_config(
         source=f"tfds:{source}", data_dir=str(tfds_dir), channels=3, **({"num_classes": 5} | changes)
     )
@@ -146,7 +146,7 @@ def test_tfds_data_sets_known_by_name(name: str, shape: tuple[int, ...] | None, 
     assert batch["image"].shape == (4, 16, 16, 3) and batch["label"].dtype == np.int32
 
 
-def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., DataSettings]) -> None:
+def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., DataConfig]) -> None:
     written = {np.asarray(picture(i)).tobytes(): i % 5 for i in range(10)}
     for name in ("plain", "plain:1.0.0"):
         source = open_source(tfds_config(name))
@@ -158,7 +158,7 @@ def test_a_prepared_data_set_is_read_back(tfds_config: Callable[..., DataSetting
     assert not np.array_equal(source[4]["image"], source[5]["image"])
 
 
-def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., DataSettings]) -> None:
+def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., DataConfig]) -> None:
     source = open_source(tfds_config("kinds"))
     read = [source[i]["image"] for i in range(len(source))]
     grey = [image for image in read if image.shape == (12, 15, 1)]
@@ -188,14 +188,14 @@ def test_every_kind_of_image_file_is_decoded(tfds_config: Callable[..., DataSett
     ],
 )
 def test_unusable_data_sets(
-    tfds_config: Callable[..., DataSettings], name: str, changes: dict[str, Any], words: str
+    tfds_config: Callable[..., DataConfig], name: str, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         open_source(tfds_config(name, **changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unusable_examples_are_named(tfds_config: Callable[..., DataSettings]) -> None:
+def test_unusable_examples_are_named(tfds_config: Callable[..., DataConfig]) -> None:
     source = open_source(tfds_config("broken"))
     problems = []
     for index in range(len(source)):
@@ -210,7 +210,7 @@ def test_unusable_examples_are_named(tfds_config: Callable[..., DataSettings]) -
 
 
 @pytest.mark.slow
-def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., DataSettings]) -> None:
+def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., DataConfig]) -> None:
     with Batches(tfds_config("plain"), 4, 0) as threads, Batches(tfds_config("plain", workers=2), 4, 0) as processes:
         for _ in range(6):
             one, other = next(threads), next(processes)
@@ -219,7 +219,7 @@ def test_worker_processes_read_tfds_as_threads_do(tfds_config: Callable[..., Dat
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_unusable_example_ends_the_batches(tfds_config: Callable[..., DataSettings], workers: int) -> None:
+def test_an_unusable_example_ends_the_batches(tfds_config: Callable[..., DataConfig], workers: int) -> None:
     with Batches(tfds_config("broken", workers=workers), batch_size=8, seed=0) as batches:
         with pytest.raises(UserError, match="tfds:broken, split train: example"):
             next(batches)

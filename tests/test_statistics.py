@@ -187,7 +187,7 @@ def test_pictures_of_a_folder(tmp_path):
 
 
 def test_the_data_of_a_config():
-    data = config_lib.data_settings(make_digits(data__split="train[:11]"))
+    data = config_lib.data_config(make_digits(data__split="train[:11]"))
     images, source = ConfigImages(data), open_source(data)
     expected = np.stack([source[index]["image"] for index in range(11)])
     assert len(images) == 11 and "digits" in images.source

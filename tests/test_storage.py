@@ -66,7 +66,7 @@ def test_what_array_record_cannot_read(capsys):
     config = config_lib.base()
     config.data.source, config.data.data_dir = "tfds:mnist", "gs://bucket/data"
     with pytest.raises(UserError, match=r"data.data_dir gs://bucket/data .*gcsfuse"):
-        open_source(config_lib.data_settings(config))
+        open_source(config_lib.data_config(config))
     with pytest.raises(UserError, match="data.cache gs://bucket/cache"):
         read_manifest("gs://bucket/cache")
 

@@ -52,7 +52,7 @@ def rows(workdir):
 def trees(workdir, step=4):
     """Everything in a checkpoint."""
     config = read_workdir(workdir)
-    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_settings(config), 1))
+    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_config(config), 1))
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         items = checkpoints.restore(
@@ -95,7 +95,7 @@ def test_the_file_is_a_tokenizer_whose_latents_have_unit_variance(trained):
     name = "kl" if config.tokenizer.name == "kl" else "vq_continuous"
     config = config_lib.apply_overrides(config, {"tokenizer.path": str(path), "tokenizer.name": name})
     config = config_lib.resolve(config)
-    tokenizer = open_tokenizer(config_lib.tokenizer_settings(config))
+    tokenizer = open_tokenizer(config_lib.tokenizer_config(config))
     assert tokenizer.checksum == report["checksum"] and tokenizer.scale == report["scale"]
     again = check(config=config, num_images=64, batch_size=32, seed=config.seed)
     assert again["psnr"] == pytest.approx(report["psnr"], abs=1e-3)
@@ -128,7 +128,7 @@ def test_a_file_of_something_else_is_not_replaced(trained, tmp_path):
 def test_the_step_is_the_gradient_of_the_weighted_sum():
     """With a discriminator, against differentiation of the whole loss for the weight that the formula gives."""
     config = config_lib.resolve(make("kl", **DISC | {"disc__start": 0}))
-    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_settings(config), 1))
+    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_config(config), 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     image = pixels.astype(np.float32) / 127.5 - 1.0
@@ -164,7 +164,7 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
 
 def test_the_gradient_passes_the_codes_and_idle_ones_move():
     config = config_lib.resolve(make("vq"))
-    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_settings(config), 1))
+    trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_config(config), 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     image = pixels.astype(np.float32) / 127.5 - 1.0

@@ -28,7 +28,7 @@ def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError("no file to write the classifier to: give --out FILE.npz, or --config.eval.extractor_path=FILE")
     from marjax.evaluation.networks.classifier import classifier_of
 
-    data = config_lib.data_settings(config)
+    data = config_lib.data_config(config)
     made = classifier_of(
         data, out, seed=given.seed, steps=given.steps, held_out=given.held_out, overwrite=given.overwrite
     )

@@ -19,10 +19,10 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from marjax import config as config_lib
 from marjax import numerics, sharding
 from marjax.assembly import Assembly, assemble
 from marjax.compile import hlo
+from marjax.config import tokenizer_config
 from marjax.errors import UserError
 from marjax.generation.plan import generation_plan
 from marjax.generation.sampler import Sampler
@@ -99,7 +99,7 @@ def lowered_programs(
       UserError: the batch size is not divisible by the mesh, or the tokenizer's latents cannot be cached.
     """
     assembly = assemble(config, mesh)
-    tokenizer = described_tokenizer(config_lib.tokenizer_settings(config), assembly.tokens)
+    tokenizer = described_tokenizer(tokenizer_config(config), assembly.tokens)
     tokenizer.params = sharding.put_replicated(tokenizer.params, mesh)
     assembly = assembly.replace(tokenizer=tokenizer)
     made = []

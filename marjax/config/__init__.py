@@ -9,10 +9,10 @@ from marjax.config.overrides import apply_overrides, conform, flatten
 from marjax.config.resolve import (
     check_fields,
     check_sample,
-    data_settings,
+    data_config,
     fill_tokenizer,
     resolve,
-    tokenizer_settings,
+    tokenizer_config,
     tokens_of,
     with_data,
 )
@@ -26,7 +26,7 @@ __all__ = [
     "check_fields",
     "check_sample",
     "conform",
-    "data_settings",
+    "data_config",
     "errors_of",
     "fill_tokenizer",
     "flatten",
@@ -35,7 +35,7 @@ __all__ = [
     "parse_arg",
     "resolve",
     "set_model_size",
-    "tokenizer_settings",
+    "tokenizer_config",
     "tokens_of",
     "with_data",
 ]

@@ -9,12 +9,12 @@ from ml_collections import ConfigDict
 from marjax import tokenizers
 from marjax.config.overrides import conform, flatten
 from marjax.config.schema import CHOICES, MAX_LENGTH, PATHS, RANGES
-from marjax.data.settings import DataSettings, check_image
+from marjax.data.config import DataConfig, check_image
 from marjax.errors import UserError
 from marjax.paths import optional
 from marjax.ranges import shown
 from marjax.registry import Choices, unknown
-from marjax.tokenizers import TokenizerSettings, TokenShape
+from marjax.tokenizers import TokenizerConfig, TokenShape
 from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
 
@@ -43,19 +43,19 @@ def frozen(section: ConfigDict, cls: type[T], **values: typing.Any) -> T:
     return cls(**taken)
 
 
-def data_settings(config: ConfigDict) -> DataSettings:
+def data_config(config: ConfigDict) -> DataConfig:
     """`config.data` as plain values."""
-    return frozen(config.data, DataSettings)
+    return frozen(config.data, DataConfig)
 
 
-def tokenizer_settings(config: ConfigDict) -> TokenizerSettings:
+def tokenizer_config(config: ConfigDict) -> TokenizerConfig:
     """`config.tokenizer` as plain values."""
-    return frozen(config.tokenizer, TokenizerSettings)
+    return frozen(config.tokenizer, TokenizerConfig)
 
 
 def fill_tokenizer(config: ConfigDict) -> None:
     """Derives the fields of `config.tokenizer` that are None and follow from its name. Raises UserError."""
-    filled = autoencoder_spec.fill(tokenizer_settings(config), config.data.channels)
+    filled = autoencoder_spec.fill(tokenizer_config(config), config.data.channels)
     config.tokenizer.update(dataclasses.asdict(filled))
 
 
@@ -224,7 +224,7 @@ def _count(data: ConfigDict) -> None:
     else:
         from marjax.data.sources import open_source  # imports TFDS, which most configs need not wait for
 
-        source = open_source(frozen(data, DataSettings))
+        source = open_source(frozen(data, DataConfig))
         num_classes, num_examples = source.num_classes, len(source)
     for key, number in (("num_classes", num_classes), ("num_examples", num_examples)):
         if data[key] is None:
@@ -233,7 +233,7 @@ def _count(data: ConfigDict) -> None:
 
 def tokens_of(config: ConfigDict) -> TokenShape:
     """The tokens of the config's images. Raises UserError."""
-    return tokenizers.tokens_of(tokenizer_settings(config), config.data.image_size, config.data.channels)
+    return tokenizers.tokens_of(tokenizer_config(config), config.data.image_size, config.data.channels)
 
 
 def check_sample(config: ConfigDict) -> None:

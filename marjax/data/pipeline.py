@@ -28,9 +28,9 @@ from absl import flags
 
 from marjax.class_names import Names
 from marjax.closeable import Closeable
+from marjax.data.config import DataConfig
 from marjax.data.examples import Examples, Images
 from marjax.data.preprocess import Preprocess
-from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.data.worker_processes import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
 from marjax.errors import UserError, first_line
@@ -71,7 +71,7 @@ class Batches(Closeable, Iterator[Batch]):
 
     def __init__(
         self,
-        data: DataSettings,
+        data: DataConfig,
         batch_size: int,
         seed: int,
         start_step: int = 0,

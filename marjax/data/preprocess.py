@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from marjax.data.settings import check_image
+from marjax.data.config import check_image
 from marjax.data.sources import Element, Pixels
 
 _LONGEST = 16  # times its shorter side is scaled of a picture: all of 60,000 x 3 pixels would take gigabytes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from marjax import registry
-from marjax.data.settings import DataSettings
+from marjax.data.config import DataConfig
 from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Source, class_names_of, fingerprint, slice_of
 from marjax.errors import UserError
 from marjax.ranges import shown
@@ -62,7 +62,7 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
     return source
 
 
-def open_registered(thing: Any, data: DataSettings) -> Source:
+def open_registered(thing: Any, data: DataConfig) -> Source:
     """The source that is registered as `data.source`: a data set, or a function that opens one, given `data`.
 
     Raises:

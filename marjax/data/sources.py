@@ -19,9 +19,9 @@ import numpy.typing as npt
 from marjax import registry
 from marjax.class_names import Names, usable
 from marjax.data import tfds_files
+from marjax.data.config import DataConfig
 from marjax.data.prepare.pictures import decode
 from marjax.data.records import remedy
-from marjax.data.settings import DataSettings
 from marjax.errors import UserError, closest, first_line, missing_extra
 from marjax.paths import optional
 from marjax.ranges import shown
@@ -78,7 +78,7 @@ def fingerprint(source: Source) -> str:
     return made.hexdigest()
 
 
-def open_source(data: DataSettings) -> Source:
+def open_source(data: DataConfig) -> Source:
     """Opens `data.source`, restricted to `data.split`.
 
     `data.source` is one of

@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from marjax.data.config import DataConfig
 from marjax.data.examples import Images
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess, center_crop, to_channels
-from marjax.data.settings import DataSettings
 from marjax.data.sources import open_source
 from marjax.errors import UserError
 from marjax.evaluation.across_processes import ALONE, Processes
@@ -139,7 +139,7 @@ class ConfigImages:
       source: the data set and its split.
     """
 
-    def __init__(self, data: DataSettings) -> None:
+    def __init__(self, data: DataConfig) -> None:
         """Opens the source. Raises UserError: see `open_source` and `Preprocess`."""
         self.source = f"{data.source} {data.split}"
         self._data = data

@@ -290,7 +290,7 @@ def make_statistics(
         else:
             assert config is not None
             config_lib.tokens_of(config)  # reports invalid sizes before reading any data
-            source = ConfigImages(config_lib.data_settings(config))
+            source = ConfigImages(config_lib.data_config(config))
         differs = UserError(f"{os.fspath(out)} exists with other contents; give another --out or --overwrite it")
         if existing is not None:  # a cheap check before any image is read
             count = existing.gaussian and existing.gaussian.count

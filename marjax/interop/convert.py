@@ -222,9 +222,7 @@ def _write(
             claim_workdir(partial, config)
             if autoencoder is not None:
                 write_tokenizer(partial / _TOKENIZER, autoencoder)
-                open_tokenizer(
-                    config_lib.tokenizer_settings(read_workdir(partial))
-                )  # as sampling does: finds what does not fit
+                open_tokenizer(config_lib.tokenizer_config(read_workdir(partial)))  # as sampling will
             cpu = jax.local_devices(backend="cpu")[0]
             with Checkpoints(partial / "checkpoints") as checkpoints:
                 checkpoints.save(

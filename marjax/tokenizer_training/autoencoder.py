@@ -77,7 +77,7 @@ def train_autoencoder(
         raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
     check_loggers(config.log)
-    train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_settings(config), config.data.channels)
+    train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_config(config), config.data.channels)
     mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, train.batch_size, 1)
     trainer = Trainer.from_config(config, spec)
@@ -183,7 +183,7 @@ def _run(
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:
     batch_size = config.tokenizer.train.batch_size
     return Batches(
-        config_lib.data_settings(config),
+        config_lib.data_config(config),
         batch_size,
         config.seed,
         start_step=start_step,
@@ -203,7 +203,7 @@ def _tokenizer(stored: Stored) -> Any:
 
 def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, Any]:
     """What `measure` says of the training images, and the scale."""
-    images = from_config(config_lib.data_settings(config), _MEASURED_AT_ONCE)
+    images = from_config(config_lib.data_config(config), _MEASURED_AT_ONCE)
     report, _, _ = measure(_tokenizer(stored), images, config.tokenizer.train.scale_images, config.seed)
     if not math.isfinite(report["scale"]):
         raise UserError(
@@ -215,7 +215,7 @@ def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, An
 
 def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderState) -> np.ndarray:
     """The first images of the data, left, and what raw and EMA weights make of them."""
-    with Batches(config_lib.data_settings(config), _SHOWN, 0, train=False) as batches:
+    with Batches(config_lib.data_config(config), _SHOWN, 0, train=False) as batches:
         original = next(batches)["image"][: min(_SHOWN, batches.num_examples)]
     tokenizer = _tokenizer(Stored(spec, None, 1.0, ""))
 

@@ -138,7 +138,7 @@ def _images(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """All images in the source's order, uint8 (B, S, S, C) with B the same for all, and how many of the B count."""
     batch_size = max(1, _LOOKED_UP // tokens.num_tokens)
-    with Batches(config_lib.data_settings(config), batch_size, seed, train=False) as batches:
+    with Batches(config_lib.data_config(config), batch_size, seed, train=False) as batches:
         left = batches.num_examples
         with progress.bar(what, left, "images") as bar:
             for batch in batches:
@@ -150,7 +150,7 @@ def _images(
 
 def _draw_patches(config: ml_collections.ConfigDict, tokens: TokenShape, seed: int) -> tuple[np.ndarray, int]:
     """Patches uint8 (P, D) in the data's order, and N."""
-    with Batches(config_lib.data_settings(config), 1, seed, train=False) as batches:
+    with Batches(config_lib.data_config(config), 1, seed, train=False) as batches:
         num_images = batches.num_examples
     total = num_images * tokens.num_tokens
     chosen = (

@@ -19,10 +19,10 @@ from etils import epath
 
 from marjax import config as config_lib
 from marjax import numerics, progress
+from marjax.data.config import DataConfig
 from marjax.data.folder import pictures, read_picture
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import Preprocess
-from marjax.data.settings import DataSettings
 from marjax.errors import UserError
 from marjax.files import make_folder
 from marjax.images import beside, grid, to_uint8, write_png
@@ -171,7 +171,7 @@ def measure(
 
 def _open(
     config: ml_collections.ConfigDict | None, name: str, path: str, image_size: int | None
-) -> tuple[Tokenizer, DataSettings]:
+) -> tuple[Tokenizer, DataConfig]:
     """The tokenizer and the settings to read images with."""
     given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
     given = {key: value for key, value in given.items() if value}
@@ -184,7 +184,7 @@ def _open(
             stored = autoencoder_file.read(path)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the .safetensors file of an autoencoder") from None
-        data = config_lib.data_settings(config_lib.base())
+        data = config_lib.data_config(config_lib.base())
         data = dataclasses.replace(data, image_size=image_size or 256, channels=stored.spec.in_channels)
         return make_tokenizer(stored.spec.kind, dataclasses.replace(stored, scale=1.0)), data
     base = config_lib.base() if config is None else config
@@ -196,10 +196,10 @@ def _open(
         base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found
     config_lib.tokens_of(base)
     config_lib.fill_tokenizer(base)
-    return open_tokenizer(config_lib.tokenizer_settings(base)), config_lib.data_settings(base)
+    return open_tokenizer(config_lib.tokenizer_config(base)), config_lib.data_config(base)
 
 
-def from_config(data: DataSettings, batch_size: int) -> Generator[Batch]:
+def from_config(data: DataConfig, batch_size: int) -> Generator[Batch]:
     """The images of `data` in its order, once, without flips."""
     with Batches(data, batch_size, 0, train=False) as batches:
         left = batches.num_examples
@@ -208,7 +208,7 @@ def from_config(data: DataSettings, batch_size: int) -> Generator[Batch]:
             left -= batch_size
 
 
-def _from_folder(folder: str | os.PathLike[str], data: DataSettings, batch_size: int) -> Generator[Batch]:
+def _from_folder(folder: str | os.PathLike[str], data: DataConfig, batch_size: int) -> Generator[Batch]:
     preprocess = Preprocess(data.image_size, data.channels, flip=False)
     unused = np.random.default_rng(0)  # without flips, nothing is drawn
     paths = pictures(folder)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from marjax import registry
 from marjax.errors import UserError, shortened
+from marjax.tokenizers.config import TokenizerConfig
 from marjax.tokenizers.pixels import Pixels
 from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape, check_checksum
-from marjax.tokenizers.settings import TokenizerSettings
 from marjax.tokenizers.spec import AUTOENCODERS, DEFAULT_NUM_CODES, Spec, spec_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = [
     "Cacheable",
     "TokenShape",
     "Tokenizer",
-    "TokenizerSettings",
+    "TokenizerConfig",
     "described_tokenizer",
     "make_tokenizer",
     "open_tokenizer",
@@ -69,7 +69,7 @@ def token_shape(
         raise UserError(f"data.image_size: {error}") from None
 
 
-def tokens_of(tokenizer: TokenizerSettings, image_size: int, channels: int) -> TokenShape:
+def tokens_of(tokenizer: TokenizerConfig, image_size: int, channels: int) -> TokenShape:
     """The tokens of a square image. Raises UserError as `token_shape` and `spec_of` do."""
     return token_shape(
         tokenizer.name,
@@ -81,7 +81,7 @@ def tokens_of(tokenizer: TokenizerSettings, image_size: int, channels: int) -> T
     )
 
 
-def open_tokenizer(tokenizer: TokenizerSettings) -> Tokenizer:
+def open_tokenizer(tokenizer: TokenizerConfig) -> Tokenizer:
     """The tokenizer that the settings ask for, with its weights.
 
     Raises:
@@ -139,7 +139,7 @@ def open_tokenizer(tokenizer: TokenizerSettings) -> Tokenizer:
     )
 
 
-def _open_registered(tokenizer: TokenizerSettings) -> Tokenizer:
+def _open_registered(tokenizer: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `marjax.register`. Raises UserError: it is none, or has other weights than the model knows."""
     name = tokenizer.name
     found = registry.find("tokenizer", name)
@@ -158,7 +158,7 @@ def _open_registered(tokenizer: TokenizerSettings) -> Tokenizer:
     return opened
 
 
-def described_tokenizer(tokenizer: TokenizerSettings, tokens: TokenShape) -> Tokenizer:
+def described_tokenizer(tokenizer: TokenizerConfig, tokens: TokenShape) -> Tokenizer:
     """The tokenizer without its weights: `params` are ShapeDtypeStructs.
 
     It is for compiling. A scale that only the weights' file knows is taken to be 1.

@@ -15,9 +15,9 @@ from etils import epath
 
 from marjax.errors import UserError
 from marjax.npz_file import read_npz
+from marjax.tokenizers.config import TokenizerConfig
 from marjax.tokenizers.nearest_code import nearest
 from marjax.tokenizers.protocol import TokenShape, check_checksum
-from marjax.tokenizers.settings import TokenizerSettings
 
 _ARRAYS = {
     "codes": ("f", 2),
@@ -127,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
     return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
 
 
-def open_codebook(tokenizer: TokenizerSettings) -> Codebook:
+def open_codebook(tokenizer: TokenizerConfig) -> Codebook:
     """The codebook that the settings ask for: its `path`, checked against `num_codes`, `patch_size` and `checksum`.
 
     Raises:

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from marjax.errors import UserError
-from marjax.tokenizers.settings import TokenizerSettings
+from marjax.tokenizers.config import TokenizerConfig
 
 GROUPS = 32  # of every GroupNorm
 DEFAULT_NUM_CODES = 512
@@ -170,7 +170,7 @@ _FREE = {
 }
 
 
-def spec_of(tokenizer: TokenizerSettings, channels: int | None = None) -> Spec:
+def spec_of(tokenizer: TokenizerConfig, channels: int | None = None) -> Spec:
     """The network of a tokenizer whose name is in AUTOENCODERS.
 
     Args:
@@ -211,7 +211,7 @@ def spec_of(tokenizer: TokenizerSettings, channels: int | None = None) -> Spec:
     return spec
 
 
-def fill(tokenizer: TokenizerSettings, channels: int) -> TokenizerSettings:
+def fill(tokenizer: TokenizerConfig, channels: int) -> TokenizerConfig:
     """The settings with the fields of its network that are None derived. Raises UserError."""
     if tokenizer.name not in AUTOENCODERS:
         num_codes = DEFAULT_NUM_CODES if tokenizer.num_codes is None else tokenizer.num_codes

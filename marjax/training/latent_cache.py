@@ -6,7 +6,7 @@ import ml_collections
 
 from marjax import config as config_lib
 from marjax import numerics
-from marjax.config.resolve import data_settings
+from marjax.config.resolve import data_config
 from marjax.data.latent_cache import write
 from marjax.data.latent_cache.read import Manifest
 from marjax.errors import UserError
@@ -48,12 +48,12 @@ def cache_latents(
       TrainingError: a file cannot be written, or moments are not finite.
     """
     config = config_lib.resolve(config)
-    tokenizer = open_tokenizer(config_lib.tokenizer_settings(config))
+    tokenizer = open_tokenizer(config_lib.tokenizer_config(config))
     if not isinstance(tokenizer, Cacheable):
         raise UserError(f"config.tokenizer.name={config.tokenizer.name} has no network: there is nothing to cache")
     return write.write(
         os.fspath(out),
-        data_settings(config),
+        data_config(config),
         tokenizer,
         compute_dtype=config.tokenizer.autoencoder.dtype,
         dtype=dtype,
@@ -72,4 +72,4 @@ def open_fitting(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Man
             f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no network to "
             f"cache latents of: leave it empty"
         )
-    return write.open_fitting(data_settings(config), tokenizer)
+    return write.open_fitting(data_config(config), tokenizer)

@@ -99,7 +99,7 @@ def train(
         config, source = config_lib.with_data(config, data)
     config = config_lib.resolve(config)
     if source is None and not config.data.cache and is_registered(config.data.source):
-        source = open_source(config_lib.data_settings(config))
+        source = open_source(config_lib.data_config(config))
         config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
@@ -219,7 +219,7 @@ def open_batches(
 ) -> Batches:
     """This process's part of the training batches from `start_step` on, of `examples` or else of the images."""
     return Batches(
-        config_lib.data_settings(config),
+        config_lib.data_config(config),
         config.train.batch_size,
         config.seed,
         start_step=start_step,

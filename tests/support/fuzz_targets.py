@@ -125,7 +125,7 @@ def read_tfds(folder):
     config.data.source, config.data.data_dir, config.data.split = "tfds:plain", str(folder), "train"
     with config.unlocked():
         config.data.num_classes = None
-    source = open_source(config_lib.data_settings(config))
+    source = open_source(config_lib.data_config(config))
     for index in range(min(3, len(source))):
         source[index]
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from marjax import config as config_lib
 from marjax.config.resolve import frozen
-from marjax.data.settings import DataSettings
+from marjax.data.config import DataConfig
 
 
-def data_config(**changes: Any) -> DataSettings:
-    return frozen(config_lib.base().data, DataSettings, **{"num_classes": 10} | changes)
+def data_config(**changes: Any) -> DataConfig:
+    return frozen(config_lib.base().data, DataConfig, **{"num_classes": 10} | changes)
 
 
 def write_tfds(

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from marjax.class_names import Names, usable
+from marjax.data.config import DataConfig
 from marjax.data.preprocess import CROP, draw_flip
 from marjax.data.records import num_records, reached_limit, remedy
-from marjax.data.settings import DataSettings
 from marjax.errors import UserError, shortened
 from marjax.json_file import REQUIRED, parse_json, read_json
 from marjax.paths import takes_paths
@@ -169,7 +169,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 def check_fits(
     manifest: Manifest,
-    data: DataSettings,
+    data: DataConfig,
     *,
     checksum: str,
     shape: tuple[int, ...],

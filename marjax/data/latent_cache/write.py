@@ -20,10 +20,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from marjax import distributed, memory, progress, sharding
+from marjax.data.config import DataConfig
 from marjax.data.latent_cache.read import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
-from marjax.data.settings import DataSettings
 from marjax.data.sources import fingerprint, open_source
 from marjax.errors import TrainingError, UserError
 from marjax.files import atomic, write_text
@@ -70,7 +70,7 @@ class Cached:
 
 def write(
     folder: str,
-    data: DataSettings,
+    data: DataConfig,
     network: Network,
     *,
     compute_dtype: str,
@@ -115,7 +115,7 @@ def write(
     return Cached(manifest, encoder.encoded, num_bytes, *encoder.speed(), encoder.alone())
 
 
-def open_fitting(data: DataSettings, network: Network) -> Manifest:
+def open_fitting(data: DataConfig, network: Network) -> Manifest:
     """The manifest of `data.cache`, checked against the images and the network. Raises UserError."""
     manifest = read_manifest(data.cache)
     moments = _moments(data, network)
@@ -129,12 +129,12 @@ def open_fitting(data: DataSettings, network: Network) -> Manifest:
     return manifest
 
 
-def _moments(data: DataSettings, network: Network) -> jax.ShapeDtypeStruct:
+def _moments(data: DataConfig, network: Network) -> jax.ShapeDtypeStruct:
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
     return jax.eval_shape(network.moments, network.params, image)
 
 
-def _plan(data: DataSettings, network: Network, dtype: str, compute_dtype: str, shard_examples: int | None) -> Manifest:
+def _plan(data: DataConfig, network: Network, dtype: str, compute_dtype: str, shard_examples: int | None) -> Manifest:
     assert data.num_classes is not None  # the config is resolved
     with Batches(data, 1, 0, train=False) as batches:
         num_examples, class_names = batches.num_examples, batches.class_names
@@ -208,7 +208,7 @@ class _Encoder:
 
     def __init__(
         self,
-        data: DataSettings,
+        data: DataConfig,
         network: Network,
         manifest: Manifest,
         folder: str,

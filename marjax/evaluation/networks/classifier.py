@@ -18,8 +18,8 @@ import optax
 from etils import epath
 
 from marjax import numerics, progress
+from marjax.data.config import DataConfig
 from marjax.data.pipeline import Batches
-from marjax.data.settings import DataSettings
 from marjax.errors import UserError
 from marjax.evaluation.networks.extractor import Extracted, checksum
 from marjax.files import make_folder
@@ -188,7 +188,7 @@ def train_classifier(
 @numerics.pinned()
 @takes_paths("out")
 def classifier_of(
-    data: DataSettings,
+    data: DataConfig,
     out: str | os.PathLike[str],
     *,
     seed: int = 0,

@@ -38,7 +38,7 @@ def run(tokenizer: Any, shape: Sequence[int], devices: Sequence[jax.Device]) -> 
 
 def main(path: str) -> None:
     assert len(jax.devices()) == 8
-    tokenizer = open_tokenizer(config_lib.tokenizer_settings(make_autoencoder("kl", path)))
+    tokenizer = open_tokenizer(config_lib.tokenizer_config(make_autoencoder("kl", path)))
     one = run(tokenizer, (1, 1, 1), jax.devices()[:1])
     for shape in ((8, 1, 1), (2, 2, 2)):
         for sharded, alone in zip(run(tokenizer, shape, jax.devices()), one, strict=True):

@@ -6,7 +6,7 @@ from marjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class DataConfig:
     """The fields of `config.data`; `config/schema.py` describes them. None: not known yet."""
 
     source: str

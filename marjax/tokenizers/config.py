@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderSettings:
+class AutoencoderConfig:
     """The fields of `config.tokenizer.autoencoder`. None: they follow from the tokenizer's name or file."""
 
     in_channels: int | None
@@ -21,7 +21,7 @@ class AutoencoderSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerSettings:
+class TokenizerConfig:
     """The fields of `config.tokenizer`, without how it is trained; `config/schema.py` describes them."""
 
     name: str
@@ -30,4 +30,4 @@ class TokenizerSettings:
     num_codes: int | None
     checksum: str | None
     posterior: str
-    autoencoder: AutoencoderSettings
+    autoencoder: AutoencoderConfig
