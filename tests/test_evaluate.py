@@ -403,7 +403,7 @@ def test_a_record_that_is_none(run, measure, tmp_path):
         (["stats", "--dataset", "DIGITS", "--out", "x.npz", "--extractor", "inception"], "MARJAX_INCEPTION"),
         (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out is 1.0"),
         (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
-        (["plot", "--workdir", "gone", "--out", "x"], "no directory"),
+        (["plot", "--workdir", "gone", "--out", "x"], "gone"),
         (["convert"], "no --out"),
         (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),
         (["evaluate", "--workdir", "gone"], "does not exist"),

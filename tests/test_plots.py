@@ -529,18 +529,18 @@ def test_evaluations_with_wrong_fields(tmp_path, fields):
 def test_broken_inputs(tmp_path, workdir):
     for given, message in (
         ([], "no work directory"),
-        ([tmp_path / "gone"], "gone is no directory"),
-        ([workdir / "metrics.jsonl"], "metrics.jsonl is no directory"),
-        ([workdir, tmp_path / "bare"], "bare has nothing to draw: no metrics.jsonl, no samples"),
+        ([tmp_path / "gone"], "gone"),
+        ([workdir / "metrics.jsonl"], r"metrics\.jsonl"),
+        ([workdir, tmp_path / "bare"], r"bare .*metrics\.jsonl"),
     ):
         (tmp_path / "bare").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             plots.plot(given, tmp_path / "out")
     for formats in ([], ["png", "gif"]):
-        with pytest.raises(UserError, match="give some of png, svg"):
+        with pytest.raises(UserError, match="formats"):
             plots.plot([workdir], tmp_path / "out", formats)
     write_lines(tmp_path / "bare", [line(1, perf__mfu=0.5)])
-    with pytest.raises(UserError, match="nothing to draw in .*bare: looked for train/loss"):
+    with pytest.raises(UserError, match=r"bare.*train/loss"):
         plots.plot([tmp_path / "bare"], tmp_path / "out")
     for content in (b"not a picture", (workdir / "samples" / "raw_and_ema_00000010.png").read_bytes()[:60]):
         (workdir / "samples" / "raw_and_ema_00000020.png").write_bytes(content)

@@ -1,6 +1,6 @@
-"""Figures of runs and of their evaluations, for papers and for the eye: PNG and SVG.
+"""Figures of runs and of their evaluations, as PNG and SVG.
 
-Matplotlib is imported when a figure is drawn, without pyplot, and its settings are left as they were.
+Matplotlib is imported when a figure is drawn, without pyplot, and its settings are restored.
 """
 
 import functools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 
-# A figure is None where there is nothing to draw in it.
+# A function returns None if there is nothing to draw.
 FIGURES: dict[str, Callable[[Sequence[Run]], "Figure | None"]] = {
     "loss": training.loss,
     "eval": training.evaluations,
@@ -36,26 +36,26 @@ FIGURES: dict[str, Callable[[Sequence[Run]], "Figure | None"]] = {
 def plot(
     workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], formats: Sequence[str] = FORMATS
 ) -> list[epath.Path]:
-    """Draws what the work directories have: the keys of FIGURES, each in one file a format.
+    """Draws the figures in FIGURES for which the work directories have data, one file per format.
 
-    `loss`, `eval` and `samples` are drawn of `metrics.jsonl` and `samples/`, the others of `evaluation.json`, which
-    `marjax evaluate` writes. The same input gives the same bytes.
+    `loss`, `eval` and `samples` show `metrics.jsonl` and `samples/`, the others the `evaluation.json` of `marjax
+    evaluate`. The same input gives the same bytes.
 
     Args:
       workdirs: local paths or gs:// addresses; each has one colour in all figures.
-      out: a folder, made if need be.
+      out: a folder, created if missing.
       formats: some of "png", "svg".
 
     Returns:
       The files written.
 
     Raises:
-      UserError: a directory or file that cannot be read, nothing to draw, or a folder that cannot be written.
+      UserError: an unreadable directory or file, nothing to draw, or a folder that cannot be written.
     """
     if not formats or not set(formats) <= set(FORMATS):
-        raise UserError(f"formats are {', '.join(formats) or 'none'}: give some of {', '.join(FORMATS)}")
+        raise UserError(f"formats={','.join(formats)!r} is invalid; use {' or '.join(FORMATS)}")
     runs = read_runs(workdirs)
-    files: dict[str, bytes] = {}  # all of them before the first is written: whatever is wrong shows while drawing
+    files: dict[str, bytes] = {}  # drawn before the first is written, which finds all errors
     with style.applied():
         for name, draw in FIGURES.items():
             with progress.activity(f"drawing {name}"):
@@ -64,9 +64,9 @@ def plot(
                 files |= {f"{name}.{each}": data for each, data in style.render(figure, formats).items()}
     if not files:
         raise UserError(
-            f"nothing to draw in {', '.join(map(str, workdirs))}: looked for train/loss or a distance such "
-            f"as eval/fid in metrics.jsonl, pictures in samples, and two results in evaluation.json that "
-            f"differ in one of {', '.join(tradeoffs.AXES)}"
+            f"nothing to draw in {', '.join(map(str, workdirs))}; expected train/loss or a distance such as eval/fid "
+            f"in metrics.jsonl, pictures in samples, or two results in evaluation.json that differ in one of "
+            f"{', '.join(tradeoffs.AXES)}"
         )
     folder = make_folder(out)
     for name, data in files.items():

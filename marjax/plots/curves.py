@@ -1,4 +1,4 @@
-"""Results of evaluations as curves: one setting varies along a curve, all others are held fixed."""
+"""Evaluation results as curves along one setting, with all others fixed."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ class Result(NamedTuple):
     """One evaluation.
 
     Attributes:
-      settings: all that it depends on, by name, as JSON has it.
-      metrics: what was measured, `seconds_per_image` among it.
+      settings: everything it depends on, by name, as in JSON.
+      metrics: by name, with `seconds_per_image`.
     """
 
     settings: dict[str, Any]
@@ -26,8 +26,8 @@ class Curve:
 
     Attributes:
       fixed: the other settings.
-      x: values of that setting, increasing.
-      repeats: the results of a value, one a seed.
+      x: values of the setting, increasing.
+      repeats: the results for each value, one per seed.
     """
 
     fixed: dict[str, Any]
@@ -40,13 +40,13 @@ class Curve:
         return json.dumps(self.fixed, sort_keys=True)
 
     def values(self, metric: str) -> list[float]:
-        """Means over the seeds, of a metric that all results have."""
+        """Means over the seeds of a metric that all results have."""
         return [statistics.fmean(each.metrics[metric] for each in point) for point in self.repeats]
 
     def errors(self, metric: str) -> tuple[list[float], str]:
-        """Standard deviations, nan where there is none, and of what they are; "" for nothing.
+        """Standard deviations, NaN if unknown, and what they are over; "" if all are unknown.
 
-        They are over seeds where there are several, else over the splits that a score is the mean of.
+        They are over seeds if there are several, else over the splits of a score.
         """
         if self.has_seeds:
             return [
@@ -58,21 +58,20 @@ class Curve:
 
     @property
     def has_seeds(self) -> bool:
-        """Whether any point was measured with several seeds."""
+        """Whether any point has several seeds."""
         return any(len(point) > 1 for point in self.repeats)
 
 
 def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list[Curve]:
-    """The curves of at least two points along a setting, in order of their other settings.
+    """Groups results into curves of at least two points along a setting, ordered by their other settings.
 
-    "ddim25" counts as 25 diffusion steps, but such steps are spaced in another way: `fixed["spacing"]`, "ddim" or
-    "even", keeps them apart from 25 where `along` is "num_sampling_steps". Results that differ in their seed alone are
-    repeats of one point; of two with the same settings the later counts.
+    Along "num_sampling_steps", "ddim25" counts as 25 steps, but `fixed["spacing"]`, "ddim" or "even", separates it from
+    25. Results that differ only in their seed are repeats of one point; of two with equal settings the later counts.
 
     Args:
-      results: of any settings.
-      along: the name of a setting with numbers.
-      needed: metrics without which a result is left out.
+      results: with any settings.
+      along: the name of a numeric setting.
+      needed: the metrics that a result must have.
     """
     groups: dict[str, tuple[dict[str, Any], dict[float, dict[Any, Result]]]] = {}
     for result in _for_every_schedule(results) if along == "cfg" else results:
@@ -93,7 +92,7 @@ def curves(results: Sequence[Result], along: str, needed: Sequence[str]) -> list
 
 
 def _for_every_schedule(results: Sequence[Result]) -> list[Result]:
-    """Those without guidance once for each of its schedules: all of them begin there."""
+    """Repeats results without guidance for each cfg_schedule, because all of these curves start there."""
     schedules = {result.settings["cfg_schedule"]: None for result in results if "cfg_schedule" in result.settings}
     return [
         each
@@ -107,7 +106,7 @@ def _for_every_schedule(results: Sequence[Result]) -> list[Result]:
 
 
 def _split(settings: dict[str, Any], along: str) -> tuple[float, dict[str, Any]] | None:
-    """The value of a setting and all others; None if it has no number there."""
+    """The value of a setting and all other settings; None if it is not a number."""
     value, fixed = settings.get(along), {key: other for key, other in settings.items() if key != along}
     if along == "num_sampling_steps":
         digits = str(value).removeprefix("ddim")
@@ -119,13 +118,13 @@ def _split(settings: dict[str, Any], along: str) -> tuple[float, dict[str, Any]]
 
 
 def _rank(value: Any) -> tuple[float, str]:
-    """Numbers, also those in strings, by size and before words."""
+    """A sort key: numbers, also in strings, before words."""
     digits = str(value).removeprefix("ddim")
     return (float(digits) if digits.replace(".", "", 1).isdecimal() else math.inf), str(value)
 
 
 def describe(drawn: Sequence[Curve]) -> tuple[str, list[str]]:
-    """What all curves have in common, and what tells each from the others, in words; "" for nothing."""
+    """The settings that all curves share, and those that distinguish each, in words; "" for none."""
     keys = dict.fromkeys(key for curve in drawn for key in curve.fixed)
     differing = {key for key in keys if len({json.dumps(curve.fixed.get(key)) for curve in drawn}) > 1}
 

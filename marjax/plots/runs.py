@@ -1,4 +1,4 @@
-"""What a work directory has for the figures: metrics, pictures of samples, results of evaluations."""
+"""Reads the data for figures from work directories: metrics, pictures of samples, evaluation results."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from marjax.metrics_file import METRICS, read_metrics
 from marjax.plots.curves import Result
 
 SAMPLES = "samples"
-NUM_IMAGES, GUIDED = "eval/num_images", "_guided"  # in the lines of evaluations
+NUM_IMAGES, GUIDED = "eval/num_images", "_guided"  # in metrics of evaluations
 _EVAL = "eval/"
 _PICTURE = re.compile(r"raw_and_ema_(\d+)\.png")
 
@@ -30,10 +30,10 @@ class Run:
     """A work directory.
 
     Attributes:
-      name: the end of its path, as much as tells it from the others.
-      lines: of its metrics, by step.
+      name: the shortest unique end of its path.
+      lines: of its metrics, sorted by step.
       pictures: files of samples by step, in order; raw weights left, EMA weights right.
-      results: of its evaluation, as `evaluation.json` has them; among the settings is all that they depend on.
+      results: of `evaluation.json`; the settings include work directory, statistics and extractor.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Run:
     results: Sequence[Result] = ()
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps, int64 (N,), and finite values, float64 (N,), of a metric; N is 0 where there are none."""
+        """Steps, int64 (N,), and finite values, float64 (N,), of a metric; N may be 0."""
         points = [(line["step"], line[metric]) for line in self.lines if _is_finite(line.get(metric))]
         return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Reads work directories, each once; says on standard error what one of them lacks.
+    """Reads distinct work directories; reports missing files on standard error.
 
     Raises:
-      UserError: none, one that does not exist or has nothing to draw, or a file in it that cannot be read.
+      UserError: no directory, one that does not exist or has nothing to draw, or an unreadable file.
     """
     paths = list(dict.fromkeys(epath.Path(workdir) for workdir in workdirs))
     if not paths:
-        raise UserError("no work directory: give at least one")
+        raise UserError("no work directory; give at least one")
     return [_read_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
 
 
 def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The shortest ends of different paths that tell them apart: "run", or "a/run" and "b/run"."""
+    """The shortest unique ends of distinct paths: "run", or "a/run" and "b/run"."""
     whole = [os.fspath(path) for path in paths]
     parts = [pathlib.PurePosixPath(path if "://" in path else os.path.abspath(path)).parts for path in whole]
     names = []
@@ -72,24 +72,24 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def _suggestion(path: epath.Path) -> str:
-    from marjax.workdir import suggestion  # imports JAX, which figures need not wait for
+    from marjax.workdir import suggestion  # imports JAX, which figures do not need
 
     return suggestion(path)
 
 
 def _read_run(path: epath.Path, name: str) -> Run:
     if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a work directory that marjax train has made{_suggestion(path)}")
+        raise UserError(f"{path} is not a directory; give a work directory of marjax train{_suggestion(path)}")
     try:
         found = {file: (path / file).exists() for file in (METRICS, SAMPLES, RECORD)}
         if not any(found.values()):
             raise UserError(
-                f"work directory {path} has nothing to draw: no {METRICS}, no {SAMPLES}, no {RECORD}; give "
-                f"one that a run has written{_suggestion(path)}"
+                f"{path} has no {METRICS}, {SAMPLES} or {RECORD} to draw; give a work directory of marjax train"
+                f"{_suggestion(path)}"
             )
         missing = [file for file, is_there in found.items() if not is_there]
         if missing:
-            print(f"{path} has no {' and no '.join(missing)}: it is left out of those figures", file=sys.stderr)
+            print(f"{path} has no {' and no '.join(missing)}; it is missing from those figures", file=sys.stderr)
         return Run(
             name,
             _read_lines(path) if found[METRICS] else (),
@@ -97,13 +97,11 @@ def _read_run(path: epath.Path, name: str) -> Run:
             _read_results(path / RECORD, name) if found[RECORD] else (),
         )
     except OSError as error:
-        raise UserError(
-            f"work directory {path} cannot be read ({error.strerror or error}): give one that can"
-        ) from None
+        raise UserError(f"work directory {path} cannot be read ({error.strerror or error})") from None
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The metrics; evaluations of older runs, whose lines lack it, get what the config says of them."""
+    """The metrics; evaluations of older runs get the names and number of images that their config implies."""
     lines = read_metrics(path / METRICS).lines
     old = [line for line in lines if NUM_IMAGES not in line and any(name.startswith(_EVAL) for name in line)]
     if not old:
@@ -131,7 +129,7 @@ def _find_pictures(folder: epath.Path) -> dict[int, epath.Path]:
 
 
 def _read_results(path: epath.Path, name: str) -> list[Result]:
-    # Distances depend on these beside the settings; two checksums of one name are two references.
+    # Distances also depend on these; two checksums of one name are two statistics.
     return [
         Result(
             {

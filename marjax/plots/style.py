@@ -1,4 +1,4 @@
-"""How figures look, and figures as files that are the same byte for byte."""
+"""The style of figures, and reproducible figure files."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GREY = "#606060"
 MARKERS = "osD^vPX*"
-# Okabe and Ito's colours, which colour-blind readers tell apart, without yellow and black.
+# The colour-blind safe palette of Okabe and Ito, without yellow and black.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE = {
     "figure.dpi": 100,
@@ -42,14 +42,14 @@ _STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
     "legend.frameon": False,
-    "svg.hashsalt": "marjax",
-}  # or else the ids in an SVG file are drawn anew every time
+    "svg.hashsalt": "marjax",  # reproducible ids
+}
 
 
 @contextlib.contextmanager
 def applied() -> Iterator[None]:
-    """Our look, whatever the user's own settings; these are back afterwards."""
-    with contextlib.chdir("/"):  # when it is imported, it reads the current folder's matplotlibrc
+    """Applies our style and restores the user's settings afterwards."""
+    with contextlib.chdir("/"):  # its import reads the current folder's matplotlibrc
         import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
@@ -57,7 +57,7 @@ def applied() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure, in inches."""
+    """An empty figure; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
@@ -67,23 +67,23 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 
 
 def fitted(figure: "Figure") -> "Figure":
-    """The same figure, with what is written along the axes broken into lines that are no longer than these."""
+    """Wraps titles and labels to the length of their axes."""
     written = []
     for axes in figure.axes:
         for text in (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label):  # type: ignore[attr-defined]
             written.append((axes, text, text.get_text(), text is axes.yaxis.label))
             text.set_text("")
-    for _ in range(2):  # lines that are added leave the axes less room
+    for _ in range(2):  # more lines shrink the axes
         figure.draw_without_rendering()
         for axes, text, whole, upright in written:
             room = axes.get_window_extent()
-            height = room.height * (1.3 if axes.get_aspect() == "auto" else 1.0)  # ticks and titles leave some
+            height = room.height * (1.3 if axes.get_aspect() == "auto" else 1.0)  # the label may exceed the axes
             _wrap(text, height if upright else room.width, whole, upright)
     return figure
 
 
 def _wrap(text: "Text", room: float, whole: str, upright: bool = False) -> int:
-    """Sets a text in lines of at most so many pixels, broken also inside words; how many lines this adds."""
+    """Wraps a text to `room` pixels, also inside words; returns the number of added lines."""
     text.set_text(whole)
     columns, minimum = len(whole), 8
     while columns > minimum:
@@ -97,15 +97,15 @@ def _wrap(text: "Text", room: float, whole: str, upright: bool = False) -> int:
 
 
 def error_bars(axes: "Axes", x: Any, y: Any, errors: Any, color: Any) -> None:
-    """Vertical bars of one standard deviation each way; none where that is nan."""
+    """Draws bars of one standard deviation each way, none for NaN."""
     low, high = (np.asarray(y, float) + sign * np.asarray(errors, float) for sign in (-1.0, 1.0))
     axes.vlines(np.asarray(x, float), low, high, color=color, linewidth=0.8)
 
 
 def render(figure: "Figure", formats: Sequence[str]) -> dict[str, bytes]:
-    """The figure's files by format, without the time of writing."""
+    """The figure's files by format, without timestamps."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once: else every format would move things by a hair
+    figure.set_layout_engine("none")  # one layout for all formats
     files = {}
     for each in formats:
         data = io.BytesIO()
@@ -115,7 +115,7 @@ def render(figure: "Figure", formats: Sequence[str]) -> dict[str, bytes]:
 
 
 def colors(count: int) -> list[str]:
-    """One a work directory."""
+    """One colour per work directory."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -125,14 +125,14 @@ def colors(count: int) -> list[str]:
 
 
 def tints(color: str, count: int) -> list[str]:
-    """From a colour to a light form of it."""
+    """Colours from `color` to a light tint of it."""
     from matplotlib.colors import to_hex, to_rgb
 
     return [to_hex(1.0 - (1.0 - np.array(to_rgb(color))) * share) for share in np.linspace(1.0, 0.45, count)]
 
 
 def legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:
-    """Below the axes, in as many columns as fit; the figure grows by it. The title is broken into lines at commas."""
+    """Adds a legend below the axes and enlarges the figure by it; the title wraps at commas."""
     width = figure.get_figwidth()
     labels = [_filled(figure, label, width - 0.6) for label in labels]
     columns = next((n for n in range(len(labels), 1, -1) if _width(figure, labels, n) < width), 1)
@@ -141,7 +141,7 @@ def legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], titl
     lines = [column.tolist() for column in split]
     height = 0.15 * (len(title.splitlines()) + sum(map(max, itertools.zip_longest(*lines, fillvalue=0))))
     figure.set_figheight(figure.get_figheight() + height)
-    # Labels are set afterwards, because Matplotlib leaves out those that begin with an underscore.
+    # Labels are set afterwards, because Matplotlib omits those with a leading underscore.
     made = figure.legend(
         handles, ["-"] * len(labels), loc="outside lower left", ncols=columns, title=title or None, alignment="left"
     )
@@ -151,13 +151,13 @@ def legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], titl
 
 
 def _width(figure: "Figure", labels: Sequence[str], columns: int) -> float:
-    """The width of a legend, in inches; Matplotlib fills it column by column."""
+    """The width of a legend in inches; Matplotlib fills columns first."""
     inches = np.array([_inches(figure, label) for label in labels])
     return sum(0.55 + max(column) for column in np.array_split(inches, columns)) + 0.1
 
 
 def _inches(figure: "Figure", text: str) -> float:
-    """The width of a text of a legend."""
+    """The width of a legend's text in inches."""
     import matplotlib
 
     made = figure.text(0, 0, text, fontsize=matplotlib.rcParams["legend.fontsize"], parse_math=False)
@@ -167,7 +167,7 @@ def _inches(figure: "Figure", text: str) -> float:
 
 
 def _filled(figure: "Figure", text: str, width: float) -> str:
-    """A text of a legend in lines of at most so many inches."""
+    """Wraps a legend's text to `width` inches."""
     columns, filled = len(text), text
     while columns > 8 and (inches := _inches(figure, filled)) > width:
         columns = max(8, min(columns - 1, int(columns * width / inches)))
@@ -176,14 +176,14 @@ def _filled(figure: "Figure", text: str, width: float) -> str:
 
 
 def log_if_wide(axes: "Axes", which: Literal["x", "y"]) -> None:
-    """A logarithmic axis, with plain numbers, if what is drawn is positive and spans more than a factor of 5."""
+    """Makes an axis logarithmic, with plain numbers, if its values are positive and span more than a factor of 5."""
     values = _drawn(axes, which)
     if values.min() > 0 and values.max() > 5 * values.min():
         _log(axes, which)
 
 
 def tick_points(axes: "Axes", log: bool) -> None:
-    """A horizontal axis, logarithmic or not, with ticks where points are, as far as there is room for them."""
+    """Puts the ticks of the horizontal axis at points, as far as there is room."""
     from matplotlib.ticker import FixedLocator, StrMethodFormatter
 
     if log:
@@ -199,7 +199,7 @@ def tick_points(axes: "Axes", log: bool) -> None:
 
 
 def count_steps(axes: "Axes") -> None:
-    """The horizontal axis counts training steps: 50k."""
+    """Formats the horizontal axis as training steps: 50k."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))

@@ -1,6 +1,6 @@
-"""Figures of evaluations: what a setting does to quality and to speed, as in Figures 4 to 6 of the paper.
+"""Figures of evaluations: the effect of a setting on quality and speed, as in Figures 4 to 6 of the paper.
 
-Every kind of distance and score has panels of its own: those of different networks cannot be compared.
+Every kind of distance and score has its own panels, because those of different networks are not comparable.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Settings that curves run along, and what they are called.
+# The settings of the horizontal axes, with their titles.
 AXES = {
     "num_iter": "autoregressive steps",
     "num_sampling_steps": "diffusion steps",
@@ -26,7 +26,7 @@ _COUNTS = ("num_iter", "num_sampling_steps")
 
 
 def over(runs: Sequence[Run], along: str) -> "Figure | None":
-    """FID and Inception Score, or those of another network, over one of AXES, all else fixed."""
+    """FID and Inception Score, or another network's, over one of AXES, with all else fixed."""
     drawn = {
         metric: [curve for run in runs for curve in curves(run.results, along, [metric])]
         for metric in (*_metrics(runs, names.is_distance), *_metrics(runs, names.is_score))
@@ -47,7 +47,7 @@ def over(runs: Sequence[Run], along: str) -> "Figure | None":
 
 
 def over_time(runs: Sequence[Run]) -> "Figure | None":
-    """FID, or another distance, over seconds per image along both kinds of steps, which label the points."""
+    """FID, or another distance, over seconds per image for both kinds of steps, which label the points."""
     drawn = {
         (metric, along): [curve for run in runs for curve in curves(run.results, along, [metric, "seconds_per_image"])]
         for metric in _metrics(runs, names.is_distance)
@@ -58,7 +58,7 @@ def over_time(runs: Sequence[Run]) -> "Figure | None":
         return None
     figure = style.new_figure(3.6 * len(drawn), 3.0, "Quality over time")
     looks = _Looks(runs, list(drawn.values()))
-    first: dict[str, Axes] = {}  # of a metric, whose panels share their axis
+    first: dict[str, Axes] = {}  # panels of a metric share its axis
     for i, ((metric, along), found) in enumerate(drawn.items()):
         axes = figure.add_subplot(1, len(drawn), i + 1, sharey=first.get(metric))
         for curve in found:
@@ -76,14 +76,14 @@ def over_time(runs: Sequence[Run]) -> "Figure | None":
 
 
 def _metrics(runs: Sequence[Run], is_kind: Callable[[str], bool]) -> list[str]:
-    """The metrics of a kind that any result has."""
+    """The metrics of a kind in any result."""
     return list(
         dict.fromkeys(name for run in runs for result in run.results for name in result.metrics if is_kind(name))
     )
 
 
 class _Looks:
-    """How the curves of a figure are told apart: work directories by colour, curves of one by tint and marker."""
+    """The style of a figure's curves: colours for work directories, tints and markers for their curves."""
 
     def __init__(self, runs: Sequence[Run], panels: Sequence[Sequence[Curve]]) -> None:
         colors = dict(zip([run.name for run in runs], style.colors(len(runs)), strict=True))
@@ -91,7 +91,7 @@ class _Looks:
         self._common, labels = describe(list(families.values()))
         named = dict(zip(families, labels, strict=True))
         self._lines: dict[str, dict[str, Any]] = {}
-        self._bars: dict[str, None] = {}  # what they are the standard deviation of
+        self._bars: dict[str, None] = {}  # what the standard deviations are over
         for name, color in colors.items():
             mine = [family for family, curve in families.items() if curve.fixed["workdir"] == name]
             for i, (family, tint) in enumerate(zip(mine, style.tints(color, len(mine)), strict=True)):
@@ -102,7 +102,7 @@ class _Looks:
                 }
 
     def draw(self, axes: "Axes", curve: Curve, x: Sequence[float], metric: str, points: Sequence[str] = ()) -> None:
-        """Draws a curve of a metric, with error bars where there are any; `points` are written beside its points."""
+        """Draws a curve with its error bars, and the texts `points` beside its points."""
         from matplotlib.patheffects import withStroke
 
         y, (errors, source) = curve.values(metric), curve.errors(metric)
@@ -119,11 +119,11 @@ class _Looks:
                 ha="center",
                 fontsize=6,
                 color=style.GREY,
-                path_effects=[withStroke(linewidth=1.5, foreground="white")],
-            )  # lines pass behind it
+                path_effects=[withStroke(linewidth=1.5, foreground="white")],  # separates it from lines
+            )
 
     def legend(self, figure: "Figure") -> None:
-        """What tells curves apart, and what all have in common."""
+        """Adds what distinguishes the curves, and what they share."""
         from matplotlib.lines import Line2D
 
         several = len(self._lines) > 1

@@ -1,4 +1,4 @@
-"""Figures of training: the loss, evaluations by the way, and samples."""
+"""Figures of training: loss, evaluations and samples."""
 
 import io
 import math
@@ -28,11 +28,11 @@ _TITLES = {
 _GUIDANCE: dict[str, tuple[Any, str]] = {"": ("-", "without guidance"), GUIDED: ("--", "with guidance")}
 _STEPS_SHOWN = 6  # of samples
 _MAX_BYTES, _MAX_PIXELS = 1 << 28, 1 << 26
-_GAP = 16  # pixels between the halves of a picture, as `generation.images.beside` leaves
+_GAP = 16  # pixels between the halves of a picture, as in `images.beside`
 
 
 def loss(runs: Sequence[Run]) -> "Figure | None":
-    """The loss over steps, large, and its parts: as logged, faint, and smoothed."""
+    """The loss, large, and its parts over steps: as logged, faint, and smoothed."""
     from matplotlib.lines import Line2D
 
     drawn = _with_any(runs, ["train/loss"])
@@ -71,7 +71,7 @@ def loss(runs: Sequence[Run]) -> "Figure | None":
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A centred weighted mean over a twentieth of the values, (N,); the values themselves where they are few."""
+    """A centred weighted mean over a twentieth of the values, (N,); few values are returned unchanged."""
     half = len(values) // 40
     if not half:
         return values
@@ -80,7 +80,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def evaluations(runs: Sequence[Run]) -> "Figure | None":
-    """FID and Inception Score, or another network's, over steps, without guidance (solid) and with it (dashed)."""
+    """FID and Inception Score, or another network's, over steps, without (solid) and with guidance (dashed)."""
     from matplotlib.lines import Line2D
 
     found = dict.fromkeys(
@@ -129,14 +129,14 @@ def evaluations(runs: Sequence[Run]) -> "Figure | None":
 
 
 def _num_images(run: Run) -> str:
-    """How many images an evaluation during training has measured, in words; "" where nobody knows."""
+    """The number of images per evaluation during training, in words; "" if unknown."""
     counts = sorted({int(count) for count in run.series(NUM_IMAGES)[1]})
     ends = dict.fromkeys((counts[0], counts[-1])) if counts else {}
     return f"{' to '.join(f'{count:,}' for count in ends)} images" if ends else ""
 
 
 def samples(runs: Sequence[Run]) -> "Figure | None":
-    """Samples of EMA weights at up to six steps, the first and the last among them; one row a work directory."""
+    """Samples of EMA weights at up to six steps, with the first and the last; one row per work directory."""
     drawn = [run for run in runs if run.pictures]
     if not drawn:
         return None
@@ -172,14 +172,14 @@ def ema_half(path: epath.Path) -> np.ndarray:
             picture = np.asarray(image.convert("RGB"))
     except (UserError, StorageError):
         raise
-    except Exception as error:  # broken files make Pillow raise almost anything
-        reason = "no PNG" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"picture {path} cannot be read ({reason}): {advice}") from None
+    except Exception as error:  # for broken files Pillow raises almost anything
+        reason = "not a PNG" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"picture {path} cannot be read ({reason}); {advice}") from None
     return picture[:, -((picture.shape[1] - _GAP) // 2) :]
 
 
 def _with_any(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[Run, str]]:
-    """The runs with any of the metrics, and their colours."""
+    """The runs with any of these metrics, and their colours."""
     return [
         (run, color)
         for run, color in zip(runs, style.colors(len(runs)), strict=True)
