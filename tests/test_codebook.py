@@ -136,7 +136,7 @@ def test_a_code_for_every_kind_of_patch_leaves_no_error(tmp_path):
     kinds = len(np.unique(patches_of(digits(config)).reshape(-1, 4), axis=0))
     report = train_codebook(make_config(data__split="train[:2]", tokenizer__num_codes=kinds), tmp_path / "all.npz")
     assert report["mse"] < 1e-12 and report["psnr"] > 120.0 and report["codes_used"] == kinds
-    with pytest.raises(UserError, match=f"num_codes is {kinds + 1}, .* only {kinds}"):
+    with pytest.raises(UserError, match=f"num_codes={kinds + 1} .* {kinds} "):
         train_codebook(make_config(data__split="train[:2]", tokenizer__num_codes=kinds + 1), tmp_path / "no" / "a.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["all.npz"]
 
@@ -283,7 +283,7 @@ def test_command(made, tmp_path, capsys):
     assert out.read_bytes() == contents(made[0].tokenizer.path)
     assert command("--out", str(out), "--config.seed=1") == 2
     error = capsys.readouterr().err
-    assert "holds another codebook (seed 0, not 1)" in error and len(error.splitlines()) == 1
+    assert "seed 0, not 1" in error and len(error.splitlines()) == 1
     assert out.read_bytes() == contents(made[0].tokenizer.path)
     assert command("--out", str(out), "--config.seed=1", "--overwrite") == 0
     assert out.read_bytes() != contents(made[0].tokenizer.path)
@@ -296,7 +296,7 @@ def test_same_settings_but_other_contents_are_kept(made, tmp_path):
     other = Codebook(codebook.params["codebook"] * np.float32(0.5), 2, 1)
     np.savez(path, **codebook_lib.arrays_of(other, fit))
     before = path.read_bytes()
-    with pytest.raises(UserError, match="holds another codebook"):
+    with pytest.raises(UserError, match=r"c\.npz .*mse"):
         train_codebook(make_config(), path)
     assert path.read_bytes() == before
 

@@ -152,8 +152,8 @@ def test_command(autoencoders, pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--path", "KL"], "no images: give --images DIR"),
-        (["--images", "PICTURES"], "no tokenizer: give --path"),
+        (["--path", "KL"], "--images"),
+        (["--images", "PICTURES"], "--path"),
         (["--images", "none", "--path", "KL"], "images none is no folder"),
         (["--images", "EMPTY", "--path", "KL"], "has no pictures: give another folder"),
         (["--images", "BAD", "--path", "KL"], "bad.png cannot be read (no image file that Pillow can read here"),

@@ -106,7 +106,7 @@ def test_the_file_is_a_tokenizer_whose_latents_have_unit_variance(trained):
 
 def test_flips_and_the_order_of_batches_do_not_change_the_scale(trained, tmp_path):
     config, path, report = trained
-    with pytest.raises(UserError, match=r"data\.flip \(was False, now True\)"):
+    with pytest.raises(UserError, match=r"data\.flip"):
         train_autoencoder(config_lib.apply_overrides(config, {"data.flip": True}), path)
     # What does not alter what is trained may change. All is done already.
     free = {"tokenizer.train.log_every": 2, "data.workers": 0, "train.batch_size": 8, "model.width": 64}
@@ -120,7 +120,7 @@ def test_a_file_of_something_else_is_not_replaced(trained, tmp_path):
     other = tmp_path / "other.safetensors"
     autoencoder_file.write(other, stored.spec, stored.params, 2.0)
     before = other.read_bytes()
-    with pytest.raises(UserError, match="holds another autoencoder than this run"):
+    with pytest.raises(UserError, match="another autoencoder"):
         train_autoencoder(config, other, workdir=path.with_suffix(""))
     assert other.read_bytes() == before
 
@@ -219,15 +219,15 @@ def test_two_processes_of_two_devices_train_what_one_trains(trained, tmp_path):
 @pytest.mark.parametrize(
     "config, out, said",
     [
-        ({"name": "pixels"}, "a.safetensors", "'pixels', which has nothing to train"),
-        ({}, "a.npz", r"ends in \.safetensors"),
-        ({"lpips__weight": 1.0}, "a.safetensors", r"its weights are files: give config\.tokenizer\.train\.lpips\.vgg"),
-        ({"disc__weight": 1.0}, "a.safetensors", "needs images of at least 24 pixels, but data.image_size is 8"),
-        ({"disc__weight": 1.0, "disc__layers": 1, "disc__width": 40}, "a.safetensors", "give a multiple of 32"),
-        ({"batch_size": 0}, "a.safetensors", "train.batch_size is 0"),
-        ({"lr": -1.0}, "a.safetensors", "train.lr is -1.0"),
-        ({"b2": 1.0}, "a.safetensors", "train.b2 is 1.0"),
-        ({"kl_weight": -1.0}, "a.safetensors", "kl_weight is -1.0"),
+        ({"name": "pixels"}, "a.safetensors", "'pixels'"),
+        ({}, "a.npz", r"a\.npz .*\.safetensors"),
+        ({"lpips__weight": 1.0}, "a.safetensors", r"config\.tokenizer\.train\.lpips\.vgg"),
+        ({"disc__weight": 1.0}, "a.safetensors", "24 .*image_size"),
+        ({"disc__weight": 1.0, "disc__layers": 1, "disc__width": 40}, "a.safetensors", "multiple of 32"),
+        ({"batch_size": 0}, "a.safetensors", "train.batch_size"),
+        ({"lr": -1.0}, "a.safetensors", "train.lr"),
+        ({"b2": 1.0}, "a.safetensors", "train.b2"),
+        ({"kl_weight": -1.0}, "a.safetensors", "kl_weight"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, config, out, said):
@@ -239,13 +239,13 @@ def test_refused_before_anything_is_written(tmp_path, config, out, said):
 
 def test_a_file_in_the_way_is_told_before_the_work(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=r"a\.safetensors"):
         train_autoencoder(make(), tmp_path / "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite.*Lower config\.tokenizer\.train\.lr"):
+    with pytest.raises(TrainingError, match=r"config\.tokenizer\.train\.lr"):
         train_autoencoder(make(lr=1e38, warmup_steps=0, clip=1e30), tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""A run that trains a KL or VQ autoencoder, from a config to the file that `config.tokenizer.path` names."""
+"""Trains a KL or VQ autoencoder and writes the file for `config.tokenizer.path`."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from marjax.loggers import check_loggers, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.paths import takes_paths
 from marjax.tokenizer_training.autoencoder_step import AutoencoderState, Trainer, make_step
-from marjax.tokenizer_training.reconstruction import from_config, measure
+from marjax.tokenizer_training.reconstruction import measure, read_images
 from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
@@ -48,33 +48,32 @@ def train_autoencoder(
 ) -> dict[str, Any]:
     """Trains the network of `config.tokenizer` on `config.data`, and writes its EMA weights and scale to one file.
 
-    A second start resumes from the newest checkpoint, to the bit. The scale is 1 over the standard deviation of all
-    values of the latents (drawn from the posterior; of a VQ network those before quantisation) of the training images
-    without flips, the first `config.tokenizer.train.scale_images` of them.
+    A second start resumes from the newest checkpoint, bit-exact. The scale is 1 / standard deviation over all values
+    of the latents (drawn from the posterior; for VQ before quantisation) of the first
+    `config.tokenizer.train.scale_images` training images, without flips.
 
     Args:
-      config: as a config file returns it, or resolved; `data`, `tokenizer`, `mesh`, `checkpoint` and `log` count.
-      path: the .safetensors file; its folder is made if need be.
+      config: as a config file returns it, or resolved; reads `data`, `tokenizer`, `mesh`, `checkpoint` and `log`.
+      path: the .safetensors file; its folder is created if missing.
       workdir: of checkpoints, metrics and pictures; by default `path` without its suffix.
-      overwrite: whether a file with other contents may be replaced.
+      overwrite: whether to replace a file with other contents.
 
     Returns:
-      `path`, `checksum`, `scale`, `std`, `num_images` measured, `mse` and `psnr` of these (see
-      `evaluation.reconstruction.check`), `seconds`; of a VQ network also `num_codes` and `codes_used`.
+      The dict of `reconstruction.measure`, `path`, `checksum` and `seconds`; for VQ also `num_codes`.
 
     Raises:
-      UserError: a config, data set, work directory or file that cannot be used.
+      UserError: an invalid config, data set, work directory or file.
       TrainingError: a loss, gradient or parameter became infinite or NaN.
     """
     start = time.perf_counter()
     config = config_lib.resolve(config)
     if config.tokenizer.name not in AUTOENCODERS:
         raise UserError(
-            f"config.tokenizer.name is {config.tokenizer.name!r}, which has nothing to train: give "
-            f"codebook or one with a network ({', '.join(sorted(AUTOENCODERS))})"
+            f"config.tokenizer.name={config.tokenizer.name!r} has nothing to train; use codebook or one of "
+            f"{', '.join(sorted(AUTOENCODERS))}"
         )
     if not os.fspath(path).endswith(".safetensors"):
-        raise UserError(f"{path} is to hold a network: give a name that ends in .safetensors")
+        raise UserError(f"{path} does not end in .safetensors, the format of autoencoders")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
     check_loggers(config.log)
     train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_config(config), config.data.channels)
@@ -90,10 +89,9 @@ def train_autoencoder(
         finished = train.steps in checkpoints.steps()
     if not finished and not overwrite and epath.Path(path).exists():
         raise UserError(
-            f"{path} is there already, and {folder} is not the finished run that has made it: give "
-            f"another --out, or --overwrite it"
+            f"{path} exists, and {folder} is not a finished run that wrote it; give another --out or --overwrite it"
         )
-    make_folder(epath.Path(path).parent)  # before the work, which would be lost
+    make_folder(epath.Path(path).parent)  # fails before the work
     about = distributed.check(mesh, shared_settings(config))
     with distributed.first_holds(locked_folder(folder, _COMMAND)):
         distributed.on_first(lambda: check_workdir(folder, config, tokenizer=True))
@@ -117,8 +115,8 @@ def _run(
     mesh: Mesh,
     about: str,
 ) -> AutoencoderState:
-    train, whole = config.tokenizer.train, sharding.replicated(mesh)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract)
+    train, replicated = config.tokenizer.train, sharding.replicated(mesh)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), abstract)
     step = compile_step(
         make_step(trainer, abstract, mesh),
         abstract,
@@ -131,14 +129,14 @@ def _run(
             others=lambda most: [] if train.remat else ["set config.tokenizer.train.remat=true"],
         ),
     )
-    distributed.on_first(lambda: write_config(workdir, config))  # written once it is known to fit
+    distributed.on_first(lambda: write_config(workdir, config))  # after the check that the step fits into memory
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     ) as checkpoints:
         restored = checkpoints.restore(_items(abstract))
         if restored is None:
             with progress.activity("creating the parameters", show=config.log.progress):
-                state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: whole, abstract))(
+                state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: replicated, abstract))(
                     numerics.key(config.seed)
                 )
         else:
@@ -192,29 +190,29 @@ def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int
 
 
 def _items(state: AutoencoderState) -> dict[str, Any]:
-    """The state as the items of a checkpoint."""
+    """The items of a checkpoint."""
     return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, **state.rest}}
 
 
 def _tokenizer(stored: Stored) -> Any:
-    """Of a VQ network the one with latents before quantisation, whose scale is to be found; it decodes the same."""
+    """The tokenizer with continuous latents, whose scale is measured; for VQ those before quantisation."""
     return make_tokenizer("vq_continuous" if stored.spec.num_codes else "kl", stored)
 
 
 def _measured(config: ml_collections.ConfigDict, stored: Stored) -> dict[str, Any]:
-    """What `measure` says of the training images, and the scale."""
-    images = from_config(config_lib.data_config(config), _MEASURED_AT_ONCE)
+    """Measures the training images and the scale."""
+    images = read_images(config_lib.data_config(config), _MEASURED_AT_ONCE)
     report, _, _ = measure(_tokenizer(stored), images, config.tokenizer.train.scale_images, config.seed)
     if not math.isfinite(report["scale"]):
         raise UserError(
-            "all latents are the same: look at the pictures in the work directory, and train for longer, "
-            "or with other settings"
+            "all latents are equal; look at the pictures in the work directory, and train longer or with other "
+            "config.tokenizer.train"
         )
     return report
 
 
 def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderState) -> np.ndarray:
-    """The first images of the data, left, and what raw and EMA weights make of them."""
+    """The first images of the data, left, beside their reconstructions by raw and EMA weights."""
     with Batches(config_lib.data_config(config), _SHOWN, 0, train=False) as batches:
         original = next(batches)["image"][: min(_SHOWN, batches.num_examples)]
     tokenizer = _tokenizer(Stored(spec, None, 1.0, ""))
@@ -232,7 +230,7 @@ def _picture(config: ml_collections.ConfigDict, spec: Spec, state: AutoencoderSt
 
 
 def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite: bool) -> str:
-    """Writes the file, unless it is there; returns its checksum."""
+    """Writes the file, unless it exists; returns its checksum."""
     checksum = autoencoder_file.checksum(autoencoder_file.to_state_dict(stored.spec, stored.params), scale)
 
     def write() -> None:
@@ -241,7 +239,7 @@ def _write(path: str | os.PathLike[str], stored: Stored, scale: float, overwrite
                 autoencoder_file.write(path, stored.spec, stored.params, scale)
             elif autoencoder_file.read(path).checksum != checksum:
                 raise UserError(
-                    f"{path} holds another autoencoder than this run has made: give another --out, or --overwrite it"
+                    f"{path} holds another autoencoder than this run trained; give another --out or --overwrite it"
                 )
 
     distributed.on_first(write)

@@ -1,10 +1,9 @@
-"""Training of a KL or VQ autoencoder: its state, its loss and its jitted step (Esser et al. 2021; Rombach et al. 2022).
+"""State, loss and jitted step of the training of a KL or VQ autoencoder (Esser et al. 2021; Rombach et al. 2022).
 
-The loss of an image is the mean of |x - x'| over its values, LPIPS if wanted, and the bottleneck's own term; with a
-discriminator also how real x' looks to it, weighted so that it pulls as strongly as the reconstruction. The randomness
-of a step is a function of (seed, step), drawn for the global batch.
+The loss of an image is the mean of |x - x'|, optionally LPIPS, the bottleneck's term, and optionally an adversarial
+term with an adaptive weight. The randomness of a step is a function of (seed, step), drawn for the global batch.
 
-Legend: B global batch, S pixels a side, h x w latents of D values, K codes.
+Legend: B global batch, S pixels per side, h x w latents of D values, K codes.
 """
 
 import dataclasses
@@ -29,16 +28,15 @@ from marjax.training.ema import ema_decay, update_ema
 from marjax.training.loop import Metrics
 from marjax.training.optimizer import clipping
 
-# Codes' shares of all latents are averaged over about so many steps.
-_USAGE_STEPS = 100
+_USAGE_STEPS = 100  # over which the usage of codes is averaged
 
 
 @flax.struct.dataclass
 class AutoencoderState:
     """`step` int32 () counts finished steps; `params` and `ema` are float32 trees of the same structure.
 
-    `rest` is what else a step carries: "opt_state"; with codes "usage", float32 (K,), each one's share of late, 1 on
-    average; with a discriminator "disc", its "params" and "opt_state".
+    `rest` has "opt_state"; for VQ "usage", float32 (K,), the recent share of each code times K; with a discriminator
+    "disc", its "params" and "opt_state".
     """
 
     step: jax.Array
@@ -49,14 +47,14 @@ class AutoencoderState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What a step needs besides its state.
+    """The constants of a step.
 
     Attributes:
       spec: the network.
       train: `config.tokenizer.train`, resolved.
-      network: of `spec`.
-      discriminator: the other network, None without one.
-      lpips: weights of LPIPS, None without.
+      network: the autoencoder.
+      discriminator: None for no adversarial loss.
+      lpips: weights of LPIPS, or None.
       seed: of all randomness.
     """
 
@@ -69,22 +67,22 @@ class Trainer:
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, spec: Spec) -> "Trainer":
-        """From a resolved config. Raises UserError: the files of LPIPS cannot be used."""
+        """From a resolved config. Raises UserError: invalid files of LPIPS."""
         train, dtype = config.tokenizer.train, jnp.dtype(config.tokenizer.autoencoder.dtype)
         disc = Discriminator(train.disc.width, train.disc.layers, dtype) if train.disc.weight else None
         perceptual = lpips.read(train.lpips.vgg, train.lpips.linear) if train.lpips.weight else None
         return cls(spec, train, Autoencoder(spec, dtype, train.remat), disc, perceptual, config.seed)
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, clipped by the global norm, after a linear warmup; both networks have one of their own."""
+        """Adam with linear warmup and clipping by the global norm; each network has its own state."""
         return optax.chain(clipping(self.train.clip), optax.adam(self.learning_rate, self.train.b1, self.train.b2))
 
     def learning_rate(self, step: jax.Array) -> jax.Array:
-        """By step, float32."""
+        """The learning rate at a step, float32."""
         return self.train.lr * jnp.minimum(1.0, (step + 1.0) / max(1, self.train.warmup_steps))
 
     def init(self, key: jax.Array) -> AutoencoderState:
-        """The state at step 0; the EMA starts at the parameters."""
+        """The state at step 0; the EMA starts as a copy of the parameters."""
         key_network, key_disc = jax.random.split(key)
         params, optimizer = init_params(self.spec, key_network), self.optimizer()
         rest = {"opt_state": optimizer.init(params)}
@@ -99,12 +97,15 @@ class Trainer:
         )
 
     def forward(self, params: Any, image: jax.Array, key: jax.Array) -> tuple[Any, Any]:
-        """((reconstruction (B, S, S, C), the bottleneck's term ()), (its parts by name, latents before it, codes)).
+        """Encodes and decodes.
 
         Args:
           params: of the network.
           image: float32 (B, S, S, C) in [-1, 1].
           key: of the draw from the posterior.
+
+        Returns:
+          (reconstruction (B, S, S, C), bottleneck loss ()), (its parts by name, encoder output, codes or None).
         """
         train = self.train
         before: Any = self.network.apply({"params": params}, image, method="encode")
@@ -113,14 +114,14 @@ class Trainer:
             book = params["codebook"]
             codes = nearest(jax.lax.stop_gradient(before), jax.lax.stop_gradient(book))
             chosen = book[codes]
-            towards = jnp.mean(jnp.square(chosen - jax.lax.stop_gradient(before)))  # of codes, to latents
+            towards = jnp.mean(jnp.square(chosen - jax.lax.stop_gradient(before)))  # moves codes to latents
             commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(chosen) - before))
             term, parts = train.codebook_weight * (towards + train.commitment * commitment), {"codebook": towards}
-            latent = before + jax.lax.stop_gradient(chosen - before)  # its gradient goes to the encoder as it is
+            latent = before + jax.lax.stop_gradient(chosen - before)  # straight-through gradient
         else:
             mean, logvar = kl.split(before)
             divergence = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, (1, 2, 3))
-            # LDM adds sums over values and over latents; dividing both by the number of values leaves their ratio.
+            # LDM adds sums over values and over latents; dividing both by the number of values keeps their ratio.
             term = train.kl_weight * jnp.mean(divergence) / (image.size / image.shape[0])
             parts = {"kl": jnp.mean(divergence)}
             latent = kl.sample(before, key)
@@ -159,7 +160,7 @@ class Trainer:
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
 
     def _distance(self, made: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What reconstruction costs, and the part of it that is |x - x'|."""
+        """The reconstruction loss, and its part |x - x'|."""
         l1 = jnp.mean(jnp.abs(made - image))
         if self.lpips is None:
             return l1, l1
@@ -173,7 +174,7 @@ class Trainer:
         towards: jax.Array,
         backward: Callable[[Any], Any],
     ) -> tuple[jax.Array, Metrics, dict[str, Any]]:
-        """The weighted gradient with respect to `made`, metrics, and the discriminator after its own step."""
+        """Returns the weighted gradient with respect to `made`, metrics, and the updated discriminator."""
         assert self.discriminator is not None
         apply, disc, settings = self.discriminator.apply, state.rest["disc"], self.train.disc
 
@@ -187,7 +188,7 @@ class Trainer:
 
         started = (state.step >= settings.start).astype(jnp.float32)
         generator_loss, pull = jax.value_and_grad(looks)(made)
-        # Of the backward pass through the decoder only its last layer is kept here; the rest of it is never computed.
+        # XLA computes only the part of these backward passes that the last layer needs.
         last = [
             backward((towards_or_pull, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"]
             for towards_or_pull in (towards, pull)
@@ -207,9 +208,9 @@ class Trainer:
     def _restart(
         self, params: Any, ema: Any, usage: jax.Array, before: jax.Array, codes: jax.Array, key: jax.Array
     ) -> tuple[Any, Any, jax.Array, jax.Array]:
-        """Moves codes that hardly any latent has chosen of late to where latents are (Dhariwal et al. 2020, Jukebox).
+        """Moves rarely used codes to random latents (Dhariwal et al. 2020, Jukebox).
 
-        At step 0 all are moved: that is their initialisation. Returns parameters, EMA, usage, and how many are in use.
+        Step 0 moves all codes, which initialises them. Returns parameters, EMA, usage, and the number of codes in use.
         """
         num_codes, rows = self.spec.num_codes, before.reshape(-1, before.shape[-1])
         share = jnp.bincount(codes.ravel(), length=num_codes) * (num_codes / codes.size)
@@ -223,15 +224,16 @@ class Trainer:
 
 
 def make_step(trainer: Trainer, abstract: AutoencoderState, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step (state, batch) -> (state, metrics); the state is donated, and whole on every device.
+    """The jitted step (state, batch) -> (state, metrics); the state is donated and replicated.
 
     The batch has "image", uint8 (B, S, S, C), sharded along B. Metrics are float32 scalars by their final names;
-    "finite" is 1 while loss, gradient and updated parameters are.
+    "finite" is 1 if loss, gradient and updated parameters are.
     """
-    whole = sharding.replicated(mesh)
-    return jax.jit(trainer.step, donate_argnums=0, out_shardings=(jax.tree.map(lambda _: whole, abstract), whole))
+    replicated = sharding.replicated(mesh)
+    shardings = jax.tree.map(lambda _: replicated, abstract), replicated
+    return jax.jit(trainer.step, donate_argnums=0, out_shardings=shardings)
 
 
 def _psnr(made: jax.Array, image: jax.Array) -> jax.Array:
-    """dB, peak to peak 2, of a whole batch."""
+    """PSNR of the global batch in dB, peak to peak 2."""
     return 10.0 * jnp.log10(4.0 / jnp.mean(jnp.square(jnp.clip(made, -1.0, 1.0) - image)))

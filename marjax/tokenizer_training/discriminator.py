@@ -1,4 +1,4 @@
-"""The patch discriminator that an autoencoder may be trained against (Isola et al. 2017; Esser et al. 2021, VQGAN).
+"""The patch discriminator for training autoencoders (Isola et al. 2017; Esser et al. 2021, VQGAN).
 
 Legend: B batch, H x W pixels, C channels, P x Q patches.
 """
@@ -15,13 +15,12 @@ _GROUPS = 32
 class Discriminator(nn.Module):
     """How real each patch of an image looks: float32 (B, P, Q) from float images (B, H, W, C) in [-1, 1].
 
-    Convolutions of 4 x 4, `layers` of them with stride 2, then two with stride 1. VQGAN normalises over
-    the batch, by which the images of a batch judge each other; here GroupNorm does it, so that what an image gets does
-    not depend on the others, nor on how a batch is spread over devices.
+    4 x 4 convolutions: `layers` with stride 2, then two with stride 1. VQGAN uses BatchNorm; here GroupNorm makes the
+    output for an image independent of the other images and of the sharding of the batch.
 
     Attributes:
-      width: channels of the first layer, a multiple of 32; doubled by each of the next, up to 8 times.
-      layers: how many layers have stride 2; an image has at least 3 * 2**layers pixels a side.
+      width: channels of the first layer, a multiple of 32; doubled by every next layer, up to 8 times.
+      layers: number of layers with stride 2; images need at least 3 * 2**layers pixels per side.
       dtype: of the convolutions.
     """
 
@@ -54,15 +53,15 @@ class Discriminator(nn.Module):
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's loss, float32 (B,), of its outputs (B, P, Q) on images and reconstructions."""
+    """The discriminator's loss, float32 (B,), for its outputs (B, P, Q) on images and reconstructions."""
     return 0.5 * (jnp.mean(nn.relu(1.0 - real), (1, 2)) + jnp.mean(nn.relu(1.0 + fake), (1, 2)))
 
 
 def adaptive_weight(grad_reconstruction: jax.Array, grad_adversarial: jax.Array) -> jax.Array:
-    """What the adversarial loss is multiplied with so that it pulls as strongly as reconstruction does.
+    """The weight that gives the adversarial loss a gradient as large as the reconstruction's.
 
-    The quotient of the norms of both gradients with respect to the decoder's last layer, + 1e-4, within [0, 1e4]
-    (Esser et al. 2021, equation 7). A constant to differentiation.
+    The ratio of the norms of both gradients with respect to the decoder's last layer, clipped to [0, 1e4] (Esser et al.
+    2021, equation 7). No gradient flows through it.
     """
     ratio = jnp.linalg.norm(grad_reconstruction.ravel()) / (jnp.linalg.norm(grad_adversarial.ravel()) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, 1e4))

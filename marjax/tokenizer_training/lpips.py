@@ -1,6 +1,6 @@
-"""LPIPS: how different two images look, by the features of a VGG16 (Zhang et al. 2018), from the user's weight files.
+"""LPIPS: the perceptual distance of images by VGG16 features (Zhang et al. 2018), with weights from the user's files.
 
-Legend: B batch, S pixels a side, C channels.
+Legend: B batch, S pixels per side, C channels.
 """
 
 import os
@@ -12,22 +12,22 @@ import numpy as np
 
 from marjax.interop.state_dict import read_state_dict
 
-# Channels of the convolutions of VGG16, block by block; a block's last output is compared, and then pooled.
+# Channels of VGG16's convolutions by block; the last output of a block is compared, and then pooled.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # to and of what VGG16 was trained on, for images in [-1, 1]
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # VGG16's normalisation, for images in [-1, 1]
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 _CLASSIFIER = r"classifier\.\d+\.(weight|bias)"
 
 
 def names() -> dict[str, tuple[int, ...]]:
-    """The tensors of torchvision's VGG16 that are used, with their shapes in PyTorch's layout."""
+    """The tensors of torchvision's VGG16 that LPIPS needs, with their shapes in PyTorch's layout."""
     shapes: dict[str, tuple[int, ...]] = {}
     place, before = 0, 3
     for block in BLOCKS:
         for channels in block:
             shapes[f"features.{place}.weight"], shapes[f"features.{place}.bias"] = (channels, before, 3, 3), (channels,)
-            place, before = place + 2, channels  # a ReLU follows
-        place += 1  # and a pool the block
+            place, before = place + 2, channels  # skips the ReLU
+        place += 1  # skips the pooling
     return shapes
 
 
@@ -37,14 +37,14 @@ def linear_names() -> dict[str, tuple[int, ...]]:
 
 
 def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
-    """The weights, a tree of float32 arrays.
+    """Reads the weights, a tree of float32 arrays.
 
     Args:
       vgg: torchvision's file of VGG16 for ImageNet classification (vgg16-397923af.pth).
       linear: LPIPS's weights over its features (vgg.pth of the lpips package, or of taming-transformers).
 
     Raises:
-      UserError: a file that cannot be read, or with other tensors; names them.
+      UserError: see `read_state_dict`.
     """
     features, _ = read_state_dict(
         vgg, names(), what="VGG16 of torchvision", advice="download it again", ignored=_CLASSIFIER
@@ -61,7 +61,7 @@ def read(vgg: str | os.PathLike[str], linear: str | os.PathLike[str]) -> Any:
 
 
 def distance(params: Any, one: jax.Array, other: jax.Array) -> jax.Array:
-    """LPIPS, float32 (B,), of float images (B, S, S, 1 or 3) in [-1, 1]; grey ones count as colours. S >= 16."""
+    """LPIPS, float32 (B,), of float images (B, S, S, 1 or 3) in [-1, 1], S >= 16; grey images are repeated."""
     total = jnp.zeros(one.shape[0])
     pairs = zip(_features(params, one), _features(params, other), params["linear"], strict=True)
     for a, b, shares in pairs:
@@ -70,7 +70,7 @@ def distance(params: Any, one: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    # The square root has no gradient at 0, which places without any feature are at.
+    # The square root has no gradient at 0, where all features are 0.
     return x / (jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-20) + 1e-10)
 
 

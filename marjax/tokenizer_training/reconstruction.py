@@ -1,4 +1,4 @@
-"""What a tokenizer loses: images through it and back, and the statistics of the latents between.
+"""The reconstruction error of a tokenizer, and statistics of its latents.
 
 Legend: N images of S x S pixels and C channels.
 """
@@ -50,36 +50,34 @@ def check(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Encodes and decodes images, cropped as in training and without flips, and measures what comes back.
-
-    The tokenizer is that of `config`, or else the file at `path` says what it is.
+    """Encodes and decodes images, cropped as in training, without flips, and measures the reconstructions.
 
     Args:
-      images: a folder of pictures, which may have folders in it, or None for the config's data.
-      config: as a config file returns it, or resolved; `data` and `tokenizer` count.
-      name: of the tokenizer, instead of `config.tokenizer.name`.
-      path: of its weights, instead of `config.tokenizer.path`.
-      image_size: instead of `config.data.image_size`; 256 without a config.
-      num_images: at most; the first ones.
-      batch_size: at a time.
+      images: a folder of pictures, at any depth, or None for the config's data.
+      config: as a config file returns it, or resolved; reads `data` and `tokenizer`. Without it, `name` or else the
+        file at `path` sets the tokenizer.
+      name: overrides `config.tokenizer.name`.
+      path: overrides `config.tokenizer.path`.
+      image_size: overrides `config.data.image_size`; 256 without a config.
+      num_images: the number of images, at most; the first ones are used.
+      batch_size: images at a time.
       seed: of the draws from a KL posterior.
       out: a folder for the picture of originals beside reconstructions; None for no picture.
 
     Returns:
-      `num_images`, `image_size`, `mse` (of values in [-1, 1], reconstructions clipped to that), `psnr` (dB, peak to
-      peak 2, of that error), and of the latents before scaling `mean`, `std` (over everything), `channel_means`,
-      `channel_stds`, `scale` (the 1 / std that makes their standard deviation 1); `codes_used` where they are codes,
-      `picture` where there is one.
+      `num_images`, `image_size`, `mse` (of values in [-1, 1], to which reconstructions are clipped) and its `psnr` (dB,
+      peak to peak 2); of the unscaled latents `mean`, `std` (over all values), `channel_means`, `channel_stds` and
+      `scale` (1 / std); `codes_used` of a discrete tokenizer; `picture`, if drawn.
 
     Raises:
-      UserError: no images, one that cannot be read, or a tokenizer that cannot be used.
+      UserError: no images, an unreadable one, or an invalid tokenizer.
     """
     check_arguments(num_images=num_images, batch_size=batch_size, seed=seed, image_size=image_size)
     if images is None and config is None:
-        raise UserError("no images: give --images DIR, or --config NAME for those of a config")
+        raise UserError("no images; give --images DIR, or --config NAME for its data")
     tokenizer, data = _open(config, name, path, image_size)
     batch_size = min(batch_size, num_images)
-    batches = from_config(data, batch_size) if images is None else _from_folder(images, data, batch_size)
+    batches = read_images(data, batch_size) if images is None else _read_folder(images, data, batch_size)
     report, originals, made = measure(tokenizer, batches, num_images, seed, before=lambda: out and make_folder(out))
     report["image_size"] = int(data.image_size)
     if out is not None:
@@ -89,7 +87,7 @@ def check(
     return report
 
 
-Batch = tuple[np.ndarray, int]  # uint8 (B, S, S, C), with B the same for all, and how many of the B count
+Batch = tuple[np.ndarray, int]  # uint8 (B, S, S, C), padded to one B, and the number of images
 
 
 @numerics.pinned()
@@ -101,18 +99,18 @@ def measure(
     *,
     before: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Sends images through a tokenizer and back; closes `batches`.
+    """Encodes and decodes images; closes `batches`.
 
     Args:
-      tokenizer: whose `scale` the statistics of the latents do without.
+      tokenizer: the tokenizer; statistics of its latents exclude its `scale`.
       batches: of images.
-      num_images: at most, at least 1.
+      num_images: the number of images, at most; at least 1.
       seed: of the draws from a KL posterior.
-      before: called once the first batch has been read and fits.
+      before: called once the first batch has been read and has a valid size.
 
     Returns:
-      What `check` returns, but for `image_size` and `picture`; and the first images, uint8 (N, S, S, C), as they were
-      and as they came back.
+      The dict of `check` without `image_size` and `picture`; the first images, uint8 (N, S, S, C); and their
+      reconstructions.
     """
     book = tokenizer.params.get("codebook") if isinstance(tokenizer.params, dict) else None
 
@@ -157,7 +155,7 @@ def measure(
     report: dict[str, Any] = {
         "num_images": seen,
         "mse": mse,
-        "psnr": 10.0 * math.log10(4.0 / mse) if mse else math.inf,
+        "psnr": psnr(mse),
         "mean": float(means.mean()),
         "std": std,
         "scale": 1.0 / std if std else math.inf,
@@ -169,21 +167,26 @@ def measure(
     return report, np.concatenate(originals)[:_SHOWN], np.concatenate(made)[:_SHOWN]
 
 
+def psnr(mse: float) -> float:
+    """In dB, peak to peak 2."""
+    return 10.0 * math.log10(4.0 / mse) if mse else math.inf
+
+
 def _open(
     config: ml_collections.ConfigDict | None, name: str, path: str, image_size: int | None
 ) -> tuple[Tokenizer, DataConfig]:
-    """The tokenizer and the settings to read images with."""
+    """The tokenizer, and how to read images."""
     given: dict[str, Any] = {"tokenizer.name": name, "tokenizer.path": path, "data.image_size": image_size}
     given = {key: value for key, value in given.items() if value}
     if config is None and not name:
         from marjax.tokenizers import autoencoder_file
 
         if not path:
-            raise UserError("no tokenizer: give --path FILE.safetensors, --name, or --config NAME")
+            raise UserError("no tokenizer; give --path FILE.safetensors, --name or --config NAME")
         try:
             stored = autoencoder_file.read(path)
         except FileNotFoundError:
-            raise UserError(f"{path} does not exist: give the .safetensors file of an autoencoder") from None
+            raise UserError(f"{path} does not exist; give the .safetensors file of an autoencoder") from None
         data = config_lib.data_config(config_lib.base())
         data = dataclasses.replace(data, image_size=image_size or 256, channels=stored.spec.in_channels)
         return make_tokenizer(stored.spec.kind, dataclasses.replace(stored, scale=1.0)), data
@@ -193,14 +196,14 @@ def _open(
     base = config_lib.check_fields(config_lib.apply_overrides(base, given))
     kind = autoencoder_spec.AUTOENCODERS.get(base.tokenizer.name)
     if kind is not None and not kind.discrete:
-        base.tokenizer.autoencoder.scale = 1.0  # which is what shall be found
+        base.tokenizer.autoencoder.scale = 1.0  # to be measured
     config_lib.tokens_of(base)
     config_lib.fill_tokenizer(base)
     return open_tokenizer(config_lib.tokenizer_config(base)), config_lib.data_config(base)
 
 
-def from_config(data: DataConfig, batch_size: int) -> Generator[Batch]:
-    """The images of `data` in its order, once, without flips."""
+def read_images(data: DataConfig, batch_size: int) -> Generator[Batch]:
+    """Yields the images of `data` once, in its order, without flips."""
     with Batches(data, batch_size, 0, train=False) as batches:
         left = batches.num_examples
         for batch in batches:
@@ -208,7 +211,7 @@ def from_config(data: DataConfig, batch_size: int) -> Generator[Batch]:
             left -= batch_size
 
 
-def _from_folder(folder: str | os.PathLike[str], data: DataConfig, batch_size: int) -> Generator[Batch]:
+def _read_folder(folder: str | os.PathLike[str], data: DataConfig, batch_size: int) -> Generator[Batch]:
     preprocess = Preprocess(data.image_size, data.channels, flip=False)
     unused = np.random.default_rng(0)  # without flips, nothing is drawn
     paths = pictures(folder)
