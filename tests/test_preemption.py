@@ -178,7 +178,7 @@ def test_slow_storage_does_not_stop_the_steps(tmp_path):
     with Run(tmp_path, slowly, str(tmp_path / "run")) as run:
         assert run.wait() == [0], run.said()
     reached = int((tmp_path / "reached").read_text())
-    assert reached >= 9 and "still being written; this one is put off" in run.said()
+    assert reached >= 9 and "deferred: the previous checkpoint" in run.said()
     steps = steps_of(tmp_path / "run")
     assert steps[-1] == 40 and 4 not in steps
 

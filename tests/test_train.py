@@ -201,3 +201,23 @@ def test_a_trace_of_some_steps(tmp_path):
     assert trace.stat().st_size > 1000
     train(make_digits(**QUICK), tmp_path / "run", profile=(2, 3))  # again, after a preemption: those steps are behind
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_implicit_transfers_in_the_hot_loop_are_refused(tmp_path, monkeypatch):
+    from marjax.training import train as train_lib
+
+    real = train_lib.compile_step
+
+    def slow(*args, **kwargs):
+        step = real(*args, **kwargs)
+        offset = np.ones(())  # stays on the host, so that each step sends it to the devices
+
+        def run(state, batch, params):
+            state, metrics = step(state, batch, params)
+            return state, metrics | {"train/loss": metrics["train/loss"] + offset}
+
+        return run
+
+    monkeypatch.setattr(train_lib, "compile_step", slow)
+    with pytest.raises(Exception, match="transfer"):
+        train(make_digits(**QUICK, train__steps=2), tmp_path)

@@ -58,7 +58,7 @@ class Intervals:
     evaluate: int = 0
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps, and after the last, is done after this one."""
+        """Whether what is done every `every` steps, and after the last, is due after this step."""
         return bool(every) and (step % every == 0 or step == self.total)
 
 
@@ -137,24 +137,26 @@ class Run(Generic[S]):
             with progress.activity("waiting for the first batch") if first else contextlib.nullcontext():
                 rows = next(batches)
             waited, idle = time.perf_counter() - begun, self._is_idle()
-            batch = sharding.put_batch(rows, self.mesh)
-            if self.profile is not None:
-                self.profile.before(step, [metrics for _, metrics in self.unread])
-            state, metrics = self.task.step(state, batch)
-            if self.profile is not None:
-                self.profile.after(step, metrics)
-            begun = time.perf_counter()
-            # While this one runs, the host gets the next ready, and no more: batches would pile up. The first compiles.
-            if self.unread or first:
-                jax.block_until_ready((self.unread[-1][1] if self.unread else metrics)["finite"])
-            clock.step(waited, idle, time.perf_counter() - begun)
-            if self.unread and self.unread[-1][0] % every.log == 0:
-                self._read()
+            # Explicit transfers only, of the batch to the devices and of metrics from them: others would be host syncs.
+            with jax.transfer_guard("disallow"):
+                batch = sharding.put_batch(rows, self.mesh)
+                if self.profile is not None:
+                    self.profile.before(step, [metrics for _, metrics in self.unread])
+                state, metrics = self.task.step(state, batch)
+                if self.profile is not None:
+                    self.profile.after(step, metrics)
+                begun = time.perf_counter()
+                # While this step runs, the host prepares one more, or batches would pile up. The first step compiles.
+                if self.unread or first:
+                    jax.block_until_ready((self.unread[-1][1] if self.unread else metrics)["finite"])
+                clock.step(waited, idle, time.perf_counter() - begun)
+                fetched = self._fetch() if self.unread and self.unread[-1][0] % every.log == 0 else []
+            self._report(fetched)
             self.unread.append((step, metrics))
             self.writer.progress(step)
             self.callbacks.step(step, state)
             stops, ended = distributed.preempted(step), self.callbacks.ended(step % every.log == 0)
-            evaluates = every.is_due(step, every.evaluate)  # for minutes, maybe longer than a preemption's notice
+            evaluates = every.is_due(step, every.evaluate)  # takes minutes, perhaps longer than a preemption notice
             if (
                 stops
                 or ended
@@ -184,12 +186,12 @@ class Run(Generic[S]):
         return state
 
     def _save(self, step: int, state: S, waits: bool) -> None:
-        """Saves a checkpoint, unless the storage is still busy with the one before and this one can wait."""
-        self._read()  # also makes sure that what is saved is finite
+        """Saves a checkpoint, unless the previous one is still being written and this one can wait."""
+        self._read()  # also checks that what is saved is finite
         with self.clock.pause("checkpoint"), self.writer.pause("saving a checkpoint"):
             if not waits and self.checkpoints.is_busy():
                 if not self.unsaved:
-                    self.writer.note(f"step {step}: the checkpoint before is still being written; this one is put off")
+                    self.writer.note(f"step {step}: deferred: the previous checkpoint is still being written")
                 self.unsaved = True
                 return
             if not self.writer.flush(seconds=10.0):  # a resumed run does not write these lines again
@@ -219,16 +221,21 @@ class Run(Generic[S]):
         self.callbacks.metrics(step, self.writer.scalars(step, values))
 
     def _is_idle(self) -> bool:
-        """Whether the devices are through with all steps dispatched."""
+        """Whether the devices have finished all dispatched steps."""
         last: Any = self.unread[-1][1]["finite"] if self.unread else None
         return last is None or last.is_ready()
 
     def _read(self) -> None:
-        """Fetches the metrics kept back, stops if any step was not finite, and writes the lines that are due."""
-        if not self.unread:
-            return
+        """Fetches the metrics that are still on the devices and reports them."""
+        self._report(self._fetch())
+
+    def _fetch(self) -> list[tuple[int, dict[str, np.ndarray]]]:
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.unread]
         self.unread = []
+        return fetched
+
+    def _report(self, fetched: list[tuple[int, dict[str, np.ndarray]]]) -> None:
+        """Stops the run if any of the steps was not finite, and writes the lines that are due."""
         bad = [step for step, metrics in fetched if not metrics.pop("finite")]
         if bad:
             steps = self.checkpoints.steps()
@@ -240,4 +247,4 @@ class Run(Generic[S]):
             )
         for step, metrics in fetched:
             if step % self.every.log == 0:
-                self._log(step, {**metrics, **self.clock.line()})
+                self._log(step, {**{name: float(value) for name, value in metrics.items()}, **self.clock.line()})
