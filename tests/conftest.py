@@ -1,8 +1,10 @@
 """The environment and the fixtures of all tests; their helpers are in `support`."""
 
+import fcntl
 import gc
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +70,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if starts_processes(item):
             item.add_marker("processes")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) has filled, shared by all workers of this run of the tests."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")

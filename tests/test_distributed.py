@@ -1,5 +1,6 @@
 """Several real processes: how they start, what they agree on, and that they make what one makes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -310,8 +311,12 @@ SHAPES = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, autoencoders):
-    folder = tmp_path_factory.mktemp("made")
+def made(once, autoencoders):
+    """A folder for each of SHAPES: a run, its parameters, samples and a latent cache."""
+    return once("distributed", functools.partial(make, autoencoders))
+
+
+def make(autoencoders, folder):
     cache_fields = dict(name="kl", path=str(autoencoders / "kl.safetensors"), data__split="train[:40]")
     for name, (count, devices) in SHAPES.items():
         (folder / name).mkdir()
@@ -325,7 +330,6 @@ def made(tmp_path_factory, autoencoders):
             devices=devices,
         ) as run:
             assert run.wait() == [0] * count, run.said()
-    return folder
 
 
 def lines(folder):

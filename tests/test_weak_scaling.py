@@ -23,7 +23,7 @@ RUNS = [("data", 1, 16), ("data", 2, 16), ("data", 4, 16), ("data", 8, 16), ("fs
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(once):
     config = make_digits(
         model__width=64,
         model__remat="full",
@@ -32,8 +32,12 @@ def report():
         mesh__replicate_below=2000,
     )
     given = {key: value for key, value in config_lib.flatten(config).items() if value is not None}
-    done = run_program("support.programs.weak_scaling", json.dumps(given), json.dumps(RUNS), devices=8)
-    rows = json.loads(done.stdout.splitlines()[-1])
+
+    def make(folder):
+        done = run_program("support.programs.weak_scaling", json.dumps(given), json.dumps(RUNS), devices=8)
+        (folder / "report.json").write_text(done.stdout.splitlines()[-1])
+
+    rows = json.loads((once("weak-scaling", make) / "report.json").read_text())
     for row in rows:
         sent = sum(row["sent"].values())
         print(

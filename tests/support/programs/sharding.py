@@ -1,6 +1,6 @@
 """Trains two steps and samples on one device and on meshes of eight; prints by how much they differ, as JSON.
 
-Its argument is a JSON list of [fields of the config, mesh shapes].
+Its arguments are the fields of the config and a list of mesh shapes, both JSON.
 """
 
 import json
@@ -107,4 +107,4 @@ def compare(fields: Mapping[str, Any], meshes: Sequence[Sequence[int]]) -> dict[
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    print(json.dumps([compare(*case) for case in json.loads(sys.argv[1])]))
+    print(json.dumps(compare(json.loads(sys.argv[1]), json.loads(sys.argv[2]))))
