@@ -13,12 +13,12 @@ PUBLIC = """# marjax
 ::: marjax
     options: {members: false, show_root_heading: false}
 
-::: marjax.training.train.train
-::: marjax.generation.sample.sample
-::: marjax.generation.loaded.load
+::: marjax.train
+::: marjax.sample
+::: marjax.load
 ::: marjax.generation.loaded.Loaded
-::: marjax.evaluation.evaluate.evaluate
-::: marjax.registry.register
+::: marjax.evaluate
+::: marjax.register
 ::: marjax.config
 ::: marjax.loggers
 """
@@ -38,8 +38,7 @@ def rooms() -> dict[str, list[str]]:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav:
         if "API" in entry:
-            pages = [{name: f"api/{name}.md"} for name in rooms()]
-            entry["API"] = [{"marjax": "api/index.md"}, {"Rooms": pages}]
+            entry["API"] = [{"marjax": "api/index.md"}, {"Rooms": [f"api/{name}.md" for name in rooms()]}]
     return config
 
 
@@ -47,7 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {new or old: (ROOT / old).read_text("utf-8") for old, new in PAGES.items()}
     pages["api/index.md"] = PUBLIC
     for name, modules in rooms().items():
-        pages[f"api/{name}.md"] = f"# {name}\n\n" + "\n".join(f"::: {module}" for module in modules)
+        title = "Top-level files" if name == "top" else f"marjax/{name}"
+        pages[f"api/{name}.md"] = f"# {title}\n\n" + "\n".join(f"::: {module}" for module in modules)
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -57,8 +57,10 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
     """Links relative to the repository become links of the site; those to files that are not on it, plain text."""
 
     def link(match: re.Match[str]) -> str:
-        target = match[2].removeprefix("../").removeprefix("docs/")
-        target = PAGES.get(target) or target
-        return f"[{match[1]}]({target}{match[3] or ''})" if files.get_file_from_path(target) else match[1]
+        path = match[2].removeprefix("../").removeprefix("docs/")
+        target = PAGES.get(path) or path
+        if (ROOT / path).exists() and not files.get_file_from_path(target):
+            return match[1]
+        return f"[{match[1]}]({target}{match[3] or ''})"
 
     return LINK.sub(link, markdown)
