@@ -1,7 +1,7 @@
-"""Makes the 200 pictures that docs/data.md trains on. `python docs/own_pictures.py pictures` (needs scikit-learn and
-matplotlib, which bring the three photographs).
+"""Creates the 200 training pictures of docs/data.md: `python docs/own_pictures.py pictures`.
 
-Each picture is a random crop of one photograph, of 100 to 300 pixels, half of them mirrored.
+Needs scikit-learn and matplotlib, which contain the three photographs. Each picture is a random crop of one photograph,
+100 to 300 pixels wide; half of them are mirrored.
 """
 
 import pathlib
@@ -13,13 +13,13 @@ import sklearn.datasets
 from PIL import Image
 
 PHOTOGRAPHS = {"flower": "flower.jpg", "portrait": "grace_hopper.jpg", "temple": "china.jpg"}
-# The part of each photograph that a crop keeps its centre in: x and y of two corners, and the sides of crops.
+# The region of crop centres in each photograph, as x and y of two corners, and the range of crop sizes.
 CENTRES = {"flower": (250, 180, 370, 230), "portrait": (230, 150, 280, 230), "temple": (170, 150, 240, 220)}
 SIDES = {"flower": (260, 360), "portrait": (240, 360), "temple": (300, 400)}
 
 
 def photograph(name: str) -> Image.Image:
-    """The photograph of a class, RGB."""
+    """Opens the photograph of a class, RGB."""
     if PHOTOGRAPHS[name] == "grace_hopper.jpg":
         return Image.open(pathlib.Path(matplotlib.get_data_path()) / "sample_data" / PHOTOGRAPHS[name]).convert("RGB")
     return Image.fromarray(sklearn.datasets.load_sample_image(PHOTOGRAPHS[name]))

@@ -1,7 +1,7 @@
-"""How much of its context a model of table 1 in small uses: `python docs/table1_small_probe.py ROOT` (a sweep's root).
+"""Measures how much context models of table 1 in small use: `python docs/table1_small_probe.py ROOT`, a sweep's root.
 
-Real digits, some of their patches shown; every other patch is drawn once by the head. A patch is background or stroke;
-the share of patches drawn as what they really are says how much z knows. No error of an earlier step can add to it.
+Some patches of real digits are given, and the head draws every other patch once. The share of patches drawn correctly,
+as background or stroke, measures the information in z without accumulated errors of earlier steps.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ def is_background(tokens: np.ndarray) -> np.ndarray:
 
 
 def probe(workdir: pathlib.Path, step: int, known: float, temperature: float = 1.0) -> tuple[float, float, float]:
-    """Share of background among the unknown patches, real and drawn, and of those drawn as what they are."""
+    """Shares of the unknown patches: real background, drawn background, drawn correctly (background or stroke)."""
     config = read_workdir(workdir)
     sampler, params, *_ = open_sampler(workdir, step=step, cfg=1.0)
     tokenizer, tokens = sampler.tokenizer, sampler.tokens
@@ -68,7 +68,7 @@ def main() -> None:
                 real, drawn, right = probe(root / name, step, known)
                 print(
                     f"{known:.0%} known, {name}, step {step}: background {real:.1%} real, {drawn:.1%} drawn; "
-                    f"{right:.1%} drawn as what they are",
+                    f"{right:.1%} drawn correctly",
                     flush=True,
                 )
 

@@ -1,8 +1,8 @@
 """Draws docs/two_modes.png: why a token needs a distribution. `python docs/two_modes.py` (needs matplotlib).
 
-One token of two values, two classes, two modes each. The same backbone is trained with the regression head and with the
-diffusion head; beside them stands the best single Gaussian of each class, which is what a network that predicts a mean
-and a covariance would find.
+One token of two values; two classes with two modes each. The same backbone is trained with the regression head and with
+the diffusion head. The figure compares them with the best single Gaussian per class, the optimum of a network that
+predicts a mean and a covariance.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ def draw_data(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndarray, np.ndarray]:
-    """n samples (n, 2) of a model with that head trained on the data, and their classes (n,)."""
+    """Trains a model with this head on the data and draws n samples (n, 2); also returns their classes (n,)."""
     config = config_lib.base()
     config.model.update(
         variant="ar",
@@ -84,7 +84,7 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
 
 
 def single_gaussian(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """n samples of the Gaussian of each class that has the data's mean and covariance."""
+    """Draws n samples, (n, 2), from the Gaussian with the mean and covariance of their class; also returns the classes."""
     tokens, classes = draw_data(0, 20_000)
     labels = np.arange(n) % 2
     rng = np.random.default_rng(1)
@@ -93,7 +93,7 @@ def single_gaussian(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_a_mode(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which mode of its class a point lies within four standard deviations of: 0, 1, or -1 for none."""
+    """The mode of its class within four standard deviations of a point: 0, 1, or -1 for none."""
     distance = np.linalg.norm(points[:, None] - MODES[labels], axis=-1)
     return np.where(distance.min(1) < 4 * SPREAD, distance.argmin(1), -1)
 

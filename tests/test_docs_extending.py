@@ -1,4 +1,4 @@
-"""docs/extending.md: all of its code, run in order as a reader would, with fewer steps."""
+"""Runs all code of docs/extending.md in order, with fewer steps."""
 
 import os
 import re
@@ -28,7 +28,7 @@ QUICKER = {
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """A process in which nothing is registered yet."""
+    """An empty registry."""
     monkeypatch.setattr(registry, "_registered", {kind: {} for kind in registry.KINDS})
     monkeypatch.setattr(registry, "_loaded", set())
 
@@ -53,7 +53,7 @@ def test_the_page(tmp_path, monkeypatch, fresh):
         program, *arguments = shlex.split(command.replace("$PWD", str(tmp_path)))
         if program == "export":
             monkeypatch.setenv(*arguments[0].split("=", 1))
-        elif arguments[0] == "sample":  # in a process that knows of the head by the environment alone
+        elif arguments[0] == "sample":  # in a process that finds the head only through the environment
             subprocess.run([sys.executable, "-P", "-m", "marjax", *arguments], check=True)
         else:
             assert program == "marjax" and main(arguments) == 0

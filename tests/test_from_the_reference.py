@@ -1,4 +1,4 @@
-"""docs/from_the_reference.md: every flag of the reference is there, and what it points to exists."""
+"""docs/from_the_reference.md lists every flag of the reference, with fields and options that exist."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ from marjax import config as config_lib
 
 TEXT = (ROOT / "docs" / "from_the_reference.md").read_text()
 
-# Of LTH14/mar at fe470ac.
+# The flags of LTH14/mar at fe470ac.
 MAIN_MAR = re.findall(
     r"\w+",
     """
@@ -32,7 +32,7 @@ MAIN_CACHE = re.findall(
 
 
 def rows(script):
-    """The table below a heading, as lists of five cells."""
+    """Rows of the table below a heading, five cells each."""
     section = TEXT.split(f"\n## {script}\n")[1].split("\n## ")[0]
     table = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")
@@ -42,7 +42,7 @@ def rows(script):
 
 
 def options():
-    """The options of every command: {"train": {"--workdir": its default, ...}}."""
+    """Defaults of the options of every command: {"train": {"--workdir": default, ...}}."""
     parser = cli._parser()
     commands = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction)).choices
     return {
