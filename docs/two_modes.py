@@ -84,7 +84,7 @@ def fit_and_sample(head: str, n: int = 1000, steps: int = 1500) -> tuple[np.ndar
 
 
 def single_gaussian(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n samples, (n, 2), from the Gaussian with the mean and covariance of their class; also returns the classes."""
+    """Draws n samples (n, 2) from the Gaussians of their classes, fitted to the data; also returns the classes (n,)."""
     tokens, classes = draw_data(0, 20_000)
     labels = np.arange(n) % 2
     rng = np.random.default_rng(1)
