@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from marjax.config import shipped
+from marjax.config.files import shipped_names
 
 SHELLS = ("bash", "zsh", "tcsh")
 # The shell's function that completes a config, a shipped one or a file; "_file" tells shtab that it completes paths.
@@ -38,7 +38,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
                 vars(action)["complete"] = shtab.DIRECTORY
             elif action.dest.endswith("_path") or any(each.startswith(("DIR", "FILE", "TAR")) for each in kinds):
                 vars(action)["complete"] = shtab.FILE
-    words, lines = " ".join(shipped.names()), "\\n".join(shipped.names())  # some versions split at line breaks alone
+    words, lines = " ".join(shipped_names()), "\\n".join(shipped_names())  # some versions split at line breaks alone
     preamble = {
         "bash": f'{_CONFIGS}() {{\n  compgen -W $\'{lines}\' -- "$1"\n  compgen -f -- "$1"\n}}\n',
         "zsh": f"{_CONFIGS}() {{\n  _alternative 'configs:config:({words})' 'files:file:_files'\n}}\n",

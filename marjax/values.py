@@ -15,13 +15,18 @@ _BOOLS = {
 
 
 def parse_value(key: str, text: str, kind: type) -> Any:
-    """The value of a type that a text stands for; blanks around it do not count.
+    """Parses a value of type `kind`; surrounding blanks are ignored.
 
-    An int may be written as 1e3 or 1_000; a bool as true, yes, on or 1, and their opposites, in any case; a tuple of
-    int as 1,2,4, in brackets or not; a str in quotes or not.
+    An int may be written as 1e3 or 1_000; a bool as true, yes, on or 1, or their opposites, in any case; a tuple of
+    ints as 1,2,4, with or without brackets; a str with or without quotes.
+
+    Args:
+      key: what the value is for, for errors.
+      text: the value.
+      kind: bool, int, float, str or tuple.
 
     Raises:
-      UserError: none of that type.
+      UserError: the text is not of that type.
     """
     text = text.strip()
     try:
@@ -39,23 +44,23 @@ def parse_value(key: str, text: str, kind: type) -> Any:
             bool: "bool (true or false)",
             int: "int, such as 1000 or 1e3",
             float: "float, such as 0.5 or 1e-3",
-            tuple: "whole numbers with commas, such as 1,2,4",
+            tuple: "integers separated by commas, such as 1,2,4",
         }[kind]
         raise UserError(f"{key}={shown(text)}: expected {expected}") from None
 
 
 def is_none(text: Any) -> bool:
-    """Whether a text stands for None."""
+    """Whether the text means None."""
     return isinstance(text, str) and text.strip().lower() in ("none", "null")
 
 
 def unquoted(text: str) -> str:
-    """The text without a pair of quotes around it, those of word processors among them."""
+    """The text without a surrounding pair of quotes, straight or curly."""
     return text[1:-1] if len(text) > 1 and text[0] + text[-1] in ("''", '""', "‘’", "“”") else text
 
 
 def _integer(text: str) -> int:
-    """Raises ValueError: the text is no integer."""
+    """Raises ValueError: the text is not an integer."""
     text = text.strip()
     if "e" not in text.lower():
         return int(text)

@@ -16,7 +16,7 @@ import marjax
 from marjax import cli
 from marjax import config as config_lib
 from marjax.checkpoints.manager import Checkpoints
-from marjax.config import shipped
+from marjax.config.files import METAVAR
 from marjax.config.schema import PATHS
 from marjax.data.prepare.prepare import prepare
 from marjax.errors import UserError
@@ -137,7 +137,7 @@ def test_every_path_of_the_command_line_is_known():
     actions = [action for sub in subparsers.choices.values() for action in sub._actions]
     shown = {action.dest for action in actions if re.fullmatch(r"(DIR|WORKDIR|TAR|FILE(\.\w+)?)", str(action.metavar))}
     assert shown < cli.PATHS <= {action.dest for action in actions}
-    assert {action.dest for action in actions if action.metavar == shipped.METAVAR} == {"config", "dataset"}
+    assert {action.dest for action in actions if action.metavar == METAVAR} == {"config", "dataset"}
 
 
 @pytest.mark.parametrize(

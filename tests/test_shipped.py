@@ -9,7 +9,7 @@ from support.paths import ROOT
 
 from marjax import cli
 from marjax import config as config_lib
-from marjax.config import shipped
+from marjax.config.files import shipped_names
 from marjax.errors import UserError
 from marjax.sweep.points import SweepRun
 from marjax.workdir import claim_workdir
@@ -41,7 +41,7 @@ def test_a_name_is_the_file_of_the_clone(elsewhere, form):
 
 
 def test_every_shipped_config_has_its_name():
-    assert shipped.names() == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert shipped_names() == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def test_a_file_of_the_users_wins_and_a_folder_does_not(elsewhere, capsys):
@@ -110,7 +110,7 @@ def test_help_lists_the_names(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
-    assert ended.value.code == 0 and ", ".join(shipped.names()) in capsys.readouterr().out
+    assert ended.value.code == 0 and ", ".join(shipped_names()) in capsys.readouterr().out
 
 
 def test_a_work_directory_does_not_depend_on_how_its_config_was_named(elsewhere):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from marjax import class_names
 from marjax import config as config_lib
 from marjax.commands.next_step import config_arguments
-from marjax.config import shipped
+from marjax.config.files import METAVAR, shipped_names
 from marjax.errors import UserError
 from marjax.ranges import MAX_INT, shown
 from marjax.values import unquoted
@@ -36,8 +36,8 @@ def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = Tr
     parser.add_argument(
         *(flags or ("--config",)),
         required=required,
-        metavar=shipped.METAVAR,
-        help=f"{what}: one that comes with marjax ({', '.join(shipped.names())}) or a Python file; ARG "
+        metavar=METAVAR,
+        help=f"{what}: one that comes with marjax ({', '.join(shipped_names())}) or a Python file; ARG "
         f"is the config's own arguments, such as mnist:variant=ar",
     )
 

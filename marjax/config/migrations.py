@@ -1,8 +1,7 @@
-"""The format of a work directory's config.json, and how a config of an older format becomes one of this.
+"""The format of a work directory's config.json, and how older formats are migrated to it.
 
-Whoever renames or removes a field, or adds one whose default is not what happened before, raises FORMAT and adds a
-function to `_MIGRATIONS`. A field that is merely added gets its default where an older format lacks it: it goes into
-`_ADDED`, with FORMAT raised too.
+To rename or remove a field, or to add one whose default changes what happened before, raise FORMAT and add a function
+to `_MIGRATIONS`. To add any other field, raise FORMAT and list it in `_ADDED`: older configs get its default.
 """
 
 import copy
@@ -14,10 +13,10 @@ from marjax.config.schema import RENAMED, fields
 from marjax.errors import UserError
 from marjax.ranges import shown
 
-FORMAT = 3  # format 0 does not say that it is: the key is missing
+FORMAT = 3  # format 0 has no such key
 KEY = "format"  # beside the sections
 
-# Fields, or sections with all their fields, that came after the first config of the format.
+# By format: fields and whole sections that were added after its first config.
 _ADDED = {
     0: (
         "data.cache",
@@ -44,14 +43,14 @@ def stamp(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config of the present format, as nested dicts, from the content of config.json.
+    """Migrates the content of config.json to the current format; returns nested dicts.
 
     Args:
-      content: what the file holds.
+      content: of the file.
       where: the file, for errors.
 
     Raises:
-      UserError: a format that does not exist, or one that is newer than this program.
+      UserError: an invalid format, or one that is newer than this version of marjax.
     """
     migrated = copy.deepcopy(dict(content))
     version = migrated.pop(KEY, 0)
@@ -99,5 +98,5 @@ def _add(content: dict[str, Any], key: str, value: Any) -> None:
     for name in parents:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            return  # another type, which is reported with all others
+            return  # `conform` reports the wrong type
     section.setdefault(leaf, value)

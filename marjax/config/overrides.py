@@ -1,4 +1,4 @@
-"""Fields of a config by name and type: which there are, setting single ones, and making any config conform."""
+"""The config's fields by name and type: listing them, overriding single fields, and checking a whole config."""
 
 import functools
 import numbers
@@ -18,7 +18,7 @@ _EXPECTED = {bool: "bool", int: "int", float: "float", str: "str", tuple: "a tup
 
 
 class Field(NamedTuple):
-    """What a field of the config holds: its type, and whether it may be None."""
+    """A field's type, and whether it may be None."""
 
     kind: type
     optional: bool
@@ -48,25 +48,26 @@ def sections() -> Mapping[str, set[str]]:
 
 
 def conform(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
-    """A locked copy with exactly the fields of `base()`, each of its type; integers become floats where those belong.
+    """A locked copy with exactly the fields of `base()`, each of its type; integers become floats where needed.
 
     Args:
-      config: one that started from `base()`, whatever was done to it since, or nested dicts with the same fields.
+      config: one that started from `base()`, or nested dicts with the same fields.
 
     Raises:
-      UserError: an unknown field (naming the closest), a missing one, or a value of another type.
+      UserError: an unknown field (names the closest), a missing field, or a value of the wrong type.
     """
-    made = fields()
-    _fill(made, config, "")
-    return made
+    copy = fields()
+    _fill(copy, config, "")
+    return copy
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy with single fields set; strings are parsed to the field's type (see `parse_value`), "none" and "null" to
-    None where that is allowed.
+    """A copy with single fields set.
+
+    Strings are parsed to the field's type (see `parse_value`); "none" and "null" mean None for an optional field.
 
     Raises:
-      UserError: an unknown field (naming the closest), a section, or a value of the wrong type; in `config` too.
+      UserError: an unknown field (names the closest), a section, or a value of the wrong type, also in `config`.
     """
     config = conform(config)
     known = known_fields()
@@ -106,9 +107,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unknown_key(key: str) -> UserError:
-    """The error about a field or section that the config does not have."""
+    """The error about an unknown field or section."""
     if key in RENAMED:
-        return UserError(f"unknown config key {shown(key)}; it is {RENAMED[key]!r} now")
+        return UserError(f"unknown config key {shown(key)}; it was renamed to {RENAMED[key]!r}")
     return UserError(f"unknown config key {shown(key)}{closest(key, [*sections(), *known_fields()])}")
 
 
@@ -151,7 +152,7 @@ def _typed(key: str, value: Any, field: Field) -> Any:
     if (
         kind is tuple
         and isinstance(value, tuple | list)
-        and all(  # a list, as JSON has them
+        and all(  # JSON has lists
             isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in value
         )
     ):
@@ -160,7 +161,7 @@ def _typed(key: str, value: Any, field: Field) -> Any:
 
 
 def _is_text(text: str) -> bool:
-    """Whether no system call would refuse a text as part of a path."""
+    """Whether system calls accept the text as part of a path."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
