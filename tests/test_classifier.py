@@ -1,4 +1,4 @@
-"""The classifier on the digits of scikit-learn: learns, repeats itself, survives its file."""
+"""The classifier on the digits of scikit-learn: training, determinism, its file."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from marjax.evaluation.networks.classifier import Classifier, train_classifier
 @pytest.fixture(scope="module")
 def digits():
     data = load_digits()
-    shuffled = np.random.default_rng(0).permutation(len(data.target))  # the writers come one after another
+    shuffled = np.random.default_rng(0).permutation(len(data.target))  # they are sorted by writer
     return np.round(data.images * 255 / 16).astype(np.uint8)[shuffled, ..., None], data.target[shuffled]
 
 
@@ -31,7 +31,7 @@ def test_accuracy_and_shapes(trained, digits):
     assert features.shape == (397, trained.num_features) and logits.shape == (397, 10)
     assert features.dtype == logits.dtype == np.float32
     assert (trained.image_size, trained.channels) == (8, 1)
-    # The features are what the logits are made of: a linear map of them gives the logits back.
+    # The logits are a linear map of the features.
     design = np.concatenate([features, np.ones((397, 1))], axis=1)
     np.testing.assert_allclose(design @ np.linalg.lstsq(design, logits, rcond=None)[0], logits, atol=1e-2)
 
@@ -84,7 +84,7 @@ def test_shifts_move_whole_pixels_up_to_the_limit():
         ("other", 1),
     ],
 )
-def test_a_file_with_another_array_names_it(trained, tmp_path, name, change):
+def test_a_file_with_an_invalid_array(trained, tmp_path, name, change):
     trained.save(tmp_path / "classifier.npz")
     arrays = dict(np.load(tmp_path / "classifier.npz")) | {name: change}
     np.savez(tmp_path / "odd.npz", **{name: array for name, array in arrays.items() if array is not None})
@@ -110,7 +110,7 @@ def test_save_and_load(trained, digits, tmp_path):
             Classifier.load(tmp_path / name)
 
 
-def test_refusals(trained, digits):
+def test_invalid_images_and_labels(trained, digits):
     images, labels = digits
     with pytest.raises(ValueError, match="expected uint8"):
         trained.extract(images.astype(np.float32))

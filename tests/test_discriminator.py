@@ -16,7 +16,7 @@ def test_patches(layers, side, patches):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_smallest_image_is_what_the_config_says(layers):
+def test_the_smallest_image_agrees_with_the_config(layers):
     config = config_lib.base()
     config.train.update(steps=10, warmup_steps=1)
     config.tokenizer.train.disc.update(weight=0.5, layers=layers)
@@ -30,7 +30,7 @@ def test_the_smallest_image_is_what_the_config_says(layers):
         config_lib.resolve(config)
 
 
-def test_images_are_judged_alone():
+def test_images_are_independent():
     network = Discriminator(32, 1)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     together, params = network.init_with_output(jax.random.key(1), images)

@@ -1,4 +1,4 @@
-"""marjax evaluate: samples and their measures, what is shared and what is skipped, hosts, and slips."""
+"""marjax evaluate: samples and metrics, several settings and processes, resuming, user errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from marjax.images import write_npz
 
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
-    """A classifier and a statistics of the digits, made by the commands."""
+    """A classifier and dataset statistics of the digits, made by the commands."""
     folder = tmp_path_factory.mktemp("measure")
     network, statistics = folder / "classifier.npz", folder / "statistics.npz"
     config = [f"--config.eval.extractor_path={network}", f"--config.eval.statistics={statistics}"]
@@ -55,7 +55,7 @@ def ask(measure, out, **fields):
     return Request(num_images=50, out=out, progress=False, **{**measure, **fields})
 
 
-def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
+def test_metrics_are_those_of_the_saved_images(run, measure, tmp_path):
     (entry,) = evaluate(run, ask(measure, tmp_path, save="npz"))
     images = np.load(tmp_path / entry["samples"])["arr_0"]
     found = Classifier.load(measure["extractor_path"]).extract(images)
@@ -89,7 +89,7 @@ def test_the_numbers_are_those_of_the_images_kept(run, measure, tmp_path):
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [entry["samples"].split("/")[1]]
 
 
-def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
+def test_settings_are_measured_once(run, measure, tmp_path, capsys, monkeypatch):
     arguments = [
         "evaluate",
         "--workdir",
@@ -115,9 +115,9 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
     assert len(first.splitlines()) == 2 + 16 + 1 and "against statistics.npz" in first
-    # Without guidance the schedule is nothing: 16 combinations, of which 4 are others' twins.
+    # Without guidance the schedule has no effect: 4 of the 16 combinations are duplicates.
     assert len(results) == 12
-    # Every setting matters; some images of so short a training do not show it.
+    # Every setting matters, though after so short a training not in all images.
     assert len({json.dumps(each["metrics"]) for each in results}) > 6
     monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # nothing is sampled again
     assert main(arguments) == 0
@@ -133,7 +133,7 @@ def test_a_table_is_made_once(run, measure, tmp_path, capsys, monkeypatch):
 
 
 def test_images_as_statistics(run, measure, tmp_path):
-    """As in the ADM's batches: features for precision and recall come from the file's own images."""
+    """As for the ADM's reference batches, features for precision and recall come from the file's images."""
     digits = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     write_npz(tmp_path / "images.npz", arr_0=digits)
     (entry,) = evaluate(run, ask(measure, tmp_path, statistics=str(tmp_path / "images.npz")))
@@ -183,7 +183,9 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
             np.load(folder / each["samples"])["arr_0"].astype(int)
             for folder, each in ((tmp_path / "one", a), (tmp_path / "two", b))
         ]
-        assert np.abs(images[0] - images[1]).max() <= 1  # rounding, which black and white would hide
+        assert (
+            np.abs(images[0] - images[1]).max() <= 1
+        )  # rounding; the next line checks that the images have grey values
         assert np.mean((images[0] > 0) & (images[0] < 255)) > 0.5
         assert a["metrics"] == pytest.approx(b["metrics"], rel=0.02)
         assert b["machine"]["hosts"] == 2 and b["seconds_per_image"] > 0
@@ -211,7 +213,7 @@ def test_two_processes_measure_what_one_does(run, measure, tmp_path):
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
+def test_user_errors_write_nothing(run, measure, tmp_path, fields, says):
     request = Request(**{**measure, "num_images": 50, "out": tmp_path / "out", **fields})
     with pytest.raises(UserError, match=says):
         evaluate(run, request)
@@ -221,7 +223,7 @@ def test_slips_leave_nothing(run, measure, tmp_path, fields, says):
 def test_fields_of_a_request_as_arguments(run, measure, tmp_path, monkeypatch):
     fields = {**measure, "num_images": 50, "out": tmp_path, "progress": False}
     (one,) = marjax.evaluate(run, **fields, cfg=1.0, weights="ema")
-    monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # it has its entry
+    monkeypatch.setattr("marjax.generation.sampler.Sampler.dispatch", None)  # the entry exists
     assert evaluate(run, Request(**fields, settings={"cfg": [1.0]}, weights=("ema",))) == [one]
     assert evaluate(run, Request(**fields), cfg=[1.0]) == [one]
     for wrong, says in (
@@ -235,7 +237,7 @@ def test_fields_of_a_request_as_arguments(run, measure, tmp_path, monkeypatch):
 
 
 def test_killed_at_any_point(run, measure, tmp_path, monkeypatch):
-    """Nothing is lost before its entry is written, nothing stays behind after, and no half of a folder counts."""
+    """Samples are kept until their entry is written, deleted afterwards, and partial folders are ignored."""
     request = ask(measure, tmp_path, save="png")
     (whole,) = evaluate(run, ask(measure, tmp_path / "whole", save="png"))
 
@@ -248,18 +250,20 @@ def test_killed_at_any_point(run, measure, tmp_path, monkeypatch):
             evaluate(run, request)
         (folder,) = (path for path in (tmp_path / "evaluation").iterdir() if not path.name.endswith(("partial", "png")))
         assert len(list(folder.glob("batch-*"))) == 3
-    np.save(folder / "features-000000007.npy", np.full((9, 64), 5, np.float32))  # of a run with other hosts
+    np.save(
+        folder / "features-000000007.npy", np.full((9, 64), 5, np.float32)
+    )  # of a run with another number of processes
     with monkeypatch.context() as patch:
-        patch.setattr("marjax.generation.sampler.Sampler.dispatch", killed)  # all images are there
+        patch.setattr("marjax.generation.sampler.Sampler.dispatch", killed)  # all images exist
         (entry,) = evaluate(run, request)
     assert entry["metrics"] == whole["metrics"]
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [entry["samples"].split("/")[1]]
     assert len(list((tmp_path / entry["samples"]).iterdir())) == 50
-    (tmp_path / "evaluation" / folder.name).mkdir()  # killed after the entry and before it was deleted
+    (tmp_path / "evaluation" / folder.name).mkdir()  # as if killed before the deletion
     assert evaluate(run, request) == [entry] and not folder.exists()
 
 
-def test_a_batch_too_large_is_not_remembered(run, measure, tmp_path, monkeypatch):
+def test_a_batch_size_that_does_not_fit_is_not_kept(run, measure, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr("marjax.generation.sampler.Sampler.dispatch", lambda *_: (_ for _ in ()).throw(MemoryError()))
         evaluate(run, ask(measure, tmp_path, batch_size=30))
@@ -267,7 +271,7 @@ def test_a_batch_too_large_is_not_remembered(run, measure, tmp_path, monkeypatch
     assert entry["batch_size"] == 15
 
 
-def test_one_command_at_a_time_writes_a_record(run, measure, tmp_path, monkeypatch):
+def test_a_second_command_is_refused_meanwhile(run, measure, tmp_path, monkeypatch):
     import marjax.evaluation.evaluate as module
 
     own, refused = module._Evaluation.measure, []
@@ -287,7 +291,7 @@ def test_one_command_at_a_time_writes_a_record(run, measure, tmp_path, monkeypat
     assert [each["settings"]["seed"] for each in results] == [0, 1]
 
 
-def test_statistics_a_second_time(measure, tmp_path, capsys):
+def test_existing_statistics(measure, tmp_path, capsys):
     images, out = _images(tmp_path, 8, 20), tmp_path / "stats.npz"
     argv = [
         "stats",
@@ -315,7 +319,7 @@ def test_statistics_a_second_time(measure, tmp_path, capsys):
     assert main(argv) == 2 and out.read_text() == "mine"
 
 
-def test_statistics_that_do_not_suffice(run, measure, tmp_path):
+def test_statistics_with_few_features_or_other_images(run, measure, tmp_path):
     few = [
         make_statistics(
             tmp_path / f"{kept}.npz",
@@ -327,7 +331,7 @@ def test_statistics_that_do_not_suffice(run, measure, tmp_path):
         for kept in (0, 3)
     ]
     assert few[0].features is None and len(few[1].features) == 3
-    for statistics in few:  # which have no neighbours for precision and recall
+    for statistics in few:  # too few features for neighbours
         (entry,) = evaluate(run, ask(measure, tmp_path / "out", statistics=statistics.path))
         assert "frechet_classifier_distance" in entry["metrics"] and "precision" not in entry["metrics"]
     with pytest.raises(UserError, match=r"28\.npz"):
@@ -385,7 +389,7 @@ def test_statistics_of_another_network(run, measure, tmp_path):
         evaluate(run, ask(measure, tmp_path, statistics=str(tmp_path / "narrow.npz")))
 
 
-def test_a_record_that_is_none(run, measure, tmp_path):
+def test_invalid_records(run, measure, tmp_path):
     for text in ('{"format": 7}', '{"format": 1, "results": [{}]}', "[]", "{", "[" * 200_000):
         (tmp_path / "evaluation.json").write_text(text)
         with pytest.raises(UserError, match=r"evaluation\.json"):
@@ -409,7 +413,7 @@ def test_a_record_that_is_none(run, measure, tmp_path):
         (["evaluate", "--workdir", "gone"], "does not exist"),
     ],
 )
-def test_slips_of_the_commands(tmp_path, capsys, monkeypatch, arguments, says):
+def test_user_errors_of_the_commands(tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARJAX_INCEPTION", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path))

@@ -1,4 +1,4 @@
-"""Event files: what is in them, and when one goes to an object store."""
+"""Event files: their contents and their uploads to object stores."""
 
 import struct
 
@@ -13,7 +13,7 @@ from marjax.events import Events
 
 
 def read(file):
-    """The events of a file, which is a series of records: length, its checksum, content, its checksum."""
+    """The events of a file: records of length, its checksum, content, its checksum."""
     data, at, found = file.read_bytes(), 0, []
     while at < len(data):
         (size,) = struct.unpack_from("<Q", data, at)
@@ -22,16 +22,19 @@ def read(file):
     return found
 
 
-def test_what_is_written(tmp_path):
+def test_contents(tmp_path):
     written = Events(tmp_path / "tensorboard", start_step=4)
     written.scalars(5, {"train/loss": 1.5, "perf/mfu": 0.25})
     (file,) = (tmp_path / "tensorboard").iterdir()
-    assert len(read(file)) == 4  # at once, for those who look on
+    assert len(read(file)) == 4  # written immediately
     written.image(6, "raw_and_ema", np.zeros((4, 6, 3), np.uint8))
     written.close()
     version, start, *rest = read(file)
     assert version.file_version == "brain.Event:2"
-    assert (start.step, start.session_log.status) == (5, SessionLog.START)  # events from 5 on, of an earlier start, go
+    assert (start.step, start.session_log.status) == (
+        5,
+        SessionLog.START,
+    )  # hides events of earlier starts from step 5 on
     assert [(event.step, event.summary.value[0].tag) for event in rest] == [
         (5, "train/loss"),
         (5, "perf/mfu"),
@@ -58,7 +61,7 @@ def test_the_config_as_text_and_as_hparams(tmp_path):
     assert found["data.flip"].bool_value
 
 
-def test_a_file_goes_to_an_object_store_now_and_then(tmp_path, monkeypatch):
+def test_uploads_to_an_object_store(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(events, "is_remote", lambda path: True)
     monkeypatch.setattr(events, "write_bytes", lambda path, data: sent.append((path, len(data))))
@@ -74,7 +77,7 @@ def test_a_file_goes_to_an_object_store_now_and_then(tmp_path, monkeypatch):
     assert len(sent) == 2 and sent[0][0] == sent[1][0] and sent[0][0].parent == tmp_path and sent[0][1] < sent[1][1]
 
 
-def test_a_store_that_does_not_answer_loses_nothing(tmp_path, monkeypatch):
+def test_an_outage_of_the_store_loses_nothing(tmp_path, monkeypatch):
     def fail(path, data):
         raise StorageError("no answer")
 
@@ -89,7 +92,7 @@ def test_a_store_that_does_not_answer_loses_nothing(tmp_path, monkeypatch):
     assert b"train/loss" in sent[0]
 
 
-def test_a_disk_that_is_full(tmp_path, monkeypatch):
+def test_a_full_disk(tmp_path, monkeypatch):
     written = Events(tmp_path, start_step=0)
 
     def full(self):

@@ -52,7 +52,7 @@ def test_covariances_that_do_not_commute():
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), 1e-9)
 
 
-def test_same_rows_are_at_no_distance_in_any_order():
+def test_equal_sets_have_distance_zero_in_any_order():
     rng = np.random.default_rng(4)
     rows, others = rng.normal(size=(2, 50, 4))
     a, b = gaussian(rows), gaussian(others)
@@ -63,11 +63,11 @@ def test_same_rows_are_at_no_distance_in_any_order():
 
 
 def test_singular_covariances():
-    """Fewer rows than features, and features that never vary: rank-deficient, yet the closed form holds."""
+    """The closed form holds for rank-deficient covariances: fewer rows than features, or constant features."""
     rng = np.random.default_rng(5)
     a, b = gaussian(rng.normal(size=(4, 16))), gaussian(rng.normal(size=(5, 16)))
     assert np.linalg.matrix_rank(a.cov) == 3
-    # The trace of the root is the sum of the singular values of the product of two factors.
+    # The trace of the root is the sum of the singular values of the product of the factors.
     factors = [np.linalg.svd(g.cov)[0] * np.sqrt(np.linalg.svd(g.cov)[1]) for g in (a, b)]
     nuclear = np.linalg.svd(factors[0].T @ factors[1])[1].sum()
     expected = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov) - 2 * nuclear
@@ -77,7 +77,7 @@ def test_singular_covariances():
     assert frechet_distance(still, a) == pytest.approx(np.sum((a.mean - 1) ** 2) + np.trace(a.cov), 1e-9)
 
 
-def test_refusals():
+def test_invalid_features():
     with pytest.raises(ValueError, match="at least 2"):
         gaussian(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="shape"):
@@ -96,7 +96,7 @@ def test_refusals():
         moments.gaussian()
 
 
-def test_numbers_of_the_reference():
+def test_agrees_with_the_reference():
     stored, _ = parity("fid_is")
     a, b = (gaussian(stored[f"in/features_{which}"]) for which in (1, 2))
     assert frechet_distance(a, b) == pytest.approx(float(stored["out/fid"]), rel=1e-10)
@@ -105,7 +105,7 @@ def test_numbers_of_the_reference():
 
 @pytest.mark.parametrize("smallest, tolerance", [(1e-6, 1e-12), (1e-12, 1e-7), (0.0, 1e-6)])
 def test_ill_conditioned_covariances(smallest, tolerance):
-    """Variances over many orders of magnitude, hidden by a rotation; Cholesky's factor or, at last, the other root."""
+    """Rotated variances over many orders of magnitude, with Cholesky's factor or the eigendecomposition."""
     rng = np.random.default_rng(6)
     rotation = np.linalg.qr(rng.normal(size=(64, 64)))[0]
     v1 = np.concatenate([np.geomspace(1e-12, 10.0, 60), np.full(4, 1e-12)]).clip(smallest)
@@ -118,7 +118,7 @@ def test_ill_conditioned_covariances(smallest, tolerance):
 
 
 def test_moments_of_batches_of_any_size_far_from_the_origin():
-    """Where sums of squares would lose every digit of a variance."""
+    """Sums of squares would lose all digits of the variance here."""
     rng = np.random.default_rng(7)
     rows = rng.normal(size=(101, 5)) * 1e-3 + 1e6
     assert np.abs((rows**2).mean(0) - rows.mean(0) ** 2 - rows.var(0)).max() > 1e-5
@@ -137,7 +137,7 @@ def test_merged_moments_are_those_of_all_rows():
     rng = np.random.default_rng(8)
     rows = rng.normal(size=(9000, 6)) @ spd(rng, 6) + np.arange(6)
     whole = gaussian(rows)
-    np.testing.assert_allclose(whole.cov, np.cov(rows.T), rtol=1e-12)  # more rows than are held at a time
+    np.testing.assert_allclose(whole.cov, np.cov(rows.T), rtol=1e-12)  # more rows than are converted at a time
     parts = np.split(rows, [10, 4000, 9000])  # the last is empty
     for order in (parts, parts[::-1]):
 

@@ -1,4 +1,4 @@
-"""Grids, and files that are whole or absent."""
+"""Grids, and atomic files."""
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ def test_grid_puts_images_in_reading_order(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     images.write_npz(tmp_path / "x.npz", a=np.zeros(3))
     assert np.load(tmp_path / "x.npz")["a"].tolist() == [0, 0, 0]
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"x\.npz"):
         images.write_npz(tmp_path / "missing" / "x.npz", a=np.zeros(3))
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"x\.npz"):
         files.make_folder(tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
@@ -49,7 +49,7 @@ def test_grid_has_room_for_row_labels_and_a_caption():
     assert (captioned[68:] < 128).any()
     longer = images.grid(tiles, 2, caption="cfg 2 " * 40)
     assert longer.shape[0] > captioned.shape[0]
-    assert (longer[:, -1] == 255).all()  # no text is cut off
+    assert (longer[:, -1] == 255).all()  # no text is clipped
 
 
 def test_long_row_labels_are_shortened():

@@ -1,4 +1,4 @@
-"""InceptionV3 against the reference's numbers at every layer, and what happens to its weights and images on the way."""
+"""InceptionV3 against the reference's numbers at every layer; its weight files and image formats."""
 
 import os
 import pathlib
@@ -30,7 +30,7 @@ def view(place, shape):
 
 
 def write_pth(path, arrays):
-    """A PyTorch file as the projects ship it, with the counters that some versions have."""
+    """A PyTorch file like the released ones, with the batch counters of some versions."""
     each = {
         name: view(storage("FloatStorage", str(i), array.size), array.shape)
         for i, (name, array) in enumerate(arrays.items())
@@ -44,7 +44,7 @@ def write_pth(path, arrays):
 
 
 def write_names(path, shapes, value=1.0):
-    """A smaller PyTorch file: tensors of these shapes that share a storage, in which all numbers are the same."""
+    """A small PyTorch file: tensors of these shapes that share one constant storage."""
     size = max(int(np.prod(shape)) for shape in shapes.values())
     place = storage("FloatStorage", "0", size)
     return write_zip(
@@ -76,7 +76,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ours(state, theirs):
-    """What `layers` gives for the reference's images, and the activations that enter Mixed_6d."""
+    """The outputs of `layers` for the reference's images, and the input of Mixed_6d."""
 
     @jax.jit
     def run(params, images):
@@ -94,7 +94,7 @@ def test_every_layer(ours, theirs):
     found, arrays = ours[0], theirs[0]
     for name in LAYERS:
         assert relative_error(found[name], arrays[f"out/{name}"]) < 1e-5, name
-        assert relative_error(found[name][::-1], arrays[f"out/{name}"]) > 1e-2, name  # images that can be told apart
+        assert relative_error(found[name][::-1], arrays[f"out/{name}"]) > 1e-2, name  # the images differ
     assert relative_error(found["logits"], arrays["out/logits_unbiased"]) > 1e-2
 
 
@@ -109,7 +109,7 @@ def test_the_extractor(extractor, ours, theirs):
 
 
 def test_spatial_features_and_their_order(state, ours):
-    """The branch of 1 x 1 by hand, with BatchNorm as PyTorch's names have it."""
+    """The 1 x 1 branch computed in NumPy from the PyTorch tensors."""
     found, before = ours
     weight, scale, shift, mean, variance = (
         state[f"Mixed_6d.branch1x1.{name}"].astype(np.float64)
@@ -124,7 +124,7 @@ def test_spatial_features_and_their_order(state, ours):
 
 @pytest.mark.parametrize("height, width", [(64, 64), (30, 47), (299, 299), (300, 640), (1, 2)])
 def test_resize(height, width):
-    """Against tents around the pixels, in float64."""
+    """Against linear interpolation weights in float64."""
 
     def tents(size):
         at = np.minimum(np.arange(299) * size / 299, size - 1)
@@ -134,7 +134,7 @@ def test_resize(height, width):
     expected = np.einsum("oh,bhwc,pw->bopc", tents(height), images, tents(width), optimize=True)
     made = resize(jnp.asarray(images))
     assert made.dtype == np.float32
-    np.testing.assert_allclose(made, expected, atol=0.02)  # float32 places of 640 pixels are known to 6e-5 of one
+    np.testing.assert_allclose(made, expected, atol=0.02)  # float32 positions among 640 pixels have an error of 6e-5
     centred = jax.image.resize(images.astype(np.float32), made.shape, "linear", antialias=False)
     assert (height, width) == (299, 299) or np.abs(centred - expected).max() > 5.0
     if height == width == 299:
@@ -145,14 +145,14 @@ def test_resize(height, width):
 
 
 def test_rows_depend_on_their_own_image_only(extractor, pth, theirs, tmp_path):
-    images = np.concatenate([theirs[1], theirs[1][:2, ::-1]])  # two batches and a rest
+    images = np.concatenate([theirs[1], theirs[1][:2, ::-1]])  # two batches and a partial one
     found = extractor.extract(images)
     assert all(np.abs(array[i] - array[i + 1]).max() > 1e-3 for array in found for i in range(4))
     for rows in (slice(1, 4), slice(4, 5)):
         for whole, part in zip(found, extractor.extract(images[rows]), strict=True):
             np.testing.assert_array_equal(part, whole[rows])
     assert [array.shape for array in extractor.extract(images[:0])] == [(0, 2048), (0, 1008), (0, 2023)]
-    # On two devices, whose last batch is not full either.
+    # On two devices, also with a partial last batch.
     np.save(tmp_path / "images.npy", images)
     files = tmp_path / "images.npy", tmp_path / "found.npz"
     run_program("support.programs.inception_features", pth, *files, devices=2)
@@ -170,7 +170,7 @@ def test_grey_images_are_three_equal_channels(extractor, theirs):
         assert (one != colour).any()
 
 
-def test_other_images_are_refused(extractor, theirs):
+def test_invalid_images(extractor, theirs):
     images = theirs[1]
     for wrong in (images.astype(np.float32), images[0], images[..., :2], images[:, :0]):
         with pytest.raises(ValueError, match="expected uint8"):
@@ -180,7 +180,7 @@ def test_other_images_are_refused(extractor, theirs):
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_from_a_pytorch_file_to_ours(state, pth, tmp_path, monkeypatch):
+def test_conversion_of_pytorch_files(state, pth, tmp_path, monkeypatch):
     out = tmp_path / "inception.safetensors"
     assert convert_inception(pth, out) == (checksum(state), True)
     written = out.read_bytes()
@@ -188,28 +188,28 @@ def test_from_a_pytorch_file_to_ours(state, pth, tmp_path, monkeypatch):
     stored = weights_file.read(out).content
     assert stored.keys() == state.keys()  # without the counter
     assert all(np.array_equal(np.asarray(stored[name]), array) for name, array in state.items())
-    # Ours, theirs and anybody's safetensors are the same weights, wherever they are found.
+    # The checksum depends on the weights only, not on the file format.
     save_file(state, tmp_path / "plain.safetensors")
     assert convert_inception(tmp_path / "plain.safetensors", out) == (checksum(state), False)
     monkeypatch.setenv("MARJAX_INCEPTION", str(out))
     assert open_inception().checksum == open_inception(pth).checksum == checksum(state)
     changed = state | {"fc.bias": state["fc.bias"] + 1}
     assert checksum(changed) != checksum(state)
-    # Other weights do not replace them, nor does anything replace what is no file of ours.
+    # Files with other weights, and files that are not ours, are not replaced.
     save_file(changed, tmp_path / "plain.safetensors")
     for source, there in ((tmp_path / "plain.safetensors", out), (pth, tmp_path / "plain.safetensors")):
         with pytest.raises(UserError, match=str(there)):
             convert_inception(source, there)
     with pytest.raises(UserError, match=r"x\.pth.* \.safetensors"):
         convert_inception(pth, tmp_path / "x.pth")
-    # A bit that fell over.
+    # A flipped bit.
     out.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
     with pytest.raises(UserError, match="inception.safetensors is damaged"):
         open_inception()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inception.safetensors", "plain.safetensors"]
 
 
-def test_where_weights_are_looked_for(tmp_path, monkeypatch):
+def test_the_path_of_the_weights(tmp_path, monkeypatch):
     monkeypatch.delenv("MARJAX_INCEPTION", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_path() == os.path.expanduser("~/.cache/marjax/inception.safetensors")
@@ -232,7 +232,7 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     assert open_inception(small).checksum == total
 
 
-def test_other_weights_are_refused(tmp_path):
+def test_invalid_weights(tmp_path):
     less = {name: shape for name, shape in SHAPES.items() if name != "Mixed_7c.branch1x1.bn.bias"}
     for given, value, text in (
         (less, 1.0, r"Mixed_7c\.branch1x1\.bn\.bias is missing"),

@@ -1,4 +1,4 @@
-"""The Inception Score: the reference's numbers, closed forms, images in any order and each exactly once."""
+"""The Inception Score: the reference's numbers, closed forms, any order of images, each exactly once."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,18 @@ def score(logits, order=None, batch=64, **arguments):
     return sums.result()
 
 
-def test_numbers_of_the_reference():
+def test_agrees_with_the_reference():
     stored, _ = parity("fid_is")
     mean, std = score(stored["in/logits"])
     assert mean == pytest.approx(float(stored["out/is_mean"]), rel=1e-12)
     assert std == pytest.approx(float(stored["out/is_std"]), rel=1e-12)
-    # Neither another shuffle nor another number of splits would do.
+    # Another shuffle or number of splits gives other numbers.
     assert score(stored["in/logits"], seed=0).mean != pytest.approx(mean, rel=1e-4)
     assert score(stored["in/logits"], splits=5).mean != pytest.approx(mean, rel=1e-4)
 
 
 def test_closed_forms():
-    sure = np.full((40, 4), -1e4)  # whose other classes have a probability of exactly 0
+    sure = np.full((40, 4), -1e4)  # all other classes have probability 0
     sure[np.arange(40), np.arange(40) % 4] = 1e4
     assert score(sure, splits=1) == (pytest.approx(4.0), 0.0)
     assert score(np.tile([[1.0, 2.0, 3.0]], (40, 1))) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
@@ -46,13 +46,13 @@ def test_splits_of_uneven_sizes_by_the_definition():
     assert score(logits) == (pytest.approx(np.mean(expected), rel=1e-12), pytest.approx(np.std(expected), rel=1e-12))
 
 
-def test_batches_and_the_order_in_which_images_come_do_not_matter():
+def test_batches_and_their_order_do_not_matter():
     rng = np.random.default_rng(1)
-    logits = rng.normal(size=(100, 5)) + 300  # exp of which alone would be far off
+    logits = rng.normal(size=(100, 5)) + 300  # exp would overflow without the shift
     whole = score(logits, batch=100)
     for order, batch in ((None, 7), (rng.permutation(100), 13), (np.arange(100)[::-1], 1)):
         assert score(logits, order, batch) == pytest.approx(whole, rel=1e-12)
-    assert score(logits[::-1]) != pytest.approx(whole, rel=1e-6)  # while which image is which does
+    assert score(logits[::-1]) != pytest.approx(whole, rel=1e-6)  # indices do matter
 
 
 def test_each_image_once():
@@ -66,7 +66,7 @@ def test_each_image_once():
         sums.result()
 
 
-def test_refusals():
+def test_invalid_arguments():
     sums = ScoreSums(20, 3)
     with pytest.raises(ValueError, match="splits"):
         ScoreSums(9, 3)

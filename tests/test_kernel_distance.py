@@ -1,4 +1,4 @@
-"""KID: against the definition pair by pair, its known value for equal sets, no bias."""
+"""KID: the definition pair by pair, its value for equal sets, no bias."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_subsets_as_torch_fidelity_draws_them():
     assert kernel_distance([y], [x], subsets=11, size=25).mean != pytest.approx(found.mean, rel=1e-3)
 
 
-def test_sets_smaller_than_a_subset_are_taken_whole():
+def test_sets_smaller_than_a_subset_are_used_in_full():
     x, y = normal(2, 30), normal(3, 20) + np.float32(0.3)
     found = kernel_distance([x], [y], subsets=3)
     assert found.mean == pytest.approx(direct(x, y), rel=1e-10) and found.std == pytest.approx(0.0, abs=1e-12)
@@ -43,7 +43,7 @@ def test_sets_smaller_than_a_subset_are_taken_whole():
 
 
 def test_a_set_and_itself():
-    """The diagonal of the kernel is left out within a set but not between two: what remains is known."""
+    """The kernel's diagonal is excluded within a set but not between two sets, which gives a known value."""
     x = normal(4, 50)
     kernel = (x.astype(np.float64) @ x.T.astype(np.float64) / 8 + 1) ** 3
     expected = 2 / 49 * (kernel.sum() - 50 * np.trace(kernel)) / 50**2
@@ -51,7 +51,7 @@ def test_a_set_and_itself():
     assert kernel_distance([x], [x], subsets=2).mean == pytest.approx(expected, rel=1e-10)
 
 
-def test_two_sets_of_one_distribution_are_at_no_distance_on_average():
+def test_two_sets_of_one_distribution_have_distance_zero_on_average():
     estimates = [
         kernel_distance([normal(100 + seed, 50)], [normal(900 + seed, 50)], subsets=1).mean for seed in range(200)
     ]
@@ -61,7 +61,7 @@ def test_two_sets_of_one_distribution_are_at_no_distance_on_average():
     assert apart > 10 * error
 
 
-def test_refusals():
+def test_invalid_arguments():
     rows = normal(0, 4)
     for arguments in ({"subsets": 0}, {"size": 1}):
         with pytest.raises(ValueError, match="subsets"):

@@ -1,4 +1,4 @@
-"""Loggers beside the work directory: what they are sent, once; failures, which a run survives; ids of runs."""
+"""Loggers: each value is sent once, failures do not end the run, run ids are kept."""
 
 import importlib.machinery
 import sys
@@ -17,7 +17,7 @@ from marjax.metrics import MetricWriter
 
 
 class Kept(Logger):
-    """Keeps what it is sent; raises or waits where it is asked to."""
+    """Records its calls; raises or waits on demand."""
 
     def __init__(self, fails=None, waits=None):
         self.calls, self.fails, self.waits = [], fails, waits
@@ -76,7 +76,7 @@ def test_a_resumed_run_sends_nothing_twice(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["scalars", "close"])
-def test_a_logger_that_fails_is_reported_once_and_holds_up_nobody(tmp_path, capsys, fails):
+def test_a_logger_that_fails_is_reported_once(tmp_path, capsys, fails):
     bad, good = Kept(fails), Kept()
     write(tmp_path, [1, 2, 3], 0, bad, good)
     assert [call[0] for call in good.calls].count("scalars") == 3 and bad.calls[-1] == ("close",)
@@ -84,7 +84,7 @@ def test_a_logger_that_fails_is_reported_once_and_holds_up_nobody(tmp_path, caps
     assert printed.count("logger Kept failed") == 1 and f"in {fails}" in printed
 
 
-def test_a_logger_that_hangs_is_left_behind(tmp_path, capsys, monkeypatch):
+def test_a_logger_that_hangs_is_abandoned(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(guarded, "_PATIENCE", 0.05)
     waits = threading.Event()
     write(tmp_path, [1, 2], 0, Kept(waits=waits))
@@ -94,7 +94,7 @@ def test_a_logger_that_hangs_is_left_behind(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("given, told", [([Kept], "Kept"), ([object()], "hparams"), (Kept(), "Kept"), ("wandb", "str")])
-def test_loggers_that_are_none(given, told):
+def test_invalid_loggers(given, told):
     with pytest.raises(UserError, match=told):
         check_loggers(config_lib.base().log, given)
 
@@ -108,7 +108,7 @@ def test_a_missing_package_names_its_extra_before_anything_is_written(tmp_path, 
 
 
 def stand_in(monkeypatch, name, **contents):
-    """A module with the calls of a real one."""
+    """Installs a fake module with these attributes."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     vars(module).update(contents)
@@ -180,7 +180,7 @@ def make_mlflow(monkeypatch, runs, uris):
 
 
 def test_a_run_in_both_services_and_its_resumption(tmp_path, monkeypatch):
-    """One run in each; the second start continues it, with another step and without what was sent."""
+    """The second start continues the run of each service and sends only what is new."""
     started, logged, runs, uris = [], [], {}, []
     make_wandb(monkeypatch, started, logged)
     make_mlflow(monkeypatch, runs, uris)
@@ -206,12 +206,12 @@ def test_a_run_in_both_services_and_its_resumption(tmp_path, monkeypatch):
     assert run["artifacts"].count("samples/raw_and_ema_00000002.png") == 1 and "config.md" in run["artifacts"]
 
 
-def test_a_service_that_cannot_be_started_is_left_out(tmp_path, monkeypatch, capsys):
+def test_a_service_that_cannot_start_is_omitted(tmp_path, monkeypatch, capsys):
     def init(**options):
         raise RuntimeError("no network\nat all")
 
     stand_in(monkeypatch, "wandb", init=init, Image=None, Settings=dict)
-    (tmp_path / "loggers.json").write_text('{"wandb": "../../etc"}')  # no id: another is made
+    (tmp_path / "loggers.json").write_text('{"wandb": "../../etc"}')  # not an id: a new one is made
     assert marjax.loggers.open_loggers(make_digits(log__wandb="digits").log, tmp_path) == []
     assert "wandb cannot be started (RuntimeError: no network)" in capsys.readouterr().err
     assert "etc" not in (tmp_path / "loggers.json").read_text()

@@ -1,4 +1,4 @@
-"""LPIPS against a plain NumPy computation, and what its weight files may hold."""
+"""LPIPS against a NumPy computation, and its weight files."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from marjax.tokenizer_training import lpips
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files with seeded weights, of the size that keeps activations alive through 13 layers."""
+    """Files with seeded weights, scaled to keep activations alive through 13 layers."""
     rng = np.random.default_rng(0)
 
     def draw(shapes, classifier):
@@ -58,12 +58,12 @@ def test_agrees_with_numpy(files):
     np.testing.assert_array_equal(distance(params, images[0], images[0]), [0.0, 0.0])
     grey = images[..., :1]
     np.testing.assert_allclose(distance(params, *grey), by_hand(params, *np.repeat(grey, 3, -1)), rtol=1e-4)
-    # Black against black has a gradient too.
+    # The gradient is finite between equal black images.
     gradient = jax.jit(jax.grad(lambda x: lpips.distance(params, x, images[0][:1] * 0.0).sum()))(images[0][:1] * 0.0)
     assert np.isfinite(gradient).all()
 
 
-def test_other_files_are_refused(files, tmp_path):
+def test_invalid_files(files, tmp_path):
     vgg, linear = files
     with pytest.raises(UserError, match=r"VGG16 of torchvision: features\.0\.weight"):
         lpips.read(linear, linear)

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl as editors, other tools and crashes leave them."""
+"""Reading metrics.jsonl with lines of editors, other tools and crashes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def good(step, **more):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Steps 1 to 4, out of order, with other lines between all of them."""
+    """Steps 1 to 4, out of order, with foreign lines between them."""
     rows = [
         good(2),
         b"",
@@ -54,7 +54,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_bad_line_costs_no_other(folder, capsys):
+def test_foreign_lines_are_ignored(folder, capsys):
     found = read_metrics(folder / "metrics.jsonl")
     assert found.foreign == FOREIGN
     assert found.lines == [
@@ -66,7 +66,7 @@ def test_a_bad_line_costs_no_other(folder, capsys):
     assert last_metrics(folder) == {"step": 4, "train/loss": 1.0}
 
 
-def test_a_resumed_run_keeps_the_good_lines_and_sets_the_others_aside(folder):
+def test_a_resumed_run_moves_foreign_lines_to_another_file(folder):
     for rest in (FOREIGN, [*FOREIGN, b"more"]):
         writer = MetricWriter(folder, start_step=3, total_steps=9, progress=False)
         writer.scalars(4, {"train/loss": 7.0})
@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_the_good_lines_and_sets_the_others_aside(folder):
             file.write("more\n")
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+def test_unreadable_files(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == ([], [])
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):

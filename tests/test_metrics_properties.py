@@ -1,4 +1,4 @@
-"""What all metrics promise: the same result for any number of hosts, any blocks and any order of rows.
+"""Metrics are independent of the number of processes, of blocks and of the order of rows.
 
 Processes are threads that meet at every gather, and once two real processes. Legend: N rows, F features.
 """
@@ -37,7 +37,7 @@ def cut(rows, size):
 
 
 def evaluate(hosts=None, *, real, generated, logits, size=50, order=None):
-    """All metrics; batch b of the generated rows, in the order given, is on host b % count."""
+    """All metrics; process b % count has batch b of the generated rows, in this order."""
     hosts = hosts or Processes()
     order = np.arange(N) if order is None else order
     moments, score = [Moments(F), Moments(F)], ScoreSums(N, K)
@@ -68,17 +68,17 @@ def same(found, expected):
         assert found[name] == pytest.approx(value, rel=1e-10), name
 
 
-def test_hosts_batches_and_the_order_of_rows_change_nothing(small_tiles):
+def test_processes_batches_and_the_order_of_rows_change_nothing(small_tiles):
     real, generated, logits = sets()
     data = {"real": real, "generated": generated, "logits": logits}
     whole = evaluate(**data)
     assert 0 < whole["precision"].precision < 1 and whole["fid"] > 0.1 and whole["is"].mean > 1.1
     for count in (2, 4):
         same(on_hosts(count, lambda hosts: evaluate(hosts, **data)), whole)
-    for size in (1, 7, N):  # with 4 hosts and one batch, three of them have nothing
+    for size in (1, 7, N):  # with 4 processes and one batch, three have nothing
         same(on_hosts(4, lambda hosts, size=size: evaluate(hosts, size=size, **data)), whole)
     same(evaluate(order=np.random.default_rng(1).permutation(N), **data), whole)
-    # One row more or less is seen by every one of them.
+    # Every metric depends on every row.
     other = evaluate(
         **data
         | {
@@ -97,7 +97,7 @@ def test_one_set_twice():
 
 
 class OnDisk:
-    """Blocks that are loaded anew at every look."""
+    """Blocks that count how often they are loaded."""
 
     def __init__(self, blocks):
         self.blocks, self.looks = blocks, 0
@@ -111,7 +111,7 @@ class OnDisk:
         return block.copy()
 
 
-def test_blocks_are_looked_at_as_often_as_there_are_passes(small_tiles):
+def test_blocks_are_loaded_once_per_pass(small_tiles):
     real, generated, _ = sets()
     blocks = OnDisk(cut(real, 50)), OnDisk(cut(generated, 50))
     whole = precision_recall(*blocks)
@@ -123,7 +123,7 @@ def test_blocks_are_looked_at_as_often_as_there_are_passes(small_tiles):
     assert all(each.looks == 2 * len(each) for each in blocks)
 
 
-def test_shares_make_a_whole():
+def test_shares_cover_all_work_once():
     for count in (1, 2, 4):
         shares = [Processes(index, count).share(11) for index in range(count)]
         assert sorted(piece for share in shares for piece in share) == list(range(11))
@@ -152,7 +152,7 @@ def made(hosts=None, size=50, total=40, keep=10, seed=0):
     return numbers.tolist(), found.features.tolist(), found.gaussian.count
 
 
-def test_a_reference_made_by_any_number_of_hosts(small_tiles):
+def test_statistics_by_any_number_of_processes(small_tiles):
     numbers, features, count = made()
     assert count == 40 and len(features) == 10
     for hosts, size in ((2, 50), (2, 7), (4, 3)):
@@ -162,11 +162,11 @@ def test_a_reference_made_by_any_number_of_hosts(small_tiles):
 
 
 def measure(index, folder):
-    """In one of two processes."""
+    """Runs in one of two processes."""
     distributed.start()
     hosts = all_processes()
     assert hosts == Processes(index, 2)
-    mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # whose digits 32 bits could not hold
+    mine = np.array([[np.pi, 1e300], [5e-324, -0.0]]) * (1 - 2 * index)  # needs all 64 bits
     both = hosts.allgather(mine)
     assert both.shape == (2, 2, 2) and both[index].tobytes() == mine.tobytes() and (both[0] == -both[1]).all()
     assert hosts.sum(np.array([2**40 + index])).tolist() == [2**41 + 1]

@@ -1,4 +1,4 @@
-"""Files that an earlier command makes: the error names that command, which works as printed."""
+"""Errors for missing files name the command that makes them, which works as printed."""
 
 import json
 import shlex
@@ -52,7 +52,7 @@ def test_an_evaluation_without_its_files(folder, capsys):
     assert "stats" not in capsys.readouterr().err
 
 
-def test_an_evaluation_with_files_of_its_own(folder, capsys):
+def test_an_evaluation_with_given_files(folder, capsys):
     [made, stats], _ = commands_of(
         capsys, ["evaluate", "--workdir", "my runs/one", "--extractor_path", "a b.npz", "--statistics", "s.npz"]
     )
@@ -76,7 +76,7 @@ def test_training_without_its_tokenizer(folder, capsys, config, more):
     assert "does not exist" in error and not (folder / "w").exists()
 
 
-def test_training_without_what_it_is_measured_with(folder, capsys):
+def test_training_without_the_files_of_its_evaluation(folder, capsys):
     found, _ = commands_of(capsys, ["train", "--config", f"{DIGITS}:debug", "--workdir", "w", "--config.eval.every=5"])
     assert [name for name, _, _ in found] == ["train-classifier", "stats"]
     assert all(overrides == {"eval.every": "5"} for _, _, overrides in found)

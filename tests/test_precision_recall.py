@@ -1,4 +1,4 @@
-"""Precision and recall: against a direct computation; sets that are equal, far apart, tight, or full of copies."""
+"""Precision and recall against a direct computation; equal, distant and tight sets, and duplicates."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def normal(rng, rows, features=16, scale=1.0):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Many tiles, which neither divide the sets nor each other."""
+    """Many tiles, which divide neither the sets nor each other."""
     monkeypatch.setattr(module, "_TALL", 33)
     monkeypatch.setattr(module, "_WIDE", 20)
     monkeypatch.setattr(module, "_PAIRS", 7)
@@ -31,7 +31,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("k", [1, 3, 25])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_as_by_all_distances_at_once(small_tiles, k, offset):
+def test_agrees_with_a_direct_computation(small_tiles, k, offset):
     rng = np.random.default_rng(0)
     real, generated = normal(rng, 211) + np.float32(offset), normal(rng, 150, scale=1.2) + np.float32(offset + 0.2)
     found = precision_recall([real], [generated], k=k)
@@ -40,7 +40,7 @@ def test_as_by_all_distances_at_once(small_tiles, k, offset):
 
 
 def test_a_tight_cluster_far_from_the_others(small_tiles):
-    """Whose distances float32 would not see beside the squares of its norms."""
+    """Its distances vanish in float32 beside the squared norms."""
     rng = np.random.default_rng(1)
     far = np.float32(1000.0)
     real = np.concatenate([normal(rng, 60, 4), normal(rng, 60, 4) + far])
@@ -55,7 +55,7 @@ def test_a_set_covers_itself(small_tiles, copies):
     rows = np.tile(normal(np.random.default_rng(2), 50), (copies, 1))
     shuffled = rows[np.random.default_rng(3).permutation(len(rows))]
     assert precision_recall([rows], [shuffled]) == (1.0, 1.0)
-    # Between copies every radius is 0, and whatever moves at all is outside.
+    # Between copies every radius is 0, and any shift leaves the manifold.
     moved = shuffled + np.float32(1e-3)
     assert (precision_recall([rows], [moved]) == (0.0, 0.0)) == (copies == 6)
 
@@ -64,13 +64,13 @@ def test_sets_far_apart_share_nothing():
     rng = np.random.default_rng(4)
     real = normal(rng, 80)
     assert precision_recall([real], [normal(rng, 80) + 100]) == (0.0, 0.0)
-    # A generator that knows a part only is precise, and recalls as much.
+    # A generator of only a part of the data has full precision and partial recall.
     real = np.concatenate([real, normal(rng, 80) + 100])
     precision, recall = precision_recall([real], [real[:80]])
     assert precision == 1.0 and 0.45 < recall <= 0.5
 
 
-def test_refusals():
+def test_invalid_arguments():
     rows = np.zeros((4, 2), np.float32)
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"{k}-th neighbours"):

@@ -1,4 +1,4 @@
-"""`marjax tokenizer check`: what a tokenizer loses, as a function and as a command."""
+"""`marjax tokenizer check`, as a function and as a command."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from marjax.tokenizers import open_tokenizer
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Seven pictures of mixed sizes, modes and depths, and a file that is none; they are returned in order."""
+    """Seven pictures of mixed sizes, modes and depths, in order, beside another file."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "b").mkdir()
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
     x = images / np.float32(127.5) - np.float32(1.0)
     moments = tokenizer.moments(tokenizer.params, x)
     assert report["num_images"] == 7 and report["image_size"] == 8
-    # The posterior's draws, whose statistics the means and log variances foretell.
+    # Statistics of the draws, as expected from means and log variances.
     mean, logvar = kl_lib.split(moments)
     std = float(np.sqrt((mean**2 + np.exp(logvar)).mean() - mean.mean() ** 2))
     assert report["std"] == pytest.approx(std, rel=0.2) and report["scale"] == 1.0 / report["std"]
@@ -57,11 +57,11 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
     assert report["psnr"] == pytest.approx(10 * np.log10(4 / report["mse"])) and 0 < report["mse"] < 4
     picture = np.asarray(Image.open(report["picture"]))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["reconstructions.png"]
-    # Seven small images in three columns, enlarged four times, twice, with a gap.
+    # Two grids of seven images in three columns, enlarged four times, and a gap.
     assert picture.shape == (3 * 34, 2 * 3 * 34 + 16, 3)
     np.testing.assert_array_equal(picture[1:33:4, 1:33:4, 0], images[0, ..., 0])
     assert (picture[1:33, 1:33] != picture[1:33, 3 * 34 + 17 : 3 * 34 + 49]).any()
-    # The number of images at a time changes the draws only.
+    # The batch size changes the draws only.
     other = check(folder, path=str(path), image_size=8, batch_size=7)
     assert other["mse"] == pytest.approx(report["mse"], rel=0.2) and "picture" not in other
     assert check(folder, path=str(path), image_size=8, batch_size=3, seed=1)["std"] != report["std"]
@@ -69,7 +69,7 @@ def test_pictures_through_a_kl_autoencoder(autoencoders, pictures, tmp_path):
 
 
 def test_statistics_by_hand(pictures):
-    """Pixels are their own latents, so everything can be said beforehand."""
+    """Pixels are their own latents, so all numbers are known."""
     folder, images = pictures
     config = make_digits(data__channels=1)
     report = check(folder, config, num_images=5, batch_size=2)
@@ -85,7 +85,7 @@ def test_codes_of_a_configs_data(autoencoders):
     config = make_autoencoder("vq", autoencoders / "vq.safetensors", data__split="train[:21]")
     report = check(config=config, batch_size=4)
     assert report["num_images"] == 21 and 1 < report["codes_used"] <= 16
-    # Without codes the network is the same, and its scale is what is looked for.
+    # Without codes the network is the same, and its scale is measured.
     before = check(config=config, name="vq_continuous", batch_size=4)
     assert before["mse"] == pytest.approx(report["mse"], rel=1e-4) and before["codes_used"] == report["codes_used"]
     assert before["std"] != report["std"] and before["scale"] > 0
@@ -169,7 +169,7 @@ def test_command(autoencoders, pictures, tmp_path, capsys):
         (["--config", "IMAGENET"], "path is empty, but tokenizer 'kl16' is a file"),
     ],
 )
-def test_slips_are_one_line_and_leave_nothing(autoencoders, pictures, tmp_path, capsys, arguments, says):
+def test_user_errors_are_one_line_and_write_nothing(autoencoders, pictures, tmp_path, capsys, arguments, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "bad.png").write_bytes(b"none")
@@ -197,5 +197,5 @@ def test_the_picture_shows_the_first_few(autoencoders, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written(pictures):
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="/proc/no"):
         check(pictures[0], make_digits(), out="/proc/no")

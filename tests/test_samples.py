@@ -1,4 +1,4 @@
-"""Sets of samples on disk: what a plan says, sittings that end early, several hosts, files for other programs."""
+"""Sets of samples on disk: specs, interrupted starts, several processes, files for other programs."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ def opened(run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, opened):
-    """All 23 images, made in one go, and the bytes of their file."""
+    """All 23 images, made without interruption, and the bytes of their npz file."""
     folder = tmp_path_factory.mktemp("whole")
     samples = SampleSet(folder, SPEC)
     samples.generate(opened.sampler, opened.params)
@@ -55,7 +55,7 @@ def whole(tmp_path_factory, opened):
     return np.load(folder / "all.npz")["arr_0"], (folder / "all.npz").read_bytes()
 
 
-def test_names_of_plans():
+def test_names_of_specs():
     same = dataclasses.replace(SPEC, batch_size=7)
     others = [
         dataclasses.replace(SPEC, **change)
@@ -83,7 +83,7 @@ def test_images_are_the_sampler_s_own_by_index(whole, opened):
     assert len({image.tobytes() for image in images}) == 23
 
 
-def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path):
+def test_a_resumed_set_keeps_its_batch_size(whole, opened, tmp_path):
     first = SampleSet(tmp_path, SPEC)
     first.generate(opened.sampler, opened.params)
     for batch in (1, 3):
@@ -100,7 +100,7 @@ def test_a_set_begun_is_finished_with_its_own_batch_size(whole, opened, tmp_path
     assert not again.folder.exists()
 
 
-def test_hosts_make_a_share_each(whole, opened, tmp_path):
+def test_processes_make_a_share_each(whole, opened, tmp_path):
     for host in range(3):
         part = SampleSet(tmp_path, SPEC, Processes(host, 3))
         part.generate(opened.sampler, opened.params)
@@ -114,14 +114,14 @@ def test_hosts_make_a_share_each(whole, opened, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "000019.png")), whole[0][19, :, :, 0])
 
 
-def test_the_file_is_what_numpy_writes(whole, tmp_path):
+def test_the_npz_file_equals_numpy_s(whole, tmp_path):
     (tmp_path / "all.npz").write_bytes(whole[1])
     with np.load(tmp_path / "all.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["arr_0", "arr_1"] and file["arr_1"].tolist() == [i % 10 for i in range(23)]
     assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
 
 
-def test_what_is_left_of_a_deleted_set_is_cleared_away(opened, tmp_path):
+def test_an_unfinished_deletion_is_completed(opened, tmp_path):
     samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
     (samples.folder / "plan.json").unlink()
@@ -129,7 +129,7 @@ def test_what_is_left_of_a_deleted_set_is_cleared_away(opened, tmp_path):
     assert again.spec.batch_size == 5 and again.missing() == [0, 1, 2, 3, 4]
 
 
-def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_file(opened, tmp_path, monkeypatch):
     samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
 
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(opened, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [SPEC.name]
 
 
-def test_damage_is_told(opened, tmp_path):
+def test_damaged_files(opened, tmp_path):
     samples = SampleSet(tmp_path, SPEC)
     samples.generate(opened.sampler, opened.params)
     path = samples.folder / "batch-000002.npy"
@@ -151,7 +151,7 @@ def test_damage_is_told(opened, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"batch-000002\.npy"):
             list(samples.batches())
-    headers = ("(10000000, 8, 8, 1)", "(4, 10000000000, 8, 1)", "(4, 8, 4, 2)")  # ours, with another shape
+    headers = ("(10000000, 8, 8, 1)", "(4, 10000000000, 8, 1)", "(4, 8, 4, 2)")  # our header with another shape
     for shape in headers:
         header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
         path.write_bytes(content[:10] + header + content[128:])
@@ -181,7 +181,7 @@ def test_damage_is_told(opened, tmp_path):
         '{"images": 1, "seconds": -1}',
     ],
 )
-def test_a_damaged_timing_costs_only_itself(tmp_path, text):
+def test_a_damaged_timing_is_ignored(tmp_path, text):
     samples = SampleSet(tmp_path, SPEC)
     (samples.folder / "timing-0.json").write_text(text)
     assert samples.seconds_per_image() is None
@@ -190,7 +190,7 @@ def test_a_damaged_timing_costs_only_itself(tmp_path, text):
 
 
 def generate(workdir, folder):
-    """In a process of its own."""
+    """Runs in its own process."""
     opened = open_sampler(workdir, local=True)
     plan = SampleSpec(10_000, 0, 10, {}, "ema", 2, opened.digest, "", 100)
     samples = SampleSet(folder, plan)
@@ -207,7 +207,7 @@ def generate(workdir, folder):
 
 @pytest.mark.slow
 def test_ten_thousand_images_survive_kills(run, tmp_path):
-    """Killed at random moments, the final set is that of a run that nobody disturbed, to the byte."""
+    """After kills at random moments, the set equals that of an uninterrupted run, byte for byte."""
     folders = {name: tmp_path / name for name in ("calm", "killed", "logs", "others")}
     for folder in folders.values():
         folder.mkdir()
@@ -222,12 +222,12 @@ def test_ten_thousand_images_survive_kills(run, tmp_path):
         before = process.said().count("begins")
         with start("killed") as process:
             process.wait_for(lambda process=process, before=before: process.said().count("begins") > before)
-            time.sleep(rng.uniform(0.2, 2.0))  # it is about to begin, or to go on
+            time.sleep(rng.uniform(0.2, 2.0))  # while it starts or runs
             process.processes[0].kill()
             kills += process.wait() == [-signal.SIGKILL]
     assert kills, process.said()
     with start("killed") as process, start("killed", "others") as other:
-        codes = [process.wait()[0], other.wait()[0]]  # the second is refused, or finds all done
+        codes = [process.wait()[0], other.wait()[0]]  # the second is refused or has nothing to do
     said = [process.said(), other.said()]
     assert 0 in codes and all(
         code == 0 or "is being written by marjax evaluate" in text for code, text in zip(codes, said, strict=True)

@@ -1,4 +1,4 @@
-"""Statistics files: those of others, ours and back, broken ones; images from npz files, folders and configs."""
+"""Statistics files: of other programs, ours, broken ones; images from npz files, folders and configs."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def all_of(images, batch_size, hosts=ALONE):
     return np.concatenate([indices for indices, _ in batches]), np.concatenate([images for _, images in batches])
 
 
-def test_a_reference_batch(tmp_path):
+def test_an_adm_reference_batch(tmp_path):
     path = npz(tmp_path, **ADM)
     found = read_statistics(path)
     assert (found.name, found.path, found.source) == ("stats.npz", str(path), "")
@@ -50,7 +50,7 @@ def test_a_reference_batch(tmp_path):
 
 
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
-def test_statistics_alone(tmp_path, keys):
+def test_files_with_statistics_only(tmp_path, keys):
     single = STATS.mean.astype(np.float32), STATS.cov.astype(np.float32)
     found = read_statistics(npz(tmp_path, **dict(zip(keys, single, strict=True))))
     assert found.gaussian.mean.dtype == found.gaussian.cov.dtype == np.float64
@@ -58,12 +58,12 @@ def test_statistics_alone(tmp_path, keys):
     assert found.spatial is None and found.images is None
 
 
-def test_images_alone(tmp_path):
+def test_files_with_images_only(tmp_path):
     found = read_statistics(npz(tmp_path, arr_0=IMAGES, arr_1=np.arange(11)))
     assert found.gaussian is None and len(found.images) == 11
 
 
-def test_ours_there_and_back(tmp_path):
+def test_write_and_read(tmp_path):
     images = RNG.integers(0, 256, (40, 4, 4, 3), np.uint8)
     batches = [(np.arange(0, 30), images[:30]), (np.arange(30, 40), images[30:])]
     made = compute_statistics(batches, 40, Network(), source="noise", keep_features=8)
@@ -126,14 +126,14 @@ META = json.dumps({"format": 1, "count": 30, "source": "", "extractor": None})
         ({**ADM, "meta": "[]"}, "meta"),
     ],
 )
-def test_defects_are_told_with_file_and_key(tmp_path, arrays, said):
+def test_errors_name_file_and_key(tmp_path, arrays, said):
     path = npz(tmp_path, **arrays)
     with pytest.raises(UserError, match=said) as caught:
         read_statistics(path)
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_no_npz(tmp_path):
+def test_files_in_another_format(tmp_path):
     with pytest.raises(UserError, match=r"none\.npz"):
         read_statistics(tmp_path / "none.npz")
     whole = npz(tmp_path, **ADM).read_bytes()
@@ -152,7 +152,7 @@ def test_files_that_are_no_npz(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_images_of_an_npz_shared_out(tmp_path, compressed):
+def test_images_of_an_npz_file_by_process(tmp_path, compressed):
     images = NpzImages(npz(tmp_path, compressed, other=IMAGES), "other")
     for size in (1, 4, 99):
         indices, found = all_of(images, size)
@@ -191,7 +191,7 @@ def test_the_data_of_a_config():
     images, source = ConfigImages(data), open_source(data)
     expected = np.stack([source[index]["image"] for index in range(11)])
     assert len(images) == 11 and "digits" in images.source
-    for size, count in ((4, 1), (2, 2), (3, 4), (5, 4)):  # with the last, one of the hosts has none
+    for size, count in ((4, 1), (2, 2), (3, 4), (5, 4)):  # in the last case one process has none
         shares = [list(images.batches(size, Processes(index, count))) for index in range(count)]
         seen = np.concatenate([indices for share in shares for indices, _ in share])
         assert sorted(seen.tolist()) == list(range(11))

@@ -1,4 +1,4 @@
-"""Training of a tokenizer's network: the step by hand, exact resume, the file it leaves, what is refused."""
+"""Training of autoencoders: the step by hand, exact resume, the file, user errors."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ DISC = {"disc__weight": 0.5, "disc__start": 1, "disc__width": 32, "disc__layers"
 
 
 def make(name="kl", **train):
-    """Digits, 256 of them, for a tiny network of that kind."""
+    """A config of 256 digits and a tiny network of this kind."""
     given = {f"tokenizer__train__{key}": value for key, value in (SMALL | train).items()}
     return make_autoencoder(name, "unused.safetensors", data__split="train[:256]", data__num_examples=256, **given)
 
@@ -63,7 +63,7 @@ def trees(workdir, step=4):
 
 @pytest.fixture(scope="module", params=["kl", "vq"])
 def trained(request, tmp_path_factory):
-    """With codes and a discriminator there is all that a step may carry."""
+    """With codes and a discriminator, the state has all its optional parts."""
     folder, name = tmp_path_factory.mktemp("trained"), request.param
     config = make("kl", steps=2) if name == "kl" else make("vq", **DISC)
     return config, folder / f"{name}.safetensors", train_autoencoder(config, folder / f"{name}.safetensors")
@@ -85,7 +85,7 @@ def test_four_steps_are_two_and_two_more(trained, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/l1"] < lines[0]["train/l1"]
     # The discriminator starts at step 1, the second.
     assert [line["train/disc_weight"] > 0 for line in lines] == [False, True, True, True]
-    # The EMA is what is written, and it is not the raw weights.
+    # The file has the EMA weights, which differ from the raw ones.
     assert (state["ema"]["decoder"]["conv_out"]["kernel"] != state["params"]["decoder"]["conv_out"]["kernel"]).any()
     assert len(list((workdir / "samples").glob("reconstructions_*.png"))) == 1
 
@@ -108,13 +108,13 @@ def test_flips_and_the_order_of_batches_do_not_change_the_scale(trained, tmp_pat
     config, path, report = trained
     with pytest.raises(UserError, match=r"data\.flip"):
         train_autoencoder(config_lib.apply_overrides(config, {"data.flip": True}), path)
-    # What does not alter what is trained may change. All is done already.
+    # Settings that do not affect training may change; the run is already finished.
     free = {"tokenizer.train.log_every": 2, "data.workers": 0, "train.batch_size": 8, "model.width": 64}
     again = train_autoencoder(config_lib.apply_overrides(config, free), path)
     assert (again["checksum"], again["scale"]) == (report["checksum"], report["scale"])
 
 
-def test_a_file_of_something_else_is_not_replaced(trained, tmp_path):
+def test_a_file_with_other_weights_is_not_replaced(trained, tmp_path):
     config, path, _ = trained
     stored = autoencoder_file.read(path)
     other = tmp_path / "other.safetensors"
@@ -126,7 +126,7 @@ def test_a_file_of_something_else_is_not_replaced(trained, tmp_path):
 
 
 def test_the_step_is_the_gradient_of_the_weighted_sum():
-    """With a discriminator, against differentiation of the whole loss for the weight that the formula gives."""
+    """With a discriminator, against the gradient of the whole loss with the weight of the formula."""
     config = config_lib.resolve(make("kl", **DISC | {"disc__start": 0}))
     trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_config(config), 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
@@ -162,7 +162,7 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
             assert (new.rest["disc"]["params"][name]["kernel"] != layer["kernel"]).any()
 
 
-def test_the_gradient_passes_the_codes_and_idle_ones_move():
+def test_straight_through_gradient_and_restart_of_idle_codes():
     config = config_lib.resolve(make("vq"))
     trainer = Trainer.from_config(config, spec_of(config_lib.tokenizer_config(config), 1))
     state = jax.jit(trainer.init)(jax.random.key(0))
@@ -173,15 +173,15 @@ def test_the_gradient_passes_the_codes_and_idle_ones_move():
         return jnp.mean(trainer.forward(params, image, jax.random.key(0))[0][0] ** 2)
 
     grads = jax.jit(jax.grad(made))(state.params)
-    assert (grads["encoder"]["conv_in"]["kernel"] != 0).any()  # straight through
-    assert (grads["codebook"] == 0).all()  # which only its own term moves
+    assert (grads["encoder"]["conv_in"]["kernel"] != 0).any()  # straight-through
+    assert (grads["codebook"] == 0).all()  # moved by its own term only
     before = np.asarray(trainer.network.apply({"params": state.params}, image, method="encode")).reshape(-1, 4)
     new, _ = jax.jit(trainer.step)(state, {"image": pixels})
-    # At step 0 every code counts as idle, and is put where some latent is.
+    # At step 0 every code is idle and moves to a latent.
     distance = np.abs(np.asarray(new.params["codebook"])[:, None] - before).max(-1).min(1)
     assert distance.max() < 1e-5 and (new.rest["usage"] == 1.0).all()
     assert len(np.unique(np.asarray(new.params["codebook"]), axis=0)) > 8
-    # One that is used stays, one that never is moves again.
+    # Used codes stay, unused ones move again.
     usage = jnp.where(jnp.arange(16) == 3, 0.0, 1.0)
     codebook = new.params["codebook"].at[3].set(1e3)
     state = new.replace(params={**new.params, "codebook": codebook}, rest={**new.rest, "usage": usage})
@@ -205,8 +205,8 @@ def test_two_processes_of_two_devices_train_what_one_trains(trained, tmp_path):
     with Run(tmp_path, train_together, tmp_path / "four.safetensors", count=2, devices=2) as run:
         assert run.wait() == [0, 0], run.said()
     assert autoencoder_file.read(tmp_path / "four.safetensors").scale > 0
-    # Not the parameters: norms of one channel a group take every bias before them away, whose gradient is rounding,
-    # which Adam makes as large as any.
+    # Parameters are not compared: with one channel per norm group, the gradient of the preceding bias is pure rounding,
+    # which Adam scales up.
     names = ("train/loss", "train/l1", "train/disc_weight", "train/grad_norm")
     one, four = (
         [[row[name] for name in names] for row in rows(workdir)]
@@ -237,7 +237,7 @@ def test_refused_before_anything_is_written(tmp_path, config, out, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_in_the_way_is_told_before_the_work(tmp_path):
+def test_an_existing_file_is_reported_before_training(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"a\.safetensors"):
         train_autoencoder(make(), tmp_path / "a.safetensors")
