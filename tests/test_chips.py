@@ -1,4 +1,4 @@
-"""The table of chips: found by what JAX calls their devices, and consistent with itself."""
+"""The table of chips: lookup by device kind, and consistency."""
 
 import pytest
 
@@ -23,22 +23,22 @@ def test_a_device_kind_names_its_chip(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v2", "NVIDIA T4"])
-def test_of_other_devices_nothing_is_known(kind):
+def test_other_devices_are_unknown(kind):
     assert chips.of_kind(kind) is None
 
 
-def test_numbers_are_of_one_kind():
+def test_numbers_are_consistent():
     assert len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
     for chip in chips.CHIPS:
-        # Arithmetic outruns memory, and memory outruns the links.
+        # Arithmetic is faster than memory, and memory than the links.
         assert chip.flops > 100 * chip.hbm_bandwidth > 500 * chip.link_bandwidth, chip.name
         assert chip.source
-    # GiB of the chip, of which a program may have most: of v5p 96, which Google's page rounds down to 95.
+    # GiB per chip, most of which programs may use; for v5p 96, which Google's page rounds down to 95.
     memory = {"v4": 32, "v5e": 16, "v5p": 96, "v6e": 32, "tpu7x": 192}
     for chip in chips.CHIPS:
         most = memory.get(chip.name, 0)
         assert 0.96 * most <= chip.usable * chip.devices / 2**30 <= most, chip.name
-    # Clocks that are known otherwise, in GHz.
+    # Clocks from other sources, in GHz.
     assert {chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.clock} == {
         "v4": 1.05,
         "v5e": 1.5,
@@ -51,7 +51,7 @@ class Device:
     device_kind, platform = "TPU v5 lite", "tpu"
 
 
-def test_the_peak_of_a_known_chip_is_the_table_s(monkeypatch):
+def test_the_peak_of_a_known_chip_is_from_the_table(monkeypatch):
     peak.device_peak.cache_clear()
     monkeypatch.setattr(peak.jax, "devices", lambda: [Device()])
     try:

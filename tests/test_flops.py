@@ -14,7 +14,7 @@ from marjax.perf import flops
 
 
 def build(variant="mar", head="diffusion", num_codes=0):
-    """One block a stack, since XLA counts a scan's body once; wide, so that matmuls outweigh the rest."""
+    """One block per stack, since XLA counts a scan's body once; wide, so that matmuls dominate."""
     config = config_lib.base()
     config.model.update(
         variant=variant,
@@ -49,8 +49,7 @@ def test_forward_pass_agrees_with_xla(variant, known):
         return generator.apply(
             {"params": params},
             jnp.ones((1, 16, 8)),
-            no,
-            no > 0,
+            generator_lib.Classes(no, no > 0),
             order,
             jnp.full(1, known),
             slots=known,
@@ -63,7 +62,7 @@ def test_forward_pass_agrees_with_xla(variant, known):
 
 
 def test_cached_step_agrees_with_xla():
-    """XLA multiplies the whole cache, as the padded count has it."""
+    """XLA multiplies the entire KV cache, as does the padded count."""
     generator = build("ar")
     backbone = generator.backbone
 
@@ -80,7 +79,7 @@ def test_cached_step_agrees_with_xla():
         )[0]
 
     assert backbone.padded_step_flops(3) == pytest.approx(count(z, abstract(generator)), rel=0.1)
-    # A step with the cache does a small part of what the whole sequence takes, and all steps together about as much.
+    # All steps with the cache together take about as much as the full sequence once.
     assert sum(backbone.step_flops(k) for k in range(16)) == pytest.approx(backbone.train_flops(), rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""The measure of the host's own work in a step."""
+"""The benchmark of the host's own work in a step."""
 
 from support.configs import make_digits
 

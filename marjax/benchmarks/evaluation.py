@@ -1,4 +1,4 @@
-"""How fast evaluation is: extracting features beside the network alone, and the metrics of given features."""
+"""Speed of evaluation: feature extraction compared with the network alone, and the metrics of given features."""
 
 import time
 from typing import Any
@@ -16,15 +16,18 @@ from marjax.evaluation.networks.inception import IMAGE_SIZE, NUM_CLASSES, NUM_FE
 
 @numerics.pinned()
 def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size: int = 32) -> dict[str, Any]:
-    """Times `Inception.extract` on uint8 images, host work and resize included, and the network alone on its own input.
+    """Times `Inception.extract` on uint8 images, with host work and resize, and the network alone, alternately.
 
-    The network has random weights, and its input lies on the devices already. The two take turns.
+    The network has random weights; when timed alone, its input is already on the devices.
 
     Args:
-      image_size: pixels on a side of the images.
-      repeats: pairs of timings, of which the median counts.
-      batches: a call has.
-      batch_size: images on a device at a time.
+      image_size: height and width of the images.
+      repeats: pairs of timings; the median is reported.
+      batches: batches per timing.
+      batch_size: images per device and batch.
+
+    Returns:
+      A dict of settings, "images_per_sec", "network_images_per_sec" and their "ratio" (median of the pairs).
     """
     params = jax.jit(Network().init)(numerics.key(0), np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32))["params"]
     extractor = Inception(params, "", batch_size=batch_size)
@@ -42,12 +45,12 @@ def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size
             found = alone(network_input)
         jax.block_until_ready(found)
         seconds.append((middle - start, time.perf_counter() - middle))
-    whole, network = (len(images) / float(np.median(each)) for each in zip(*seconds, strict=True))
+    extraction, network = (len(images) / float(np.median(each)) for each in zip(*seconds, strict=True))
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.local_device_count(),
         "image_size": image_size,
-        "images_per_sec": whole,
+        "images_per_sec": extraction,
         "network_images_per_sec": network,
         "ratio": float(np.median([b / a for a, b in seconds])),
     }
@@ -55,7 +58,7 @@ def feature_rate(image_size: int, repeats: int = 3, batches: int = 2, batch_size
 
 @numerics.pinned()
 def metric_seconds(num_images: int = 10_000) -> dict[str, float]:
-    """Times every metric on random features of so many images, as many real ones, and Inception's widths."""
+    """Returns seconds by metric, on random features of Inception's widths for as many real as generated images."""
     rng = np.random.default_rng(0)
     taken: dict[str, float] = {}
 

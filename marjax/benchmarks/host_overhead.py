@@ -1,4 +1,4 @@
-"""What the host does itself in a step of training: taking a batch, handing it over, dispatching, keeping metrics."""
+"""The host's own work in a training step: taking a batch, transferring it, dispatching, recording metrics."""
 
 import contextlib
 import pathlib
@@ -25,13 +25,13 @@ from marjax.training.train import checkpoint_items
 
 @numerics.pinned()
 def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, Any]:
-    """Runs the loop of `marjax train` on the config's real state, with a step that only counts.
+    """Runs the training loop on a zero state of the config's shapes and shardings, with a step that only counts.
 
-    So what takes time is the host's: the number of arrays and of devices is that of training, their contents are
-    zeros. On CPU the devices are threads of the host, which makes it an upper bound.
+    The measured time is therefore the host's. On CPU it is an upper bound, since the devices are threads of the host.
 
     Returns:
-      `devices`, `arrays` of the state, `seconds` a step (median, and 90th percentile).
+      A dict with "devices", "mesh", "arrays" (of the state), "steps", and "seconds" and "seconds_p90" per step (median
+      and 90th percentile).
     """
     config = config_lib.resolve(config)
     assembly = assemble(config)
@@ -55,12 +55,12 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
     batch["image"][...] = 0
 
     def batches() -> Iterator[Batch]:
-        for _ in range(steps):  # and not the one after, the run's last, which would save
+        for _ in range(steps):  # StopIteration comes before the run's last step, which would save
             yield batch
 
     seconds: list[float] = []
 
-    class Listening(Clock):
+    class RecordingClock(Clock):
         def step(self, waited: float, idle: bool, blocked: float) -> float | None:
             host = super().step(waited, idle, blocked)
             if host is not None:
@@ -76,7 +76,7 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
     ):
         task = Task(step, checkpoint_items, lambda state: ("", np.zeros((1, 1, 3), np.uint8)), advice="")
         every = Intervals(steps + 1, config.log.every, steps + 1, 0)
-        clock = Listening(config.train.batch_size, mesh.size)
+        clock = RecordingClock(config.train.batch_size, mesh.size)
         run = Run(task, every, Outputs(writer, checkpoints), clock, mesh)
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
             run.steps(state, batches())

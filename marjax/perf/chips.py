@@ -1,4 +1,4 @@
-"""What accelerators can do, one chip a line with where the numbers are from. Nothing here needs JAX."""
+"""Peak rates of accelerator chips, with their sources. Needs no JAX."""
 
 import dataclasses
 
@@ -7,16 +7,18 @@ _CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Attributes:
-    name: as a topology names it, "v5e" of "v5e:8x8".
-    kinds: how JAX's `device_kind` of its devices begins.
-    flops: dense bfloat16 FLOP/s of a chip.
-    hbm_bandwidth: bytes/s.
-    link_bandwidth: bytes/s one way of one link to another chip.
-    source: of these numbers.
-    usable: bytes of HBM that a program may have on each device, by libtpu 0.0.52's out of memory message; 0: unknown.
-    devices: JAX devices that share the chip.
-    clock: cycles/s of its cores, of the compiler's estimates in cycles; 0 where the source does not imply it.
+    """Peak rates of a chip.
+
+    Attributes:
+      name: name in a topology, "v5e" in "v5e:8x8".
+      kinds: prefixes of JAX's `device_kind`.
+      flops: dense bfloat16 FLOP/s per chip.
+      hbm_bandwidth: bytes/s per chip.
+      link_bandwidth: bytes/s of one link to another chip, in one direction.
+      source: source of these numbers.
+      usable: bytes of HBM per device for programs, from the out-of-memory message of libtpu 0.0.52; 0 if unknown.
+      devices: JAX devices per chip.
+      clock: cycles/s, for the compiler's estimates in cycles; 0 if the source does not imply it.
     """
 
     name: str
@@ -40,10 +42,10 @@ class Chip:
         return self.hbm_bandwidth / self.devices
 
 
-# Of TPUs the sources give the interconnect both ways and of all links together, so a link has one way half of it over
-# the number of links: 4 of v5e and v6e, 6 of the others (v4: 50 GB/s, by Jouppi et al. 2023, arXiv 2304.01433, table
-# 4). A clock is the peak over what the matrix units do in a cycle: 2 x 128 x 128 FLOPs each, 8 units a chip (v4, v5p)
-# or 4 (v5e).
+# For TPUs the sources give the bidirectional bandwidth of all links together, so one direction of a link has half of
+# it over the number of links: 4 for v5e and v6e, 6 for the others (v4: 50 GB/s, by Jouppi et al. 2023, arXiv
+# 2304.01433, table 4). A clock is the peak over the FLOPs per cycle of the matrix units: 2 x 128 x 128 per unit, with 8
+# units per chip (v4, v5p) or 4 (v5e).
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 1200e9, 50e9, _CLOUD + "v4", usable=30.75 * 2**30, clock=275e12 / (8 * 2 * 128**2)),
     Chip(
@@ -75,6 +77,6 @@ CHIPS = (
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a device, by JAX's `device_kind`: the one whose name there is longest; None for others."""
+    """Returns the chip with the longest prefix of JAX's `device_kind`; None if the chip is unknown."""
     found = [(len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)]
     return max(found, key=lambda item: item[0])[1] if found else None

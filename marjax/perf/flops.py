@@ -1,8 +1,8 @@
-"""How many floating point operations the algorithm needs, counted by hand.
+"""Model FLOPs, counted by hand.
 
-Only useful work counts: visible tokens in the encoder, keys that a query may look at, unknown tokens in the head, the
-tokens of the step in the sampler; never padding, recomputation or elementwise work. A multiply and an add are two
-operations. Backbones and heads count their own. (XLA's count takes a scan's body once.)
+Only useful work counts: visible tokens in the encoder, keys that a query may attend to, unknown tokens in the head, the
+current step's tokens in the sampler; no padding, recomputation or elementwise work. A multiply-add is two operations.
+Backbones and heads count their own FLOPs. (XLA's cost analysis counts the body of a scan once.)
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from typing import Any
 
 
 def stack_flops(width: int, depth: int, mlp_ratio: float, length: float, pairs: float | None = None) -> float:
-    """Forward pass of `depth` Transformer blocks over one sequence, every query looking at all keys.
+    """FLOPs of the forward pass of `depth` Transformer blocks over one sequence.
 
-    `pairs` is the number of queries times keys where it is another than length^2.
+    `pairs` is the number of attended pairs of query and key, by default length^2.
     """
     weights = (4 + 2 * mlp_ratio) * width**2
     return depth * (2 * weights * length + 4 * (length**2 if pairs is None else pairs) * width)
 
 
 def train_flops(generator: Any) -> float:
-    """One training step for one image: three times the expected forward pass."""
+    """FLOPs of a training step per image: three times the expected forward pass."""
     backbone, head = generator.backbone, generator.head
     unknown = counted(backbone, "unknown_in_training")
     return 3 * (counted(backbone, "train_flops") + unknown * counted(head, "loss_flops"))
@@ -28,9 +28,9 @@ def train_flops(generator: Any) -> float:
 def sample_flops(
     generator: Any, plan: Sequence[int], num_sampling_steps: str, guided: bool, confidence_order: bool = False
 ) -> float:
-    """Generation of one image by a plan (`generation.plan`), both branches of guidance included.
+    """FLOPs of generating one image by a plan (`generation.plan`), with both branches of cfg.
 
-    In an order by confidence the head has to look at every unknown token at every step.
+    With `confidence_order` the head evaluates every unknown token in every step.
     """
     drawn = sum(plan[-1] - known for known in plan[:-1]) if confidence_order else plan[-1]
     backbone = sum(counted(generator.backbone, "step_flops", known) for known in plan[:-1])
@@ -38,15 +38,15 @@ def sample_flops(
 
 
 def counted(part: Any, method: str, *args: Any) -> float:
-    """What a backbone or head counts of itself; 0 where a registered one does not count."""
+    """FLOPs by a backbone's or head's own count; 0 if a registered one has none."""
     count = getattr(part, method, None)
     return 0.0 if count is None else count(*args)
 
 
 def autoencoder_flops(spec: Any, image_size: int) -> tuple[float, float]:
-    """Encoding and decoding of one square image by an autoencoder (`tokenizers.spec.Spec`), its bottleneck included.
+    """FLOPs of encoding and of decoding one square image by an autoencoder (`tokenizers.spec.Spec`).
 
-    Convolutions count as if nothing were padded.
+    Padding of convolutions counts as data.
     """
 
     def conv(inside: int, outside: int, size: int, side: float) -> float:
