@@ -1,8 +1,8 @@
-"""The JAX processes of a run: how they find each other, agree, are stopped together, and end when one is lost.
+"""The JAX processes of a run: connecting, agreeing, handling preemption, and ending when one is lost.
 
-`start` is for commands; nothing here is called at import. Slurm steps, Open MPI, Cloud TPU VMs and GKE are detected by
-JAX itself. JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID override what is
-detected; without any of these a process is alone.
+Commands call `start`; importing this module has no effect. JAX detects Slurm steps, Open MPI, Cloud TPU VMs and GKE.
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID override what it detects. Without
+any of these a run has one process.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from marjax.interrupts import Listener
 
 HEARTBEAT = "MARJAX_HEARTBEAT_SECONDS"
 _DEFAULT_HEARTBEAT = 60
-_SAID_AFTER = 15.0  # seconds
-# The first process to be through waits so long for the others, which may still be writing; then JAX would end them all.
-# One that has died is noticed by its heartbeat.
-_PATIENCE = 24 * 3600
-_WIDTH = 1024  # bytes of a text that travels between processes
+_LOG_AFTER = 15.0  # seconds
+# How long the first process to finish waits for the others, which may still be writing, before JAX ends them all.
+# Heartbeats detect a dead process.
+_SHUTDOWN_TIMEOUT = 24 * 3600  # seconds
+_WIDTH = 1024  # bytes of a text that processes exchange
 _PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
-# Number and rank of the processes of an MPI that JAX does not detect itself.
+# Size and rank variables of MPIs that JAX does not detect.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 
 
 class _Notice:
-    """Whether a process without others was asked to stop; what SIGTERM did before; who listens for Ctrl-C."""
+    """Preemption notice of a run with one process; the previous SIGTERM handler; the listener for Ctrl-C."""
 
     given = False
     before: Any = None
@@ -50,19 +50,18 @@ class _Notice:
 
 
 def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
-    """Connects this process to the others of its run, if there are any. Before the first use of a device.
+    """Connects this process to the others of its run, if any; call it before devices are used.
 
-    A second call does nothing. A process that dies takes the others with it within MARJAX_HEARTBEAT_SECONDS (60).
+    A second call does nothing. If a process dies, the others end within MARJAX_HEARTBEAT_SECONDS (60).
 
     Args:
-      stops_at_steps: whether SIGTERM and Ctrl-C are a notice that `preempted` gives at a common step, instead of the
-        end.
-      alone: whether this is a run of one process, whatever the environment says.
+      stops_at_steps: whether SIGTERM and Ctrl-C are preemption notices, which `preempted` reports at a common step.
+      alone: run as one process whatever the environment.
 
     Raises:
-      UserError: settings that are incomplete.
-      LostPeerError: the first process's machine is not there. Where that is, but not all processes come, XLA itself
-        ends this one, with LOST_PEER too.
+      UserError: settings are incomplete or invalid.
+      LostPeerError: process 0 cannot be reached. If it can, but another process is missing, XLA ends this one, also
+        with exit code LOST_PEER.
     """
     if jax.distributed.is_initialized():
         return
@@ -74,35 +73,36 @@ def start(*, stops_at_steps: bool = False, alone: bool = False) -> None:
     jax.config.update("jax_enable_preemption_service", stops_at_steps)
     _start(given, stops_at_steps)
     if stops_at_steps and jax.distributed.is_initialized() and _is_main_thread():
-        # JAX's service knows SIGTERM alone.
+        # JAX's preemption service handles only SIGTERM.
         _Notice.interrupts = Listener(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
-    waiting = threading.Timer(_SAID_AFTER, _log_waiting, [given])
+    heartbeat = _heartbeat()
+    waiting = threading.Timer(_LOG_AFTER, _log_waiting, [given])
     waiting.daemon = True
     waiting.start()
     try:
         with _without_proxies():
             jax.distributed.initialize(
-                **given, heartbeat_timeout_seconds=_heartbeat(), shutdown_timeout_seconds=_PATIENCE
+                **given, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT
             )
     except ValueError as error:
         if given or "should be defined" not in str(error):
             raise UserError(
-                f"the processes of this run cannot be started: {first_line(error)[:300]}. Give "
+                f"the processes of this run cannot connect ({first_line(error)[:300]}); set "
                 f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from None
         if stops_at_steps:
             _listen()
     except RuntimeError as error:
-        if "before any JAX" in str(error) and not given:  # called from a session that has used its devices
+        if "before any JAX" in str(error) and not given:  # called in a session that already uses its devices
             if stops_at_steps:
                 _listen()
             return
         raise LostPeerError(
-            f"the processes of this run do not find each other ({first_line(error)[:300]}): start all "
-            f"of them, within five minutes"
+            f"the processes of this run cannot connect ({first_line(error)[:300]}); start all of them within five "
+            f"minutes"
         ) from None
     finally:
         waiting.cancel()
@@ -110,9 +110,9 @@ def _start(given: dict[str, Any], stops_at_steps: bool) -> None:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Hides the proxies of the environment, through which processes do not find each other, nor metadata servers.
+    """Hides proxy variables, which keep processes from reaching each other and metadata servers.
 
-    Afterwards they are there again, for storage, except that gRPC, which libtpu connects hosts with, uses none.
+    Afterwards they are restored for storage, except for gRPC, which libtpu connects hosts with.
     """
     proxies = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
     for name in proxies:
@@ -126,27 +126,27 @@ def _without_proxies() -> Iterator[None]:
 
 
 def _log_waiting(given: Mapping[str, Any]) -> None:
-    said = ", ".join(f"{name} {value}" for name, value in given.items())
+    settings = ", ".join(f"{name} {value}" for name, value in given.items())
     print(
-        f"marjax: waiting for the other processes of this run{f' ({said})' if said else ''}: all must start within "
-        f"five minutes",
+        f"marjax: waiting for the other processes of this run{f' ({settings})' if settings else ''}; all must start "
+        f"within five minutes",
         file=sys.stderr,
         flush=True,
     )
 
 
 def _settings() -> dict[str, Any]:
-    """What `jax.distributed.initialize` is told; nothing, to let it detect everything."""
+    """Arguments for `jax.distributed.initialize`; it detects those that are missing."""
     given: dict[str, Any] = {}
     for key, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
         if variable in os.environ:
             if not os.environ[variable].isdecimal():
-                raise UserError(f"{variable} is {os.environ[variable]!r}: give a whole number")
+                raise UserError(f"{variable} is {os.environ[variable]!r}, expected an integer")
             given[key] = int(os.environ[variable])
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address is not None:
         if not re.fullmatch(r".+:\d+", address):
-            raise UserError(f"the coordinator's address is {address!r}: give host:port of process 0")
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}, expected host:port of process 0")
         given["coordinator_address"] = address
     for size, rank in _MPI:
         if address is not None and size in os.environ and rank in os.environ:
@@ -159,26 +159,27 @@ def _settings() -> dict[str, Any]:
             and not given
         ):
             raise UserError(
-                f"{size} says that there are {os.environ[size]} processes of this kind of MPI, whose first "
-                f"host is not known: give all of them JAX_COORDINATOR_ADDRESS=host:port"
+                f"{size} is {os.environ[size]}, but the host of process 0 is unknown; set "
+                f"JAX_COORDINATOR_ADDRESS=host:port for all processes"
             )
     if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
-        given.setdefault("num_processes", int(os.environ["SLURM_STEP_NUM_TASKS"]))  # JAX takes those of the whole job
+        given.setdefault(
+            "num_processes", int(os.environ["SLURM_STEP_NUM_TASKS"])
+        )  # JAX counts the tasks of the job instead
     return given
 
 
 def _heartbeat() -> int:
     text = os.environ.get(HEARTBEAT, str(_DEFAULT_HEARTBEAT))
     if not text.isdecimal() or int(text) < 5:
-        raise UserError(f"{HEARTBEAT} is {text!r}: give a number of seconds, at least 5")
+        raise UserError(f"{HEARTBEAT} is {text!r}, expected a number of seconds, at least 5")
     return int(text)
 
 
 def _listen() -> None:
-    """Takes SIGTERM as a notice, once: a second one ends the process as usual."""
+    """Handles the first SIGTERM as a preemption notice; a second one ends the process."""
 
-    def notice(number: int, frame: Any) -> None:
-        del frame
+    def notice(number: int, _: Any) -> None:
         _Notice.given = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -195,29 +196,29 @@ def _is_main_thread() -> bool:
 
 
 def preempted(step: int) -> bool:
-    """Whether to save and stop after this step; on all processes at the same one, shortly after SIGTERM to any.
+    """Whether to save and stop after this step: true at the same step on all processes, soon after SIGTERM to any.
 
-    To be called after every step, by all of them, without waiting for anything.
+    All processes must call this after every step. It does not block.
     """
     if jax.distributed.is_initialized():
         try:
             return multihost_utils.reached_preemption_sync_point(step)
-        except RuntimeError:  # a caller that has started JAX itself, without the preemption service
+        except RuntimeError:  # the caller initialized JAX without the preemption service
             return False
     return _Notice.given
 
 
 def preempted_before(step: int) -> bool:
-    """Whether SIGTERM came to any process before the first step of this start, which is the one after `step`.
+    """Whether any process received SIGTERM before the first step of this start, `step` + 1.
 
-    To be called once, by all processes, before `preempted`. JAX has them stop one step after the largest that any has
-    told of. Where none has yet, that is step 1, which a run that is resumed never asks about. So each tells of `step`,
-    and then asks about 1 while another stands at `step`: a notice that comes in between means step + 1, as it should.
+    All processes must call this once, before `preempted`. JAX stops them one step after the largest step that any has
+    reported. If none has, that is step 1, which a resumed run never asks about. So each process reports `step`, then
+    asks about step 1 while another stands at `step`: a notice in between then means `step` + 1, as it should.
     """
     if not jax.distributed.is_initialized():
         return _Notice.given
     stops = preempted(step)
-    any_process(stops)  # all stand at `step`
+    any_process(stops)  # barrier: all stand at `step`
     for turn in (True, False):
         if turn == (jax.process_index() == 0):
             stops = preempted(1) or stops
@@ -227,14 +228,14 @@ def preempted_before(step: int) -> bool:
 
 
 def stopped(when: str) -> PreemptedError:
-    """The error of a run that `preempted` has stopped: after Ctrl-C to any process, of another kind. Waits for all."""
+    """The error of a run that `preempted` stopped; its type tells whether by Ctrl-C to any process. A barrier."""
     interrupted = any_process(_Notice.interrupts is not None and _Notice.interrupts.given)
     kind = InterruptedRunError if interrupted else PreemptedError
     return kind(f"{when}; the same command resumes")
 
 
 def agree(problem: str) -> str:
-    """The first of all processes' problems, naming the process, or "": all of them go on, or none. Waits for all."""
+    """The first problem of any process, with its index, or "": all processes continue, or none. A barrier."""
     if jax.process_count() == 1:
         return problem
     texts = [text for text in _texts(problem) if text[1]]
@@ -242,12 +243,12 @@ def agree(problem: str) -> str:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is true on any process. Waits for all of them."""
+    """Whether `flag` is true on any process. A barrier."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array([flag])).any())
 
 
 def on_first(action: Callable[[], Any]) -> None:
-    """Does something on process 0 alone, and waits for it. Raises its UserError on all."""
+    """Runs `action` on process 0; the others wait. Raises its UserError on all."""
     problem = ""
     if jax.process_index() == 0:
         try:
@@ -264,7 +265,7 @@ def on_first(action: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def first_holds(lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Holds a lock (see `marjax.lock`) in process 0, for all of them. Raises its UserError on all."""
+    """Holds a lock (see `marjax.lock`) in process 0, on behalf of all. Raises its UserError on all."""
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(lock))
         yield
@@ -272,15 +273,15 @@ def first_holds(lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
 @numerics.pinned()
 def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
-    """One line about the run, once all devices have added up a number, and all processes run the same thing.
+    """Checks that processes agree and devices add correctly, and describes the run in one line.
 
     Args:
-      mesh: of all devices.
-      settings: JSON values that must be the same everywhere, such as the config.
+      mesh: a mesh of all devices.
+      settings: JSON values that must be equal on all processes, such as the config.
 
     Raises:
-      UserError: another version or other settings on one of the processes.
-      RuntimeError: the devices add up wrongly.
+      UserError: processes have different versions or settings.
+      RuntimeError: the sum over all devices is wrong.
     """
     begun = time.perf_counter()
     versions = {name: _version(name) for name in ("marjax", "jax", "jaxlib", "libtpu")}
@@ -289,17 +290,17 @@ def check(mesh: Mesh, settings: Mapping[str, Any]) -> str:
     odd = [index for index, each in enumerate(digests) if each != digests[0]]
     if odd:
         raise UserError(
-            f"process {', '.join(map(str, odd))} of {len(digests)} has another config, or other versions "
-            f"of marjax or JAX, than process 0: start the same command, from the same installation"
+            f"process {', '.join(map(str, odd))} of {len(digests)} has another config or other versions of marjax or "
+            f"JAX than process 0; run the same command from the same installation on all"
         )
     count, axes = mesh.size, tuple(mesh.axis_names)
-    cut, whole = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
-    numbers = jax.make_array_from_callback((count,), cut, lambda index: np.arange(count, dtype=np.int32)[index])
-    total = int(jax.jit(lambda x: jnp.sum(x, dtype=jnp.int32), out_shardings=whole)(numbers))
+    sharded, replicated = NamedSharding(mesh, PartitionSpec(axes)), NamedSharding(mesh, PartitionSpec())
+    numbers = jax.make_array_from_callback((count,), sharded, lambda index: np.arange(count, dtype=np.int32)[index])
+    total = int(jax.jit(lambda x: jnp.sum(x, dtype=jnp.int32), out_shardings=replicated)(numbers))
     if total != count * (count - 1) // 2:
         raise RuntimeError(
-            f"the self-check failed: {count} devices added up to {total} instead of "
-            f"{count * (count - 1) // 2}; look for a faulty chip or link"
+            f"self-check failed: the sum over {count} devices is {total}, expected {count * (count - 1) // 2}; look "
+            f"for a faulty chip or link"
         )
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
@@ -318,7 +319,7 @@ def _version(name: str) -> str:
 
 
 def _texts(text: str) -> list[tuple[int, str]]:
-    """Every process's text, cut to what travels, with its number. Waits for all of several."""
+    """(process index, text) of every process, texts cut to _WIDTH bytes. A barrier."""
     if jax.process_count() == 1:
         return [(0, text)]
     line = np.zeros(_WIDTH, np.uint8)
@@ -329,7 +330,7 @@ def _texts(text: str) -> list[tuple[int, str]]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error, or what it came from, is that another process of this run has gone."""
+    """Whether an error or one of its causes is the loss of another process of this run."""
     for each in causes(error):
         if isinstance(each, LostPeerError):
             return True
@@ -344,7 +345,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def stop() -> None:
-    """Undoes `start`. Waits for all processes, so that none takes another's end for a failure."""
+    """Undoes `start`. A barrier, so that no process takes another's end for a failure."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     if _Notice.before is not None:
@@ -356,28 +357,28 @@ def stop() -> None:
 
 
 def end(code: int, failure: BaseException | None) -> int:
-    """The exit code of a command that ends with `code`, after `failure` if any; does not return if others wait for it.
+    """The exit code of a command that ends with `code`, after `failure` if any.
 
-    Of several processes, one that fails ends at once: the others may be waiting for it, and end when it has gone.
+    In a run of several processes, one that fails exits here at once: the others may be waiting for it, and end then.
     """
     try:
         alone = not jax.distributed.is_initialized() or jax.process_count() == 1
         first = alone or jax.process_index() == 0
-    except RuntimeError:  # the devices cannot be used: the others have theirs, and wait
+    except RuntimeError:  # the devices cannot be used; the other processes may be waiting
         alone = first = False
     if alone:
         stop()
         return code
-    if failure is None:  # finished, or stopped together
+    if failure is None:  # finished or preempted together
         try:
             stop()
             return code
         except Exception as error:
             failure = error
-            print(f"marjax: the other processes did not end in order: {first_line(error)[:300]}", file=sys.stderr)
+            print(f"marjax: other processes failed while ending: {first_line(error)[:300]}", file=sys.stderr)
     code = LOST_PEER if failure is not None and is_lost_peer(failure) else code
     sys.stdout.flush()
     sys.stderr.flush()
     if first:
-        time.sleep(3.0)  # it serves all of them, so it goes last
+        time.sleep(3.0)  # it serves all others, so it ends last
     os._exit(code)

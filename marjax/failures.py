@@ -1,4 +1,4 @@
-"""Failures of the machine (memory, disk, limits) in one line."""
+"""Explains failures of the machine (memory, disk, limits) in one line."""
 
 import errno
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 from marjax.errors import TrainingError, shortened
 from marjax.host_memory import gib, host_available
 
-TRACEBACK = "MARJAX_TRACEBACK"  # set to anything, the command line prints tracebacks too
+TRACEBACK = "MARJAX_TRACEBACK"  # if set, commands print tracebacks too
 
 _PATH = "check the path"
 _ADVICE = {
@@ -34,7 +34,7 @@ _ADVICE = {
     errno.ENOMEM: "free memory, or use a smaller batch",
     errno.EAGAIN: "allow more processes (ulimit -u)",
 }
-# A damaged file fails otherwise: these say that it may well be whole.
+# Errors after which a file may still be intact.
 _PASSING = (
     errno.EMFILE,
     errno.ENFILE,
@@ -48,7 +48,7 @@ _PASSING = (
 )
 
 
-# What to lower where a command runs out of memory.
+# How to reduce the memory of each command.
 _LOWER = {
     "train": "lower config.train.batch_size, or raise config.train.accumulate",
     "sample": "lower --batch_size",
@@ -64,34 +64,33 @@ _LOWER = {
 
 
 def explain(error: BaseException, command: str = "") -> TrainingError | None:
-    """What a failure of the machine comes to, in one line with what to do; None if the error is something else.
+    """The error to report for a failure of the machine; None for any other error.
 
     Args:
       error: any exception.
-      command: during which it was raised, such as "train".
+      command: the command that raised it, such as "train".
     """
     if _is_of_memory(error):
         device = "" if isinstance(error, MemoryError) else " on the device"
         detail = shortened(" ".join(str(error).split()), 160)
         return TrainingError(
             f"out of memory{device}{f' ({detail})' if detail else ''}; "
-            f"{gib(max(host_available(), 0.0))} of this machine's is available now; "
+            f"{gib(max(host_available(), 0.0))} of host memory is available now; "
             f"{_LOWER.get(command, 'use a smaller batch')}, or use more devices or memory"
         )
     if isinstance(error, RecursionError):
         return TrainingError(
-            f"something is nested too deeply ({shortened(str(error))}); simplify the config or file, "
-            f"or set {TRACEBACK}=1 to see where"
+            f"too deep recursion ({shortened(str(error))}); simplify the config or file, or set {TRACEBACK}=1 to see "
+            f"where"
         )
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return TrainingError("no more threads can be started; allow more processes (ulimit -u)")
+        return TrainingError("cannot start more threads; allow more processes (ulimit -u)")
     if isinstance(error, RuntimeError | AssertionError) and _is_of_backend(error):
         detail = shortened(" ".join(str(error).split()), 160)
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return TrainingError(
-            f"JAX finds no devices of JAX_PLATFORMS={platforms}"
-            f"{f' ({detail})' if detail else ''}; set it to what this machine has, such as cpu, or "
-            f"install JAX for it{_installs(platforms)}"
+            f"JAX finds no devices for JAX_PLATFORMS={platforms}{f' ({detail})' if detail else ''}; set it to one "
+            f"of this machine, such as cpu, or install JAX for it{_installs(platforms)}"
         )
     code = error_number(error)
     if code is None:
@@ -106,14 +105,14 @@ def explain(error: BaseException, command: str = "") -> TrainingError | None:
 
 
 def _installs(platforms: str) -> str:
-    """The command that installs JAX for an accelerator, after a colon; "" if no extra of marjax does."""
+    """: " and the command that installs JAX for an accelerator; "" if no extra of marjax does."""
     if "tpu" in platforms:
         return ": pip install 'marjax[tpu]'"
     return ": pip install 'marjax[cuda13]', or cuda12" if re.search("cuda|gpu", platforms) else ""
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    """Whether memory of the host or of a device did not suffice."""
+    """Whether the host or a device ran out of memory."""
     text = str(error)[:1000]
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
@@ -122,7 +121,7 @@ def _is_of_memory(error: BaseException) -> bool:
 
 
 def _is_of_backend(error: BaseException) -> bool:
-    """Whether JAX could not start its devices. Without JAX's plugin for CUDA this is an assertion without a word."""
+    """Whether JAX could not initialize a backend; without its CUDA plugin, an assertion without a message fails."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(error).startswith("Unable to initialize backend") or (
         isinstance(error, AssertionError) and bool(frames) and frames[-1].endswith("jax/_src/xla_bridge.py")
@@ -130,12 +129,12 @@ def _is_of_backend(error: BaseException) -> bool:
 
 
 def advice(error: OSError) -> str:
-    """What to do about the failure of a file or folder."""
+    """How to fix the failure of a file or folder."""
     return _ADVICE.get(error.errno or 0, _PATH)
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an OSError, or of TensorStore's ValueError that stands for one."""
+    """The errno of an OSError, or of a ValueError that TensorStore raises for one."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
@@ -143,13 +142,13 @@ def error_number(error: BaseException) -> int | None:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether reading failed for want of memory, descriptors or access, which says nothing about what was read."""
+    """Whether reading failed for lack of memory, descriptors or access, so that the file may be intact."""
     return isinstance(error, MemoryError | TimeoutError) or error_number(error) in _PASSING
 
 
 @functools.cache
 def quiet_interpreter() -> None:
-    """Leaves out what Python prints of event loops that a failure has left unfinished, in a process of ours."""
+    """Keeps Python from printing about event loops that a failure left unfinished; for the command line only."""
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     usual = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""How much memory a process can still allocate: of the machine, of its control groups and below its limits."""
+"""How much memory a process can still allocate, within the machine, its control groups and its limits."""
 
 import contextlib
 import math
@@ -8,11 +8,11 @@ import re
 import resource
 from collections.abc import Iterator
 
-_NONE = 1 << 60  # a limit of this size or more is none: version 1 of cgroups has such a number
+_NONE = 1 << 60  # larger limits mean no limit, as in version 1 of cgroups
 
 
 def host_available() -> float:
-    """Bytes that this process can still allocate: of the machine, swap included, its cgroup and its limits."""
+    """Bytes that this process can still allocate, including swap; infinity if unknown."""
     status, machine = _fields("/proc/self/status"), _fields("/proc/meminfo")
     free = [machine["MemAvailable"] + machine.get("SwapFree", 0.0)] if "MemAvailable" in machine else []
     for limit, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
@@ -20,14 +20,14 @@ def host_available() -> float:
         if most != resource.RLIM_INFINITY and field in status:
             free.append(most - status[field])
     free += _cgroups()
-    if not free:  # not Linux: what the machine has
+    if not free:  # not Linux: all memory of the machine
         with contextlib.suppress(OSError, ValueError):
             free.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
     return min(free, default=math.inf)
 
 
 def _fields(path: str) -> dict[str, float]:
-    """Bytes by name of a file of lines such as "MemAvailable:  24016520 kB"; {} if there is none."""
+    """Bytes by name from lines such as "MemAvailable:  24016520 kB"; {} if the file does not exist."""
     try:
         text = pathlib.Path(path).read_text()
     except OSError:
@@ -36,7 +36,7 @@ def _fields(path: str) -> dict[str, float]:
 
 
 def _cgroups(root: str = "/sys/fs/cgroup", process: str = "/proc/self/cgroup") -> Iterator[float]:
-    """Bytes left in the control groups of this process and those around them, of version 2 and 1."""
+    """Bytes left in the control groups of this process and their parents, versions 1 and 2."""
     try:
         lines = pathlib.Path(process).read_text().splitlines()
     except OSError:
@@ -61,10 +61,10 @@ def _cgroups(root: str = "/sys/fs/cgroup", process: str = "/proc/self/cgroup") -
 
 
 def _page_cache(path: pathlib.Path, prefix: str) -> int:
-    """Bytes of files in memory, which the kernel gives up when it needs them."""
+    """Bytes of cached files, which the kernel can reclaim."""
     return sum(map(int, re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", path.read_text(), re.MULTILINE)))
 
 
 def gib(size: float) -> str:
-    """ "1.50 GiB"; "" of what is not known, NaN."""
+    """ "1.50 GiB" for a number of bytes; "" for NaN."""
     return "" if math.isnan(size) else f"{size / 2**30:.2f} GiB"

@@ -1,7 +1,7 @@
-"""Ctrl-C: never lost, and in training a notice to save and stop at a step, as SIGTERM is.
+"""Ctrl-C is never lost, and in training a notice to save and stop at a step, as SIGTERM is.
 
-Python prints and drops a KeyboardInterrupt that is raised in `__del__`, in a weak reference's callback or in one of the
-garbage collector, and JAX has such callbacks.
+Python prints and drops a KeyboardInterrupt raised in `__del__` or in callbacks of weak references and of the garbage
+collector; JAX has such callbacks.
 """
 
 import _thread
@@ -20,7 +20,7 @@ _AGAIN_AFTER = 0.02  # seconds; by then the callback has returned
 
 @contextlib.contextmanager
 def never_lost() -> Iterator[None]:
-    """Raises a KeyboardInterrupt again that Python would print and drop."""
+    """Raises KeyboardInterrupts again that Python would drop."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -39,13 +39,13 @@ def never_lost() -> Iterator[None]:
 
 
 class Listener:
-    """Takes Ctrl-C as a notice instead of an exception; a second one ends the process at once, with INTERRUPTED.
+    """Turns Ctrl-C into a call instead of an exception; a second one ends the process with exit code INTERRUPTED.
 
-    The notice is given by a thread, since the main thread may be waiting for devices, where Python handles no signal.
+    A thread makes the call: Python handles no signals while the main thread waits for devices.
     """
 
     def __init__(self, notice: Callable[[], None]) -> None:
-        """Must be called in the main thread; does nothing where SIGINT is ignored, as in a shell's background jobs.
+        """Call it in the main thread; does nothing if SIGINT is ignored, as in background jobs of a shell.
 
         Args:
           notice: called once, in a thread.
@@ -63,7 +63,7 @@ class Listener:
         threading.Thread(target=self._listen, args=(reads,), name="marjax-interrupts", daemon=True).start()
 
     def close(self) -> None:
-        """Restores what Ctrl-C did before."""
+        """Restores the previous handling of Ctrl-C."""
         if self._fd >= 0:
             signal.signal(signal.SIGINT, self._before)
             signal.set_wakeup_fd(self._wakeup)
@@ -78,5 +78,8 @@ class Listener:
                 if self.given:
                     os._exit(INTERRUPTED)
                 self.given = True
-                os.write(2, b"marjax: interrupted: saving after this step, then stopping; once more to stop at once\n")
+                os.write(
+                    2,
+                    b"marjax: interrupted: saving after this step, then stopping; press Ctrl-C again to stop at once\n",
+                )
                 self._notice()

@@ -1,7 +1,7 @@
-"""Memory of a device: how much is available, what a program needs, and what to lower where that does not suffice.
+"""Device memory: how much is available, how much a program needs, and what to lower if that is too much.
 
-A program is compiled before it first runs, and its needs are compared with what is available: Linux kills a process
-that runs out of memory, without a word. Sizes are bytes of one device.
+A program is compiled and its memory compared with what is available before it first runs, since Linux kills a process
+that runs out of memory without a message. Sizes are bytes per device.
 """
 
 import math
@@ -20,14 +20,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Batch(NamedTuple):
-    """What memory grows with.
+    """The batch size that a program's memory grows with.
 
     Attributes:
-      field: that a user sets, such as "config.train.batch_size".
-      size: its value, images.
-      step: it must remain a multiple of this.
-      fixed: bytes that do not depend on it, as far as they are known, besides a program's arguments.
-      others: advice besides a lower size, from the largest size that fits, such as "set config.model.remat=full".
+      field: the setting, such as "config.train.batch_size".
+      size: its value, in images.
+      step: the size must be a multiple of this.
+      fixed: known bytes that do not depend on the size, besides the program's arguments.
+      others: more advice, given the largest size that fits, such as "set config.model.remat=full".
     """
 
     field: str
@@ -38,31 +38,31 @@ class Batch(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a program needs: bytes of its arguments, and besides."""
+    """Memory of a program: bytes of its arguments, and of everything else."""
 
     arguments: float
     temporaries: float
 
 
 class DoesNotFitError(UserError):
-    """A program that needs more memory than there is. If it spans several processes, all raise this."""
+    """A program needs more memory than is available; raised on all processes that run it."""
 
 
 class Checked:
-    """A jitted function that is compiled and checked for every new shape of its arguments before it runs.
+    """A jitted function whose memory is checked before it runs, for every new shape of its arguments.
 
-    Its arguments are on the devices already: only what it needs besides has to be available. A program over several
-    processes is refused on all of them if it does not fit on one.
+    Arguments are on the devices already, so only the remaining memory is checked. A program that spans processes is
+    refused on all if it does not fit on one.
 
     Attributes:
-      compiled: the programs, by the structure, shapes and shardings of their arguments.
+      compiled: compiled programs by the structure, shapes and shardings of their arguments.
     """
 
     def __init__(self, program: Any, what: str, batch: Callable[..., Batch | None] = lambda *_: None) -> None:
         """Args:
-        program: made by `jax.jit`.
-        what: a name for it, such as "the sampler".
-        batch: what memory grows with, from the arguments; None if users cannot set it.
+        program: a jitted function.
+        what: its name in messages, such as "the sampler".
+        batch: from the arguments, the batch size that memory grows with; None if users cannot set it.
         """
         self.program, self.what, self.batch = program, what, batch
         self.compiled: dict[Any, jax.stages.Compiled] = {}
@@ -86,15 +86,15 @@ class Checked:
 def compile_checked(
     program: Any, *arguments: Any, what: str, batch: Batch | None, resident: bool = False, freed: float = 0.0
 ) -> tuple[Any, str]:
-    """The compiled program, and in one line why it does not fit, or "".
+    """Compiles a program; returns it, and one line that says why it does not fit, or "".
 
     Args:
-      program: made by `jax.jit`.
+      program: a jitted function.
       *arguments: arrays, or ShapeDtypeStructs with shardings.
-      what: a name for it, such as "the train step".
-      batch: what memory grows with, if users can set it.
+      what: its name in messages, such as "the train step".
+      batch: the batch size that memory grows with, if users can set it.
       resident: whether the arguments are on the devices already.
-      freed: bytes of a device that are in use now and will be free when the program runs.
+      freed: bytes per device that are in use now and will be free when the program runs.
     """
     limit = available() + freed
     with progress.compiling(what):
@@ -112,7 +112,7 @@ def compile_checked(
 def problem_of(
     compiled: jax.stages.Compiled, what: str, batch: Batch | None, limit: float, resident: bool = False
 ) -> str:
-    """What `compile_checked` says of a compiled program, given the bytes that were available before."""
+    """One line that says why a compiled program does not fit in the bytes available before, or ""."""
     stats = compiled.memory_analysis()
     if stats is None:
         return ""
@@ -125,9 +125,9 @@ def problem_of(
 
 
 def problem(what: str, need: Need, limit: float, batch: Batch | None = None) -> str:
-    """In one line why something does not fit into `limit` bytes and what to lower, or "" where it does.
+    """One line that says why something does not fit into `limit` bytes and what to lower, or "" if it fits.
 
-    The advice takes for granted that memory grows evenly with the batch.
+    The advice assumes that memory grows linearly with the batch size.
     """
     needed = need.arguments + need.temporaries
     if needed <= limit:
@@ -153,12 +153,12 @@ def _size(size: float) -> str:
 
 
 def _rounded(size: int, step: int) -> int:
-    """The largest of step, 2 step, 4 step, ... that is not above size; 0 where there is none."""
+    """The largest of step, 2 step, 4 step, ... up to size; 0 if there is none."""
     return step * (1 << (size // step).bit_length() - 1) if size >= step else 0
 
 
 def held_by(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of ShapeDtypeStructs with shardings, on a device."""
+    """Bytes per device of a tree of arrays, or of ShapeDtypeStructs with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = np.shape(leaf)
@@ -173,7 +173,7 @@ def _dtype(leaf: Any) -> Any:
 
 
 def available() -> float:
-    """Bytes that can still be allocated on the device of this process with the fewest; infinity if not known."""
+    """The fewest bytes that can still be allocated on a device of this process; infinity if unknown."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return host_available() / len(devices)
@@ -182,7 +182,7 @@ def available() -> float:
 
 
 def needed_and_usable(message: str) -> tuple[float, float] | None:
-    """Bytes that a program needs and bytes that there are, from the message of XLA's compiler for TPUs, or None."""
+    """Bytes that a program needs and that are usable, from an error message of XLA's TPU compiler; None for others."""
     size = r"([\d.]+)([KMGT]?)B?"
     found = re.search(rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
     found = found or re.search(rf"in memory space hbm\. Used {size} of {size} hbm", message)

@@ -1,11 +1,11 @@
-"""What numbers depend on besides config and seed: the PRNG, and settings of JAX, Flax and XLA from the environment.
+"""What results depend on besides config and seed: the PRNG, and settings of JAX, Flax and XLA from the environment.
 
-Keys name their implementation. Settings of JAX and Flax that change numbers, or that stop a healthy run, are pinned
-inside the public functions of marjax (`pinned`) and nowhere else: a program that imports marjax keeps its own
-`jax.config`. The command line drops them from its environment (`clean_environment`). What cannot be pinned, such as
-XLA_FLAGS, is recorded in every checkpoint and compared when a run is resumed (`recorded`, `differences`).
+Settings of JAX and Flax that change results or stop a healthy run are pinned only inside marjax's public functions
+(`pinned`): a program that imports marjax keeps its own `jax.config`. The command line removes them from its environment
+(`clean_environment`). Settings that cannot be pinned, such as XLA_FLAGS, are recorded in every checkpoint and compared
+when a run resumes (`recorded`, `differences`).
 
-Nothing here imports JAX before it is needed: the command line calls `clean_environment` before JAX reads the variables.
+JAX is imported lazily: the command line calls `clean_environment` before JAX reads the variables.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PRNG = "threefry2x32"
 
-# Options of jax.config and flax.config with the value that marjax runs under, where the version at hand has them. Their
+# Options of jax.config and flax.config with marjax's values; those that the installed version lacks are skipped. Their
 # environment variables have the same names in capitals.
 PINNED: dict[str, Any] = {
     # Random draws.
@@ -38,7 +38,7 @@ PINNED: dict[str, Any] = {
     "jax_default_matmul_precision": None,
     "jax_allow_f16_reductions": True,
     "jax_softmax_custom_jvp": False,
-    # How programs are traced and compiled: other ways round differently, or have gaps.
+    # Tracing and compilation: other modes round differently or are incomplete.
     "jax_disable_jit": False,
     "jax_disable_most_optimizations": False,
     "jax_optimization_level": "UNKNOWN",
@@ -50,8 +50,8 @@ PINNED: dict[str, Any] = {
     "jax_scan3": False,
     "jax_remat3": False,
     "jax_custom_vjp3": False,
-    # Checks that a healthy run does not pass: metrics of terms without tokens are NaN, biases are broadcast, small
-    # arrays are transferred as they are needed. A run checks for itself that what it trains is finite.
+    # Checks that a healthy run fails: metrics of terms without tokens are NaN, biases are broadcast, small arrays are
+    # transferred implicitly. A run itself checks that the loss and parameters are finite.
     "jax_debug_nans": False,
     "jax_debug_infs": False,
     "jax_debug_key_reuse": False,
@@ -84,14 +84,14 @@ _lock = threading.RLock()
 
 
 def key(seed: "int | jax.Array") -> "jax.Array":
-    """A typed key () from an integer seed, always of the same implementation."""
+    """A typed key () from an integer seed, always with implementation PRNG."""
     import jax
 
     return jax.random.key(seed, impl=PRNG)
 
 
 def wrap_key(data: "jax.Array") -> "jax.Array":
-    """A typed key from what `jax.random.key_data` gave for one of `key`'s, uint32 (2,)."""
+    """The typed key () whose `jax.random.key_data` is `data`, uint32 (2,)."""
     import jax
 
     return jax.random.wrap_key_data(data, impl=PRNG)
@@ -99,10 +99,10 @@ def wrap_key(data: "jax.Array") -> "jax.Array":
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """A context manager, or decorator, under which PINNED holds, whatever the environment or the caller has set.
+    """A context manager or decorator that applies PINNED, whatever the environment or the caller has set.
 
-    Where JAX has a context manager for a setting, it is changed for this thread alone. The others, which are rarely
-    changed at all, are changed for the process and restored.
+    Settings for which JAX has a context manager change in this thread only; the others change for the process and are
+    restored.
     """
     import flax
     import jax
@@ -129,10 +129,10 @@ def pinned() -> Iterator[None]:
 
 
 def clean_environment(environment: MutableMapping[str, str]) -> list[str]:
-    """Removes what PINNED overrules from environment variables, before JAX is imported.
+    """Removes the variables of PINNED from an environment, before JAX is imported.
 
     Returns:
-      The names of those that were set to something else than marjax runs under.
+      The names of those that had another value.
     """
     ignored = []
     for name, value in PINNED.items():
@@ -143,19 +143,19 @@ def clean_environment(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def _means(text: str, value: Any) -> bool:
-    """Whether a variable's text sets the value."""
+    """Whether the text of a variable means `value`."""
     if isinstance(value, bool):
         return text.lower() in (_TRUE if value else _FALSE)
     return text.lower() == ("" if value is None else str(value).lower())
 
 
 def recorded() -> dict[str, str]:
-    """What a run's numbers depend on and nobody pins, by name: the version of JAX, the platform, compiler flags."""
+    """Settings that results depend on and that are not pinned, by name: JAX version, platform, compiler flags."""
     import jax
 
     settings = {"jax": jax.__version__, "platform": jax.default_backend()}
     for variable in _FLAGS:
-        # The last of several values counts, and their order does not matter.
+        # The last value of a flag counts; the order of flags does not matter.
         flags = dict(_flag(text) for text in os.environ.get(variable, "").split())
         settings |= {
             f"{variable} {name}": value for name, value in flags.items() if not name.startswith(_HARMLESS_FLAGS)
@@ -169,9 +169,9 @@ def _flag(text: str) -> tuple[str, str]:
 
 
 def differences(before: Any, now: Mapping[str, str]) -> str:
-    """One line that names what differs between `recorded` of a checkpoint and of this process, or "".
+    """One line that names the differences between `recorded` of a checkpoint and of this process, or "".
 
-    `before` may be anything, as it is read from a file.
+    `before` may have any type, as it is read from a file.
     """
     if not isinstance(before, dict) or not before:
         return ""
@@ -180,4 +180,4 @@ def differences(before: Any, now: Mapping[str, str]) -> str:
         for name in sorted({*map(str, before), *now})
         if before.get(name) != now.get(name)
     ]
-    return f"results will not be the same to the bit, as settings have changed: {', '.join(changed)}" if changed else ""
+    return f"results will not be bit-identical, since settings have changed: {', '.join(changed)}" if changed else ""

@@ -1,10 +1,9 @@
 """Progress on standard error: bars for counted work, elapsed time for other work, and notes between them.
 
-On a terminal or in a notebook one line is redrawn in place. Elsewhere, such as in the log of a job, lines are printed:
-one at the start of a bar (of other work, and of a bar inside of other work, once it has lasted some seconds), then one
-whenever nothing was printed for some ten seconds, or 1% of the elapsed time if that is longer. A daemon thread keeps
-the time while tasks are open, so that a long compilation is not silent; nothing here waits for devices. Only the first
-process of a run prints. Results belong on standard output, which this leaves alone.
+On a terminal or in a notebook, one line is redrawn in place. Elsewhere, such as in the log of a job, lines are printed:
+one when a bar starts (a few seconds later for other work, and for a bar inside other work), then one after every ten
+seconds of silence, or 1% of the elapsed time if that is longer. A daemon thread reports long tasks, such as a
+compilation; nothing here waits for devices. Only process 0 prints. Results belong on standard output.
 
     with progress.activity("loading the checkpoint"):
         ...
@@ -31,10 +30,10 @@ from tqdm.utils import disp_len, disp_trim
 from marjax.closeable import Closeable
 
 _SILENCE, _SHARE = 9.0, 0.01  # longest silence without a terminal: seconds, and as a share of the elapsed time
-_START = 3.0  # seconds that a process takes before its command begins
-_TICK = 0.5  # seconds between looks of the thread
-_MOMENT = 3.0  # seconds; work that takes no longer gets no line, unless it is a bar of its own
-_REDRAW = 0.1  # seconds between redraws of a live line, at least
+_START = 3.0  # seconds from the start of a process to that of its command
+_TICK = 0.5  # seconds between checks of the thread
+_MOMENT = 3.0  # seconds; shorter work gets no line, unless it is an outermost bar
+_REDRAW = 0.1  # minimum seconds between redraws of a live line
 _MEMORY = 300.0  # seconds over which a bar's rate is averaged
 
 _XLA_LEVEL, _XLA_DEFAULT = "TF_CPP_MIN_LOG_LEVEL", "1"  # which JAX sets
@@ -42,19 +41,19 @@ KEPT = "compiled programs are kept: the next start skips this"
 
 
 class Task(Closeable):
-    """Work without a count: its name and its elapsed time. A context manager, or to be closed."""
+    """Work without a count: its name and elapsed time."""
 
     def __init__(
         self, console: "Console", what: str, *, show: bool = True, advice: str = "", is_command: bool = False
     ) -> None:
         self.what, self.show, self.advice, self.is_command = what, show, advice, is_command
-        self.printed = self.advised = False  # whether in a line
+        self.printed = self.advised = False  # whether the task, and its advice, were printed
         self._console = console
         self.begun = console.now()
         console.open(self)
 
     def close(self) -> None:
-        """Ends the task; again, does nothing."""
+        """Ends the task; a second call does nothing."""
         self._console.close(self)
 
     def seconds(self) -> float:
@@ -62,7 +61,7 @@ class Task(Closeable):
         return self._console.now() - self.begun
 
     def line(self) -> str:
-        """The task as a line of a log."""
+        """The task as a log line."""
         seconds = self.seconds()
         if seconds < 1:
             return self.what
@@ -75,20 +74,20 @@ class Task(Closeable):
         return self.line()
 
     def last(self) -> str:
-        """The line that is left when the task is closed, or ""."""
+        """The line that remains when the task is closed, or ""."""
         return ""
 
 
 class Bar(Task):
-    """Counted work. Rate and ETA leave out the first update, which compiles, and pauses."""
+    """Counted work. Rate and ETA exclude pauses and the first update, which compiles."""
 
     def __init__(
         self, console: "Console", what: str, total: int | None, unit: str, start: int, *, show: bool = True
     ) -> None:
         self.n, self.start, self.total, self.unit = start, start, total, unit
         self.detail = ""  # after the numbers
-        self._updated: float | None = None  # when the last update was, later by the pauses since
-        self._count = self._seconds = 0.0  # of past updates, recent ones weighing most
+        self._updated: float | None = None  # time of the last update, plus pauses since
+        self._count = self._seconds = 0.0  # decaying sums over past updates
         super().__init__(console, what, show=show)
 
     def update(self, count: int = 1) -> None:
@@ -103,7 +102,7 @@ class Bar(Task):
 
     @contextlib.contextmanager
     def pause(self, what: str, advice: str = "") -> Iterator[None]:
-        """An activity whose time does not count for the rate."""
+        """An activity whose time does not count towards the rate."""
         begun = self._console.now()
         try:
             with Task(self._console, what, advice=advice):
@@ -113,11 +112,11 @@ class Bar(Task):
                 self._updated += self._console.now() - begun
 
     def rate(self) -> float:
-        """Units a second; 0 if not yet known."""
+        """Units per second; 0 if not yet known."""
         return self._count / self._seconds if self._seconds > 0 else 0.0
 
     def eta(self) -> str:
-        """The time that is left, such as "02:05"; "" if it is not known, or none is left."""
+        """The remaining time, such as "02:05"; "" if it is unknown or zero."""
         if self.total is None or self.n >= self.total or not self.rate():
             return ""
         return str(tqdm.format_interval((self.total - self.n) / self.rate()))
@@ -152,7 +151,7 @@ class Bar(Task):
 
 
 class Console:
-    """What prints: the tasks that are open, the innermost of which is shown, and notes."""
+    """Prints notes and the innermost open task."""
 
     def __init__(
         self,
@@ -163,22 +162,22 @@ class Console:
         threads: bool = True,
     ) -> None:
         """Args:
-        stream: to write to; standard error, as it is at each moment, by default.
-        live: whether to redraw a line; on terminals and in notebooks by default.
+        stream: output, by default the current `sys.stderr`.
+        live: whether to redraw a line in place, by default on terminals and in notebooks.
         now: the clock, in seconds.
-        threads: whether a thread keeps the time; else `tick` has to be called.
+        threads: whether a thread calls `tick`.
         """
         self._stream, self._live, self.now, self._threads = stream, live, now, threads
         self._lock = threading.RLock()
         self._tasks: list[Task] = []
-        self._line = ""  # that is on the terminal now
+        self._line = ""  # the live line on the terminal
         self._drawn = self._printed = -math.inf
         self._stop: threading.Event | None = None
         self._first = True  # whether this is the first process of its run
 
     @property
     def stream(self) -> Any:
-        """What is written to, or None if standard error is closed."""
+        """The output, or None if standard error is closed."""
         return sys.stderr if self._stream is None else self._stream
 
     @property
@@ -226,7 +225,7 @@ class Console:
                 self._stop = None
 
     def redraw(self, task: Task) -> None:
-        """Shows a task's new state, unless one was shown a moment ago."""
+        """Shows a task's new state, at most every _REDRAW seconds."""
         if task.show and self.now() - self._drawn >= _REDRAW:
             with self._lock:
                 if self.live and self._tasks and self._tasks[-1] is task:
@@ -246,12 +245,11 @@ class Console:
             self._draw()
 
     def tick(self) -> None:
-        """Shows that the innermost task still runs, if it is time to."""
+        """Reports the innermost task if nothing was printed for a while."""
         with self._lock:
             if not self._tasks or not (task := self._tasks[-1]).show or not self._first:
                 return
             shown = max(self._printed, self._drawn)
-            # A process has taken some seconds to begin a command.
             quiet = self.now() - max(shown, self._tasks[0].begun - (_START if task.is_command else 0.0))
             if self.live and not task.is_command:
                 if self.now() - self._drawn >= _TICK:
@@ -305,11 +303,11 @@ def bar(what: str, total: int | None, unit: str, *, start: int = 0, show: bool =
     """Shows counted work until it is closed; a context manager.
 
     Args:
-      what: of the work, such as "sampling".
-      total: number of units, or None if it is not known.
-      unit: their name, such as "batches".
-      start: number of those that were done before.
-      show: whether to show anything, also of tasks inside.
+      what: name of the work, such as "sampling".
+      total: number of units, or None if unknown.
+      unit: name of the units, such as "batches".
+      start: number of units done before.
+      show: whether to show this task and those inside it.
     """
     return Bar(_console, what, total, unit, start, show=show)
 
@@ -318,29 +316,29 @@ def activity(what: str, *, advice: str = "", show: bool = True) -> Task:
     """Shows work without a count until it is closed; a context manager.
 
     Args:
-      what: of the work, such as "loading the checkpoint".
+      what: name of the work, such as "loading the checkpoint".
       advice: printed if it takes more than a moment.
-      show: whether to show anything, also of tasks inside.
+      show: whether to show this task and those inside it.
     """
     return Task(_console, what, advice=advice, show=show)
 
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """The activity of compiling, such as of "the train step", without XLA's own lines about one of over two minutes."""
+    """The activity of compiling `what`, such as "the train step", without XLA's own alarm after two minutes."""
     with Task(_console, f"compiling {what}", advice=KEPT), _without_xla_errors():
         yield
 
 
 @contextlib.contextmanager
 def _without_xla_errors() -> Iterator[None]:
-    """Keeps what XLA logs as errors, and does not raise, off the terminal; fatal errors are printed.
+    """Hides what XLA logs as errors without raising; fatal errors are printed.
 
-    XLA has no setting for its alarm about a slow compilation alone, and as an environment variable the level would hold
-    for the whole process. A level that the user has chosen stays.
+    XLA has no setting for its slow compilation alarm alone, and its environment variable affects the whole process. A
+    level chosen by the user is kept.
     """
     utils = getattr(sys.modules.get("jax._src.lib"), "utils", None)
-    set_level = getattr(utils, "absl_set_min_log_level", None)  # not public: without it, the lines are printed
+    set_level = getattr(utils, "absl_set_min_log_level", None)  # not public; without it, the lines are printed
     if set_level is None or os.environ.get(_XLA_LEVEL, _XLA_DEFAULT) != _XLA_DEFAULT:
         yield
         return
@@ -352,23 +350,23 @@ def _without_xla_errors() -> Iterator[None]:
 
 
 def command(what: str) -> Task:
-    """A whole command, to be closed: it is named only where nothing inside of it has anything to show."""
+    """A command, to be closed by the caller; shown only while no task inside it is."""
     return Task(_console, what, is_command=True)
 
 
 def note(text: str, file: TextIO | None = None) -> None:
-    """Prints a line on standard error (or on `file`) without breaking what is shown; the first process alone does."""
+    """Prints a line on standard error, or `file`, without breaking a live line; in process 0 only."""
     if _is_first():
         _console.note(text, file)
 
 
 def is_live() -> bool:
-    """Whether a line is redrawn in place, on a terminal or in a notebook."""
+    """Whether a line is redrawn in place, as on a terminal or in a notebook."""
     return _console.live
 
 
 def _is_first() -> bool:
-    """Whether this is the first process of its run. Starts no backend in a run of one process."""
+    """Whether this is process 0 of its run. Initializes no backend in a run of one process."""
     jax = sys.modules.get("jax")
     initialized = getattr(getattr(jax, "distributed", None), "is_initialized", None)
     if initialized is None or not initialized():

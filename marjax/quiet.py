@@ -1,9 +1,9 @@
-"""Keeps what libtpu prints on machines without a TPU off the terminal, by the variables that it asks for."""
+"""Silences libtpu on machines without a TPU, through its environment variables."""
 
 import glob
 from collections.abc import MutableMapping
 
-# What libtpu would ask the machine for, and report as missing; and how much it prints.
+# What libtpu would query and report as missing, and its log levels.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -11,23 +11,22 @@ LIBTPU = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # of TPUs, and maybe of others
+_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # TPUs, and perhaps other devices
 
 
 def quiet_libtpu(environment: MutableMapping[str, str], root: str = "") -> None:
-    """Sets LIBTPU in environment variables, before JAX is imported, where this machine cannot have a TPU.
+    """Sets the variables LIBTPU before JAX is imported, if this machine cannot have a TPU.
 
-    Nothing is set where a device may be a TPU or a variable of libtpu is set already, and JAX chooses its platform as
-    before.
+    Does nothing if a device may be a TPU or a variable of libtpu is already set.
 
     Args:
-      environment: such as `os.environ`.
-      root: of the file system.
+      environment: the variables, such as `os.environ`.
+      root: root of the file system.
     """
     has_device = any(glob.glob(root + pattern) for pattern in _DEVICES)
-    if has_device and LIBTPU.items() <= environment.items():  # of the machine that has submitted this job
+    if has_device and LIBTPU.items() <= environment.items():  # inherited from the machine that submitted this job
         for name in LIBTPU:
             del environment[name]
-    told = any(name.startswith(("TPU_", "JAX_FORCE_TPU_INIT", "COLAB_TPU")) for name in environment)
-    if not told and not has_device:
+    is_set = any(name.startswith(("TPU_", "JAX_FORCE_TPU_INIT", "COLAB_TPU")) for name in environment)
+    if not is_set and not has_device:
         environment.update(LIBTPU)

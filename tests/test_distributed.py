@@ -61,7 +61,7 @@ def test_a_step_of_a_slurm_job_with_fewer_tasks_than_the_job(environment, monkey
 
 def test_mpi_that_jax_does_not_know(environment, monkeypatch):
     environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
-    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE says that there are 2 .*JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE is 2.*JAX_COORDINATOR_ADDRESS"):
         started(monkeypatch)
     environment(JAX_COORDINATOR_ADDRESS="a:1")
     assert started(monkeypatch) == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
@@ -70,9 +70,9 @@ def test_mpi_that_jax_does_not_know(environment, monkeypatch):
 @pytest.mark.parametrize(
     "variables, says",
     [
-        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost': give host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost'"),
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
-        ({"MARJAX_HEARTBEAT_SECONDS": "1"}, "MARJAX_HEARTBEAT_SECONDS is '1': give a number of seconds, at least 5"),
+        ({"MARJAX_HEARTBEAT_SECONDS": "1"}, "^MARJAX_HEARTBEAT_SECONDS is '1'"),
     ],
 )
 def test_slips(environment, monkeypatch, variables, says):
@@ -83,20 +83,20 @@ def test_slips(environment, monkeypatch, variables, says):
 
 def test_settings_that_are_incomplete(environment, monkeypatch):
     environment(JAX_NUM_PROCESSES="2")
-    with pytest.raises(UserError, match=r"coordinator_address should be defined\.\. Give JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(UserError, match=r"coordinator_address should be defined.*JAX_COORDINATOR_ADDRESS"):
         started(monkeypatch, ValueError("coordinator_address should be defined."))
 
 
 def test_others_that_do_not_come_are_waited_for_anew(environment, monkeypatch, capsys):
     """On GKE, JAX looks for process 0's name for five minutes; a new node may take longer to be there."""
     environment(JAX_COORDINATOR_ADDRESS="a:1")
-    monkeypatch.setattr(distributed, "_SAID_AFTER", 0.0)
+    monkeypatch.setattr(distributed, "_LOG_AFTER", 0.0)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(0.2) or fail())
 
     def fail():
         raise RuntimeError("Failed to recognize coordinator address a:1")
 
-    with pytest.raises(LostPeerError, match="do not find each other"):
+    with pytest.raises(LostPeerError, match="processes of this run"):
         distributed.start()
     assert "waiting for the other processes of this run (coordinator_address a:1)" in capsys.readouterr().err
     assert distributed.is_lost_peer(LostPeerError("gone"))
