@@ -74,10 +74,11 @@ def host_work(config: ml_collections.ConfigDict, steps: int = 300) -> dict[str, 
             folder, start_step=0, total_steps=steps, tensorboard=False, progress=False, active=False
         ) as writer,
     ):
-        task = Task(step, checkpoint_items, lambda state: ("", np.zeros((1, 1, 3), np.uint8)), advice="")
         every = Intervals(steps + 1, config.log.every, steps + 1, 0)
+        draw = lambda state: ("", np.zeros((1, 1, 3), np.uint8))  # noqa: E731
+        task = Task(every, config.train.batch_size, step, checkpoint_items, draw, advice="")
         clock = RecordingClock(config.train.batch_size, mesh.size)
-        run = Run(task, every, Outputs(writer, checkpoints), clock, mesh)
+        run = Run(task, Outputs(writer, checkpoints), clock, mesh)
         with jax.set_mesh(mesh), contextlib.suppress(StopIteration):
             run.steps(state, batches())
     return {

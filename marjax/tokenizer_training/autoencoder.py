@@ -12,25 +12,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, memory, numerics, progress, sharding
+from marjax import distributed, memory, numerics, sharding
 from marjax.checkpoints.manager import Checkpoints
 from marjax.data.pipeline import Batches
 from marjax.errors import UserError
 from marjax.files import make_folder
 from marjax.images import beside, grid, to_uint8
 from marjax.lock import locked_file, locked_folder
-from marjax.loggers import check_loggers, open_loggers
-from marjax.metrics import MetricWriter
+from marjax.loggers import check_loggers
 from marjax.paths import takes_paths
 from marjax.tokenizer_training.autoencoder_step import AutoencoderState, Trainer, make_step
 from marjax.tokenizer_training.reconstruction import measure, read_images
 from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
-from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch
-from marjax.training.loop import Intervals, Outputs, Run, Task, headline
-from marjax.workdir import check_workdir, first_start, shared_settings, write_config
+from marjax.training.loop import Intervals, Start, Task, run
+from marjax.workdir import check_workdir, shared_settings, write_config
 
 _COMMAND = "marjax train-tokenizer"
 _SHOWN = 32  # images in a picture
@@ -130,52 +128,28 @@ def _run(
         ),
     )
     distributed.on_first(lambda: write_config(workdir, config))  # after the check that the step fits into memory
-    with Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-    ) as checkpoints:
-        restored = checkpoints.restore(_items(abstract))
-        if restored is None:
-            with progress.activity("creating the parameters", show=config.log.progress):
-                state = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: replicated, abstract))(
-                    numerics.key(config.seed)
-                )
-        else:
-            items = restored.items
-            state = AutoencoderState(
-                step=items["optimizer"].pop("step"), params=items["params"], ema=items["ema"], rest=items["optimizer"]
-            )
-        start, meta = int(state.step), {} if restored is None else restored.meta
-        active = jax.process_index() == 0
-        clock = Clock(
-            train.batch_size,
-            mesh.size,
-            productive=meta.get("productive_seconds", 0.0),
-            first_start=first_start(workdir, write=active),
-        )
-        with MetricWriter(
-            workdir,
-            start_step=start,
-            total_steps=train.steps,
-            tensorboard=config.log.tensorboard,
-            progress=config.log.progress,
-            active=active,
-            loggers=open_loggers(config.log, workdir) if active else (),
-        ) as writer:
-            writer.describe(config_lib.flatten(config))
-            writer.note(about)
-            writer.note(headline(abstract.params, start, train.steps))
-            if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
-                writer.note(changed)
-            every = Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every)
-            task = Task(
-                step,
-                _items,
-                lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
-                "Lower config.tokenizer.train.lr or look at the data, then start again",
-            )
-            run = Run(task, every, Outputs(writer, checkpoints), clock, mesh)
-            with _open_batches(config, mesh, start) as batches, jax.set_mesh(mesh):
-                return run.steps(state, batches)
+    task = Task(
+        Intervals(train.steps, train.log_every, train.checkpoint_every, train.pictures_every),
+        train.batch_size,
+        step,
+        _items,
+        lambda state: ("reconstructions", _picture(config, trainer.spec, state)),
+        "Lower config.tokenizer.train.lr or look at the data, then start again",
+    )
+    init = jax.jit(trainer.init, out_shardings=jax.tree.map(lambda _: replicated, abstract))
+    start = Start(
+        abstract,
+        lambda: init(numerics.key(config.seed)),
+        _restore,
+        lambda first: _open_batches(config, mesh, first),
+        (about,),
+    )
+    return run(task, start, config, workdir, mesh)
+
+
+def _restore(items: dict[str, Any]) -> AutoencoderState:
+    rest = dict(items["optimizer"])
+    return AutoencoderState(step=rest.pop("step"), params=items["params"], ema=items["ema"], rest=rest)
 
 
 def _open_batches(config: ml_collections.ConfigDict, mesh: Mesh, start_step: int) -> Batches:

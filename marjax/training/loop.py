@@ -2,41 +2,45 @@
 
 import contextlib
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from marjax import distributed, memory, numerics, progress, sharding
 from marjax.checkpoints.manager import Checkpoints
-from marjax.data.pipeline import Batch
+from marjax.config.overrides import flatten
+from marjax.data.pipeline import Batch, Batches
 from marjax.errors import TrainingError
+from marjax.loggers import Logger, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.training.callbacks import Callbacks
 from marjax.training.clock import Clock
 from marjax.training.profile import Profile
 from marjax.trees import PyTree
+from marjax.workdir import first_start
 
 Metrics = dict[str, jax.Array]
 S = TypeVar("S", bound="State")
 
 
-def headline(params: PyTree, start: int, total: int) -> str:
-    """A line about a run that begins after step `start`, 0 for a new one."""
-    count = parameter_overview.count_parameters(params)
-    return f"{count / 1e6:.2f} M parameters; " + (f"resuming at step {start} of {total}" if start else f"{total} steps")
-
-
 class State(Protocol):
-    """What a step takes and gives: any pytree that counts the finished steps."""
+    """What is trained: a pytree."""
 
     @property
     def step(self) -> jax.Array:
         """int32 ()."""
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +71,111 @@ class Task(Generic[S]):
     """What is trained.
 
     Attributes:
+      every: when what is done.
+      batch_size: images per step, over all processes.
       step: jitted, (state, batch) -> (state, metrics); the state may be donated. The metric "finite", 1 or 0, says
         whether the run may continue.
       items: the trees of a checkpoint of a state.
       draw: the name and the picture, uint8 (H, W, 3), of a state.
       advice: what to do about a loss that is not finite, for the error.
       evaluate: metrics of a state, by name; needed if `Intervals.evaluate`.
+      flops_share: FLOPs per image over a device's FLOP/s, for `perf/mfu`; 0 leaves it out.
     """
 
+    every: Intervals
+    batch_size: int
     step: Callable[[S, PyTree], tuple[S, Metrics]]
     items: Callable[[S], dict[str, PyTree]]
     draw: Callable[[S], tuple[str, np.ndarray]]
     advice: str
     evaluate: Callable[[S], dict[str, float]] | None = None
+    flops_share: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Start(Generic[S]):
+    """How a task starts.
+
+    Attributes:
+      abstract: the state as ShapeDtypeStructs with shardings.
+      create: a new state.
+      restore: the state from the items of a checkpoint.
+      open_batches: this process's part of the batches from a step on.
+      notes: lines to log.
+    """
+
+    abstract: S
+    create: Callable[[], S]
+    restore: Callable[[dict[str, PyTree]], S]
+    open_batches: Callable[[int], Batches]
+    notes: Sequence[str] = ()
+
+
+def run(
+    task: Task[S],
+    start: Start[S],
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    mesh: Mesh,
+    *,
+    callbacks: Callbacks | None = None,
+    loggers: Sequence[Logger] = (),
+    profile: Profile | None = None,
+) -> S:
+    """Trains in a work directory, from its newest whole checkpoint if there is one.
+
+    Args:
+      task: what is trained.
+      start: how it starts.
+      config: resolved; `checkpoint` and `log` are read, and all of it is logged.
+      workdir: locked by this run.
+      mesh: that batches are put on.
+      callbacks: of the user.
+      loggers: of the user, on the first process.
+      profile: which steps to trace.
+
+    Raises:
+      Exception: as `Run.steps`.
+    """
+    keep = config.checkpoint
+    with Checkpoints(epath.Path(workdir) / "checkpoints", keep=keep.keep, keep_every=keep.keep_every) as checkpoints:
+        restored = checkpoints.restore(task.items(start.abstract))
+        if restored is None:
+            with progress.activity("creating the parameters", show=config.log.progress):
+                state = start.create()
+        else:
+            state = start.restore(restored.items)
+        begun, meta = int(state.step), {} if restored is None else restored.meta
+        active = jax.process_index() == 0
+        clock = Clock(
+            task.batch_size,
+            mesh.size,
+            task.flops_share,
+            productive=meta.get("productive_seconds", 0.0),
+            first_start=first_start(workdir, write=active),
+        )
+        with MetricWriter(
+            workdir,
+            start_step=begun,
+            total_steps=task.every.total,
+            tensorboard=config.log.tensorboard,
+            progress=config.log.progress,
+            active=active,
+            loggers=open_loggers(config.log, workdir, loggers) if active else (),
+        ) as writer:
+            writer.describe(flatten(config))
+            count = parameter_overview.count_parameters(start.abstract.params) / 1e6
+            steps = f"resuming at step {begun} of {task.every.total}" if begun else f"{task.every.total} steps"
+            changed = numerics.differences(meta.get("numerics"), numerics.recorded())
+            for note in (*start.notes, f"{count:.2f} M parameters; {steps}", changed):
+                if note:
+                    writer.note(note)
+            if profile is not None and begun >= profile.first:  # resumed after a preemption
+                writer.note(f"steps {profile.first}:{profile.last} are done: nothing is traced")
+                profile = None
+            outputs = Outputs(writer, checkpoints, callbacks or Callbacks())
+            with start.open_batches(begun) as batches, jax.set_mesh(mesh):
+                return Run(task, outputs, clock, mesh, profile).steps(state, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +195,10 @@ class Run(Generic[S]):
     """
 
     def __init__(
-        self,
-        task: Task[S],
-        every: Intervals,
-        outputs: Outputs,
-        clock: Clock,
-        mesh: Mesh,
-        profile: Profile | None = None,
+        self, task: Task[S], outputs: Outputs, clock: Clock, mesh: Mesh, profile: Profile | None = None
     ) -> None:
         """`mesh` is the one that batches are put on; `profile` says which steps to trace, if any."""
-        self.task, self.every, self.clock, self.mesh, self.profile = task, every, clock, mesh, profile
+        self.task, self.every, self.clock, self.mesh, self.profile = task, task.every, clock, mesh, profile
         self.writer, self.checkpoints, self.callbacks = outputs.writer, outputs.checkpoints, outputs.callbacks
         self.unread: list[tuple[int, Metrics]] = []  # metrics still on the devices
         self.unsaved = False  # whether a checkpoint is due that has not been saved
@@ -200,7 +290,7 @@ class Run(Generic[S]):
                 step,
                 **self.task.items(state),
                 meta={
-                    "images": step * self.clock.images,
+                    "images": step * self.task.batch_size,
                     "productive_seconds": self.clock.productive,
                     "first_start": self.clock.first_start,
                     "numerics": numerics.recorded(),

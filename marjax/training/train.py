@@ -11,13 +11,11 @@ from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 from jax.sharding import Mesh
 
 from marjax import config as config_lib
-from marjax import distributed, numerics, progress, sharding
-from marjax.assembly import Assembly, assemble
-from marjax.checkpoints.manager import Checkpoints
+from marjax import distributed, numerics, sharding
+from marjax.assembly import assemble
 from marjax.data.examples import Examples, Images
 from marjax.data.latent_cache.read import Latents
 from marjax.data.pipeline import Batches
@@ -27,23 +25,21 @@ from marjax.data.sources import open_source
 from marjax.evaluation.during_training import Probe
 from marjax.generation.sampler import Sampler
 from marjax.lock import locked_folder
-from marjax.loggers import Logger, check_loggers, open_loggers
-from marjax.metrics import MetricWriter
+from marjax.loggers import Logger, check_loggers
 from marjax.paths import takes_paths
 from marjax.perf import flops, peak
 from marjax.training import init_from as init_from_lib
 from marjax.training import state as state_lib
 from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
-from marjax.training.clock import Clock
 from marjax.training.fit import compile_step, described_batch, training_batch
 from marjax.training.latent_cache import open_fitting
-from marjax.training.loop import Intervals, Outputs, Run, Task, headline
+from marjax.training.loop import Intervals, Start, Task, run
 from marjax.training.picture import Picture
 from marjax.training.profile import Profile
 from marjax.training.state import TrainState
 from marjax.training.step import make_train_step
 from marjax.trees import PyTree
-from marjax.workdir import check_workdir, first_start, refuse_weights_alone, shared_settings, write_config
+from marjax.workdir import check_workdir, refuse_weights_alone, shared_settings, write_config
 
 
 @numerics.pinned()
@@ -140,78 +136,38 @@ def train(
         distributed.on_first(lambda: write_config(workdir, config, names))  # written once it is known to fit
         picture = Picture.from_config(config, assembly.generator)
         painter = sampler.with_settings(picture.sample)
+        log = config.log
         task = Task(
+            Intervals(config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every),
+            config.train.batch_size,
             lambda state, batch: train_step(state, batch, sampler.tokenizer_params),
             checkpoint_items,
             lambda state: ("raw_and_ema", picture.draw(painter, state.params, state.ema, config.seed)),
             "Lower config.train.lr or look at the data, then start again",
             None if probe is None else lambda state: probe(sampler, state.ema),
+            flops.train_flops(assembly.generator) / peak.device_peak(config.model.dtype),
         )
-        with Checkpoints(
-            epath.Path(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-        ) as checkpoints:
-            state, meta = _restored(checkpoints, assembly, weights)
-            start, active = int(state.step), jax.process_index() == 0
-            clock = Clock(
-                config.train.batch_size,
-                mesh.size,
-                flops.train_flops(assembly.generator) / peak.device_peak(config.model.dtype),
-                productive=meta.get("productive_seconds", 0.0),
-                first_start=first_start(workdir, write=active),
-            )
-            with MetricWriter(
-                workdir,
-                start_step=start,
-                total_steps=config.train.steps,
-                tensorboard=config.log.tensorboard,
-                progress=config.log.progress,
-                active=active,
-                loggers=open_loggers(config.log, workdir, loggers) if active else (),
-            ) as writer:
-                writer.describe(config_lib.flatten(config))
-                writer.note(about)
-                if mesh.size > 1:
-                    writer.note(sharding.overview(assembly.params))
-                writer.note(headline(assembly.params, start, config.train.steps))
-                if changed := numerics.differences(meta.get("numerics"), numerics.recorded()):
-                    writer.note(changed)
-                if tracer is not None and start >= tracer.first:  # resumed after a preemption
-                    writer.note(f"steps {tracer.first}:{tracer.last} are done: nothing is traced")
-                    tracer = None
-                if config.log.samples_every:
-                    writer.note(str(picture))
-                log = config.log
-                every = Intervals(
-                    config.train.steps, log.every, config.checkpoint.every, log.samples_every, config.eval.every
-                )
-                run = Run(task, every, Outputs(writer, checkpoints, callbacks), clock, mesh, tracer)
-                with open_batches(config, mesh, start_step=start, examples=examples) as batches, jax.set_mesh(mesh):
-                    final: TrainState = run.steps(state, batches)
-                    return final
 
+        def create() -> TrainState:
+            made = state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed, weights)
+            weights.clear()  # one copy stays
+            return made
 
-def _restored(
-    checkpoints: Checkpoints, assembly: Assembly, weights: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest checkpoint and what is stored with it, or a new state.
-
-    A new state takes `weights` by path and empties it, so that one copy stays.
-    """
-    restored = checkpoints.restore(checkpoint_items(assembly.state))
-    if restored is None:
-        config = assembly.config
-        with progress.activity("creating the parameters", show=config.log.progress):
-            state = state_lib.create(assembly.generator, assembly.optimizer, assembly.state, config.seed, weights)
-        weights.clear()
-        return state, {}
-    items = restored.items
-    state = TrainState(
-        step=items["optimizer"]["step"],
-        params=items["params"],
-        ema=items["ema"],
-        opt_state=items["optimizer"]["opt_state"],
-    )
-    return state, restored.meta
+        start = Start(
+            assembly.state,
+            create,
+            lambda items: TrainState(params=items["params"], ema=items["ema"], **items["optimizer"]),
+            lambda step: open_batches(config, mesh, step, examples),
+            (
+                about,
+                sharding.overview(assembly.params) if mesh.size > 1 else "",
+                str(picture) if log.samples_every else "",
+            ),
+        )
+        final: TrainState = run(
+            task, start, config, workdir, mesh, callbacks=callbacks, loggers=loggers, profile=tracer
+        )
+        return final
 
 
 def open_batches(
