@@ -40,3 +40,9 @@ def test_paths_named_in_the_docs_exist():
         named = re.findall(r"(?<![\w./~-])(?:marjax|tests|docs|configs|launch)/[\w./]*\w\.\w+", page.read_text("utf-8"))
         missing += [(page.name, path) for path in named if not (ROOT / path).exists()]
     assert missing == [("sweeps.md", "configs/my_sweep.py")] * len(missing)  # the reader's own file
+
+
+def test_contributing_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = [path for path in (ROOT / "marjax").iterdir() if re.fullmatch(r"[a-z]\w*(\.py)?", path.name)]
+    assert not [name for path in rooms if (name := f"`{path.name}{'/' * path.is_dir()}`") not in text]
