@@ -267,11 +267,11 @@ def test_a_second_run_does_nothing_and_another_input_is_refused(mixed, tmp_path,
     pictures, made = mixed
     before = contents(made.data_dir)
     assert cli.main(["prepare", "--images", str(pictures), "--out", made.data_dir, "--max_bad", "1"]) == 0
-    assert "prepared before, nothing done" in capsys.readouterr().out
+    assert "nothing done" in capsys.readouterr().out
     other = few(tmp_path / "other")
     assert cli.main(["prepare", "--images", str(other), "--out", made.data_dir, "--name", "mixed_pictures"]) == 2
     error = capsys.readouterr().err
-    assert "begun with other pictures or settings: classes (was 4, now 2), pictures (was {'train': 200}" in error
+    assert "settings: classes (was 4, now 2), pictures (was {'train': 200}" in error
     assert contents(made.data_dir) == before
 
 
@@ -390,7 +390,7 @@ def test_resume_after_kill(tmp_path, workers):
     assert 3 <= len(records) < 12 and not (folder / "dataset_info.json").exists()
     assert list(folder.glob("*.partial*")), "killed in the midst of a shard"
     kept = {record.stem: (folder / record.stem).stat().st_mtime_ns for record in records}
-    with pytest.raises(UserError, match="begun with other pictures or settings: shards"):
+    with pytest.raises(UserError, match="settings: shards"):
         prepare(tmp_path / "own", out=tmp_path / "data", workers=1, num_shards=6)
     prepare(tmp_path / "own", out=tmp_path / "data", workers=1, num_shards=12)
     final = tmp_path / "data" / "own" / "1.0.0"
@@ -421,7 +421,7 @@ def test_unreadable_pictures_up_to_a_limit(tmp_path, capsys):
         return prepare(tmp_path / "own", out=tmp_path / "data", workers=1, num_shards=8, max_bad=max_bad)
 
     for max_bad in (0, 3):
-        with pytest.raises(UserError, match=f"max_bad is {max_bad}: start the same with a larger --max_bad"):
+        with pytest.raises(UserError, match=f"max_bad is {max_bad}.*--max_bad"):
             run(max_bad)
     assert len((tmp_path / "data/own/1.0.0.preparing/unreadable.txt").read_text().splitlines()) == 4
     made = run(4)  # goes on
@@ -475,20 +475,20 @@ def test_links(tmp_path):
     os.symlink(tmp_path / "pipe.png", tmp_path / "own" / "a" / "3.png")
     made = prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     assert examples("own", tmp_path / "data").keys() == {"a/1.png", "b/2.png"}
-    assert any("a/around is a link to a folder around it" in text for text in made.warnings)
+    assert any("a/around is a link" in text for text in made.warnings)
 
 
 @pytest.mark.parametrize(
     "names, options, says",
     [
-        (["readme.txt"], {}, r"holds no picture \(1 .txt are none\)"),
+        (["readme.txt"], {}, r"no picture \(1 .txt"),
         (["a/1.png", "2.png"], {}, r"pictures \(2.png\) beside folders of pictures \(a\)"),
         (["train/a/1.png", "cars/1.png"], {}, "if train is a split, leave only train, val and test"),
         (["train/a/1.png", "val/b/1.png"], {}, "class 'b' has pictures in validation but none in train"),
         (["train/a/1.png", "train/1.png", "val/a/1.png"], {}, r"train/ holds pictures \(train/1.png\) beside class"),
         (["a /1.png"], {}, "class folder 'a ': rename it"),
-        (["a/1.png"], {"name": "My Set"}, "in small letters, digits and _"),
-        (["a/1.png"], {"name": "mnist"}, "a data set TFDS knows by itself"),
+        (["a/1.png"], {"name": "My Set"}, "name 'My Set'"),
+        (["a/1.png"], {"name": "mnist"}, "name 'mnist'"),
         (["a/1.png"], {"val_share": 1.0}, "val_share is 1.0"),
         (["a/1.png"], {"val_share": 0.1}, "leaves no picture for validation"),
         (["train/a/1.png", "val/a/1.png"], {"val_share": 0.5}, "has a folder for validation already"),
@@ -496,7 +496,7 @@ def test_links(tmp_path):
         (["a/1.png"], {"max_bad": -1}, "max_bad is -1"),
         (["a/1.png"], {"out": "gs://bucket/data"}, "gs://bucket/data is not on this machine"),
         (["a/1.png"], {"imagenet": ["x.tar"]}, "give either a folder of pictures or the ImageNet tars"),
-        (["a/1.png"], {"inside": True}, "lies inside"),
+        (["a/1.png"], {"inside": True}, "own/data.*--out"),
     ],
 )
 def test_refusals(tmp_path, names, options, says):
@@ -511,9 +511,9 @@ def test_refusals(tmp_path, names, options, says):
 def test_more_refusals(tmp_path, capsys):
     for arguments, says in [
         ([], "give either --images DIR or --imagenet TAR"),
-        (["--images", str(tmp_path / "no")], "is no folder"),
-        (["--imagenet", str(tmp_path / "no.tar")], "does not exist: give ILSVRC2012_img_train.tar"),
-        (["--imagenet", str(tmp_path)], "or a folder with them; they are at"),
+        (["--images", str(tmp_path / "no")], f"{tmp_path}/no "),
+        (["--imagenet", str(tmp_path / "no.tar")], "no.tar does not exist"),
+        (["--imagenet", str(tmp_path)], "https://image-net.org"),
         (["--imagenet", str(tmp_path), "--name", "x"], "leave out name"),
     ]:
         assert cli.main(["prepare", "--out", str(tmp_path / "data"), *arguments]) == 2
@@ -521,7 +521,7 @@ def test_more_refusals(tmp_path, capsys):
     made = layout(tmp_path / "own", "a/1.png")
     (tmp_path / "data" / "own" / "1.0.0").mkdir(parents=True)
     (tmp_path / "data" / "own" / "1.0.0" / "dataset_info.json").write_text("{}")
-    with pytest.raises(UserError, match="that marjax prepare has not made"):
+    with pytest.raises(UserError, match=r"own/1\.0\.0 .*--name"):
         prepare(made, out=tmp_path / "data")
 
 
@@ -533,7 +533,7 @@ def test_doubtful_pictures_are_named(tmp_path, capsys):
     for _ in range(2):  # also of what was prepared before
         assert cli.main(arguments) == 0
         told = capsys.readouterr()
-        assert "1 picture is taken to use 8, 10 or 12 of 16 bits" in told.err and "a/deep.png" in told.err
+        assert "--bits 16" in told.err and "a/deep.png" in told.err
         assert "fully transparent" in told.err and "b/clear.png" in told.err
         assert "1 12 of 16 bits by its values" in told.out
     assert cli.main([*arguments, "--bits", "16"]) == 2
@@ -581,13 +581,13 @@ def test_own_files_of_any_shape(tmp_path, text):
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text("{}")
     (folder / "prepared.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match="prepared.json|not made") as caught:
+    with pytest.raises(UserError, match=r"prepared\.json|1\.0\.0 .*--out") as caught:
         prepare(tmp_path / "own", out=tmp_path / "data", workers=1)
     assert "\n" not in str(caught.value)
     preparing = tmp_path / "other" / "own" / "1.0.0.preparing"
     preparing.mkdir(parents=True)
     (preparing / "plan.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match="plan.json|begun with other") as caught:
+    with pytest.raises(UserError, match=r"plan\.json|1\.0\.0\.preparing .*--overwrite") as caught:
         prepare(tmp_path / "own", out=tmp_path / "other", workers=1)
     assert "\n" not in str(caught.value)
 

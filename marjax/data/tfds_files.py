@@ -18,20 +18,11 @@ INFO, FEATURES = "dataset_info.json", "features.json"
 FORMAT = "array_record"  # the one that is read
 
 _OWN = "tensorflow_datasets.core.features."
-CLASSES = frozenset(
-    _OWN + name
-    for name in (
-        "features_dict.FeaturesDict",
-        "sequence_feature.Sequence",
-        "image_feature.Image",
-        "class_label_feature.ClassLabel",
-        "text_feature.Text",
-        "scalar.Scalar",
-        "tensor_feature.Tensor",
-        "feature.Tensor",
-        "bounding_boxes.BBoxFeature",
-    )
+_NAMES = (
+    "features_dict.FeaturesDict sequence_feature.Sequence image_feature.Image class_label_feature.ClassLabel "
+    "text_feature.Text scalar.Scalar tensor_feature.Tensor feature.Tensor bounding_boxes.BBoxFeature"
 )
+CLASSES = frozenset(_OWN + name for name in _NAMES.split())
 _NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 _PART = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)  # of a file's name
 _TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})+", re.ASCII)

@@ -1,11 +1,11 @@
-"""Pictures of 16 bits a channel, brought to 8 bits.
+"""Converts pictures of 16 bits per channel to 8 bits.
 
-Cameras and scanners of 10 or 12 bits often leave the upper bits of 16 empty: the high bytes alone would be black. How
-many bits are used is, in this order,
+Cameras and scanners of 10 or 12 bits often leave the upper bits of 16 empty: the high bytes alone would be black. The
+number of used bits is, in this order,
 
-1. what the caller says;
-2. what the file says (PNG: sBIT; TIFF: BitsPerSample, MaxSampleValue), unless a value is larger;
-3. 8, 10 or 12, the fewest that hold every value of the picture, else 16: a guess where it is not 16.
+1. what the caller gives;
+2. what the file gives (PNG: sBIT; TIFF: BitsPerSample, MaxSampleValue), unless a value is larger;
+3. the smallest of 8, 10, 12 and 16 that holds every value of the picture: a guess, unless it is 16.
 """
 
 import io
@@ -20,7 +20,7 @@ from marjax.data.prepare import png
 _GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _GUESSES = (8, 10, 12)
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
-# How to read the other byte of two: as if their order were the other one.
+# The raw mode that reads the low bytes: the same with the opposite byte order.
 _OTHER_BYTE = {
     "RGB;16B": "RGB;16L",
     "RGB;16L": "RGB;16B",
@@ -33,7 +33,7 @@ _OTHER_BYTE = {
 
 
 def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether an opened picture has 16 bits a channel; older Pillows open grey PNG files of these in mode I."""
+    """Whether an opened picture has 16 bits per channel; older Pillows open such grey PNG files in mode I."""
     return (
         image.mode in _GREY
         or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -43,16 +43,16 @@ def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None) -> tuple[Image.Image, int, bool]:
-    """A picture of 16 bits a channel with 8 bits a channel.
+    """Converts a picture from 16 to 8 bits per channel.
 
     Args:
-      image: opened and not loaded; it is loaded here.
+      image: opened but not loaded; it is loaded here.
       data: its file.
       bits: how many of the 16 are used; see the module for None.
 
     Returns:
-      The picture in mode L, LA, RGB or RGBA, a transparent colour in the alpha channel; how many bits were taken to be
-      used; and whether that was a guess.
+      The picture in mode L, LA, RGB or RGBA, with a transparent colour as alpha; the number of used bits; and whether
+      that is a guess.
     """
     raw_mode = _raw_mode(image.tile[0]) if image.tile else ""
     said = _claimed(image, data)
@@ -94,7 +94,7 @@ def eight_bits(image: ImageFile.ImageFile, data: bytes, bits: int | None = None)
 def _deep(
     high: npt.NDArray[Any], low: npt.NDArray[Any] | None, rows: slice, through: Any
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
-    """Values (rows, W, C) of 16 bits, and which pixels (rows, W) have another colour than the transparent one."""
+    """Values of 16 bits, (rows, W, C), and which pixels, (rows, W), do not have the transparent colour."""
     deep = high[rows].astype(np.uint16)
     if low is not None:
         deep = deep << 8 | low[rows]
@@ -110,9 +110,9 @@ def _strips(height: int, width: int) -> list[slice]:
 
 
 def _claimed(image: ImageFile.ImageFile, data: bytes) -> int | None:
-    """How many bits are used, as the file says."""
+    """How many bits are used, according to the file."""
     if image.format == "PPM":
-        return 16  # Pillow brings them there from the file's own maximum
+        return 16  # Pillow scales the file's maximum to it
     tags: Any = getattr(image, "tag_v2", {})
     most = [int(value) for value in np.atleast_1d(tags.get(_MAX_SAMPLE_VALUE, ())).tolist()]
     bits = [
@@ -124,12 +124,12 @@ def _claimed(image: ImageFile.ImageFile, data: bytes) -> int | None:
 
 
 def _raw_mode(tile: Any) -> str:
-    """How the decoder of a tile is told to read the pixels."""
+    """The raw mode in which a tile is decoded."""
     return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
 
 
 def _low_bytes(data: bytes, raw_mode: str) -> npt.NDArray[np.uint8] | None:
-    """The low bytes of all channels, where Pillow gives the high ones; None where it gives no others."""
+    """The low bytes of all channels, if Pillow only returns the high bytes; else None."""
     other = _OTHER_BYTE.get(raw_mode)
     if other is None:
         return None

@@ -1,8 +1,7 @@
-"""The ImageNet tars: where each picture lies in them, with the label that TFDS gives it.
+"""Finds the offset of each picture in the ImageNet tars, and the label that TFDS gives it.
 
-A picture inside a tar, or inside a tar of a tar, is found by its offset, since tars are not compressed: workers then
-read any picture without unpacking. Only what the tars hold as they are downloaded is accepted: plain files, each
-within its tar.
+Tars are not compressed, so workers read a picture inside a tar, or a tar of tars, by its offset, without unpacking.
+Only tars as downloaded are accepted: plain files, each within its tar.
 """
 
 import collections
@@ -20,8 +19,8 @@ IMAGENET = "imagenet2012"
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _NUM_IMAGENET = {"train": 1_281_167, "validation": 50_000}
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_EXTENSION = 64 << 10  # bytes that say more about the member that follows
-_MAX_EXTENSIONS = 4  # before one member
+_MAX_EXTENSION = 64 << 10  # bytes of a header about the next member
+_MAX_EXTENSIONS = 4  # such headers per member
 
 
 def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
@@ -29,14 +28,14 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
 
     Args:
       paths: the tars, or a folder that holds them under these names.
-      progress: whether to show how far it is.
+      progress: show a progress bar.
 
     Raises:
-      UserError: a file that is missing, cut short or none of the two.
+      UserError: a file that is missing, truncated or neither of the two.
     """
     from tensorflow_datasets import core
 
-    folder = os.path.join("datasets", IMAGENET)  # the lists are part of the package, in every version of it so far
+    folder = os.path.join("datasets", IMAGENET)  # these lists are part of the package
     classes = core.tfds_path(os.path.join(folder, "labels.txt")).read_text().split()
     labels = {name: index for index, name in enumerate(classes)}
     validation = core.tfds_path(os.path.join(folder, "validation_labels.txt")).read_text().split()
@@ -50,18 +49,18 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
     if not tars:
         raise UserError(
             f"{', '.join(paths) or 'no path'}: expected {TRAIN_TAR} (and {VALIDATION_TAR}), or a folder "
-            f"with them; they are at https://image-net.org/download-images, after registration"
+            f"with them; register at https://image-net.org/download-images to download them"
         )
     made: dict[str, list[Item]] = {}
     for tar in tars:
         if not os.path.isfile(tar):
-            raise UserError(f"{tar} does not exist: give {TRAIN_TAR} or {VALIDATION_TAR}, on this machine")
+            raise UserError(f"{tar} does not exist: give a local {TRAIN_TAR} or {VALIDATION_TAR}")
         try:
             split, items = _read_tar(tar, labels, validation, progress)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(f"{tar} cannot be read as an uncompressed tar ({error}): download it again") from None
         if split in made:
-            raise UserError(f"{tar} is a second tar of split {split}: give each of the two once")
+            raise UserError(f"{tar} is a second tar of split {split}: give one tar per split")
         made[split] = sorted(items)
     warnings = [
         f"split {split} has {len(items):,} pictures, ImageNet has {_NUM_IMAGENET[split]:,}"
@@ -79,7 +78,7 @@ def list_imagenet(paths: Sequence[str], progress: bool = True) -> Listing:
 
 
 def _read_tar(tar: str, labels: dict[str, int], validation: list[str], show: bool) -> tuple[str, list[Item]]:
-    """A tar's split and pictures: of class tars inside, or pictures whose labels TFDS knows by their number."""
+    """A tar's split and pictures: class tars for train, numbered pictures with TFDS's labels for validation."""
     items: list[Item] = []
     splits: set[str] = set()
     with (
@@ -104,25 +103,25 @@ def _read_tar(tar: str, labels: dict[str, int], validation: list[str], show: boo
                 raise UserError(
                     f"{tar} holds {shortened(member.name)}, expected class tars such as n01440764.tar or "
                     f"pictures such as ILSVRC2012_val_00000001.JPEG: give {TRAIN_TAR} or {VALIDATION_TAR} "
-                    f"as they are downloaded (the test pictures have no labels)"
+                    f"as downloaded (the test pictures have no labels)"
                 )
             bar.update(len(items) - bar.n)
     if len(splits) != 1:
         raise UserError(
             f"{tar} holds {'training and validation pictures' if splits else 'no picture'}: give "
-            f"{TRAIN_TAR} or {VALIDATION_TAR} as they are downloaded"
+            f"{TRAIN_TAR} or {VALIDATION_TAR} as downloaded"
         )
     if len({item.name for item in items}) < len(items):
-        raise UserError(f"{tar} holds pictures of the same name: give it as it is downloaded")
+        raise UserError(f"{tar} holds pictures of the same name: give it as downloaded")
     return splits.pop(), items
 
 
 def _members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that begins at `start` of an open file, their offsets counted in that file.
+    """The files of the tar that starts at `start` of an open file, with offsets in that file.
 
     Raises:
-      TarError: it is none, or holds anything but files and folders.
-      EOFError: a member goes beyond `end`.
+      TarError: not a tar, or one that holds anything but files and folders.
+      EOFError: a member ends beyond `end`.
     """
     position, long_name, extensions = start, None, 0
     while position < end:
@@ -134,12 +133,12 @@ def _members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
         name = shortened(member.name)
         member.offset_data = position + _BLOCK
         if member.size < 0 or member.offset_data + member.size > end:
-            raise EOFError(f"{name} is said to have {member.size} bytes, which the file does not")
+            raise EOFError(f"{name} has {member.size} bytes by its header, more than the file")
         position = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
             extensions += 1
             if extensions > _MAX_EXTENSIONS or member.size > _MAX_EXTENSION:
-                raise tarfile.TarError(f"{name} has headers that ImageNet's members have not")
+                raise tarfile.TarError(f"{name} has headers that ImageNet's tars do not have")
             text = file.read(member.size)
             if member.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = os.fsdecode(text.rstrip(b"\0"))
@@ -150,6 +149,6 @@ def _members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
             member.name = long_name
         long_name, extensions = None, 0
         if member.type in tarfile.REGULAR_TYPES and member.type != tarfile.GNUTYPE_SPARSE:
-            yield member  # whoever takes it may move the file
+            yield member  # the caller may seek
         elif member.type != tarfile.DIRTYPE:
             raise tarfile.TarError(f"{name} is a link, device or sparse file")

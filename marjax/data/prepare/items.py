@@ -1,4 +1,4 @@
-"""Pictures to prepare, and lists of them: what the readers of folders and tars make."""
+"""Pictures to prepare, and lists of them, as the readers of folders and tars return them."""
 
 import collections
 import dataclasses
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Item(NamedTuple):
-    """A picture: `name` is unique and what the user knows it by; `size` bytes of the file `path`, from `offset` on."""
+    """A picture: `size` bytes of the file `path` from `offset` on; `name` is unique and known to the user."""
 
     name: str
     label: int
@@ -19,15 +19,15 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a data set is made from.
+    """The content of a data set.
 
     Attributes:
       kind: "images" or "imagenet".
       title: a sentence for the data set's description.
-      classes: their names; a label is an index of this.
-      splits: the pictures of each split.
-      ignored: how many files that are no pictures were left out, by suffix.
-      warnings: what looks odd but does not stop the preparation.
+      classes: class names by label.
+      splits: the pictures by split.
+      ignored: number of files that are not pictures, by suffix.
+      warnings: about anything unusual that does not stop the preparation.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Listing:
     warnings: list[str]
 
     def digest(self) -> str:
-        """A checksum of everything that the data set depends on, but for the contents of the pictures."""
+        """A checksum of everything that the data set depends on, except the contents of the pictures."""
         made = hashlib.sha256()
         for name in self.classes:
             made.update(os.fsencode(name) + b"\n")

@@ -1,15 +1,15 @@
-"""How often a JPEG file draws its picture: progressive files do so some ten times, and bombs a million times."""
+"""Counts the scans of a JPEG file: progressive files have about ten, decompression bombs a million."""
 
 import re
 
 MAX_SCANS = 100
 
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # what comes after pixels: no stuffed zero, no restart
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # not a stuffed zero or a restart, which occur inside pixels
 _SOS, _EOI, _LONE = 0xDA, 0xD9, (0x01, 0xD8)
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether a JPEG file has more than MAX_SCANS scans, each of which costs as much time as a whole picture."""
+    """Whether a JPEG file has more than MAX_SCANS scans; each takes as long as decoding a whole picture."""
     if data.count(b"\xff\xda") <= MAX_SCANS:  # quick
         return False
     scans, place = 0, 2

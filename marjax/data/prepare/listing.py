@@ -1,6 +1,6 @@
-"""What there is to prepare: the pictures of a folder of class folders, in a fixed order. Nothing is decoded here.
+"""Lists the pictures of a folder of class folders, in a fixed order. Nothing is decoded here.
 
-Which folders are splits and which are classes is decided here, by the names that data sets are published under.
+The names that published data sets use decide which folders are splits and which are classes.
 """
 
 import collections
@@ -17,16 +17,16 @@ from marjax.data.prepare.tree import Folder, Tree, read_tree
 from marjax.errors import UserError
 from marjax.ranges import check_arguments
 
-# Names of folders that hold a split rather than a class, in lower case and with one "_" for whatever separates words.
+# Names of split folders, in lower case, with "_" between words.
 _SPLIT = re.compile(
     r"(?:(?:seg|images?|imgs?|data|dataset)_)?"
     r"(?:(?P<train>train|training)|(?P<validation>val|valid|validate|validation|dev|devel|development|eval|evaluation)"
     r"|(?P<test>test|testing)|(?P<unlabelled>pred|predict|prediction|unlabell?ed))"
     r"_?(?:sets?|splits?|data|images?|imgs?|pictures?|photos?|dir|folder)?_?\d{0,4}"
 )
-# Splits of two domains, as CycleGAN's data sets have them (trainA, testB): taken for classes, with a warning.
+# Splits of two domains, as in CycleGAN's data sets (trainA, testB): taken for classes, with a warning.
 _DOMAIN = re.compile(r"(train|val|test)[\W_]?[ab]")
-# Names of a folder that holds the class folders beside files about them, as in CUB-200.
+# Names of a folder that holds the class folders, as in CUB-200.
 _CONTAINERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "dataset"})
 _Group = tuple[str, str, list[Item]]  # split; class, or "" for pictures in no class folder; pictures
 
@@ -43,17 +43,17 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
       val_share: the share of every class that becomes the split "validation", chosen by a hash of the name.
 
     Raises:
-      UserError: no such folder, no picture in it, a layout that may mean two things, or an impossible class name.
+      UserError: no such folder, no picture in it, an ambiguous layout, or an invalid class name.
     """
     check_arguments(val_share=val_share)
     if not os.path.isdir(images):
-        raise UserError(f"{images} is no folder: give a folder of class folders with pictures, on this machine")
+        raise UserError(f"{images} is not a folder: give a local folder of class folders with pictures")
     tree = read_tree(images)
     top = _classes_in(tree.top, tree.warnings)
     only = os.path.basename(tree.top.path) or "pictures"  # the class of a folder without class folders
     filled = top.filled
     if not filled and not top.items:
-        ignored = f" ({_counts(tree.ignored)} are none)" if tree.ignored else ""
+        ignored = f" ({_counts(tree.ignored)} are not pictures)" if tree.ignored else ""
         raise UserError(f"{images} holds no picture{ignored}: give a folder of class folders with JPEG or PNG files")
     if filled and top.items:
         raise UserError(
@@ -88,18 +88,18 @@ def list_folder(images: str, val_share: float = 0.0) -> Listing:
 
 
 def list_pictures(folder: str) -> list[Item]:
-    """All pictures in and below a folder, in the order of their names, without a label. Raises UserError."""
+    """All pictures in and below a folder, sorted by name, without labels. Raises UserError."""
     return read_tree(folder, os.path.basename(os.path.realpath(folder)) + "/").top.below()
 
 
 def _split_of(folder: Folder) -> str | None:
-    """The split that a folder's name stands for: "train", "validation", "test" or "unlabelled"."""
+    """The split that a folder's name means: "train", "validation", "test" or "unlabelled"; None for a class."""
     match = _SPLIT.fullmatch(re.sub(r"[\W_]+", "_", folder.name.lower()).strip("_"))
     return match.lastgroup if match else None
 
 
 def _classes_in(top: Folder, warnings: list[str]) -> Folder:
-    """The folder of class folders or of splits: the one that was given, or one that lies in it beside no pictures."""
+    """The folder of class folders or of splits: the given one, or one inside it."""
     found = folder = top
     while not folder.items and len(folder.filled) == 1 and not _split_of(folder.filled[0]):
         (folder,) = folder.filled
@@ -113,12 +113,12 @@ def _classes_in(top: Folder, warnings: list[str]) -> Folder:
 
 
 def _splits_of(images: str, filled: list[Folder]) -> dict[str, Folder]:
-    """The folders that are splits, by split; none if all are classes."""
+    """The split folders by split; {} if all folders are classes."""
     splits = {folder.name: split for folder in filled if (split := _split_of(folder))}
     if len(splits) == len(filled) and "train" not in splits.values():
         raise UserError(
             f"{images} holds {', '.join(f'{name}/' for name in splits)} but no train/; add one, or start "
-            f"with --images {shlex.quote(filled[0].path)} to train on that"
+            f"with --images {shlex.quote(filled[0].path)} to train on it"
         )
     train = [folder for folder in filled if splits.get(folder.name) == "train"]
     others = [folder.name for folder in filled if folder.name not in splits]
@@ -162,7 +162,7 @@ def _groups_of_split(images: str, split: str, folder: Folder, tree: Tree) -> Ite
 
 
 def _without_unlabelled(groups: list[_Group], classes: list[str], only: str, tree: Tree) -> Iterator[_Group]:
-    """Leaves out pictures of other splits that lie in no class folder, where those to train on do."""
+    """Leaves out pictures of other splits without a class folder, if those of train have class folders."""
     for split, name, items in groups:
         if split != "train" and not name and classes != [only]:
             _leave_out(items, os.path.dirname(items[0].name) + "/", tree)
@@ -179,7 +179,7 @@ def _leave_out(items: list[Item], where: str, tree: Tree) -> None:
 
 
 def _warn_of_classes(folders: list[Folder], warnings: list[str]) -> None:
-    """Folders that are taken for classes although they may be none."""
+    """Warns of folders that may not be classes."""
     for folder in folders:
         if len(folders) == 1 and not folder.items and len(folder.filled) > 1:
             warnings.append(
@@ -199,7 +199,7 @@ def _warn_of_classes(folders: list[Folder], warnings: list[str]) -> None:
 
 
 def _check_classes(names: list[str], warnings: list[str]) -> None:
-    """TFDS keeps the names as lines of a file, and strips them."""
+    """Raises UserError: a name cannot be a line of a file, as TFDS stores it."""
     for name in names:
         if name != name.strip() or len(name.splitlines()) != 1 or name.encode("utf-8", "replace") != os.fsencode(name):
             raise UserError(
@@ -227,7 +227,7 @@ def _divide(made: dict[str, list[Item]], share: float) -> dict[str, list[Item]]:
     }
     for split, items in parts.items():
         if not items:
-            raise UserError(f"val_share is {share}, which leaves no picture for {split}: give another share, or none")
+            raise UserError(f"val_share is {share}, which leaves no picture for {split}: give another share, or 0")
     return parts | {split: items for split, items in made.items() if split != "train"}
 
 

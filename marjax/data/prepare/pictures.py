@@ -1,23 +1,23 @@
-"""What of a picture file goes into a data set: its own bytes where every reader agrees about them, else a PNG.
+"""How a picture file is stored in a data set: unchanged if every reader decodes it alike, else as a PNG.
 
-Readers are marjax (`sources.py`) and plain `tfds.data_source`, which takes the indices of a palette for pixels, knows
-no orientation and wants one or three channels of eight bits. The rules, in the order in which they are applied:
+Readers are marjax (`sources.py`) and plain `tfds.data_source`, which takes the indices of a palette for pixels, ignores
+the orientation and expects one or three channels of eight bits. The rules, in the order in which they apply:
 
 | picture | stored as |
 |---|---|
-| JPEG or PNG, grey or RGB, 8 bits a channel, upright | the file's own bytes |
-| JPEG with further pictures inside (MPO, of phones and cameras) | the file's own bytes; readers see the first picture |
+| JPEG or PNG, grey or RGB, 8 bits per channel, upright | unchanged |
+| JPEG with more pictures inside (MPO, of phones and cameras) | unchanged; readers see the first picture |
 | BMP, GIF, TIFF, WebP, AVIF, JPEG 2000, PPM and PGM | PNG of the same pixels |
 | animated (GIF, WebP, PNG) or with several pages (TIFF) | PNG of the first frame |
 | EXIF orientation other than upright | PNG, turned upright; with `upright=False` the orientation is ignored |
 | 1 bit | 8-bit grey PNG, 0 and 255 |
-| 16 bits a channel | 8-bit PNG of the upper bits in use, see `deep.py` |
+| 16 bits per channel | 8-bit PNG of the upper bits in use, see `deep.py` |
 | palette | RGB PNG |
-| alpha, or a transparent colour | PNG, laid over white; if all of it is transparent, its colours where these differ |
-| PNG with texts or a profile over 1 MiB, or damaged ones | the file without these |
+| alpha, or a transparent colour | PNG, over white; if fully transparent, its colours unless they are all the same |
+| PNG with texts or profiles that are damaged or over 1 MiB | the file without them |
 | CMYK, YCbCr, HSV | RGB PNG, as Pillow converts it |
-| 32-bit integers, floating point, L*a*b* | none: unreadable, since their range or meaning is not known |
-| over MAX_PIXELS, MAX_PIXELS_OTHERS, MAX_BYTES or MAX_SCANS | none: unreadable, found before anything is decoded |
+| 32-bit integers, floating point, L*a*b* | not stored: unreadable, since their range or meaning is unknown |
+| over MAX_PIXELS, MAX_PIXELS_OTHERS, MAX_BYTES or MAX_SCANS | not stored: unreadable, detected before decoding |
 
 Colour profiles are ignored throughout, as the reference ignores them.
 """
@@ -36,12 +36,12 @@ from marjax.data.records import reached_limit
 from marjax.errors import first_line
 from marjax.files import open_regular
 
-# Decoding takes up to 14 bytes a pixel of JPEG and PNG, 20 of others: less than 1.5 GiB.
-MAX_PIXELS = 112 << 20  # of a JPEG or PNG file of 8 bits a channel; phones make 108 million
+# Decoding takes up to 14 bytes per pixel of JPEG and PNG, 20 of other formats: less than 1.5 GiB.
+MAX_PIXELS = 112 << 20  # of a JPEG or PNG file of 8 bits per channel; phones make 108 million
 MAX_PIXELS_OTHERS = 1 << 26  # 8192 x 8192
 MAX_BYTES = 1 << 29  # of a picture's file
 
-# What Pillow may try. Left out are formats that run other programs (EPS), hold drawings, or have no signature (TGA).
+# Without formats that run other programs (EPS), hold drawings, or have no signature (TGA).
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 _PASSED = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG"}
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -55,68 +55,43 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# A file of such a name is taken for a picture: stored, or unreadable. Of the last row Pillow knows none or only some;
-# leaving a phone's HEIC pictures out without a word would be worse than stopping at the first.
-SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".apng",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".avif",
-        ".avifs",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jxl",
-    }
+# Files with these suffixes are pictures: stored, or unreadable. Pillow may not read the last ones, but ignoring the
+# HEIC pictures of a phone silently would be worse than stopping at the first.
+_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm "
+    ".avif .avifs .jp2 .j2k .jpx .heic .heif .hif .jxl"
 )
+SUFFIXES = frozenset(_SUFFIXES.split())
 
 
 class UnreadableError(ValueError):
-    """A file that holds no picture which can be stored; says why."""
+    """The picture cannot be stored; says why."""
 
 
-# Parts of a kind (see `storable`) that may not be what was meant, and what to do then.
+# Parts of a kind (see `storable`) that suggest a mistake, with a warning.
 DOUBTS = {
-    "by its values": "taken to use 8, 10 or 12 of 16 bits, as the largest values need: start with --overwrite "
+    "by its values": "assumed to use 8, 10 or 12 of 16 bits, by their largest values: start with --overwrite "
     "--bits 16 if they are only dark",
-    "fully transparent": "fully transparent: take out what shows nothing",
+    "fully transparent": "fully transparent: remove them if they show nothing",
 }
 
 
 def doubts(kind: str) -> list[str]:
-    """The keys of DOUBTS that a kind calls for."""
+    """The keys of DOUBTS that apply to a kind."""
     return [part for part in DOUBTS if part in kind]
 
 
 def storable(data: bytes, upright: bool = True, bits: int | None = None) -> tuple[bytes, str]:
-    """What is stored of a picture file, after decoding all of it.
+    """The file to store for a picture file, which is fully decoded.
 
     Args:
       data: the file's bytes.
-      upright: whether to turn the picture as its EXIF orientation says.
-      bits: how many bits are used of 16 bits a channel; see `deep.py` for None.
+      upright: whether to apply the EXIF orientation.
+      bits: how many bits are used of 16 bits per channel; see `deep.py` for None.
 
     Returns:
-      The bytes of a JPEG or PNG file of mode L or RGB with 8 bits a channel; and its kind, "JPEG" or "PNG" for the
-      file's own bytes, otherwise what made another file necessary, such as "WEBP" or "palette, transparency".
+      The bytes of a JPEG or PNG file of mode L or RGB with 8 bits per channel; and its kind, "JPEG" or "PNG" if it is
+      unchanged, otherwise why it was converted, such as "WEBP" or "palette, transparency".
 
     Raises:
       UnreadableError: nothing can be stored.
@@ -125,12 +100,12 @@ def storable(data: bytes, upright: bool = True, bits: int | None = None) -> tupl
         raise UnreadableError("the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large or odd files that can be read all the same
+            warnings.simplefilter("ignore")  # of large or unusual files that can be read
             return _storable(data, upright, bits)
     except UnreadableError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableError("no image file that Pillow can read here") from None
+        raise UnreadableError("not an image file that Pillow can read here") from None
     except Image.DecompressionBombError as error:
         raise UnreadableError(f"too many pixels: {error}") from None
     except MemoryError:
@@ -143,7 +118,7 @@ def storable(data: bytes, upright: bool = True, bits: int | None = None) -> tupl
 def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
     """The pixels of an image file: (H, W, 1) if it is grey, else (H, W, 3).
 
-    As in the reference, alpha is dropped and the EXIF orientation ignored; 16 bits a channel become 8 as in `storable`.
+    As in the reference, alpha is dropped and the EXIF orientation ignored; 16 bits become 8 as in `storable`.
 
     Raises:
       ValueError, OSError and others: it cannot be read.
@@ -152,7 +127,7 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
     try:
         opened = _opened(data)
     except UnidentifiedImageError:
-        raise ValueError(f"{len(encoded)} bytes that are no image file known to Pillow") from None
+        raise ValueError(f"{len(encoded)} bytes that Pillow cannot identify as an image") from None
     with opened as image:
         pixels: Image.Image = deep.eight_bits(image, data)[0] if deep.is_deep(image, data) else image
         to = "L" if pixels.mode in ("1", "L", "LA") else "RGB"
@@ -161,11 +136,11 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
-    """A picture's file, or the part of a file in which it lies.
+    """The bytes of a picture: a file, or `size` bytes of one from `offset` on.
 
     Raises:
       UnreadableError: it cannot be read.
-      OSError: too many files are open, which says nothing about this one.
+      OSError: too many files are open.
     """
     try:
         with open_regular(path) as file:
@@ -187,7 +162,7 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
 
 
 def _opened(data: bytes) -> ImageFile.ImageFile:
-    """An image of a known format and a bearable size, not decoded yet."""
+    """Opens an image of a supported format and size, without decoding it."""
     Image.init()
     image = Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
     is_light = image.format in _PASSED and png.channel_bits(data) != 16
@@ -206,14 +181,14 @@ def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str
     with _opened(data) as image:
         kind, mode = image.format or "", image.mode
         if kind == "PNG":
-            # Decoding does not look at the checksums of the pixels. Other readers do, and refuse the file.
+            # Decoding does not check the checksums of the pixels, but other readers do.
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
                 checked.verify()
         is_deep = deep.is_deep(image, data)
         if kind == "PNG":
-            image.load()  # else the search for its orientation would, and a second attempt does not fail again
+            image.load()  # otherwise reading its orientation would, and a second load of a damaged file does not fail
         why = [] if kind in _PASSED else [kind]
-        # The second picture of an MPO is not an animation's: a depth map, or the other eye's. Frames are not counted,
+        # The second picture of an MPO is a depth map or the other eye's view, not a frame. Frames are not counted,
         # since that reads all of them.
         if getattr(image, "is_animated", False) and kind != "MPO":
             why.append("first frame")
@@ -229,12 +204,12 @@ def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str
         if transparent:
             why.append("transparency")
         if not why:
-            # Decoding to an eighth of the size reads every byte, so it finds what is missing, with less to compute.
+            # Decoding to an eighth of the size still reads every byte, so it detects damage at less cost.
             image.draft(None, (1, 1))
             image.load()
             return given if is_sound else data, _PASSED[kind]
         image.load()
-        turn = _TURNS.get(_orientation(image)) if upright else None  # TIFF is upright once it is loaded
+        turn = _TURNS.get(_orientation(image)) if upright else None  # loading a TIFF turns it upright
         plain: Image.Image = image
         if is_deep:
             with _opened(data) as again:
@@ -248,7 +223,7 @@ def _storable(given: bytes, upright: bool, bits: int | None) -> tuple[bytes, str
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing, and does not spoil the pixels
+    except Exception:  # a damaged EXIF block does not affect the pixels
         return 1
 
 
@@ -256,7 +231,7 @@ def _plain(image: Image.Image, why: list[str]) -> Image.Image:
     """The same picture in mode L or RGB."""
     mode = image.mode
     if mode in ("I", "F", "LAB"):
-        raise UnreadableError(f"pixels of mode {mode}, whose range is not known: convert the file to 8 bits a channel")
+        raise UnreadableError(f"pixels of mode {mode}, whose range is unknown: convert the file to 8 bits per channel")
     to = "L" if mode in ("1", "L", "LA", "La") else "RGB"
     if "transparency" not in image.info and mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
         return image.convert(to)
@@ -276,12 +251,12 @@ def _varies(image: Image.Image) -> bool:
 
 
 def _flattened(image: Image.Image, mode: str, over_white: bool) -> tuple[Image.Image, bool]:
-    """A picture without its alpha, in strips to save memory; and whether it is fully transparent."""
+    """The picture without alpha, computed in strips to save memory; and whether it is fully transparent."""
     flat, is_empty = Image.new(mode, image.size), True
     rows = max(1, (1 << 22) // max(1, image.width))
     for top in range(0, image.height, rows):
         part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        # Premultiplied modes have no way to RGBA but through their own plain form.
+        # Pillow converts premultiplied modes to RGBA only through their plain form.
         layer = part.convert({"La": "LA", "RGBa": "RGBA"}.get(part.mode, part.mode)).convert("RGBA")
         is_empty = is_empty and layer.getchannel("A").getextrema() == (0, 0)
         if over_white:
@@ -291,7 +266,7 @@ def _flattened(image: Image.Image, mode: str, over_white: bool) -> tuple[Image.I
 
 
 def _as_png(image: Image.Image) -> bytes:
-    image.info.clear()  # a profile or a transparent colour of the old file does not belong to the new pixels
+    image.info.clear()  # profile and transparent colour belong to the old pixels
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

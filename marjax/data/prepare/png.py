@@ -1,8 +1,8 @@
-"""The chunks of a PNG file, read before Pillow reads the file.
+"""Reads the chunks of a PNG file before Pillow does.
 
-Pillow refuses texts and profiles that grow over 1 MiB when they are unpacked, or are packed in a way it does not know,
-and lets texts with names such as "transparency" stand for what the file says of its pixels. None of them says anything
-about the pixels, so they are cut out; only where programs keep the orientation are they left.
+Pillow refuses texts and profiles that decompress to more than 1 MiB or in an unknown way, and lets texts with names
+such as "transparency" override what the file says about its pixels. They do not affect the pixels, so they are removed,
+except those that may hold the orientation.
 """
 
 import struct
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-_MAX_TEXT = 1 << 20  # bytes, unpacked: what Pillow takes
+_MAX_TEXT = 1 << 20  # bytes, decompressed; the limit of Pillow
 _MAX_TEXTS = 16 << 20  # of all
 _MAX_CHUNKS = 200_000
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of every chunk that is there as a whole, with where its body begins and ends; none in another file.
+    """Kind, start and end of body of every complete chunk; none if this is not a PNG file.
 
     Raises:
-      ValueError: there are more than any picture has.
+      ValueError: there are more chunks than in any picture.
     """
     position, count = len(SIGNATURE), 0
     while data.startswith(SIGNATURE) and position + 12 <= len(data):
@@ -37,10 +37,10 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def without_texts(data: bytes) -> tuple[bytes, bool]:
-    """A file without texts and profiles, the same object if it has none or is no PNG file.
+    """Removes texts and profiles from a PNG file; returns the same object if there is nothing to remove.
 
     Returns:
-      The file; and whether every program that reads pictures can be expected to read the one that was given.
+      The file; and whether other programs can be expected to read the given file.
     """
     parts, kept, start, total, harmless = [], 0, 0, 0, True
     for kind, first, last in chunks(data):
@@ -64,26 +64,13 @@ def without_texts(data: bytes) -> tuple[bytes, bool]:
     return (b"".join([*parts, data[start:]]) if parts else data), harmless
 
 
-# Texts of these names take the place of what Pillow keeps of the pixels.
-_PIXEL_NAMES = tuple(
-    name + b"\0"
-    for name in (
-        b"transparency",
-        b"bbox",
-        b"interlace",
-        b"default_image",
-        b"blend",
-        b"disposal",
-        b"icc_profile",
-        b"exif",
-        b"dpi",
-        b"gamma",
-    )
-)
+# Texts of these names override what Pillow knows about the pixels.
+_NAMES = b"transparency bbox interlace default_image blend disposal icc_profile exif dpi gamma"
+_PIXEL_NAMES = tuple(name + b"\0" for name in _NAMES.split())
 
 
 def _unpacked_size(kind: bytes, body: bytes) -> int | None:
-    """Bytes of a text or profile, more than _MAX_TEXT if there are more; None if it is packed in no known way."""
+    """Bytes of a text or profile, counted up to _MAX_TEXT + 1; None if its compression is unknown."""
     rest = body.partition(b"\0")[2]
     if kind == b"tEXt":
         return len(rest)
@@ -101,7 +88,7 @@ def _unpacked_size(kind: bytes, body: bytes) -> int | None:
 
 
 def significant_bits(data: bytes) -> int | None:
-    """The most bits of a channel that the file says are significant (sBIT), None if it does not."""
+    """The largest number of significant bits per channel (sBIT); None if the file does not have it."""
     for kind, first, last in chunks(data):
         if kind == b"sBIT":
             return max(data[first:last], default=None)
@@ -111,5 +98,5 @@ def significant_bits(data: bytes) -> int | None:
 
 
 def channel_bits(data: bytes) -> int | None:
-    """Bits of a channel, None if this is no PNG file."""
+    """Bits per channel; None if this is not a PNG file."""
     return data[24] if data.startswith(SIGNATURE) and len(data) > 24 else None

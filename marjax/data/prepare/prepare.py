@@ -1,8 +1,8 @@
-"""From a folder of pictures, or the ImageNet tars, to a data set in the layout of TFDS, without TensorFlow.
+"""Prepares a folder of pictures, or the ImageNet tars, as a data set in the layout of TFDS, without TensorFlow.
 
-What is written lies in OUT/NAME/VERSION: shards of ArrayRecord, dataset_info.json, features.json, label.labels.txt, and
-prepared.json, which says what it was made from. Until all is there, the folder is called VERSION.preparing and no
-reader takes it for a data set. Order and shards follow from names alone, by the hash that TFDS shuffles by: neither
+OUT/NAME/VERSION holds shards of ArrayRecord, dataset_info.json, features.json, label.labels.txt, and prepared.json,
+which records what the data set was made from. Until it is complete, the folder is named VERSION.preparing, which no
+reader takes for a data set. Order and shards depend on names only, through the hash that TFDS shuffles by: neither
 workers nor interruptions change a byte.
 """
 
@@ -41,8 +41,8 @@ from marjax.lock import locked_folder
 from marjax.paths import takes_paths
 from marjax.ranges import check_arguments
 
-SIZES = {"tiny": (32,), "small": (64, 32)}  # of images to suggest, pixels, the largest that fits
-_SHARD_BYTES = 64 << 20  # at least, of one split: the sizes and numbers of shards are those of TFDS
+SIZES = {"tiny": (32,), "small": (64, 32)}  # image sizes to suggest, in pixels; the largest that fits is used
+_SHARD_BYTES = 64 << 20  # at least; sizes and numbers of shards are those of TFDS
 _MAX_SHARDS = 1024
 _RECORDS = "records"
 _PREPARED = {
@@ -61,14 +61,14 @@ class Prepared:
       data_dir: what `config.data.data_dir` and TFDS's `data_dir` should be.
       name: `config.data.source` is "tfds:NAME".
       version: of the data set.
-      classes: their names, by label.
-      num_examples: of each split.
-      kinds: how many pictures of each kind (see `marjax.data.prepare.pictures`) there are.
+      classes: class names by label.
+      num_examples: per split.
+      kinds: number of pictures per kind (see `marjax.data.prepare.pictures`).
       unreadable: the pictures left out, each with the reason.
-      ignored: how many files were no pictures, by suffix.
-      warnings: what looked odd.
-      side: pixels on the shorter side of the median training picture; 0 if not known.
-      fresh: False if it was all there before.
+      ignored: number of other files, by suffix.
+      warnings: about anything unusual.
+      side: pixels on the shorter side of the median training picture; 0 if unknown.
+      fresh: False if the data set was complete before.
     """
 
     data_dir: str
@@ -85,48 +85,39 @@ class Prepared:
 
     @property
     def directory(self) -> str:
-        """Where it lies."""
+        """Folder of the data set."""
         return os.path.join(self.data_dir, self.name, self.version)
 
     def summary(self) -> str:
-        """A few lines: what was done with what, and how to train on it."""
+        """A few lines: what was stored, and how to train on it."""
         kept = [kind for kind in self.kinds if kind in ("JPEG", "PNG")]
         lines = [
             f"{self.directory}: {', '.join(f'{count:,} {split}' for split, count in self.num_examples.items())}; "
-            f"{len(self.classes)} classes" + ("" if self.fresh else "; prepared before, nothing done"),
+            f"{len(self.classes)} classes" + ("" if self.fresh else "; already prepared, nothing done"),
             "labels: "
             + listed([f"{label} {shortened(name)}" for label, name in enumerate(self.classes)], between="; "),
-            "stored as they are: " + (_listed({kind: self.kinds[kind] for kind in kept}) or "none"),
+            "stored unchanged: " + (_listed({kind: self.kinds[kind] for kind in kept}) or "none"),
             "stored as PNG: " + (_listed({kind: n for kind, n in self.kinds.items() if kind not in kept}) or "none"),
         ]
         if self.ignored:
-            lines.append("no pictures, ignored: " + _listed(self.ignored))
+            lines.append("not pictures, ignored: " + _listed(self.ignored))
         if self.unreadable:
             lines.append(f"unreadable, left out: {len(self.unreadable)}, see {self.directory}/unreadable.txt")
         return "\n".join([*lines, f"train: {self.train_command()}"])
 
     def train_command(self) -> str:
-        """The command to train with, quoted for a shell; on a machine without an accelerator, of a tiny model."""
+        """The command to train with, quoted for a shell; it trains a tiny model on a machine without an accelerator."""
         config = "imagenet256:model=mar_base"
         if self.name != IMAGENET:
             model = "small" if has_accelerator() else "tiny"
             size = next((size for size in SIZES[model] if size <= self.side), SIZES[model][-1])
             config = f"folder:name={self.name},size={size},model={model}"
-        return shlex.join(
-            [
-                "marjax",
-                "train",
-                "--config",
-                config,
-                f"--config.data.data_dir={self.data_dir}",
-                "--workdir",
-                f"runs/{self.name}",
-            ]
-        )
+        data_dir = f"--config.data.data_dir={self.data_dir}"
+        return shlex.join(["marjax", "train", "--config", config, data_dir, "--workdir", f"runs/{self.name}"])
 
 
 def has_accelerator() -> bool:
-    """Whether this machine has a GPU or TPU that JAX is installed for; JAX is not started for it."""
+    """Whether this machine has a GPU or TPU that JAX is installed for; does not initialize JAX."""
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return False
     nvidia = os.path.exists("/dev/nvidiactl") and bool(importlib.metadata.entry_points(group="jax_plugins"))
@@ -149,28 +140,27 @@ def prepare(
     progress: bool = True,
     bits: int | None = None,
 ) -> Prepared:
-    """Prepares a data set that marjax and plain `tfds.data_source` read; a second call goes on where one was killed.
+    """Prepares a data set for marjax and plain `tfds.data_source`; a second call resumes a killed one.
 
-    Every picture is decoded once (see `marjax.data.prepare.pictures`). Examples have the features "image",
-    "label" and "file_name". As with all worker processes, a script must start its work below
-    `if __name__ == "__main__":`, or say `workers=1`.
+    Every picture is decoded once (see `marjax.data.prepare.pictures`). Examples have the features "image", "label" and
+    "file_name". A script must call this below `if __name__ == "__main__":`, or pass `workers=1`.
 
     Args:
       images: a folder of class folders (see `list_folder`); or else
       imagenet: the ImageNet tars, or a folder with them (see `list_imagenet`).
-      out: the folder for data sets; this one goes to OUT/NAME/VERSION.
-      name: of the data set, for pictures: letters, digits and underscores; the folder's own if that is possible.
-      num_shards: files of each split, at most one a picture; by default, one for 64 MiB or more.
-      max_bad: how many unreadable pictures to leave out, listed in unreadable.txt, before giving up.
+      out: folder of data sets; this one goes to OUT/NAME/VERSION.
+      name: of a data set of pictures: letters, digits and underscores; by default, the folder's name.
+      num_shards: files per split, at most one per picture; by default, one per 64 MiB or more.
+      max_bad: maximum number of unreadable pictures, which are left out and listed in unreadable.txt.
       val_share: the share of each class that becomes the split "validation".
-      workers: processes; by default, one for each core that this process may use.
-      overwrite: start afresh, and replace what was prepared there.
-      progress: whether to show how far it is.
-      bits: how many bits are used of pictures with 16 bits a channel; see `marjax.data.prepare.deep` for None.
+      workers: processes; by default, one per core that this process may use.
+      overwrite: replace a data set that is there.
+      progress: show a progress bar.
+      bits: how many bits are used of pictures with 16 bits per channel; see `marjax.data.prepare.deep` for None.
 
     Raises:
       UserError: an argument, a folder or a tar that cannot be used; more than `max_bad` unreadable pictures; another
-        data set of this name in `out`; another process at work on it.
+        data set of this name in `out`; another process that writes it.
       TrainingError: a file cannot be written, or a worker died.
     """
     if bool(images) == bool(imagenet):
@@ -179,7 +169,7 @@ def prepare(
     out = os.fspath(out)
     for path in (*given, out):
         if "://" in path:
-            raise UserError(f"{path} is not on this machine: prepare from and into local folders, then copy the result")
+            raise UserError(f"{path} is not on this machine: use local folders, then copy the result")
     out = os.path.abspath(out)
     check_arguments(num_shards=num_shards, max_bad=max_bad, val_share=val_share, workers=workers, bits=bits)
     if imagenet is not None:
@@ -192,7 +182,7 @@ def prepare(
     else:
         name, version = _checked_name(name, given[0]), "1.0.0"
         if os.path.commonpath([os.path.realpath(given[0]), os.path.realpath(out)]) == os.path.realpath(given[0]):
-            raise UserError(f"{out} lies inside {given[0]}: give an --out outside the folder of pictures")
+            raise UserError(f"{out} is inside {given[0]}: give an --out outside the folder of pictures")
         listing = list_folder(given[0], val_share)
     final = os.path.join(out, name, version)
     for warning in listing.warnings:
@@ -224,8 +214,7 @@ def prepare(
         ]
         if missing:
             raise UserError(
-                f"{final} lacks {len(missing)} of its files, such as {missing[0]}: start with --overwrite, "
-                f"which makes it anew"
+                f"{final} lacks {len(missing)} of its files, such as {missing[0]}: prepare it again with --overwrite"
             )
         _tidy(final)
         return _prepared(out, listing, made, fresh=False)
@@ -234,12 +223,12 @@ def prepare(
         return there
     folder = final + ".preparing"
     with locked_folder(os.path.dirname(final), "marjax prepare", f"{version}.lock"):
-        if (there := finished()) is not None:  # another process was quicker
+        if (there := finished()) is not None:  # another process has finished it
             return there
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}): give an --out that can be written") from None
+            raise UserError(f"{folder} cannot be created ({error.strerror}): give an --out that is writable") from None
         try:
             _begin(folder, plan, overwrite)
             tasks: dict[str, list[Shard]] = {}
@@ -264,15 +253,15 @@ def prepare(
                 folder, plan, listing, {split: [records[task.path] for task in parts] for split, parts in tasks.items()}
             )
             _publish(folder, final)
-        except OSError as error:  # a folder that cannot be written, too few file descriptors or processes
+        except OSError as error:  # a folder that is not writable, too few file descriptors or processes
             raise TrainingError(
-                f"{error.filename or folder}: {error.strerror or error}; change that, then start the same again"
+                f"{error.filename or folder}: {error.strerror or error}; fix that, then start the same command again"
             ) from None
     return _prepared(out, listing, made, fresh=True)
 
 
 def _begin(folder: str, plan: dict[str, Any], overwrite: bool) -> None:
-    """Leaves in the folder only what belongs to this data set, or refuses."""
+    """Removes the files that do not belong to this data set. Raises UserError: they belong to another data set."""
     before = {} if overwrite else _read_json(os.path.join(folder, "plan.json"), {})
     if before:
         _refuse_other(folder, before, plan)
@@ -293,9 +282,9 @@ def _checked_name(name: str | None, folder: str) -> str:
         own = f"pictures_{own}".strip("_")
     chosen = own if name is None else name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", chosen):
-        raise UserError(f"name {chosen!r} cannot be a data set's: give --name, in small letters, digits and _")
+        raise UserError(f"name {chosen!r} is not a data set's name: give --name with lower-case letters, digits and _")
     if chosen in tfds.list_builders(with_community_datasets=False):
-        raise UserError(f"name {chosen!r} is that of a data set TFDS knows by itself: give another --name")
+        raise UserError(f"name {chosen!r} is a data set of TFDS: give another --name")
     return chosen
 
 
@@ -306,7 +295,7 @@ def _imagenet_version() -> str:
 
 
 def _shuffled(split: str, items: list[Item]) -> list[Item]:
-    """In the order in which TFDS stores pictures of these names: a slice of a split means the same pictures."""
+    """In TFDS's order for these names, so that a slice of a split has the same pictures."""
     return sorted(items, key=lambda item: md5(split.encode() + os.fsencode(item.name)).digest())
 
 
@@ -328,7 +317,7 @@ def _files(name: str, split: str, count: int) -> list[str]:
 
 def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, Any]) -> None:
     if before is None:
-        raise UserError(f"{folder} holds a data set that marjax prepare has not made: give another --out or --name")
+        raise UserError(f"{folder} holds a data set that marjax prepare did not write: give another --out or --name")
     if before != plan:
         changes = [
             f"{shortened(key)} (was {shortened(str(before.get(key)))}, now {plan.get(key)})"
@@ -336,14 +325,14 @@ def _refuse_other(folder: str, before: dict[str, Any] | None, plan: dict[str, An
             if before.get(key) != plan.get(key) and key != "sha256"
         ]
         raise UserError(
-            f"{folder} was begun with other pictures or settings: "
-            f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}. Give what it was begun "
-            f"with, another --out or --name, or --overwrite to start afresh"
+            f"{folder} was started with other pictures or settings: "
+            f"{', '.join(changes) or 'names, classes or sizes of pictures differ'}; give the same ones, another --out "
+            f"or --name, or --overwrite to replace it"
         )
 
 
 def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> None:
-    """Raises UserError if there are too many, and leaves the list of those known."""
+    """Raises UserError: there are too many; unreadable.txt lists those found so far."""
     unreadable = [pair for record in records.values() for pair in record.unreadable]
     if len(unreadable) > max_bad:
         _write_unreadable(folder, unreadable)
@@ -351,8 +340,8 @@ def _check_unreadable(records: dict[str, Record], max_bad: int, folder: str) -> 
         raise UserError(
             f"{name} cannot be read ({why})"
             + (f", nor can others, {len(unreadable)} so far" if len(unreadable) > 1 else "")
-            + f", and max_bad is {max_bad}: start the same with a larger --max_bad to leave such pictures "
-            f"out, which goes on from here; or mend them and start with --overwrite"
+            + f", and max_bad is {max_bad}: resume with a larger --max_bad to leave such pictures out, or repair them "
+            f"and start with --overwrite"
         )
 
 
@@ -364,7 +353,7 @@ def _write_unreadable(folder: str, unreadable: list[tuple[str, str]]) -> None:
 def _write_metadata(
     folder: str, plan: dict[str, Any], listing: Listing, records: dict[str, list[Record]]
 ) -> dict[str, Any]:
-    """Writes all that is not a shard, dataset_info.json last; returns what prepared.json says."""
+    """Writes all files but the shards, dataset_info.json last; returns the content of prepared.json."""
     import tensorflow_datasets as tfds
 
     everything = [record for split in records.values() for record in split]
@@ -385,7 +374,9 @@ def _write_metadata(
         _write_unreadable(folder, unreadable)
     for split, count in counts.items():
         if not count:
-            raise UserError(f"no picture of split {split} can be read, see {folder}/unreadable.txt: give other ones")
+            raise UserError(
+                f"no picture of split {split} can be read, see {folder}/unreadable.txt: give other pictures"
+            )
     write_text(os.path.join(folder, "prepared.json"), json.dumps(made, indent=1) + "\n")
     is_imagenet = listing.kind == "imagenet"
     tfds.folder_dataset.write_metadata(
@@ -409,7 +400,7 @@ def _write_metadata(
 
 
 def _publish(folder: str, final: str) -> None:
-    """Gives the folder its name; only then is there a data set. One that is to be replaced stays until then."""
+    """Renames the folder, which makes it a data set; a data set to be replaced is kept until then."""
     old = final + ".old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(final):
@@ -420,9 +411,9 @@ def _publish(folder: str, final: str) -> None:
 
 
 def _tidy(final: str) -> None:
-    """Removes what only a resumed run needs; not before all is published, or a run killed here would start anew."""
+    """Removes what only a resumed run needs, once the data set is published: a run killed earlier still resumes."""
     shutil.rmtree(os.path.join(final, _RECORDS), ignore_errors=True)
-    with contextlib.suppress(OSError):  # most of the time there is none; and a data set may be for reading only
+    with contextlib.suppress(OSError):  # usually there is none; and a data set may be read-only
         os.remove(os.path.join(final, "plan.json"))
 
 
@@ -450,13 +441,13 @@ def _prepared(out: str, listing: Listing, made: dict[str, Any], fresh: bool) -> 
 
 
 def _median_side(listing: Listing) -> int:
-    """Of the shorter sides of up to 100 training pictures, as their headers say; 0 if none can be read."""
+    """Median of the shorter sides of up to 100 training pictures, from their headers; 0 if none can be read."""
     if listing.kind == "imagenet":
         return 0
     items = listing.splits["train"]
     sides = []
     for item in items[:: max(1, len(items) // 100)]:
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # of files that preparing has reported
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # already reported
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(read_bytes(item.path, item.offset, item.size))) as image:
                 sides.append(min(image.size))
@@ -464,7 +455,7 @@ def _median_side(listing: Listing) -> int:
 
 
 def _read_json(path: str, shape: dict[str, Any]) -> dict[str, Any]:
-    """What is in one of our files, {} if it is not there."""
+    """The content of a file of marjax prepare; {} if it is missing."""
     given: dict[str, Any] = read_json(
         path, shape, advice="remove its folder, or start with --overwrite", missing={}, max_bytes=1 << 28
     )

@@ -1,7 +1,7 @@
-"""One shard of a data set being prepared: read, checked, written, and recorded, so that a killed run loses no more.
+"""One shard of a data set: its pictures are read, checked and written, then recorded, so that a killed run can resume.
 
-A shard depends on its list of pictures alone, so it does not matter which process writes it, when, or how often. It is
-finished once its record is there: both are written under another name and renamed, the record last.
+A shard depends on its list of pictures only, so any process may write it, at any time, more than once. It is finished
+once its record exists: both are written under another name and renamed, the record last.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from marjax.json_file import read_json
 
 
 class Shard(NamedTuple):
-    """What a worker is told: which pictures go into which file.
+    """A task of a worker: which pictures go into which file.
 
     Attributes:
       path: of the shard.
@@ -40,15 +40,15 @@ class Shard(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What came of a shard.
+    """The result of writing a shard.
 
     Attributes:
       num_examples: in the shard.
       num_bytes: of the examples.
-      kinds: how many pictures of each kind there are (see `storable`).
+      kinds: number of pictures per kind (see `storable`).
       unreadable: names of the pictures left out, each with the reason.
-      doubtful: pictures that may not be what was meant, each with the reason (a key of `pictures.DOUBTS`).
-      finished: whether the shard is there; not if too many pictures were unreadable, or if it was stopped.
+      doubtful: pictures that may be stored wrongly, each with the reason (a key of `pictures.DOUBTS`).
+      finished: whether the shard exists; False if too many pictures were unreadable, or if the run was stopped.
     """
 
     num_examples: int = 0
@@ -73,7 +73,7 @@ def read_record(shard: Shard) -> Record | None:
         given = read_json(shard.record, shape, advice="", max_bytes=1 << 28)
         pairs = {field: [(name, why) for name, why in given[field]] for field in ("unreadable", "doubtful")}
         return Record(**given | pairs)
-    except (UserError, ValueError, TypeError):  # of no use: as if it were not there
+    except (UserError, ValueError, TypeError):  # the shard is written again
         return None
 
 
@@ -87,7 +87,7 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
     Args:
       shard: what to write.
       tick: called after every picture.
-      stopped: asked before every picture whether to give up.
+      stopped: called before every picture; True stops.
 
     Raises:
       TrainingError: the file cannot be written.
@@ -99,9 +99,9 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
     doubtful: list[tuple[str, str]] = []
     num_examples = num_bytes = 0
     try:
-        with atomic(shard.path, shared=True, fsync=True) as partial:  # an orphaned process may still write the same
-            # One example per group, as TFDS writes them, for random access. Compression would cost a third of the time
-            # here and half of that of reading, and make nothing smaller.
+        with atomic(shard.path, shared=True, fsync=True) as partial:  # an orphaned process may write it too
+            # One example per group, as in TFDS, for random access. Compression would take a third of the time here, and
+            # half of the time of reading, without making the file smaller.
             writer = ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
             with contextlib.closing(writer):
                 for item in shard.items:
@@ -128,12 +128,12 @@ def write_shard(shard: Shard, tick: Callable[[], Any], stopped: Callable[[], boo
     except _UnfinishedError:
         return Record(unreadable=unreadable)
     except (OSError, RuntimeError) as error:
-        advice = remedy(error, "make room, then start the same again")
+        advice = remedy(error, "free some space, then start the same command again")
         raise TrainingError(f"{shard.path} cannot be written ({error}): {advice}") from None
 
 
 def _serialized(image: bytes, item: Item) -> bytes:
-    """The example's bytes. Protocol buffers do not say in which order they write a map, unless asked to."""
+    """The example's bytes. By default, the order of a map in a protocol buffer is not specified."""
     example = {"image": image, "label": item.label, "file_name": os.fsencode(item.name)}
     return _serializer().get_tf_example(example).SerializeToString(deterministic=True)
 
@@ -143,12 +143,12 @@ def _serializer() -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_serializer
 
-    features = features_of(tfds.features.ClassLabel(num_classes=1))  # what a label means is not part of an example
+    features = features_of(tfds.features.ClassLabel(num_classes=1))  # class names are not part of an example
     return example_serializer.ExampleSerializer(features.get_serialized_info())
 
 
 def features_of(label: Any, **image: Any) -> Any:
-    """The features of a prepared data set, as a `tfds.features.FeaturesDict`; those of TFDS's own ImageNet."""
+    """The features of a prepared data set, those of TFDS's ImageNet, as a `tfds.features.FeaturesDict`."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(

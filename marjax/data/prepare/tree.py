@@ -1,4 +1,4 @@
-"""The folders below a folder, and the pictures in them: each real folder once, whatever links lead to it.
+"""Lists the folders and pictures below a folder, each real folder once, however many links lead to it.
 
 Nothing here is recursive, so folders may be nested as deeply as the file system allows.
 """
@@ -13,47 +13,25 @@ from marjax.data.prepare.items import Item
 from marjax.data.prepare.pictures import SUFFIXES
 from marjax.errors import UserError, shortened
 
-# Files and folders of systems, file servers and programs, in lower case; and all that begin with a dot.
-_SYSTEM = frozenset(
-    {
-        "thumbs.db",
-        "ehthumbs.db",
-        "ehthumbs_vista.db",
-        "desktop.ini",
-        "icon\r",
-        "__macosx",
-        "network trash folder",
-        "temporary items",
-        "lost+found",
-        "$recycle.bin",
-        "recycler",
-        "recycled",
-        "system volume information",
-        "found.000",
-        "@eadir",
-        "@tmp",
-        "@recycle",
-        "@recently-snapshot",
-        "@sharebin",
-        "@quarantine",
-        "#recycle",
-        "#snapshot",
-        "__pycache__",
-        "ipynb_checkpoints",
-    }
+# Files and folders of operating systems, file servers and programs, in lower case.
+_SYSTEM_NAMES = (
+    "thumbs.db|ehthumbs.db|ehthumbs_vista.db|desktop.ini|icon\r|__macosx|network trash folder|temporary items|"
+    "lost+found|$recycle.bin|recycler|recycled|system volume information|found.000|@eadir|@tmp|@recycle|@recently-snapshot|"
+    "@sharebin|@quarantine|#recycle|#snapshot|__pycache__|ipynb_checkpoints"
 )
+_SYSTEM = frozenset(_SYSTEM_NAMES.split("|"))
 
 
 @dataclasses.dataclass
 class Folder:
-    """A folder that was read.
+    """A folder and its content.
 
     Attributes:
-      name: its own name, "" for the topmost.
-      prefix: its path below the topmost folder with a "/" at the end, "" for the topmost.
+      name: its name; "" for the root.
+      prefix: its path below the root with a "/" at the end; "" for the root.
       path: on this machine.
-      items: the pictures right in it, sorted.
-      folders: the folders right in it, sorted by name.
+      items: its pictures, sorted, without those of subfolders.
+      folders: its subfolders, sorted by name.
       num_pictures: in it and below.
     """
 
@@ -66,12 +44,12 @@ class Folder:
 
     @property
     def filled(self) -> list["Folder"]:
-        """The folders right in it that hold pictures, or folders with pictures."""
+        """The subfolders with pictures in or below them."""
         return [folder for folder in self.folders if folder.num_pictures]
 
     @property
     def empty(self) -> list["Folder"]:
-        """The folders right in it without any picture."""
+        """The subfolders without any picture."""
         return [folder for folder in self.folders if not folder.num_pictures]
 
     def below(self) -> list[Item]:
@@ -84,16 +62,16 @@ class Folder:
         return sorted(found)
 
 
-_Found = tuple[Folder | None, Folder]  # the folder around it, and the folder
+_Found = tuple[Folder | None, Folder]  # the parent, and the folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """What is below a folder.
+    """All folders and pictures below a folder.
 
     Attributes:
       top: the folder.
-      ignored: how many files and folders were left out, by suffix or kind.
+      ignored: number of ignored files and folders, by suffix or kind.
       warnings: links that were not followed.
     """
 
@@ -105,12 +83,12 @@ class Tree:
 def read_tree(root: str, prefix: str = "") -> Tree:
     """Reads a folder and all below it.
 
-    Links are followed after everything else was read, in order of their names, to folders that were not read yet. What
-    is hidden, a system's, or not named as a picture is ignored and counted.
+    Links are followed last, in order of their names, unless their folder was read before. Hidden files, files of the
+    operating system, and files without a picture's suffix are ignored and counted.
 
     Args:
       root: the folder.
-      prefix: begins the name of every picture.
+      prefix: of the name of every picture.
 
     Raises:
       UserError: a folder cannot be read.
@@ -125,17 +103,17 @@ def read_tree(root: str, prefix: str = "") -> Tree:
         if parent is not None and os.path.islink(folder.path):
             target = os.path.realpath(folder.path)
             if _holds(target, os.path.realpath(parent.path)) or _holds(target, root):
-                tree.warnings.append(f"{name} is a link to a folder around it: left out")
+                tree.warnings.append(f"{name} is a link to a folder that contains it: left out")
                 continue
         identity = _identity(folder.path)
         if identity in seen:
-            tree.warnings.append(f"{name} leads to a folder that was read already: left out")
+            tree.warnings.append(f"{name} is a second link to the same folder: left out")
             continue
         seen.add(identity)
         done.append((parent, folder))
         for child, is_link in _read(folder, tree.ignored):
             (links if is_link else folders).append((folder, child))
-    for parent, folder in reversed(done):  # a folder comes after the one around it
+    for parent, folder in reversed(done):  # a folder comes after its parent
         folder.folders.sort(key=lambda child: child.name)
         folder.num_pictures += len(folder.items)
         if parent is not None:
@@ -145,7 +123,7 @@ def read_tree(root: str, prefix: str = "") -> Tree:
 
 
 def _read(folder: Folder, ignored: collections.Counter[str]) -> list[tuple[Folder, bool]]:
-    """Fills in the pictures right in a folder; returns the folders in it, each with whether it is a link."""
+    """Fills in a folder's pictures; returns its subfolders, each with whether it is a link."""
     found: list[tuple[Folder, bool]] = []
     try:
         with os.scandir(folder.path) as scanned:
@@ -163,7 +141,7 @@ def _read(folder: Folder, ignored: collections.Counter[str]) -> list[tuple[Folde
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise _unreadable(entry.path, error) from None
-            mode, size = stat.S_IFREG, 0  # a link to nothing is a picture that cannot be read, and found to be so later
+            mode, size = stat.S_IFREG, 0  # a broken link is reported later, as an unreadable picture
         else:
             mode, size = status.st_mode, status.st_size
         if stat.S_ISDIR(mode):
