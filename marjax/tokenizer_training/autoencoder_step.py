@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from marjax import numerics, sharding
+from marjax.config.resolve import frozen
 from marjax.tokenizer_training import lpips
 from marjax.tokenizer_training.discriminator import Discriminator, adaptive_weight, hinge
 from marjax.tokenizers import kl
@@ -46,12 +47,51 @@ class AutoencoderState:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiscConfig:
+    """`config.tokenizer.train.disc`."""
+
+    weight: float
+    start: int
+    width: int
+    layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LpipsConfig:
+    """`config.tokenizer.train.lpips`."""
+
+    weight: float
+    vgg: str
+    linear: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The fields of `config.tokenizer.train` that a step needs; `config/schema.py` describes them."""
+
+    lr: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    clip: float | None
+    ema_decay: float
+    ema_warmup: bool
+    kl_weight: float
+    codebook_weight: float
+    commitment: float
+    restart_below: float
+    disc: DiscConfig
+    lpips: LpipsConfig
+    remat: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """The constants of a step.
 
     Attributes:
       spec: the network.
-      train: `config.tokenizer.train`, resolved.
+      train: how to train it.
       network: the autoencoder.
       discriminator: None for no adversarial loss.
       lpips: weights of LPIPS, or None.
@@ -59,7 +99,7 @@ class Trainer:
     """
 
     spec: Spec
-    train: ml_collections.ConfigDict
+    train: TrainConfig
     network: Autoencoder
     discriminator: Discriminator | None
     lpips: Any
@@ -68,7 +108,7 @@ class Trainer:
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, spec: Spec) -> "Trainer":
         """From a resolved config. Raises UserError: invalid files of LPIPS."""
-        train, dtype = config.tokenizer.train, jnp.dtype(config.tokenizer.autoencoder.dtype)
+        train, dtype = frozen(config.tokenizer.train, TrainConfig), jnp.dtype(config.tokenizer.autoencoder.dtype)
         disc = Discriminator(train.disc.width, train.disc.layers, dtype) if train.disc.weight else None
         perceptual = lpips.read(train.lpips.vgg, train.lpips.linear) if train.lpips.weight else None
         return cls(spec, train, Autoencoder(spec, dtype, train.remat), disc, perceptual, config.seed)
@@ -176,7 +216,7 @@ class Trainer:
     ) -> tuple[jax.Array, Metrics, dict[str, Any]]:
         """Returns the weighted gradient with respect to `made`, metrics, and the updated discriminator."""
         assert self.discriminator is not None
-        apply, disc, settings = self.discriminator.apply, state.rest["disc"], self.train.disc
+        apply, disc = self.discriminator.apply, state.rest["disc"]
 
         def looks(made: jax.Array) -> jax.Array:
             fake: Any = apply({"params": disc["params"]}, made)
@@ -186,14 +226,14 @@ class Trainer:
             both: Any = apply({"params": params}, jnp.concatenate([image, made]))
             return jnp.mean(hinge(*jnp.split(both, 2)))
 
-        started = (state.step >= settings.start).astype(jnp.float32)
+        started = (state.step >= self.train.disc.start).astype(jnp.float32)
         generator_loss, pull = jax.value_and_grad(looks)(made)
         # XLA computes only the part of these backward passes that the last layer needs.
         last = [
             backward((towards_or_pull, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"]
             for towards_or_pull in (towards, pull)
         ]
-        weight = started * settings.weight * adaptive_weight(*last)
+        weight = started * self.train.disc.weight * adaptive_weight(*last)
         disc_loss, grads = jax.value_and_grad(judge)(disc["params"])
         optimizer = self.optimizer()
         grads = jax.tree.map(lambda grad: started * grad, grads)
