@@ -1,8 +1,8 @@
 """Heads, backbones, tokenizers and data sources from outside marjax, by name.
 
-`register` adds one from Python. An installed package adds one by an entry point, and the environment variable
-MARJAX_PLUGINS names Python files or modules to import, whose code calls `register`. Nothing else is ever imported: a
-config or a work directory only names what the user has registered, installed or listed.
+`register` adds one from Python. Installed packages add theirs by entry points. The environment variable MARJAX_PLUGINS
+names Python files or modules to import, which call `register`. Nothing else is imported: a config or work directory can
+name only what the user registered, installed or listed.
 """
 
 import importlib
@@ -18,15 +18,15 @@ from marjax.errors import TrainingError, UserError, closest, first_line, shorten
 
 PLUGINS = "MARJAX_PLUGINS"
 
-# What an object of each kind must have; `marjax/models/contracts.py`, `marjax/tokenizers/protocol.py` and
-# `marjax/data/sources.py` say what it means. A source is an opened data set, or a function that opens it.
+# Required attributes of each kind, documented in `marjax/models/contracts.py`, `marjax/tokenizers/protocol.py` and
+# `marjax/data/sources.py`. A source is an opened data set, or a function that opens it.
 KINDS: dict[str, tuple[str, ...]] = {
     "head": ("from_config", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
     "backbone": ("from_config", "draw_num_known", "__call__", "init_cache", "step"),
     "tokenizer": ("from_config", "stride"),
     "source": (),
 }
-ORDERS = ("raster", "random")  # of tokens, that a backbone may ask for
+ORDERS = ("raster", "random")  # token orders that a backbone may use
 _MAX_NAME = 64
 
 V = TypeVar("V")
@@ -40,7 +40,7 @@ _loaded: set[str] = set()  # entries of MARJAX_PLUGINS
 
 
 def register(kind: str, name: str, thing: Any) -> None:
-    """Makes a head, backbone, tokenizer or data source available to configs under a name.
+    """Makes a head, backbone, tokenizer or data source available to configs by name.
 
     Call it wherever the name is used: in the config file, in a module that MARJAX_PLUGINS names, or through an entry
     point of an installed package (group `marjax.heads`, `marjax.backbones`, `marjax.tokenizers` or `marjax.sources`).
@@ -54,32 +54,32 @@ def register(kind: str, name: str, thing: Any) -> None:
         a function that returns them, given `config.data`.
 
     Raises:
-      UserError: an unknown kind, a name that is taken, or an object without a method that its kind needs.
+      UserError: the kind is unknown, the name invalid or taken, or the object lacks a method of its kind.
     """
     if kind not in KINDS:
-        raise UserError(f"register: kind is {shortened(repr(kind))}: give one of {', '.join(KINDS)}")
+        raise UserError(f"register: kind is {shortened(repr(kind))}; give one of {', '.join(KINDS)}")
     if (
         not isinstance(name, str)
         or not 1 <= len(name) <= _MAX_NAME
         or not all(each.isascii() and (each.isalnum() or each in "_-.") for each in name)
     ):
         raise UserError(
-            f"register: name is {shortened(repr(name))}: give 1 to {_MAX_NAME} letters, digits, '_', '-' or '.'"
+            f"register: name is {shortened(repr(name))}, expected 1 to {_MAX_NAME} letters, digits, '_', '-' or '.'"
         )
     if name in _builtin.get(kind, ()):
-        raise UserError(f"register: marjax has a {kind} {name!r} of its own: choose another name")
+        raise UserError(f"register: the {kind} {name!r} is built into marjax; choose another name")
     _check(kind, name, thing)
     before = _registered[kind].get(name)
     if before is not None and not _same(before, thing):
         raise UserError(
-            f"register: the {kind} {name!r} is already registered, as {_described(before)}: choose another "
-            f"name for {_described(thing)}"
+            f"register: the {kind} {name!r} is already registered as {_described(before)}; choose another name for "
+            f"{_described(thing)}"
         )
     _registered[kind][name] = thing
 
 
 def find(kind: str, name: str) -> Any:
-    """What is registered, listed in MARJAX_PLUGINS or installed under that name; None if nothing is.
+    """The object registered, listed in MARJAX_PLUGINS or installed under a name; None if there is none.
 
     Raises:
       UserError: it cannot be imported, lacks a method, or two installed packages provide the name.
@@ -90,7 +90,7 @@ def find(kind: str, name: str) -> Any:
         found = [point for point in _entry_points(kind) if point.name == name]
         if len({point.value for point in found}) > 1:
             raise UserError(
-                f"the {kind} {name!r} is provided by {' and by '.join(sorted(p.value for p in found))}: uninstall one"
+                f"the {kind} {name!r} is provided by {' and by '.join(sorted(p.value for p in found))}; uninstall one"
             )
         if found:
             try:
@@ -98,7 +98,7 @@ def find(kind: str, name: str) -> Any:
             except Exception as error:
                 raise UserError(
                     f"the {kind} {name!r} of {found[0].value} cannot be imported ({type(error).__name__}: "
-                    f"{first_line(error, '')}): repair or uninstall its package"
+                    f"{first_line(error, '')}); repair or uninstall its package"
                 ) from error
             if name not in _registered[kind]:  # its import may have registered it
                 register(kind, name, thing)
@@ -106,13 +106,13 @@ def find(kind: str, name: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """The names that `find` finds, without importing any that are merely installed."""
+    """The names that `find` knows, without importing installed packages."""
     _load_plugins()
     return sorted({*_registered[kind], *(point.name for point in _entry_points(kind))})
 
 
 def unknown(kind: str, name: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
-    """The end of an error about a name that is not known: which there are, and how to add one."""
+    """The end of an error about an unknown name: the known ones, and how to add one."""
     listed = list(known)
     return (
         f"give one of {', '.join(listed)}{closest(name, listed)}; or register your own {kind}: "
@@ -122,13 +122,13 @@ def unknown(kind: str, name: str, known: Iterator[str] | Mapping[str, Any] | lis
 
 
 class Choices(Mapping[str, V]):
-    """What a config can choose by name: marjax's own, and those registered as a kind."""
+    """The built-in and registered values of one kind, by name."""
 
     def __init__(self, kind: str, builtin: Mapping[str, V], convert: Callable[[str, Any], V]) -> None:
         """Args:
         kind: a key of KINDS.
-        builtin: marjax's own; their names cannot be registered.
-        convert: the value of a registered name and object.
+        builtin: built-in values; their names cannot be registered.
+        convert: makes the value from a registered name and object.
         """
         self.kind = kind
         self._own, self._convert = builtin, convert
@@ -150,7 +150,7 @@ class Choices(Mapping[str, V]):
         return len(self._own) + len(names(self.kind))
 
     def is_own(self, name: str) -> bool:
-        """Whether it is built into marjax."""
+        """Whether a name is built into marjax."""
         return name in self._own
 
 
@@ -176,10 +176,10 @@ def _load_plugins() -> None:
             _loaded.discard(entry)
             raise
         except Exception as error:
-            _loaded.discard(entry)  # a notebook that goes on is told again, not that the name is unknown
+            _loaded.discard(entry)  # so that a notebook gets this error again instead of an unknown name
             raise UserError(
-                f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}): "
-                f"give Python files or installed modules, with commas between"
+                f"{PLUGINS}: {entry} cannot be imported ({type(error).__name__}: {first_line(error, '')}); give "
+                f"Python files or installed modules, separated by commas"
             ) from error
 
 
@@ -189,13 +189,13 @@ def _import_file(path: str) -> None:
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as dataclasses and pickle expect of a module
+    sys.modules[name] = module  # as dataclasses and pickle expect
     spec.loader.exec_module(module)
 
 
 def _check(kind: str, name: str, thing: Any) -> None:
     if kind != "source" and not isinstance(thing, type):
-        raise UserError(f"register: the {kind} {name!r} is {_described(thing)}: give a class")
+        raise UserError(f"register: the {kind} {name!r} is {_described(thing)}; give a class")
     missing = [
         method
         for method in KINDS[kind]
@@ -204,15 +204,15 @@ def _check(kind: str, name: str, thing: Any) -> None:
     ]
     if missing:
         raise UserError(
-            f"register: {_described(thing)} has no {', '.join(missing)}, which a {kind} needs: see docs/extending.md"
+            f"register: {_described(thing)} has no {', '.join(missing)}, which a {kind} needs; see docs/extending.md"
         )
     if kind == "backbone" and (order := getattr(thing, "order", "random")) not in ORDERS:
         raise UserError(
-            f"register: {_described(thing)} has order {shortened(repr(order))}: give one of {', '.join(ORDERS)}"
+            f"register: {_described(thing)} has order {shortened(repr(order))}; give one of {', '.join(ORDERS)}"
         )
     if kind == "source" and not callable(thing) and not hasattr(thing, "__getitem__"):
         raise UserError(
-            f"register: the source {name!r} is {_described(thing)}: give (images, labels), an object with "
+            f"register: the source {name!r} is {_described(thing)}; give (images, labels), an object with "
             f"__len__ and __getitem__, or a function that returns one"
         )
 
@@ -224,7 +224,7 @@ def _described(thing: Any) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether an object takes the place of another: the same code, imported or run again."""
+    """Whether an object replaces another: the same code, imported or run again."""
     if _described(one) == _described(other):
         return True
     names = [getattr(each, "__qualname__", None) for each in (one, other)]
@@ -232,7 +232,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _files(thing: Any) -> set[str]:
-    """The files that its functions are from."""
+    """The files that define its functions."""
     functions = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
     plain = [inspect.unwrap(each) for each in (getattr(each, "__func__", each) for each in functions) if callable(each)]
     codes = [getattr(each, "__code__", None) for each in plain]

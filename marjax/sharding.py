@@ -1,6 +1,6 @@
-"""The device mesh and the one table from logical axis names to mesh axes.
+"""The device mesh, and the only table from logical axis names to mesh axes.
 
-Parameters and activations name their axes in the models; nothing else knows the mesh.
+Models name the axes of parameters and activations; only this module maps them to the mesh.
 """
 
 import math
@@ -19,8 +19,8 @@ from marjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Batches are cut over data and fsdp; parameters over fsdp along "embed", and those of Transformer blocks over tensor
-# between heads and hidden features.
+# Shards batches over data and fsdp, parameters over fsdp along "embed", and those of Transformer blocks over tensor
+# along heads and hidden features.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -31,16 +31,16 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
 )
 
-# Elements of a tensor (of one layer, where layers are stacked) below which it stays whole on every device. To gather
-# 64Ki float32 values takes a TPU's links a few microseconds, no more than it takes to start; all biases, norms and the
-# like of mar_huge together are under 1 % of its parameters, so that cutting them would save next to nothing.
+# Tensors with fewer elements (per layer, if layers are stacked) are replicated. Gathering 64Ki float32 values takes a
+# TPU's links a few microseconds, no more than the latency; all biases, norms and the like of mar_huge are under 1 % of
+# its parameters, so sharding them would save almost nothing.
 REPLICATE_BELOW = 2**16
 
 
 class Parameter(jax.ShapeDtypeStruct):
-    """A parameter's shape, dtype and sharding, with the logical names of its axes (none: it has no names).
+    """A parameter's shape, dtype and sharding, with the logical names of its axes (None without a name).
 
-    `undivided` are mesh axes that the rules would cut it along, but whose size does not divide the axis in question.
+    `undivided` are the mesh axes of RULES whose size does not divide the parameter's axis, which is then replicated.
     """
 
     __slots__ = ["names", "undivided"]
@@ -53,53 +53,56 @@ class Parameter(jax.ShapeDtypeStruct):
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh over all devices, or those given; one axis may be -1 and takes what the others leave.
+    """A mesh over `devices`, by default all; one axis may be -1, which takes the remaining devices.
 
-    Where `fsdp` is -1, so may be `data`, as it is by default: it then is 1. Devices along "tensor" are
-    of one process: what tensor parallelism sends in every layer must stay within a host.
+    If `fsdp` is -1, `data` may be -1 too and becomes 1. Devices along "tensor" belong to one process, since tensor
+    parallelism communicates in every layer and must stay within a host.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or `tensor` does not divide those of a process.
+      UserError: the sizes do not multiply to the number of devices, or `tensor` does not divide those of a process.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [1 if data == fsdp == -1 else data, fsdp, tensor]
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: give sizes of at least 1, at most one of them -1")
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} has invalid sizes; give positive ones, at most one of them -1"
+        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
     if int(np.prod(sizes)) != len(devices):
         raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, but there "
-            f"are {len(devices)}: change config.mesh (-1 takes what is left)"
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices, found {len(devices)}; "
+            f"change config.mesh (-1 takes the remaining devices)"
         )
     types = (AxisType.Auto,) * 3
     try:
         mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # an axis is no product of a slice's sides, such as 16 of the 8 x 8 chips of a v6e-64
+    except (
+        NotImplementedError
+    ):  # an axis size is not a product of the slice's sides, such as 16 on the 8 x 8 chips of a v6e-64
         mesh = Mesh(
             mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True), AXES, axis_types=types
         )
     if not _spans_processes(mesh.devices):
         return mesh
-    return Mesh(_within_processes(devices, tuple(sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_within_processes(devices, tuple(sizes)), AXES, axis_types=types)
 
 
 def _spans_processes(grid: np.ndarray) -> bool:
-    """Whether devices along the last axis of a grid belong to several processes."""
+    """Whether the last axis of a grid of devices spans processes."""
     return any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, grid.shape[-1]))
 
 
 def _within_processes(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
-    """The devices in a grid of that shape, those along its last axis of one process. Raises UserError."""
+    """The devices as a grid of shape `sizes`, whose last axis stays within a process. Raises UserError."""
     by_process: dict[int, list[Any]] = {}
     for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
         by_process.setdefault(device.process_index, []).append(device)
     for process, own in by_process.items():
         if len(own) % sizes[-1]:
             raise UserError(
-                f"config.mesh.tensor is {sizes[-1]}, but process {process} has {len(own)} devices, and a "
-                f"tensor group must not span hosts: give a divisor of {len(own)}, and the rest to "
-                f"config.mesh.fsdp or data"
+                f"config.mesh.tensor={sizes[-1]} does not divide the {len(own)} devices of process {process}, and a "
+                f"tensor group must not span hosts; use a divisor, and config.mesh.fsdp or data for the rest"
             )
     ordered = np.empty(len(devices), object)
     ordered[:] = [device for own in by_process.values() for device in own]
@@ -119,52 +122,52 @@ def near_mesh(fsdp: int, tensor: int, devices: Any = None) -> Mesh:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts a batch."""
+    """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_on_a_device(rows: int) -> int:
-    """How many of a batch's rows each device holds, under the mesh that `jax.set_mesh` has set, if any."""
+    """The number of a batch's rows per device, under the mesh of `jax.set_mesh`, if any."""
     return -(-rows // _shards_set())
 
 
 def _shards_set() -> int:
-    """`batch_shards` of the mesh that `jax.set_mesh` has set, 1 without any."""
+    """`batch_shards` of the mesh of `jax.set_mesh`; 1 without one."""
     shape = jax.sharding.get_abstract_mesh().shape
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
 def map_rows(function: Callable[[jax.Array], jax.Array], rows: jax.Array, at_once: int) -> jax.Array:
-    """`function` of an array whose rows do not depend on each other, so many rows a device at a time.
+    """Applies `function` to independent rows, at most `at_once` rows per device at a time.
 
-    Every device goes through its own rows, those of the mesh that `jax.set_mesh` has set, if any. The number at a time
-    is the largest divisor of a device's rows that is not above `at_once`, so no row is computed twice.
+    Each device processes its own rows under the mesh of `jax.set_mesh`, if any. The number at a time is the largest
+    divisor of its rows up to `at_once`, so no row is computed twice.
 
     Args:
       function: (B', ...) -> (B', ...), for any B'.
-      rows: (B, ...), cut over data and fsdp along B.
+      rows: (B, ...), sharded over data and fsdp along B.
       at_once: at least 1.
     """
     total, shards = rows.shape[0], _shards_set()
-    shards = shards if total % shards == 0 else 1  # else it is not cut
+    shards = shards if total % shards == 0 else 1  # else it is replicated
     here = total // shards
     parts = next(parts for parts in range(1, here + 1) if here % parts == 0 and here // parts <= at_once)
     if parts == 1:
         return function(rows)
-    # Every parts-th row goes to a part, so that each device keeps its own rows.
-    cut = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+    # A part takes every parts-th row, so that each device keeps its own rows.
+    split = jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
     if shards > 1:
-        cut = jax.lax.with_sharding_constraint(cut, PartitionSpec(None, ("data", "fsdp")))
-    done = jnp.swapaxes(jax.lax.map(function, cut), 0, 1)
+        split = jax.lax.with_sharding_constraint(split, PartitionSpec(None, ("data", "fsdp")))
+    done = jnp.swapaxes(jax.lax.map(function, split), 0, 1)
     return done.reshape(total, *done.shape[2:])
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-    """Raises UserError unless every microbatch can be cut over the mesh."""
+    """Raises UserError unless every microbatch can be sharded over the mesh."""
     if batch_size % (batch_shards(mesh) * accumulate):
         raise UserError(
-            f"config.train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} times "
-            f"the {batch_shards(mesh)} batch shards of mesh {dict(mesh.shape)}"
+            f"config.train.batch_size={batch_size} is not divisible by config.train.accumulate={accumulate} times the "
+            f"{batch_shards(mesh)} batch shards of mesh {dict(mesh.shape)}"
         )
 
 
@@ -173,15 +176,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over data and fsdp, the others whole."""
+    """The first axis sharded over data and fsdp, the others replicated."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def parameters(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
-    """A tree of Parameter from an abstract one that still carries its logical names.
+    """A tree of Parameter from an abstract tree that carries logical axis names.
 
-    A tensor of fewer than `replicate_below` elements, not counting stacked layers, stays whole, and so does an axis
-    that its mesh axis does not divide.
+    Tensors with fewer than `replicate_below` elements per layer are replicated, as are axes that their mesh axis does
+    not divide.
     """
     rules = dict(RULES)
 
@@ -200,38 +203,38 @@ def parameters(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
-    """The sharding of every parameter of an abstract tree that still carries its logical names; see `parameters`."""
+    """The shardings of `parameters`."""
     return jax.tree.map(lambda leaf: leaf.sharding, parameters(boxed, mesh, replicate_below))
 
 
 def overview(params: Any) -> str:
-    """A table of how parameters lie on the mesh, for people.
+    """A readable table of how parameters are sharded.
 
-    A line a tensor that is cut, with its logical axes and the mesh axes they are cut over; one line for all that are
-    whole on every device. "state" is what a device holds of the tensor, its EMA and Adam's two moments, all float32.
-    Further lines warn of mesh axes that cut less than the rules would have them.
+    One line per sharded tensor, with its logical axes and their mesh axes, and one line for all replicated tensors.
+    "state" is the part of the tensor, its EMA and Adam's two moments, all float32, that a device holds. The lines of
+    `warnings` follow.
 
     Args:
       params: a tree of Parameter, as `models.init.abstract_params` gives it.
     """
     leaves = _named(params)
     mesh = leaves[0][1].sharding.mesh
-    rows: list[tuple[str, ...]] = [("parameters", "shape", "axes", "total", "state a device")]
-    whole, total, state = [], 0, 0
+    rows: list[tuple[str, ...]] = [("parameters", "shape", "axes", "total", "state per device")]
+    replicas, total, state = [], 0, 0
     for path, leaf in leaves:
         size, here = _bytes(leaf.shape, leaf), 4 * _bytes(leaf.sharding.shard_shape(leaf.shape), leaf)
         total, state = total + size, state + here
         if leaf.sharding.is_fully_replicated:
-            whole.append(leaf)
+            replicas.append(leaf)
             continue
         axes = [
             f"{name or '-'}{f'>{axis}' if axis and mesh.shape[axis] > 1 else ''}"
             for name, axis in zip(leaf.names, leaf.sharding.spec, strict=True)
         ]
         rows.append((path, " x ".join(map(str, leaf.shape)), " ".join(axes), _mib(size), _mib(here)))
-    size = sum(_bytes(leaf.shape, leaf) for leaf in whole)
-    if whole:
-        rows.append((f"{len(whole)} tensors, whole on every device", "", "", _mib(size), _mib(4 * size)))
+    size = sum(_bytes(leaf.shape, leaf) for leaf in replicas)
+    if replicas:
+        rows.append((f"{len(replicas)} tensors, replicated", "", "", _mib(size), _mib(4 * size)))
     rows.append((f"all {len(leaves)}", "", "", _mib(total), _mib(state)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -245,7 +248,7 @@ def overview(params: Any) -> str:
 
 
 def warnings(params: Any) -> list[str]:
-    """A sentence for every mesh axis that does not divide what it should cut, from a tree of Parameter."""
+    """A line for every mesh axis that does not divide an axis to be sharded, from a tree of Parameter."""
     found: dict[str, list[tuple[str, Any]]] = {}
     for path, leaf in _named(params):
         for axis in leaf.undivided:
@@ -261,8 +264,8 @@ def warnings(params: Any) -> list[str]:
         )
         share = sum(_bytes(leaf.shape, leaf) for _, leaf in leaves)
         lines.append(
-            f"warning: mesh axis {axis}={size} cannot cut {len(leaves)} tensors of {_mib(share)}, among them "
-            f"{path}, whose {length} {name} it does not divide: they stay whole along it"
+            f"warning: mesh axis {axis}={size} does not divide {len(leaves)} tensors of {_mib(share)}, such as {path} "
+            f"with {name}={length}: they are replicated along it"
         )
     return lines
 
@@ -284,16 +287,13 @@ def _mib(size: int) -> str:
 
 
 def logical_rules(mesh: Mesh) -> Any:
-    """The context in which the models' activation constraints mean something; enter it while tracing."""
+    """The context for the sharding constraints of activations in the models; enter it while tracing."""
     del mesh
     return nn.logical_axis_rules(RULES)
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has, such as frozen weights, as arrays with a copy on every device.
-
-    Those that are only described, as ShapeDtypeStruct, stay so, with that sharding.
-    """
+    """Replicates arrays that every process has, such as frozen weights; a ShapeDtypeStruct gets that sharding."""
     sharding = replicated(mesh)
 
     def one(leaf: Any) -> Any:
@@ -305,10 +305,10 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def rows_held(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch the devices of this process hold, ascending: int64.
+    """The rows of a global batch that this process holds, int64, ascending.
 
-    They need not follow on each other. A host of a slice has a block of neighbouring chips, and the mesh goes through
-    the slice as its links do: of 16 chips of v5e, the first host has 0, 1, 6 and 15.
+    They need not be contiguous. A host has a block of neighbouring chips, but the mesh follows the slice's links: of 16
+    chips of v5e, the first host has 0, 1, 6 and 15.
     """
     shards = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     starts = sorted({rows[0].start or 0 for rows in shards if rows is not None})
@@ -316,11 +316,11 @@ def rows_held(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a global batch, those of `rows_held`, numpy, as arrays cut over the mesh."""
+    """Shards a global batch over the mesh, from numpy arrays of this process's rows (see `rows_held`)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A global batch that every process has as a whole, numpy, as arrays cut over the mesh."""
-    return put_batch(jax.tree.map(lambda whole: whole[rows_held(mesh, len(whole))], batch), mesh)
+    """Shards a global batch over the mesh, from numpy arrays of all rows."""
+    return put_batch(jax.tree.map(lambda rows: rows[rows_held(mesh, len(rows))], batch), mesh)

@@ -1,4 +1,4 @@
-"""A run's work directory: made by the config that is in it, and held to that in later starts."""
+"""Work directories: each holds the config of its run, which later starts must match."""
 
 import contextlib
 import difflib
@@ -23,7 +23,7 @@ from marjax.files import write_bytes
 from marjax.json_file import read_json
 from marjax.paths import takes_paths
 
-# What a second start in the same work directory may change: it does not alter what is trained.
+# Fields that may change when a run resumes: they do not affect what is trained.
 FREE_FIELDS = (
     "mesh.",
     "log.",
@@ -38,11 +38,11 @@ FREE_FIELDS = (
     "tokenizer.path",
     "tokenizer.train.",
     "init.path",
-)  # of a tokenizer and of weights the checksum counts
+)  # the checksums of the tokenizer and of initial weights must not change
 
-_CLOCK_SKEW = 86400.0  # seconds that the clocks of two machines may differ by
+_CLOCK_SKEW = 86400.0  # tolerated difference of two machines' clocks, in seconds
 
-# What counts in a second start of marjax train-tokenizer, and what of it does not.
+# Fields that must not change when marjax train-tokenizer resumes, and exceptions.
 _TOKENIZER_FIELDS = ("seed", "data.", "tokenizer.")
 _TOKENIZER_FREE = (
     "data.workers",
@@ -62,10 +62,10 @@ _TOKENIZER_FREE = (
     "tokenizer.train.lpips.linear",
 )
 
-# What this program itself may have in a work directory before its config, such as locks.
+# marjax's own files in a work directory before its config, such as locks.
 _OWN = re.compile(r"config\.json\.partial.*|.*\.(lock|lease)")
 
-# What may lie in a new work directory: hidden files, those of operating systems and file servers, logs of shells and
+# Files allowed in a new work directory: hidden files, files of operating systems and file servers, logs of shells and
 # schedulers, and the scripts and config files of a run.
 _BYSTANDER = re.compile(
     _OWN.pattern + r"|\..*|thumbs\.db|desktop\.ini|lost\+found|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information"
@@ -79,21 +79,21 @@ _BYSTANDER = re.compile(
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False, names: class_names.Names = ()
 ) -> None:
-    """What `check_workdir` and then `write_config` do. Raises UserError."""
+    """Calls `check_workdir` and `write_config`. Raises UserError."""
     check_workdir(workdir, config, tokenizer=tokenizer)
     write_config(workdir, config, names)
 
 
 @takes_paths("workdir")
 def check_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokenizer: bool = False) -> None:
-    """Makes the folder of a new work directory, or checks the one that is there.
+    """Creates a new work directory, or checks an existing one.
 
-    Logs, hidden files and other bystanders in a new one are reported and left alone. Fields in FREE_FIELDS may change
-    between starts, and so may the number of steps, upwards, under a constant learning rate. With `tokenizer`, the
-    directory is that of a tokenizer's training, for which only the data and the tokenizer count.
+    Logs, hidden files and other bystanders in a new one are reported and ignored. Fields in FREE_FIELDS may change
+    between starts, and the number of steps may grow if the learning rate is constant. With `tokenizer`, the directory
+    belongs to tokenizer training, for which only the fields of data and tokenizer are compared.
 
     Raises:
-      UserError: a folder that is not a work directory, a contradicting config, or one that cannot be written.
+      UserError: the folder is not a work directory, has a contradicting config, or cannot be written.
     """
     storage.check(workdir)
     path = epath.Path(workdir)
@@ -107,10 +107,10 @@ def check_workdir(workdir: str | os.PathLike[str], config: ConfigDict, *, tokeni
 
 @takes_paths("workdir")
 def write_config(workdir: str | os.PathLike[str], config: ConfigDict, names: class_names.Names = ()) -> None:
-    """Writes `config.json`, and the names of classes if they are known. Raises UserError: they cannot be written."""
+    """Writes `config.json`, and the class names if known. Raises UserError."""
     text = json.dumps(stamp(config.to_dict()), indent=2) + "\n"
     with _writing(workdir):
-        write_bytes(epath.Path(workdir) / "config.json", text.encode())  # a crash leaves the old file or the new one
+        write_bytes(epath.Path(workdir) / "config.json", text.encode())
         class_names.write(epath.Path(workdir), names)
 
 
@@ -120,12 +120,12 @@ def _writing(workdir: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"work directory {workdir} cannot be written ({error.strerror or error}): give a folder that can"
+            f"work directory {workdir} cannot be written ({error.strerror or error}); give a writable folder"
         ) from None
 
 
 def refuse_weights_alone(workdir: str | os.PathLike[str], command: str) -> None:
-    """Raises a UserError with the command that is to be run instead, if no checkpoint has an optimizer's state."""
+    """Raises a UserError that names the command to run instead, if no checkpoint has an optimizer state."""
     folder = epath.Path(workdir) / "checkpoints"
     try:
         steps = [path for path in storage.children(folder) if path.name.isdecimal()] if folder.is_dir() else []
@@ -134,31 +134,31 @@ def refuse_weights_alone(workdir: str | os.PathLike[str], command: str) -> None:
     except OSError:
         return  # which `claim_workdir` reports
     raise UserError(
-        f"work directory {workdir} has converted weights and no optimizer state to resume from: start a "
-        f"new run from them: {command}"
+        f"work directory {workdir} has converted weights but no optimizer state to resume from; start a new run from "
+        f"them: {command}"
     )
 
 
 def _look_at_bystanders(folder: epath.Path) -> None:
-    """Reports the files in a new work directory that are nobody's work. Raises UserError: there are others."""
+    """Reports bystanders in a new work directory. Raises UserError if it has other files."""
     found = sorted(storage.children(folder), key=lambda file: file.name)
     theirs = [file.name for file in found if not _BYSTANDER.fullmatch(file.name) and not _is_new_log(file)]
     if theirs:
         raise UserError(
-            f"work directory {folder} has files but no config.json: give an empty or new folder, or move "
-            f"away {listed([shortened(name) for name in theirs], 5)}"
+            f"work directory {folder} has files but no config.json; give an empty or new folder, or move away "
+            f"{listed([shortened(name) for name in theirs], 5)}"
         )
     others = [file.name for file in found if not _OWN.fullmatch(file.name)]
     if others:
         print(
-            f"work directory {folder}: {len(others)} file{'s' if len(others) > 1 else ''} of others ignored: "
+            f"work directory {folder}: ignoring {len(others)} other file{'s' if len(others) > 1 else ''}: "
             f"{listed([shortened(name) for name in others], 5)}",
             file=sys.stderr,
         )
 
 
 def _is_new_log(path: epath.Path) -> bool:
-    """Whether a file may be one that `tee` has just opened, whatever it is called."""
+    """Whether a file may be one that `tee` just created."""
     return path.suffix in ("", ".txt") and not storage.is_remote(path) and path.is_file() and not path.stat().length
 
 
@@ -179,62 +179,60 @@ def _refuse_contradiction(workdir: Any, old: ConfigDict, new: ConfigDict, tokeni
         differing = [key for key in differing if key != "data.fingerprint"]
     if "data.fingerprint" in differing:
         raise UserError(
-            f"work directory {workdir} was made with other data than these (data.fingerprint was "
-            f"{before['data.fingerprint'][:12]}, now {after['data.fingerprint'][:12]}): give the data that "
-            f"it was made with, in the same order, or another --workdir"
+            f"work directory {workdir} was created with other data (data.fingerprint was "
+            f"{before['data.fingerprint'][:12]}, now {after['data.fingerprint'][:12]}); give the original data, in the "
+            f"same order, or another --workdir"
         )
     if differing:
         listed = ", ".join(f"{key} (was {before.get(key)!r}, now {after.get(key)!r})" for key in differing)
         raise UserError(
-            f"work directory {workdir} was made with another config: {listed}. Use another --workdir, or "
-            f"the config it was made with"
+            f"work directory {workdir} was created with another config: {listed}; use another --workdir, or the "
+            f"original config"
         )
 
 
 @takes_paths("workdir")
 def read_workdir(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The resolved config of a work directory; a tokenizer that lies in it is found there, wherever that is now.
+    """Reads the resolved config of a work directory, which may have been moved with a tokenizer inside it.
 
-    Nothing that the config names is opened: the work directory may be a stranger's. One of an older format is migrated.
+    Nothing that the config names is opened, since the work directory may be untrusted. Older formats are migrated.
 
     Raises:
-      UserError: there is none, it is no config, or it has a format that this program cannot read.
+      UserError: there is no valid config, or its format is unknown.
     """
     storage.check(workdir)
     path = epath.Path(workdir)
     try:
         if not path.is_dir():
             raise UserError(
-                f"work directory {workdir} does not exist: give the --workdir of a training run{suggestion(workdir)}"
+                f"work directory {workdir} does not exist; give the --workdir of a training run{suggestion(workdir)}"
             )
         if not (path / "config.json").exists():
-            raise UserError(f"{workdir} has no config.json: give the --workdir of a training run{suggestion(workdir)}")
+            raise UserError(f"{workdir} has no config.json; give the --workdir of a training run{suggestion(workdir)}")
     except OSError as error:
         raise UserError(
-            f"work directory {workdir} cannot be read ({error.strerror or error}): give one that can"
+            f"work directory {workdir} cannot be read ({error.strerror or error}); give a readable one"
         ) from None
     where = f"{workdir}/config.json"
     content = read_json(path / "config.json", {str: object}, advice="restore it, or give another --workdir")
     try:
         config = resolve(conform(migrate(content, where)), open_data=False)
     except UserError as error:
-        told = str(error)
-        raise UserError(told if told.startswith(where) else f"{where}: {told}") from None
+        text = str(error)
+        raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
     if _lies_in(path, config.tokenizer.path):
         config.tokenizer.path = os.fspath(path / config.tokenizer.path)
     return config
 
 
 def no_checkpoints(workdir: str | os.PathLike[str]) -> UserError:
-    """The error about a work directory whose run has not saved yet."""
+    """The error for a work directory without checkpoints."""
     start = shlex.join(["marjax", "train", "--config", f"{workdir}/config.json", "--workdir", os.fspath(workdir)])
-    return UserError(
-        f"{workdir} has no checkpoints yet: let the training run reach its first, or start it again: {start}"
-    )
+    return UserError(f"{workdir} has no checkpoints yet; wait for the first one, or resume training: {start}")
 
 
 def suggestion(workdir: str | os.PathLike[str]) -> str:
-    """ ", such as runs/digits" for an error about a path that is no work directory: those around it; "" without any."""
+    """ ", such as runs/digits" to end an error about a path: the work directories near it, or ""."""
     if storage.is_remote(workdir):
         return ""
     path = pathlib.Path(workdir)
@@ -261,10 +259,9 @@ def _lies_in(folder: epath.Path, name: str) -> bool:
 
 
 def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
-    """When the run was first started, in seconds since 1970: kept in `started.json`, which the first start writes.
+    """When the run first started, in seconds since 1970, from `started.json`, which the first start writes.
 
-    Without `write` (processes but the first, which do not tell the goodput) the present time; so too where the file is
-    there and cannot be read.
+    The current time if not `write` (in processes other than 0, which do not report goodput) or if the file is invalid.
     """
     path, now = epath.Path(workdir) / "started.json", time.time()
     if not write:
@@ -280,7 +277,7 @@ def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
         return now
     if not 0 <= found["unix_seconds"] <= now + _CLOCK_SKEW:
         print(
-            f"warning: {path}: unix_seconds is {found['unix_seconds']}, expected a time before now; {advice}",
+            f"warning: {path}: unix_seconds is {found['unix_seconds']}, expected a time in the past; {advice}",
             file=sys.stderr,
         )
         return now
@@ -288,6 +285,6 @@ def first_start(workdir: str | os.PathLike[str], *, write: bool) -> float:
 
 
 def shared_settings(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a resolved config that all processes of a run must share: all but where a host has its data."""
+    """The fields of a resolved config that all processes of a run must share: all but local paths."""
     own = ("data.data_dir", "data.cache", "tokenizer.path", "log.progress")
     return {key: value for key, value in flatten(config).items() if key not in own}
