@@ -16,8 +16,8 @@ from marjax.errors import UserError, shortened
 # Files and folders of operating systems, file servers and programs, in lower case.
 _SYSTEM_NAMES = (
     "thumbs.db|ehthumbs.db|ehthumbs_vista.db|desktop.ini|icon\r|__macosx|network trash folder|temporary items|"
-    "lost+found|$recycle.bin|recycler|recycled|system volume information|found.000|@eadir|@tmp|@recycle|@recently-snapshot|"
-    "@sharebin|@quarantine|#recycle|#snapshot|__pycache__|ipynb_checkpoints"
+    "lost+found|$recycle.bin|recycler|recycled|system volume information|found.000|@eadir|@tmp|@recycle|"
+    "@recently-snapshot|@sharebin|@quarantine|#recycle|#snapshot|__pycache__|ipynb_checkpoints"
 )
 _SYSTEM = frozenset(_SYSTEM_NAMES.split("|"))
 
