@@ -182,11 +182,11 @@ def outcome_of(target: Target, folder: pathlib.Path) -> str:
     try:
         target.read(folder)
         return "works"
-    except (UserError, TrainingError, *target.refusals) as error:
+    except BaseException as error:
+        if not isinstance(error, (UserError, TrainingError, *target.refusals)):
+            return traceback.format_exc()[-3000:]
         text = str(error)
         return "refused" if text and len(text.splitlines()) == 1 else f"no line: {text!r:.300}"
-    except BaseException:
-        return traceback.format_exc()[-3000:]
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import sys
 import tarfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ CLASS = "n01440764"
 # --- Readers ---------------------------------------------------------------------------------------------------------
 
 
-def read_metrics(folder):
+def read_metrics(folder: pathlib.Path) -> None:
     with MetricWriter(folder, start_step=3, total_steps=9, tensorboard=False, progress=False) as writer:
         writer.scalars(4, {"train/loss": 1.0})
     (run,) = read_runs([folder])
@@ -68,29 +69,29 @@ def read_metrics(folder):
         json.loads(line)
 
 
-def read_evaluation(folder):
+def read_evaluation(folder: pathlib.Path) -> None:
     evaluation_table(EvaluationRecord(folder / "evaluation.json").results)
     (run,) = read_runs([folder])
     curves(run.results, "cfg", ("fid",))
 
 
-def read_run(folder):
+def read_run(folder: pathlib.Path) -> None:
     class_names.read(folder, read_workdir(folder).data.num_classes)
     first_start(folder, write=True)
 
 
 @functools.cache
-def sweep_plan(path):
+def sweep_plan(path: pathlib.Path) -> SweepRun:
     return SweepRun.open(path, path.parent)
 
 
-def read_sweep(folder):
+def read_sweep(folder: pathlib.Path) -> None:
     given = sweep_plan(folder / "sweep_file.py")
     jobs.read(given, list(given.configs))
     engines.write(given)
 
 
-def read_statistics_files(folder):
+def read_statistics_files(folder: pathlib.Path) -> None:
     for path in sorted(folder.iterdir()):
         found = read_statistics(path)
         if found.images is not None:
@@ -98,7 +99,7 @@ def read_statistics_files(folder):
                 pass
 
 
-def read_samples(folder):
+def read_samples(folder: pathlib.Path) -> None:
     made = SampleSet(folder, PLAN, image_shape=(8, 8, 1))
     made.missing()
     for _ in made.batches():
@@ -106,7 +107,7 @@ def read_samples(folder):
     made.seconds_per_image()
 
 
-def read_weights(folder):
+def read_weights(folder: pathlib.Path) -> None:
     for path in sorted(folder.glob("*[!r]")):  # not the shards of an index
         file = weights_file.read(path)
         chosen = wrappers.choose(file, ("mask_token",), path)
@@ -114,13 +115,13 @@ def read_weights(folder):
             np.asarray(tensor)
 
 
-def read_latents(folder):
+def read_latents(folder: pathlib.Path) -> None:
     latents = Latents(folder, read_manifest(folder), flip=True)
     for index in sorted({0, len(latents) // 2, len(latents) - 1}):
         latents.read(index, np.random.default_rng(index))
 
 
-def read_tfds(folder):
+def read_tfds(folder: pathlib.Path) -> None:
     config = config_lib.base()
     config.data.source, config.data.data_dir, config.data.split = "tfds:plain", str(folder), "train"
     with config.unlocked():
@@ -130,16 +131,16 @@ def read_tfds(folder):
         source[index]
 
 
-def read_shard_record(folder):
+def read_shard_record(folder: pathlib.Path) -> None:
     read_record(Shard("", str(folder / "record.json"), [], True, 0))
 
 
-def read_pictures(folder):
+def read_pictures(folder: pathlib.Path) -> None:
     for path in sorted(folder.iterdir()):
         storable(path.read_bytes())
 
 
-def read_checkpoint(folder):
+def read_checkpoint(folder: pathlib.Path) -> None:
     with Checkpoints(folder, read_only=True) as checkpoints:
         checkpoints.trees()
         checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((100,), np.float32)}})
@@ -186,7 +187,7 @@ TARGETS = [
 # --- Sound files -----------------------------------------------------------------------------------------------------
 
 
-def make_sound_files(root, autoencoders):
+def make_sound_files(root: pathlib.Path, autoencoders: pathlib.Path) -> None:
     from support.pytorch_files import Call, Global, storage, tensor, write_legacy, write_zip
     from support.tfds_files import as_file, picture, write_tfds
 
@@ -227,7 +228,7 @@ def make_sound_files(root, autoencoders):
     with Checkpoints(root / "checkpoint") as checkpoints:
         checkpoints.save(1, params={"w": jax.numpy.arange(100.0)}, meta={"images": 3})
 
-    gaussian = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    gaussian: dict[str, Any] = {"mu": np.zeros(4), "sigma": np.eye(4)}
     images = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)
     meta = json.dumps({"format": 1, "count": 9, "source": "x", "extractor": network})
     np.savez(root / "statistics" / "ours.npz", **gaussian, meta=meta, features=np.ones((3, 4), np.float32))
@@ -245,7 +246,8 @@ def make_sound_files(root, autoencoders):
         root / "classifier" / "classifier.npz"
     )
     made = codebook.Codebook(rng.standard_normal((16, 4)).astype(np.float32), 2, 1)
-    np.savez(root / "codebook" / "codebook.npz", **codebook.arrays_of(made, codebook.Fit(0.1, 10.0, 5, 0, "x")))
+    arrays: dict[str, Any] = codebook.arrays_of(made, codebook.Fit(0.1, 10.0, 5, 0, "x"))
+    np.savez(root / "codebook" / "codebook.npz", **arrays)
     shutil.copy(autoencoders / "kl.safetensors", root / "tokenizer")
 
     data = rng.standard_normal(12).astype(np.float32)
@@ -280,7 +282,7 @@ def make_sound_files(root, autoencoders):
     write_tfds(root / "tfds", "plain", examples)
     shutil.copytree(root / "tfds", root / "tfds_shards", dirs_exist_ok=True)
     (root / "shard_records" / "record.json").write_text(
-        json.dumps(Record(3, 99, {"JPEG": 2, "palette": 1}, [("a.png", "empty")], True)._asdict())
+        json.dumps(Record(3, 99, {"JPEG": 2, "palette": 1}, [("a.png", "empty")], [], True)._asdict())
     )
 
     for kind, mode in (

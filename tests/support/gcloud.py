@@ -18,7 +18,8 @@ def _tree() -> dict[str, Any]:
     file = pathlib.Path(program).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
     if not file.exists():
         pytest.skip(f"this gcloud has no {file.name}")
-    return runpy.run_path(str(file))["STATIC_COMPLETION_CLI_TREE"]
+    tree: dict[str, Any] = runpy.run_path(str(file))["STATIC_COMPLETION_CLI_TREE"]
+    return tree
 
 
 def unknown(arguments: Sequence[str]) -> set[str]:

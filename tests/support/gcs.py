@@ -6,11 +6,14 @@ TensorStore's databases rely on. Permissions, quotas and batches of deletions ar
 
 import json
 import re
+import subprocess
 import threading
 import time
 import urllib.parse
 import uuid
+from collections.abc import Iterable, Mapping
 from http import server
+from typing import Any, Self
 
 from support.processes import run_program
 
@@ -21,26 +24,26 @@ class FakeGcs(server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, bucket):
+    def __init__(self, bucket: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bucket, self.lock = bucket, threading.RLock()
-        self.objects = {}  # name -> (bytes, generation, seconds since the epoch)
-        self.uploads = {}  # id -> (name, condition, bytes so far)
+        self.objects: dict[str, tuple[bytes, int, float]] = {}  # name -> (bytes, generation, seconds since the epoch)
+        self.uploads: dict[str, tuple[str, str | None, bytes]] = {}  # id -> (name, condition, bytes so far)
         self.generation = 0
         self.address = f"http://127.0.0.1:{self.server_port}"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
 
-    def handle_error(self, *_):
+    def handle_error(self, *_: object) -> None:
         """Clients that end close their connections in the middle of an answer."""
 
-    def put(self, name, data, condition=None):
+    def put(self, name: str, data: bytes, condition: str | None = None) -> dict[str, str] | None:
         """The object as its metadata, or None where its generation is not `condition` (0: there is none)."""
         with self.lock:
             there = self.objects[name][1] if name in self.objects else 0
@@ -50,7 +53,7 @@ class FakeGcs(server.ThreadingHTTPServer):
             self.objects[name] = data, self.generation, time.time()
             return self.describe(name)
 
-    def describe(self, name):
+    def describe(self, name: str) -> dict[str, str]:
         data, generation, written = self.objects[name]
         date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(written))
         return {
@@ -66,7 +69,7 @@ class FakeGcs(server.ThreadingHTTPServer):
             "contentType": "application/octet-stream",
         }
 
-    def list(self, query):
+    def listing(self, query: Mapping[str, str]) -> dict[str, Any]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         start, end = query.get("startOffset", ""), query.get("endOffset", "")
         items, prefixes = [], set()
@@ -87,10 +90,10 @@ class _Handler(server.BaseHTTPRequestHandler):
     wbufsize, disable_nagle_algorithm = -1, True  # an answer in one piece: else each waits for an acknowledgement
     server: FakeGcs
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, code, body=b"", headers=()):
+    def answer(self, code: int, body: Any = b"", headers: Iterable[tuple[str, str]] = ()) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         for key, value in headers:
@@ -102,10 +105,10 @@ class _Handler(server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def fail(self, code, message):
+    def fail(self, code: int, message: str) -> None:
         self.answer(code, {"error": {"code": code, "message": message}})
 
-    def parts(self):
+    def parts(self) -> tuple[str, str, dict[str, str]]:
         """What is asked for: "b" or "o", or nothing known; the object's name; the query."""
         url = urllib.parse.urlsplit(self.path)
         found = re.fullmatch(r"(?:/download|/upload)?/storage/v1/b/([^/]+)(/o(?:/(.+))?)?", url.path)
@@ -114,7 +117,7 @@ class _Handler(server.BaseHTTPRequestHandler):
             return "", "", query
         return "o" if found[2] else "b", urllib.parse.unquote(found[3] or ""), query
 
-    def body(self):
+    def body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             data = b""
             while size := int(self.rfile.readline(), 16):
@@ -124,14 +127,14 @@ class _Handler(server.BaseHTTPRequestHandler):
             return data
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         kind, name, query = self.parts()
         if not kind:
             return self.fail(404, "no such bucket")
         if kind == "b":
             return self.answer(200, {"kind": "storage#bucket", "id": self.server.bucket, "name": self.server.bucket})
         if not name:
-            return self.answer(200, self.server.list(query))
+            return self.answer(200, self.server.listing(query))
         with self.server.lock:
             if name not in self.server.objects:
                 return self.fail(404, "no such object")
@@ -154,7 +157,7 @@ class _Handler(server.BaseHTTPRequestHandler):
         headers.append(("Content-Range", f"bytes {first}-{last}/{len(data)}"))
         return self.answer(206, data[first : last + 1], headers)
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         kind, name, query = self.parts()
         data = self.body()
         if not kind:
@@ -165,7 +168,9 @@ class _Handler(server.BaseHTTPRequestHandler):
         if upload == "media":
             return self.stored(query["name"], data, condition)
         if upload == "multipart":
-            mark = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+            found = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])
+            assert found
+            mark = found[1].encode()
             first, second = (
                 part.split(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n", 1)[1]
                 for part in data.split(b"--" + mark)[1:3]
@@ -189,30 +194,30 @@ class _Handler(server.BaseHTTPRequestHandler):
             )
         return self.fail(501, f"not imitated: {self.path}")
 
-    def do_PUT(self):
+    def do_PUT(self) -> None:
         self.do_POST()
 
-    def do_DELETE(self):
+    def do_DELETE(self) -> None:
         _, name, _ = self.parts()
         with self.server.lock:
             if self.server.objects.pop(name, None) is None:
                 return self.fail(404, "no such object")
         return self.answer(204)
 
-    def go_on(self, id_, data):
+    def go_on(self, id_: str, data: bytes) -> None:
         name, condition, before = self.server.uploads[id_]
         self.server.uploads[id_] = name, condition, before + data
         if self.headers.get("Content-Range", "/0").endswith("/*"):
             return self.answer(308, b"", [("Range", f"bytes=0-{len(before + data) - 1}")])
         return self.stored(name, before + data, condition)
 
-    def stored(self, name, data, condition):
+    def stored(self, name: str, data: bytes, condition: str | None) -> None:
         described = self.server.put(name, data, condition)
         return self.fail(412, "another generation") if described is None else self.answer(200, described)
 
 
 # So that nothing looks for a Google machine, whose credentials would be asked for over the network.
-ALONE = {
+ALONE: dict[str, Any] = {
     "NO_GCE_CHECK": "true",
     "GCE_METADATA_ROOT": "127.0.0.1:9",
     "GCE_METADATA_HOST": "127.0.0.1:9",
@@ -223,7 +228,7 @@ ALONE = {
 }
 
 
-def run_with_gcs(address, module, *arguments):
+def run_with_gcs(address: str, module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """`run_program` in a process to which the server at `address` is Google's."""
     return run_program(
         module, *arguments, check=False, **ALONE, STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address

@@ -12,7 +12,7 @@ class Network:
 
     name, checksum, image_size, num_features, num_classes, num_spatial = "linear", "0" * 64, 4, F, K, 3
 
-    def extract(self, images):
+    def extract(self, images: np.ndarray) -> Extracted:
         pixels = images.reshape(len(images), -1) / np.float32(255)
         weights = np.random.default_rng(9).normal(size=(pixels.shape[1], F + K + 3)).astype(np.float32)
         # Row by row, so that a row does not depend on the others, as the protocol has it.

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from support.paths import ROOT
 
@@ -30,13 +32,19 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
-        return found.getsockname()[1]
+        return int(found.getsockname()[1])
 
 
-def _run(variables, devices, log, target, arguments):
+def _run(
+    variables: Mapping[str, str],
+    devices: int,
+    log: pathlib.Path,
+    target: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -49,7 +57,7 @@ def _run(variables, devices, log, target, arguments):
     from marjax.perf import peak
 
     jax.config.update("jax_num_cpu_devices", devices)
-    peak.device_peak = lambda dtype: 1e11  # every start of a run measures it anew, with all cores
+    peak.device_peak = lambda dtype: 1e11  # type: ignore[assignment]  # every start of a run measures it anew, with all cores
     code = target(*arguments)
     sys.stdout.flush()
     sys.exit(code)
@@ -61,7 +69,17 @@ class Run:
     A context manager: on leaving it none of them is left.
     """
 
-    def __init__(self, folder, target, *arguments, count=1, devices=1, heartbeat=10, alone=None, each=False):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        target: Callable[..., Any],
+        *arguments: Any,
+        count: int = 1,
+        devices: int = 1,
+        heartbeat: float = 10,
+        alone: bool | None = None,
+        each: bool = False,
+    ) -> None:
         """`each`: the process's number comes first among the arguments."""
         folder = pathlib.Path(folder)
         variables = [{"MARJAX_HEARTBEAT_SECONDS": str(heartbeat)} for _ in range(count)]
@@ -81,16 +99,16 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for process in self.processes:
             if process.is_alive():
                 process.kill()
             process.join()
 
-    def wait(self, seconds=240):
+    def wait(self, seconds: float = 240) -> list[int | None]:
         """The exit codes; a signal's is negative. Fails the test if one does not end."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -99,19 +117,19 @@ class Run:
         assert None not in codes, f"still running after {seconds} s: {codes}\n{self.said()}"
         return codes
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
         """Until it is true. Fails the test if it does not become so, or all processes end before."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and any(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.01)
 
-    def said(self):
+    def said(self) -> str:
         """The last that each has printed."""
         return "\n".join(f"{log.name}: {log.read_text()[-20_000:] if log.exists() else ''}" for log in self.logs)
 
 
-def steps_of(workdir):
+def steps_of(workdir: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints that are complete."""
     with contextlib.suppress(FileNotFoundError):
         return sorted(
@@ -120,14 +138,16 @@ def steps_of(workdir):
     return []
 
 
-def command(*arguments):
+def command(*arguments: Any) -> int:
     """`marjax` with these arguments."""
     from marjax.cli import main
 
     return main(list(map(str, arguments)))
 
 
-def run_program(module, *arguments, devices=None, check=True, **settings):
+def run_program(
+    module: str, *arguments: Any, devices: int | None = None, check: bool = True, **settings: str
+) -> subprocess.CompletedProcess[str]:
     """Runs `python -m module arguments` to its end; the module may be one of `support`.
 
     Args:

@@ -1,10 +1,14 @@
 """Writes PyTorch files without PyTorch, hostile ones too: its own pickler would not write those."""
 
 import dataclasses
+import pathlib
 import pickle
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Raw:
     opcodes: bytes
 
 
-def opcodes(value):
+def opcodes(value: Any) -> bytes:
     match value:
         case Raw():
             return value.opcodes
@@ -58,16 +62,18 @@ def opcodes(value):
             return pickle.dumps(value, 2)[2:-1]
 
 
-def pickled(value):
+def pickled(value: Any) -> bytes:
     return b"\x80\x02" + opcodes(value) + b"."
 
 
-def storage(kind, key, numel, *view, module="torch"):
+def storage(kind: str, key: str, numel: int, *view: Any, module: str = "torch") -> Pid:
     return Pid(("storage", Global(module, kind), key, "cpu", numel, *view))
 
 
-def tensor(place, offset, shape, strides, version=2, *more):
-    arguments = {
+def tensor(
+    place: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], version: int = 2, *more: Any
+) -> Call:
+    arguments: tuple[Any, ...] = {
         1: (),
         2: (False, Call(Global("collections", "OrderedDict"), ())),
         3: (False, Call(Global("collections", "OrderedDict"), ())),
@@ -76,7 +82,16 @@ def tensor(place, offset, shape, strides, version=2, *more):
     return Call(Global("torch._utils", name), (place, offset, shape, strides, *arguments, *more))
 
 
-def write_zip(path, value, storages=(), *, folder="archive", order=b"little", method=zipfile.ZIP_STORED, extra=()):
+def write_zip(
+    path: pathlib.Path,
+    value: Any,
+    storages: Iterable[bytes] = (),
+    *,
+    folder: str = "archive",
+    order: bytes = b"little",
+    method: int = zipfile.ZIP_STORED,
+    extra: Iterable[tuple[str, bytes]] = (),
+) -> pathlib.Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(f"{folder}/data.pkl", value if isinstance(value, bytes) else pickled(value))
         if order:
@@ -88,12 +103,14 @@ def write_zip(path, value, storages=(), *, folder="archive", order=b"little", me
     return path
 
 
-def write_legacy(path, value, storages, *, little=True, keys=None):
+def write_legacy(
+    path: pathlib.Path, value: Any, storages: Sequence[np.ndarray], *, little: bool = True, keys: Any = None
+) -> pathlib.Path:
     parts = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": little, "type_sizes": {}}]
     data = b"".join(map(pickled, parts)) + pickled(value)
     data += pickled([str(i) for i in range(len(storages))] if keys is None else keys)
     for array in storages:
-        order = "<" if little else ">"
+        order: Literal["<", ">"] = "<" if little else ">"
         data += struct.pack(f"{order}q", array.size) + array.astype(array.dtype.newbyteorder(order)).tobytes()
     path.write_bytes(data)
     return path

@@ -99,7 +99,7 @@ def slurm(folder: pathlib.Path) -> Iterator[Cluster]:
             with open(folder / f"{command[0]}.out", "wb") as out:
                 daemons.append(
                     subprocess.Popen(
-                        [programs[command[0]], *command[1:]],
+                        [str(programs[command[0]]), *command[1:]],
                         env=cluster.environment,
                         stdin=subprocess.DEVNULL,
                         stdout=out,

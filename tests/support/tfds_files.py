@@ -24,7 +24,7 @@ def write_tfds(
     """Prepares a TFDS data set of array_record files; images are given as the bytes of an image file."""
     features = features or {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=5)}
 
-    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg, misc]
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> tfds.core.DatasetInfo:

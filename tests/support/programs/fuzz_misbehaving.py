@@ -7,8 +7,10 @@ import sys
 
 from support import fuzz
 
+from marjax.errors import UserError
 
-def misbehave(folder):
+
+def misbehave(folder: pathlib.Path) -> None:
     kind = (folder / "x").read_bytes()[0]
     if kind == 1:
         os.system("true")
@@ -21,7 +23,7 @@ def misbehave(folder):
     elif kind == 5:
         pathlib.Path(sys.argv[1], "elsewhere").write_text("x")
     elif kind == 6:
-        raise fuzz.UserError("two\nlines")
+        raise UserError("two\nlines")
 
 
 target = fuzz.Target("bad", ("x",), lambda data, rng: bytes([rng.randrange(7)]), misbehave)

@@ -22,7 +22,7 @@ SMALL = [
 ]
 
 
-def main(file):
+def main(file: str) -> None:
     root = epath.Path("gs://bucket/sweep")
     run = str(root / "point")
     train = ["train", "--config", f"{DIGITS}:debug", "--workdir", run, *SMALL]

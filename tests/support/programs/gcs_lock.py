@@ -4,12 +4,14 @@ import dataclasses
 import os
 import time
 
+from etils import epath
+
 from marjax import lock, storage
 from marjax.errors import UserError
 
 lock._PATIENCE, lock._POLL, lock._REFRESH, lock._STALE = 0.1, 0.02, 0.1, 0.5
 storage.check("gs://bucket/run")
-folder = lock.epath.Path("gs://bucket/run")
+folder = epath.Path("gs://bucket/run")
 with lock.locked_folder(folder, "marjax train") as descriptor:
     assert descriptor is None
     first = (folder / lock.NAME).read_bytes()
@@ -24,7 +26,8 @@ assert not (folder / lock.NAME).exists()
 holder = dataclasses.replace(lock._Holder.here("marjax train"), boot="another", host="far")
 (folder / lock.NAME).write_bytes(holder.to_bytes())
 with lock.locked_folder(folder, "marjax train"):
-    assert lock._Holder.parse((folder / lock.NAME).read_bytes()).host != "far"
+    parsed = lock._Holder.parse((folder / lock.NAME).read_bytes())
+    assert parsed and parsed.host != "far"
 cell = lock._Object(folder / lock.NAME)
 version = cell.write(b"a", None)
 assert version and cell.write(b"b", None) is None and cell.write(b"b", "7777") is None

@@ -27,7 +27,7 @@ BATCH = {
 
 
 def run(
-    config: ml_collections.ConfigDict, shape: Sequence[int], devices: Sequence[jax.Device], weights: Any
+    config: ml_collections.ConfigDict, shape: tuple[int, int, int], devices: Sequence[jax.Device], weights: Any
 ) -> dict[str, Any]:
     """State, metrics and gradients of two train steps, 12 samples, and how much of it is sharded."""
     config = config_lib.apply_overrides(config, {"mesh.replicate_below": 0})
@@ -40,7 +40,7 @@ def run(
         sharded = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         batch = sharding.put_batch(BATCH, mesh)
         step = make_train_step(assembly).lower(state, batch, tokenizer.params).compile()
-        text = step.as_text()
+        text = step.as_text() or ""
         metrics = []
         for _ in range(2):
             state, measured = step(state, batch, tokenizer.params)
@@ -90,7 +90,8 @@ def compare(fields: Mapping[str, Any], meshes: Sequence[Sequence[int]]) -> dict[
     weights = jax.device_get(jax.jit(init)(jax.random.key(1)))
     one = run(config, (1, 1, 1), jax.devices()[:1], weights)
     report: dict[str, Any] = {"one": {"sharded": one["sharded"], "collectives": one["collectives"]}}
-    for shape in map(tuple, meshes):
+    for data, fsdp, tensor in meshes:
+        shape = data, fsdp, tensor
         many = run(config, shape, jax.devices(), weights)
         report[str(shape)] = {
             "sharded": many["sharded"],

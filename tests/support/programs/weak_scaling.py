@@ -50,7 +50,7 @@ def run(fields: Mapping[str, Any], axis: str, n: int, batch_size: int) -> dict[s
         "replicated": num_bytes(abstract.params) - sharded,
         "losses": losses,
         "table": table - num_bytes(abstract.params["head"]["denoiser"]["time_embed"]),
-        "sent": hlo.read(step.as_text(), n).collective_bytes(),
+        "sent": hlo.read(step.as_text() or "", n).collective_bytes(),
     }
 
 
