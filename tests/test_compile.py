@@ -162,31 +162,6 @@ def test_out_of_memory_is_read_from_the_compiler_s_message():
         programs.out_of_memory("INTERNAL: something\nelse")
 
 
-def test_temporaries_take_the_gaps_between_them_too():
-    """What lives at one time, the compiler's peak, is less than the block that it asks for."""
-    numbers = {"argument": 100, "temp": 70, "output": 60, "alias": 50, "generated_code": 7}
-    analysis = types.SimpleNamespace(peak_memory_in_bytes=150, **{f"{k}_size_in_bytes": v for k, v in numbers.items()})
-    compiled = types.SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: "ENTRY %main () -> f32[] {\n}\n")
-    traced = types.SimpleNamespace(compile=lambda compiler_options: compiled)
-    lowered = programs.Lowered("train", 1, 1.0, lambda: traced, 1)
-    assert programs.compile_program(lowered, sharding.make_mesh(1)).memory == programs.Memory(187, 100, 80, 7)
-
-
-def test_too_much_is_met_with_what_to_change():
-    config = config_lib.resolve(config_lib.load("configs/imagenet256.py:model=mar_huge"))
-    mesh = types.SimpleNamespace(shape={"data": 64, "fsdp": 1, "tensor": 1}, size=64)
-    lowered = programs.Lowered("train", 2048, 1.0, lambda: None, state_bytes=14 * 2**30)
-    compiled = programs.Compiled(lowered, 1.0, programs.Memory(20 * 2**30), None, 15.75 * 2**30)
-    tips = report.advice(compiled, config, mesh)
-    # 16 parts of 1280 and 1536 rows are tiles of 16; 32 of 1280 are not.
-    assert "--config.mesh.fsdp=16" in tips[0] and "accumulate=2" in tips[-1] and not any("remat" in tip for tip in tips)
-    looser = {"model.remat": "none", "model.denoiser.remat": "dots"}
-    looser = config_lib.resolve(config_lib.apply_overrides(config, looser))
-    cut = types.SimpleNamespace(shape={"data": 4, "fsdp": 16, "tensor": 1}, size=64)
-    tips = " ".join(report.advice(compiled, looser, cut))
-    assert "model.remat=dots" in tips and "denoiser.remat=full" in tips and "mesh.fsdp" not in tips
-
-
 @pytest.mark.parametrize(
     "shape, data, fsdp",
     [

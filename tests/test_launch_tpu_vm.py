@@ -140,7 +140,7 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
-def test_create_asks_for_a_slice_and_waits(cloud):
+def test_create_requests_a_slice_and_waits(cloud):
     (cloud / "states").write_text("NONE WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
     printed = launch(cloud, "--spot", "--type", "v6e-16", "create")
     asked = ["compute", "tpus", "queued-resources"]
@@ -161,34 +161,6 @@ def test_create_asks_for_a_slice_and_waits(cloud):
     assert printed.count("WAITING_FOR_RESOURCES") == 1 and printed.endswith("mar is ACTIVE\n")
 
 
-def test_create_again(cloud):
-    """It waits for what was asked for before, and asks anew when that was taken away."""
-    (cloud / "states").write_text("PROVISIONING ACTIVE")
-    launch(cloud, "create", TYPE="v4-8")
-    assert [call[3] for call in calls(cloud)] == ["describe"] * 2
-    (cloud / "states").write_text("SUSPENDED WAITING_FOR_RESOURCES ACTIVE")
-    launch(cloud, "create", TYPE="v4-8")
-    assert [call[3] for call in calls(cloud)[2:]] == ["describe", "delete", "create", "describe", "describe"]
-    assert "--force" in calls(cloud)[3] and "--spot" not in calls(cloud)[4]
-    (cloud / "states").write_text("SUSPENDING SUSPENDED ACTIVE")
-    launch(cloud, "create", TYPE="v4-8", CREATE_FLAGS="--internal-ips --data-disk=source=a,mode=read-write")
-    assert [call[3] for call in calls(cloud)[7:]] == ["describe", "describe", "delete", "create", "describe"]
-    assert calls(cloud)[10][-2:] == ["--internal-ips", "--data-disk=source=a,mode=read-write"]
-    (cloud / "states").write_text("NONE WAITING_FOR_RESOURCES FAILED")
-    assert "the slice is FAILED: run create again" in launch(cloud, "create", fails=1, TYPE="v4-8")
-
-
-def test_a_wait_of_hours_outlives_a_question_that_fails(cloud):
-    """Only NOT_FOUND says that there is no slice; anything else could have it asked for twice."""
-    (cloud / "states").write_text("SILENT WAITING_FOR_RESOURCES SILENT SILENT ACTIVE")
-    printed = launch(cloud, "create", TYPE="v4-8")
-    assert printed.count("UNAVAILABLE: try again") == 3 and "mar is ACTIVE" in printed
-    assert {call[3] for call in calls(cloud)} == {"describe"}
-    (cloud / "states").write_text("SILENT")
-    assert launch(cloud, "create", fails=1, TYPE="v4-8").count("UNAVAILABLE: try again") == 20
-    assert {call[3] for call in calls(cloud)} == {"describe"}
-
-
 def test_setup_installs_this_tree_on_every_worker(cloud):
     printed = launch(cloud, "setup")
     assert printed.count("marjax ") == WORKERS and "with jax" in printed
@@ -206,8 +178,8 @@ def test_setup_installs_this_tree_on_every_worker(cloud):
         assert json.loads(copied) == ["--recursive", "--no-clobber", "gs://bucket/data", "gs://bucket/more", "."]
 
 
-def test_setup_leaves_data_where_it_is(cloud, tmp_path):
-    """Of what git does not know, only what may be code travels; and nothing that is too large."""
+def test_setup_sends_code_and_no_data(cloud, tmp_path):
+    """Untracked files are sent only if they may be code, and nothing beyond MAX_MB."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch")
     for name in (
@@ -240,7 +212,7 @@ def test_setup_leaves_data_where_it_is(cloud, tmp_path):
     }
 
 
-def test_setup_needs_no_git(cloud, tmp_path):
+def test_setup_without_git(cloud, tmp_path):
     """In an unpacked sdist."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "launch", tree / "launch")
@@ -253,7 +225,7 @@ def test_setup_needs_no_git(cloud, tmp_path):
     assert {name for name in packed.stdout.split() if not name.startswith("launch/")} == code
 
 
-def test_arguments_arrive_as_they_are_and_the_run_goes_on_after_preemption_and_loss(cloud):
+def test_run_passes_arguments_unchanged_and_resumes_after_preemption_and_loss(cloud):
     odd = [
         "--config",
         "configs/x.py:model=mar_base,variant=ar",
@@ -298,7 +270,7 @@ def ended(cloud):
         ("134 134 134 134 134 134 0", {"QUICK_SECONDS": "0", "MAX_RESTARTS": "5"}, 6),
     ],
 )
-def test_what_is_no_preemption_or_too_much_of_it_ends_the_run(cloud, codes, settings, number):
+def test_run_ends_after_other_errors_and_too_many_restarts(cloud, codes, settings, number):
     for index in range(WORKERS):
         (cloud / f"worker{index}" / "codes").write_text(codes)
     launch(cloud, "run", sys.executable, "-c", TRAINING, RESTART_SECONDS="0", **settings)
@@ -306,21 +278,8 @@ def test_what_is_no_preemption_or_too_much_of_it_ends_the_run(cloud, codes, sett
     assert [len(starts(cloud, index)) for index in range(WORKERS)] == [number] * WORKERS
 
 
-def test_a_worker_that_is_through_is_not_waited_for_without_end(cloud):
-    """A slip on one: it stays ended, and the others, which lose it and then never meet it, give up."""
-    (cloud / "worker0" / "codes").write_text("2")
-    (cloud / "worker1" / "codes").write_text("134 " * 9)
-    launch(cloud, "run", sys.executable, "-c", TRAINING, RESTART_SECONDS="0")
-    assert ended(cloud) == ["2", "134"]
-    assert [len(starts(cloud, index)) for index in range(WORKERS)] == [1, 4]
-    (cloud / "states").write_text("ACTIVE")
-    said = launch(cloud, "status")
-    assert "ended with 2; last line: step 1" in said
-    assert "ended with 134; given up, after 4 starts in a row" in said
-
-
-def test_a_run_is_kept_through_the_loss_of_its_slice(cloud):
-    """The second slice is set up like the first, and ends the run."""
+def test_keep_recreates_a_lost_slice(cloud):
+    """The second slice is set up like the first, and the run finishes there."""
     (cloud / "states").write_text("NONE WAITING_FOR_RESOURCES ACTIVE ACTIVE SUSPENDING SUSPENDED ACTIVE")
     (cloud / "codes").write_text(";42 0")
     run = ["keep", sys.executable, "-c", TRAINING, "a  b", "c"]
@@ -335,38 +294,7 @@ def test_a_run_is_kept_through_the_loss_of_its_slice(cloud):
         assert (before / "fetched").read_text() == (home / "fetched").read_text()
 
 
-def test_keeping_ends_with_the_run(cloud):
-    """With 1 after a slip; a second start takes up a run that is under way; one that was never begun is begun."""
-    (cloud / "states").write_text("ACTIVE")
-    (cloud / "worker0" / "codes").write_text("2")
-    (cloud / "worker1" / "codes").write_text("134 " * 9)
-    keep = ["keep", sys.executable, "-c", TRAINING]
-    assert "given up" in launch(cloud, *keep, fails=1, TYPE="v4-8", RESTART_SECONDS="0")
-    (cloud / "worker0" / "codes").write_text("")
-    (cloud / "worker1" / "codes").write_text("")
-    launch(cloud, "run", *keep[1:])
-    before = [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)]
-    watching = subprocess.Popen(
-        [LAUNCHER, *keep],
-        stdout=subprocess.DEVNULL,
-        env={
-            **os.environ,
-            "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}",
-            "PROJECT": "proj",
-            "ZONE": "us-east5-b",
-            "NAME": "mar",
-            "TYPE": "v4-8",
-            "POLL_SECONDS": "0.1",
-        },
-    )
-    looks = len([call for call in calls(cloud) if call[3] == "describe"]) + 4
-    wait_until(lambda: len([call for call in calls(cloud) if call[3] == "describe"]) >= looks)
-    assert [(cloud / f"worker{index}" / "marjax" / "run.pid").read_text() for index in range(WORKERS)] == before
-    launch(cloud, "stop")
-    assert watching.wait(60) == 1  # 42: the slice may go on with it, if somebody says so
-
-
-def test_stop_waits_for_the_save_and_the_run_can_be_started_again(cloud):
+def test_stop_waits_for_the_checkpoint_and_the_run_can_be_restarted(cloud):
     run = ["run", sys.executable, "-c", TRAINING]
     launch(cloud, *run, RESTART_SECONDS="0")
     wait_until(lambda: all(starts(cloud, index) for index in range(WORKERS)))
@@ -399,12 +327,12 @@ def test_delete(cloud):
         (["--type", "v9-4", "create"], {}, "no runtime is known for v9-4: give --version"),
     ],
 )
-def test_slips_are_told_before_anything_is_asked_for(cloud, arguments, settings, said):
+def test_invalid_input_fails_before_any_request(cloud, arguments, settings, said):
     assert f"launch/tpu_vm.sh: error: {said}" in launch(cloud, *arguments, fails=2, **settings)
     assert not calls(cloud)
 
 
-def test_the_real_gcloud_knows_the_flags(cloud):
+def test_flags_exist_in_the_real_gcloud(cloud):
     (cloud / "states").write_text("SUSPENDED ACTIVE")
     launch(cloud, "--spot", "--type", "v6e-16", "create", CREATE_FLAGS="--internal-ips --data-disk=source=a")
     launch(cloud, "setup", SSH_FLAGS="--internal-ip", FETCH="gs://bucket/data")

@@ -37,7 +37,7 @@ def limited(monkeypatch, size):
     monkeypatch.setattr(memory, "available", lambda: float(size))
 
 
-def test_the_size_that_is_advised_fits():
+def test_suggested_batch_size_fits():
     def need(images):
         return Need(300.0, 200.0 + 10.0 * images)
 
@@ -52,7 +52,7 @@ def test_the_size_that_is_advised_fits():
     assert "\n" not in text and "MiB" in text
 
 
-def test_training_is_refused_and_taken_with_what_is_advised(tmp_path, monkeypatch):
+def test_training_fails_until_the_suggested_batch_size_is_used(tmp_path, monkeypatch):
     limited(monkeypatch, 30 * TINY)
     config = digits(train__batch_size=4096)
     with pytest.raises(UserError, match="config.train.batch_size from 4096 to") as refused:
@@ -79,7 +79,7 @@ def test_sampling_and_benchmarks_name_their_field(tmp_path, monkeypatch):
             benchmark(what, digits(), repeats=1)
 
 
-def test_checked_programs_compile_once_for_a_shape(monkeypatch):
+def test_checked_programs_compile_once_per_shape(monkeypatch):
     traced = []
 
     def double(x):
@@ -95,7 +95,7 @@ def test_checked_programs_compile_once_for_a_shape(monkeypatch):
         checked(jnp.ones(1000))
 
 
-def test_weights_that_a_run_starts_from_do_not_count_twice(monkeypatch):
+def test_initial_weights_are_counted_once(monkeypatch):
     """They are on the devices while the step is checked, and freed before it runs."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -108,7 +108,7 @@ def test_weights_that_a_run_starts_from_do_not_count_twice(monkeypatch):
     compile_step(step, abstract, params=abstract, batch=Batch("x", 1), weights={"w": weights})
 
 
-def test_a_picture_that_does_not_fit_does_not_end_the_run(monkeypatch, tmp_path, capsys):
+def test_samples_that_do_not_fit_do_not_end_the_run(monkeypatch, tmp_path, capsys):
     problem = memory.problem
     monkeypatch.setattr(
         memory,
@@ -120,7 +120,7 @@ def test_a_picture_that_does_not_fit_does_not_end_the_run(monkeypatch, tmp_path,
     assert "no picture of step 1: the sampler needs" in capsys.readouterr().err
 
 
-def test_what_is_available(tmp_path):
+def test_available_memory(tmp_path):
     """Control groups of both versions, the tightest of those around the process."""
     process, root = tmp_path / "cgroup", tmp_path / "fs"
     process.write_text("4:cpu,memory:/a/b\n1:cpu:/x\n0::/job/step\n")
@@ -139,7 +139,7 @@ def test_what_is_available(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
-def test_one_line_under_a_limit_of_the_process(tmp_path):
+def test_one_line_error_under_a_process_limit(tmp_path):
     """At the command line: exit code 2, one line, nothing in the work directory."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30)); "

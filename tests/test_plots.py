@@ -112,27 +112,18 @@ def ylabels(figure):
     return [axes.get_ylabel().replace("\n", " ") for axes in figure.axes]
 
 
-def test_every_figure_and_the_same_bytes_twice(tmp_path, workdir, capsys):
+def test_every_figure_in_every_format(tmp_path, workdir, capsys):
     before = dict(rcParams)
     made = plots.plot([workdir], tmp_path / "out")
     assert [path.name for path in made] == [f"{name}.{each}" for name in plots.FIGURES for each in plots.FORMATS]
     assert sorted(path.name for path in made) == sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert dict(rcParams) == before  # also after the user's own settings, which change nothing:
-    rcParams.update({"svg.hashsalt": None, "lines.markeredgewidth": 9.0})
-    try:
-        again = plots.plot([workdir], tmp_path / "again", formats=["svg"])
-        assert rcParams["lines.markeredgewidth"] == 9.0
-    finally:
-        rcParams.update(before)
-    whole = {path.name: path.read_bytes() for path in made}
-    assert all(path.read_bytes() == whole[path.name] for path in again)
-    assert len(set(whole.values())) == len(whole)
-    assert b"dc:date" not in whole["loss.svg"] and whole["loss.svg"].rstrip().endswith(b"</svg>")
+    assert dict(rcParams) == before
+    assert len({path.read_bytes() for path in made}) == len(made)
     assert Image.open(tmp_path / "out" / "loss.png").size[0] > 600
     assert capsys.readouterr().err == ""
 
 
-def test_matplotlib_waits_until_it_is_needed():
+def test_matplotlib_is_imported_lazily():
     code = """
 import sys
 from marjax.plots import style
@@ -245,7 +236,7 @@ def test_ddim_steps_are_a_family_of_their_own():
     assert all("spacing" not in curve.fixed for curve in found)
 
 
-def test_every_schedule_begins_without_guidance():
+def test_every_schedule_starts_without_cfg():
     results = [
         result(fid=9.0, cfg=1.0),
         *(result(fid=c, cfg=c, cfg_schedule=s) for c in (2.0, 3.0) for s in ("linear", "constant")),
@@ -335,7 +326,7 @@ def cut_off(figure):
     return found
 
 
-def test_nothing_is_cut_off_and_every_curve_is_named_once(tmp_path):
+def test_labels_fit_and_name_every_curve_once(tmp_path):
     """Long names of work directories, with and without places to break them, and many curves."""
     runs = []
     for name in (LONG, "many words and $math$ " * 6, "b"):
@@ -398,8 +389,8 @@ def test_seeds_are_repeats_with_error_bars():
     assert "splits of the images" in legend_of(alone)[1].replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
 
 
-def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
-    """Neither in what older versions have written."""
+def test_classifier_distances_are_not_called_fid(tmp_path):
+    """Nor in files of older versions."""
     write_lines(
         tmp_path / "old",
         [
@@ -447,7 +438,7 @@ def test_distances_of_a_classifier_are_not_called_fid(tmp_path):
     assert ylabels(tradeoffs.over([old], "cfg"))[0] == "Frechet distance (classifier)"
 
 
-def test_results_of_other_statistics_are_told_apart(tmp_path):
+def test_results_against_other_statistics_are_separate_curves(tmp_path):
     results = [({"cfg": cfg}, cfg, None) for cfg in (1.0, 2.0)]
     for name, checksum in (("a", "ab"), ("b", "ef")):
         write_evaluation(tmp_path / name, results, statistics={"name": "digits", "checksum": checksum * 32})
@@ -467,7 +458,7 @@ def test_names_of_work_directories(tmp_path, workdir):
     assert len(set(style.colors(6))) == 6 and len(set(style.colors(20))) == 20
 
 
-def test_metrics_cut_short_by_a_crash(tmp_path):
+def test_truncated_metrics(tmp_path):
     write_lines(tmp_path, [line(2, train__loss=1.0), line(1, train__loss=2.0)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/lo')
@@ -480,7 +471,7 @@ def test_metrics_cut_short_by_a_crash(tmp_path):
     assert run.series("train/loss")[1].tolist() == [2.0, 1.0]
 
 
-def test_what_is_missing_is_said(tmp_path, capsys):
+def test_missing_input_is_reported(tmp_path, capsys):
     write_lines(tmp_path / "run", [line(1, train__loss=1.0)])
     made = plots.plot([tmp_path / "run"], tmp_path / "out", formats=("png",))
     assert [path.name for path in made] == ["loss.png"]
@@ -500,7 +491,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
         '{"format": 1, "results": ' + "9" * 5000 + "}",
     ],
 )
-def test_evaluations_that_are_none(tmp_path, text):
+def test_invalid_evaluation_files(tmp_path, text):
     write_lines(tmp_path, [line(1, train__loss=1.0)])
     (tmp_path / "evaluation.json").write_bytes(text.encode("latin1"))
     with pytest.raises(UserError, match=r"evaluation\.json"):
@@ -552,7 +543,7 @@ def test_broken_inputs(tmp_path, workdir):
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_of_the_current_folder_are_not_read(tmp_path):
+def test_matplotlibrc_of_the_current_folder_is_not_read(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff")
     code = "from marjax.plots import style\nwith style.applied():\n    pass\n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -79,7 +79,7 @@ def test_variants_and_heads_agree_with_one_device(report_of, variant, head):
     assert rows["(2, 2, 2)"]["sharded"] and rows["(2, 2, 2)"]["collectives"]
 
 
-def test_parameters_and_work_are_really_cut(report):
+def test_parameters_are_sharded_and_devices_communicate(report):
     assert report["one"] == {"sharded": 0, "collectives": 0}
     assert report["(8, 1, 1)"]["sharded"] == 0 < report["(2, 4, 1)"]["sharded"] < report["(2, 2, 2)"]["sharded"]
     assert all(report[str(shape)]["collectives"] for shape in MESHES)
@@ -110,7 +110,7 @@ def specs(tree):
     return {path: leaf.sharding.spec for path, leaf in sharding._named(tree)}
 
 
-def test_small_tensors_stay_whole_and_layers_do_not_make_them_large(large):
+def test_small_tensors_are_replicated_however_many_layers(large):
     mesh = abstract_mesh(1, 16, 1)
     every, most, none = (
         specs(sharding.parameters(large, mesh, below)) for below in (0, sharding.REPLICATE_BELOW, 10**9)
@@ -124,13 +124,13 @@ def test_small_tensors_stay_whole_and_layers_do_not_make_them_large(large):
     assert 0 < whole < 0.01 * sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def test_the_denoiser_is_not_cut_over_tensor_groups(large):
+def test_denoiser_is_not_sharded_over_tensor(large):
     found = specs(sharding.parameters(large, abstract_mesh(1, 1, 4)))
     cut = {path.split("/")[0] for path, spec in found.items() if "tensor" in spec}
     assert cut == {"backbone"}
 
 
-def test_the_table_names_what_is_cut_and_what_a_device_holds(large):
+def test_overview_lists_shardings_and_bytes_per_device(large):
     tree = sharding.parameters(large, abstract_mesh(2, 4, 2))
     lines = sharding.overview(tree).splitlines()
     (row,) = (line for line in lines if line.startswith("backbone/decoder/blocks/attn/qkv/kernel"))
@@ -142,7 +142,7 @@ def test_the_table_names_what_is_cut_and_what_a_device_holds(large):
     assert "tensors, replicated" in lines[-2]
 
 
-def test_the_table_warns_of_what_cannot_be_cut(large):
+def test_overview_warns_of_unused_mesh_axes(large):
     lines = sharding.overview(sharding.parameters(large, abstract_mesh(1, 3, 5))).splitlines()
     assert [line for line in lines if line.startswith("warning")] == sharding.warnings(
         sharding.parameters(large, abstract_mesh(1, 3, 5))
@@ -169,7 +169,7 @@ def test_tensor_groups_stay_within_a_process():
         sharding._within_processes(interleaved, (1, 1, 8))
 
 
-def test_batches_must_divide_over_the_mesh():
+def test_batch_size_must_be_divisible_by_the_mesh():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     sharding.check_batch(mesh, 6, 2)
     with pytest.raises(UserError, match="not divisible"):
