@@ -84,7 +84,7 @@ def test_training_without_the_files_of_its_evaluation(folder, capsys):
 
 def test_sampling_before_the_first_checkpoint(folder, capsys):
     assert cli.main(["sample", "--workdir", "my runs/one", "--out", "o"]) == 2
-    command = capsys.readouterr().err.partition("start it again: ")[2]
+    command = capsys.readouterr().err.partition("resume training: ")[2]
     given = cli.parse(shlex.split(command)[1:])[0]
     assert given.workdir == "my runs/one" and load_config(given.config, {}) == read_workdir("my runs/one")
     assert not (folder / "o").exists()
