@@ -227,9 +227,9 @@ class Run(Generic[S]):
             with progress.activity("waiting for the first batch") if first else contextlib.nullcontext():
                 rows = next(batches)
             waited, idle = time.perf_counter() - begun, self._is_idle()
-            # Explicit transfers only, of the batch to the devices and of metrics from them: others would be host syncs.
+            batch = sharding.put_batch(rows, self.mesh)  # with several processes, JAX counts this transfer as implicit
+            # Explicit transfers only, of metrics from the devices: others would be host syncs.
             with jax.transfer_guard("disallow"):
-                batch = sharding.put_batch(rows, self.mesh)
                 if self.profile is not None:
                     self.profile.before(step, [metrics for _, metrics in self.unread])
                 state, metrics = self.task.step(state, batch)
