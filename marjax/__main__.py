@@ -1,4 +1,4 @@
-"""The `marjax` command, also `python -m marjax`: prepares the process, then parses."""
+"""The `marjax` command, also `python -m marjax`: sets up the process, then calls `cli.main`."""
 
 import io
 import os
@@ -9,19 +9,18 @@ from marjax.quiet import quiet_libtpu
 
 
 def main() -> int:
-    """Runs the command line in a process that is set up for it."""
+    """Sets up the process, runs the command line and returns the exit code."""
     for name in numerics.clean_environment(os.environ):
-        print(f"marjax: {name} is ignored: it would change results or stop a healthy run", file=sys.stderr)
-    # Compiled programs outlive the process: a resumed run or a second sampling starts at once. JAX reads this when it
-    # is imported.
+        print(f"marjax: {name} is ignored, because it would change results or stop a healthy run", file=sys.stderr)
+    # Cache compiled programs, so that resumed runs and repeated sampling start at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/marjax/jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     quiet_libtpu(os.environ)
-    if __name__ != "__main__":  # the script does not import from the current folder: nor do the processes it starts
+    if __name__ != "__main__":  # like the script itself, its child processes must not import from the current folder
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     _restart()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding prints what it cannot show as escapes
+        if isinstance(stream, io.TextIOWrapper):  # print characters missing from the terminal's encoding as escapes
             stream.reconfigure(errors="backslashreplace")
     try:
         from marjax.cli import main as run
@@ -32,14 +31,13 @@ def main() -> int:
 
 
 def _restart() -> None:
-    """Replaces this process by one with settings that are read only at its start, unless it has them.
+    """Replaces this process by one with settings that are only read at startup, unless they are set.
 
-    glibc: malloc asks for huge pages. A training step on CPU takes and returns gigabytes, and faulting them in by 4 KiB
-    pages costs a third of it. A GLIBC_TUNABLES of the user's own is left as it is.
-    Python: paths are UTF-8 in an ASCII locale too; Orbax and others cannot handle those that are not ASCII otherwise.
+    glibc: malloc uses huge pages. A training step on CPU allocates and frees gigabytes, and a third of its time would
+    be page faults of 4 KiB pages. The user's own GLIBC_TUNABLES is kept.
+    Python: paths are UTF-8 even in an ASCII locale; Orbax and others cannot handle other paths that are not ASCII.
 
-    The new process has the command line of this one, interpreter options included, so that it imports from the same
-    folders.
+    The new process has the same command line with interpreter options, so that it imports from the same folders.
     """
     settings = {}
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:

@@ -1,4 +1,4 @@
-"""The `marjax` command. It only parses: each command is a function that a notebook can call."""
+"""The `marjax` command: parses the command line, runs a command of `marjax.commands` and reports errors."""
 
 import argparse
 import importlib.metadata
@@ -17,7 +17,7 @@ from marjax.errors import INTERRUPTED, PreemptedError, TrainingError, UserError,
 from marjax.interrupts import never_lost
 from marjax.paths import normalised
 
-# Arguments that are paths; those that may have an ARG after a colon (`--config`) are left to `config.load`.
+# Arguments that are paths; `config.load` handles those with an optional ARG after a colon (`--config`).
 PATHS = {
     "checkpoint",
     "extractor_path",
@@ -41,9 +41,9 @@ PATHS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, and returns the exit code.
 
-    0 on success, 2 after a user error, 1 for a run that cannot go on, 130 on Ctrl-C (training has saved, unless it was
-    pressed twice); after 42 (preempted, and saved),
-    134 (another process of the run was lost) and 200 (gs:// does not answer) the same command goes on.
+    0 on success, 2 after a user error, 1 for a run that cannot continue, 130 on Ctrl-C (training has saved, unless it
+    was pressed twice). After 42 (preempted after saving), 134 (another process of the run was lost) and 200 (gs:// does
+    not answer), the same command resumes.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments in (["-h"], ["--help"], ["help"]):
@@ -57,26 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure: BaseException | None = None
     failures.quiet_interpreter()
     try:
-        given, overrides = parse(arguments)
-        command = commands.load(given.command)
-        for flag in PATHS & vars(given).keys():
-            value = getattr(given, flag)
-            if value is not None:
-                setattr(
-                    given,
-                    flag,
-                    [normalised(each, f"--{flag}") for each in value]
-                    if isinstance(value, list)
-                    else normalised(value, f"--{flag}"),
-                )
-        for path in (*vars(given).values(), *overrides.values()):
+        args, overrides = parse(arguments)
+        command = commands.load(args.command)
+        args.overrides = overrides
+        for flag in PATHS & vars(args).keys():
+            match getattr(args, flag):
+                case list() as values:
+                    setattr(args, flag, [normalised(each, f"--{flag}") for each in values])
+                case str() as value:
+                    setattr(args, flag, normalised(value, f"--{flag}"))
+        for path in (*vars(args).values(), *overrides.values()):
             if isinstance(path, str) and path.startswith("gs://"):
                 storage.check(path)
         with never_lost(), progress.command(program):
-            if command.TAKES_OVERRIDES:
-                command.run(given, overrides)
-            else:
-                command.run(given)
+            command.run(args)
         code = 0
     except PreemptedError as error:
         print(f"{program}: {error.cause}: {one_line(str(error))}", file=sys.stderr)
@@ -98,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code = 1 if explained is None else explained.code
         failure = error
-    if "marjax.distributed" in sys.modules:  # else the command has not touched a device
+    if "marjax.distributed" in sys.modules:  # otherwise the command has not used a device
         from marjax import distributed
 
         return distributed.end(code, failure)
@@ -106,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """Prints one line of versions, without starting JAX; their files are read only then."""
+    """Prints one line of versions, without importing JAX."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         jax = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
@@ -115,27 +109,27 @@ class _Version(argparse.Action):
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The parsed arguments, `command` among them, and the fields of the config. Raises UserError."""
+    """Returns the arguments, including `command`, and the overridden config fields. Raises UserError."""
     name, *rest = arguments
     if name not in (*commands.NAMES, *commands.HIDDEN):
-        whole = _parser()
-        options = [option for action in whole._actions for option in action.option_strings]
+        parser = _parser()
+        options = [option for action in parser._actions for option in action.option_strings]
         if name in options:
-            whole.parse_args(arguments)  # which prints something, and exits
+            parser.parse_args(arguments)  # prints and exits
         check_command(arguments, commands.NAMES, options)
-    parser, command = Parser(prog=f"marjax {name}"), commands.load(name)  # the other commands are not even imported
+    parser, command = Parser(prog=f"marjax {name}"), commands.load(name)  # without importing the other commands
     _describe(parser, command)
     kept, overrides = read(rest, name, parser, takes_fields=command.TAKES_OVERRIDES)
     return parser.parse_args(kept, argparse.Namespace(command=name)), overrides
 
 
 def _parser() -> Parser:
-    """The parser of all commands, for help and completion."""
+    """Returns the parser of all commands, for help and completion."""
     parser = Parser(
         prog="marjax",
         description="Autoregressive image generation with continuous tokens. See README.md.",
-        epilog="marjax COMMAND --help lists the arguments of a command, with an example. To begin, two "
-        "minutes on a laptop: marjax train --config digits --workdir runs/digits",
+        epilog="marjax COMMAND --help lists the arguments of a command, with an example. A first run takes two minutes "
+        "on a laptop: marjax train --config digits --workdir runs/digits",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of marjax, Python and JAX")
     parser.add_argument(
@@ -143,10 +137,10 @@ def _parser() -> Parser:
         action=PrintCompletion,
         choices=SHELLS,
         metavar="SHELL",
-        help=f'print the completion script of {", ".join(SHELLS)}: eval "$(marjax --print-completion '
-        f'bash)" in ~/.bashrc',
+        help=f'print the completion script for {", ".join(SHELLS)}; for bash, add eval "$(marjax --print-completion '
+        f'bash)" to ~/.bashrc',
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in (*commands.NAMES, *commands.HIDDEN):
         command = commands.load(name)
         text: dict[str, Any] = {} if name in commands.HIDDEN else {"help": command.HELP}

@@ -1,7 +1,7 @@
-"""Command lines as people type them: how they are read, and the one line that a mistake in one gets.
+"""Tolerant command lines, and one-line errors about mistakes in them.
 
-argparse does the parsing. Before it, `read` accepts dashes for underscores in flags and blanks around "=", separates
-the fields of the config, and refuses what argparse would not explain.
+argparse does the parsing. Before that, `read` accepts dashes for underscores in flags and blanks around "=", separates
+config fields, and reports mistakes that argparse does not explain.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 from marjax.errors import UserError, closest, shortened
 from marjax.values import parse_value
 
-FIELD = "--config."  # how a flag starts that sets a field of the config
-_DASHES = "-‐‑‒–—―−﹣-"  # those that web pages and word processors make of a hyphen
-_NUMBER = re.compile(r"-\.?\d.*")  # a value, no flag
+FIELD = "--config."  # prefix of flags that set a config field
+_DASHES = "-‐‑‒–—―−﹣-"  # web pages and word processors replace hyphens by these
+_NUMBER = re.compile(r"-\.?\d.*")  # a value, not a flag
 _ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
-# Of files that somebody may name where a folder is expected.
+# Suffixes that mark a file where a folder is expected.
 _SUFFIXES = {
     ".png",
     ".jpg",
@@ -39,7 +39,7 @@ _SUFFIXES = {
     ".zip",
     ".tar",
 }
-# Sections whose field is meant by a name that several have.
+# Preferred sections for a field name that several sections have.
 _SECTIONS = {
     "train-tokenizer": ("tokenizer.train.", "tokenizer."),
     "stats": ("eval.", "data."),
@@ -49,10 +49,10 @@ _SECTIONS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are UserErrors, and whose numbers are written as in the config.
+    """An ArgumentParser that raises UserErrors and parses numbers as the config does.
 
     Attributes:
-      example: a command line that works.
+      example: a valid command line.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, _number(kind))
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError: argparse's error, in one line that says what to type."""
+        """Raises argparse's error as a UserError that tells what to type."""
         missing = re.fullmatch(r"the following arguments are required: (.*)", message)
         if missing:
             raise UserError(f"{missing[1].replace(', ', ' and ')} missing; for example: {self.example}")
@@ -88,13 +88,13 @@ def _number(kind: type) -> Callable[[str], Any]:
 
 
 def check_command(arguments: Sequence[str], names: Sequence[str], options: Sequence[str]) -> None:
-    """Raises UserError: the first argument is neither a command nor an option of `marjax`, naming the closest."""
+    """Raises UserError if the first argument is neither a command nor an option of `marjax`."""
     given = arguments[0]
     if given in names:
         return
     if given[:1] and given[0] in _DASHES:
         if found := [each for each in arguments if each in names]:
-            raise UserError(f"the command comes before its arguments: marjax {found[0]} {given} ...")
+            raise UserError(f"the command must precede its arguments; write marjax {found[0]} {given} ...")
         close = closest("--" + _plain(given), options)
         raise UserError(f"unknown argument {shortened(repr(given))}{close}; marjax --help lists the commands")
     name = given.lower().replace("_", "-")
@@ -105,16 +105,16 @@ def check_command(arguments: Sequence[str], names: Sequence[str], options: Seque
 def read(
     arguments: Sequence[str], command: str, parser: Parser, *, takes_fields: bool
 ) -> tuple[list[str], dict[str, str]]:
-    """The arguments of a command as argparse takes them, and the fields of the config that they set.
+    """Returns a command's arguments for argparse, and the config fields that they set.
 
     Args:
-      arguments: after the command's name.
-      command: its name.
-      parser: of the command.
-      takes_fields: whether it takes --config.key=value.
+      arguments: arguments after the command's name.
+      command: the command's name.
+      parser: the command's parser.
+      takes_fields: whether the command takes --config.key=value.
 
     Raises:
-      UserError: an unknown flag, a word that belongs to none, or a value that the shell has split.
+      UserError: an unknown flag, an unexpected word, or a value that the shell has split.
     """
     reader = _Reader(command, parser, takes_fields)
     if {"-h", "--help"} & set(arguments):
@@ -140,7 +140,7 @@ def read(
             action = reader.find(flag)
             if action is None and kept and (before := reader.find(kept[-1])) is not None and before.nargs != 0:
                 raise UserError(
-                    f"{kept[-1]} needs a value; one that starts with a dash is written {kept[-1]}="
+                    f"{kept[-1]} needs a value; if it starts with a dash, write {kept[-1]}="
                     f"{shlex.quote(shortened(argument))}"
                 )
             if action is None:
@@ -168,10 +168,10 @@ def read(
 
 
 def take_field(argument: str, remaining: list[str]) -> tuple[str, str]:
-    """The key and value of an argument that starts with FIELD; the value may be the next of the remaining ones.
+    """Returns key and value of an argument that starts with FIELD; the value may be the next argument.
 
     Raises:
-      UserError: it has no value.
+      UserError: no value.
     """
     key, has_value, value = argument.removeprefix(FIELD).partition("=")
     if not has_value and remaining and remaining[0].startswith("="):
@@ -179,17 +179,17 @@ def take_field(argument: str, remaining: list[str]) -> tuple[str, str]:
     if not value and remaining and not is_flag(remaining[0]):
         has_value, value = "=", remaining.pop(0)
     if not has_value:
-        raise UserError(f"{argument} needs a value: {argument}=...")
+        raise UserError(f"{argument} needs a value; write {argument}=...")
     return key, value
 
 
 def is_flag(argument: str) -> bool:
-    """Whether an argument starts as a flag does, also with a dash of a word processor."""
+    """Whether an argument starts like a flag, with any kind of dash."""
     return len(argument) > 1 and argument[0] in _DASHES and not _NUMBER.fullmatch(argument)
 
 
 def _check_split(arguments: Sequence[str], reader: "_Reader") -> None:
-    """Raises UserError: a blank beside a comma, at which the shell splits."""
+    """Raises UserError if the shell has split a value at a blank next to a comma."""
     for index, (first, second) in enumerate(itertools.pairwise(arguments)):
         if is_flag(second) or (is_flag(first) and "=" not in first):
             continue
@@ -205,18 +205,18 @@ def _check_split(arguments: Sequence[str], reader: "_Reader") -> None:
             flag, values = arguments[start].partition("=")[0], "".join(arguments[index : end + 1])
             action = reader.find(flag)
             if action is not None and action.nargs == "+":
-                values, advice = values.replace(",", " "), "separate the values by blanks alone"
+                values, advice = values.replace(",", " "), "separate the values only by blanks"
             else:
-                advice = "leave out the blank beside the comma, or quote the value"
+                advice = "remove the blank next to the comma, or quote the value"
             meant = values if start == index else f"{flag} {values}"
             raise UserError(
-                f"{shortened(repr(first))} and {shortened(repr(second))} are two arguments: {advice}: "
+                f"{shortened(repr(first))} and {shortened(repr(second))} are two arguments; {advice}: "
                 f"{shortened(meant, 200)}"
             )
 
 
 class _Reader:
-    """What is known of a command's arguments."""
+    """Finds a command's flags and config fields, and explains mistakes."""
 
     def __init__(self, command: str, parser: Parser, takes_fields: bool) -> None:
         self._command, self._takes_fields = command, takes_fields
@@ -226,39 +226,39 @@ class _Reader:
         self._required = [action for action in parser._actions if action.required and action.option_strings]
 
     def find(self, flag: str) -> argparse.Action | None:
-        """The action of a flag, also if it is written with other dashes inside; None if there is none."""
+        """Returns the action of a flag, with dashes or underscores in its name; None if there is none."""
         for spelling in (flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")):
             if flag.startswith("-") and spelling in self._actions:
                 return self._actions[spelling]
         return None
 
     def check_value(self, action: argparse.Action, value: str) -> None:
-        """Raises UserError: --config is given a field of the config, or --out a file for a folder or the reverse."""
+        """Raises UserError if --config has a config field, or --out a file for a folder or vice versa."""
         if action.dest == "out":
             _check_out(value, str(action.metavar).split("|"))
         found = _ASSIGNMENT.fullmatch(value) if self._takes_fields and "--config" in action.option_strings else None
         if found and (field := self._field(found[2], exact=True)):
-            raise UserError(f"--config takes a file, not a field: add {field}={shortened(found[4], 200)} to it")
+            raise UserError(f"--config takes a file, not a field; add {field}={shortened(found[4], 200)} to it")
 
     def unwanted_field(self, argument: str) -> UserError:
-        """The error about a field of the config for a command that takes none."""
+        """Returns the error about a config field for a command that takes none."""
         field, _, value = argument.removeprefix(FIELD).partition("=")
         option = "--" + field.rpartition(".")[2]
         has = f"; give {option}={shortened(value, 200)}" if option in self._actions else ""
-        where = ": the config is in the work directory" if "--workdir" in self._actions else ""
+        where = ", since the config is in the work directory" if "--workdir" in self._actions else ""
         return UserError(f"{self._command} takes no {FIELD}key=value{where}{has}")
 
     def unexpected(self, word: str, kept: Sequence[str]) -> UserError:
-        """The error about a word that belongs to no flag."""
+        """Returns the error about a word that belongs to no flag."""
         if (found := _ASSIGNMENT.fullmatch(word)) and (self._takes_fields or f"--{found[2]}" in self._actions):
             return self.unknown(f"--{found[2]}={found[4]}", [], shown=word)
         given = {each.partition("=")[0] for each in kept}
         missing = [action.option_strings[-1] for action in self._required if not given & {*action.option_strings}]
         advice = f"write {missing[0]} {shortened(shlex.quote(word), 200)}" if missing else self._help()
-        return UserError(f"unexpected argument {shortened(repr(word))}: {advice}")
+        return UserError(f"unexpected argument {shortened(repr(word))}; {advice}")
 
     def unknown(self, argument: str, remaining: Sequence[str], shown: str = "") -> UserError:
-        """The error about a flag that the command does not have."""
+        """Returns the error about an unknown flag."""
         flag, has_value, value = argument.partition("=")
         if not has_value and remaining and not is_flag(remaining[0]):
             has_value, value = "=", remaining[0]
@@ -266,21 +266,21 @@ class _Reader:
         name = flag.lstrip(_DASHES).lower()
         name = "".join("_" if character in _DASHES else character for character in name)
         if name == "config" and "--config" not in self._actions and "--workdir" in self._actions:
-            return UserError(f"{what}: the config is in the work directory; {self._help()}")
+            return UserError(f"{what}, since the config is in the work directory; {self._help()}")
         options = {_plain(option): option for option in self._actions if option.startswith("--")}
         meant = options.get(_plain(name)) or self._field(name, exact=True)
         if meant is None:
             close = difflib.get_close_matches(_plain(name), options, 1, 0.6)
             meant = options[close[0]] if close else self._field(name, exact=False)
         if meant is None:
-            single = f"; {FIELD}key=value sets a field of the config" if self._takes_fields else ""
+            single = f"; {FIELD}key=value sets a config field" if self._takes_fields else ""
             return UserError(f"{what}{single}; {self._help()}")
         if meant.startswith(FIELD):
-            return UserError(f"{what}: write {meant}={shortened(value, 200) if has_value else '...'}")
+            return UserError(f"{what}; write {meant}={shortened(value, 200) if has_value else '...'}")
         return UserError(f"{what}; the closest is {meant}; {self._help()}")
 
     def _field(self, name: str, exact: bool) -> str | None:
-        """The flag that sets the field of that name, with or without its sections."""
+        """Returns the flag that sets the field of that name, with or without its section."""
         if not self._takes_fields:
             return None
         from marjax.config.overrides import known_fields
@@ -307,24 +307,19 @@ class _Reader:
 
 
 def _check_out(path: str, kinds: Sequence[str]) -> None:
-    """Raises UserError: a file where a folder is expected, or the reverse.
-
-    Args:
-      path: the value.
-      kinds: what is expected, of DIR, FILE and FILE.suffix.
-    """
+    """Raises UserError if `path` is a file where a folder is expected, or vice versa; `kinds` is the metavar, split."""
     suffix = os.path.splitext(path)[1].lower()
     folder, is_file = "DIR" in kinds, os.path.isfile(path)
     if folder and not os.path.isdir(path) and f"FILE{suffix}" not in kinds and (is_file or suffix in _SUFFIXES):
         others = "".join(f", or {kind}" for kind in kinds if kind != "DIR")
         meant = path.removesuffix(suffix) if suffix in _SUFFIXES else f"{path}_out"
         raise UserError(
-            f"--out {path} is {'a file' if is_file else 'the name of a file'}: give a folder, such as "
+            f"--out {path} is {'a file' if is_file else 'a file name'}; give a folder, such as "
             f"{shlex.quote(meant)}{others}"
         )
     if kinds[0].startswith("FILE") and (os.path.isdir(path) or path.endswith("/")):
         meant = os.path.join(path, f"NAME{os.path.splitext(kinds[0])[1]}")
-        raise UserError(f"--out {path} is a folder: give a file, such as {shlex.quote(meant)}")
+        raise UserError(f"--out {path} is a folder; give a file, such as {shlex.quote(meant)}")
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Completion of `marjax` in a shell: a static script, so that completing starts no Python."""
+"""Shell completion of `marjax`: a static script, so that completion does not start Python."""
 
 import argparse
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from marjax.config.files import shipped_names
 
 SHELLS = ("bash", "zsh", "tcsh")
-# The shell's function that completes a config, a shipped one or a file; "_file" tells shtab that it completes paths.
+# Shell function that completes shipped configs and files; "_file" in its name tells shtab that it completes paths.
 _CONFIGS = "_marjax_config_files"
 
 
 class PrintCompletion(argparse.Action):
-    """The action of --print-completion: prints the script for a shell, and exits."""
+    """Action of --print-completion: prints the script for a shell and exits."""
 
     def __call__(
         self,
@@ -25,7 +25,7 @@ class PrintCompletion(argparse.Action):
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The completion script of a parser with commands for one of SHELLS."""
+    """Returns the completion script of a parser with subcommands, for one of SHELLS."""
     import shtab
 
     complete: Any = shtab.complete
@@ -38,7 +38,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
                 vars(action)["complete"] = shtab.DIRECTORY
             elif action.dest.endswith("_path") or any(each.startswith(("DIR", "FILE", "TAR")) for each in kinds):
                 vars(action)["complete"] = shtab.FILE
-    words, lines = " ".join(shipped_names()), "\\n".join(shipped_names())  # some versions split at line breaks alone
+    names = shipped_names()
+    words, lines = " ".join(names), "\\n".join(names)  # some versions of bash split only at line breaks
     preamble = {
         "bash": f'{_CONFIGS}() {{\n  compgen -W $\'{lines}\' -- "$1"\n  compgen -f -- "$1"\n}}\n',
         "zsh": f"{_CONFIGS}() {{\n  _alternative 'configs:config:({words})' 'files:file:_files'\n}}\n",

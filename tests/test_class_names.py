@@ -51,13 +51,7 @@ def test_a_number_that_no_class_has_may_be_a_name():
 
 @pytest.mark.parametrize(
     "text, says",
-    [
-        ("tempel", "'Temple'"),
-        ("Flower", "'flower'|'FLOWER'"),
-        ("zzzzzzz", "'zzzzzzz'"),
-        ("x,", "''"),
-        ("3-1", "backwards"),
-    ],
+    [("tempel", "'Temple'"), ("Flower", "'flower'|'FLOWER'"), ("zzzzzzz", "'zzzzzzz'"), ("x,", "''"), ("3-1", "3-1")],
 )
 def test_unknown_names(text, says):
     with pytest.raises(UserError, match=says) as error:

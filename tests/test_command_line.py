@@ -1,6 +1,7 @@
-"""Mistakes in a command line: one line each, which names what was meant."""
+"""Mistakes in a command line: each gets one line, which names the intended flag or value."""
 
 import argparse
+import inspect
 import os
 import shlex
 import subprocess
@@ -11,12 +12,13 @@ from support.paths import DIGITS, ROOT
 
 from marjax import cli, commands
 from marjax.command_line import Parser
+from marjax.errors import UserError
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
 
 
 def failure(capsys, line):
-    """The one line on stderr of a command line that is a user error."""
+    """Runs a command line with a user error; returns its one line on stderr."""
     arguments = shlex.split(line.format(digits=DIGITS, imagenet=IMAGENET))
     assert cli.main(arguments) == 2
     out, error = capsys.readouterr()
@@ -60,7 +62,7 @@ def test_unknown_commands(capsys, line, meant):
         ("--num-itr 3", "--num_iter;"),
         ("--temprature 1", "--temperature;"),
         ("--label 3", "--labels;"),
-        ("--config digits", "the config is in the work directory"),
+        ("--config digits", "--config"),
         ("--config.sample.cfg=3", "--cfg=3"),
         ("cfg=3", "--cfg;"),
         ("--qqqqq", "marjax sample --help"),
@@ -96,7 +98,7 @@ def test_unknown_flags_of_train(capsys, flag, meant):
     assert meant in failure(capsys, f"train --config {{digits}}:debug --workdir w {flag}")
 
 
-def test_fields_of_the_section_that_a_command_is_about(capsys):
+def test_fields_of_the_section_of_a_command(capsys):
     assert "--config.tokenizer.train.steps=3\n" in failure(capsys, "train-tokenizer --config {digits} --steps 3")
 
 
@@ -156,7 +158,7 @@ def test_a_blank_beside_a_comma(capsys, line, meant):
         ("train-classifier --config {digits} --out new/", "new/NAME.npz\n"),
     ],
 )
-def test_a_file_for_a_folder_and_the_reverse(tmp_path, monkeypatch, capsys, line, meant):
+def test_a_file_for_a_folder_and_vice_versa(tmp_path, monkeypatch, capsys, line, meant):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -166,25 +168,25 @@ def test_a_file_for_a_folder_and_the_reverse(tmp_path, monkeypatch, capsys, line
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """What a command is run with."""
+    """The namespace that a command is run with."""
 
     def parse(line):
-        given = []
+        run_with = []
         name = shlex.split(line)[0]
-        monkeypatch.setattr(commands.load(name), "run", lambda *arguments: given.extend(arguments))
+        monkeypatch.setattr(commands.load(name), "run", run_with.append)
         assert cli.main(shlex.split(line)) == 0
-        return given
+        return run_with[0]
 
     return parse
 
 
 def test_both_spellings_and_blanks_around_an_equals_sign(parsed):
     for line in ("--num_iter 1e1", "--num-iter=10", "--num-iter = 1_0", "--num_iter= 10", "--num_iter =10"):
-        [given] = parsed(f"sample --workdir w --out o --cfg .5 {line}")
-        assert (given.num_iter, given.cfg, given.workdir) == (10, 0.5, "w")
-    assert parsed("convert --checkpoint x --out o --weights raw")[0].weights == "raw"
-    assert parsed("cache-latents --config x --out o --batch-size 3")[0].batch_size == 3
-    assert parsed("plot --workdir a b --out o --format png svg")[0].workdir == ["a", "b"]
+        args = parsed(f"sample --workdir w --out o --cfg .5 {line}")
+        assert (args.num_iter, args.cfg, args.workdir) == (10, 0.5, "w")
+    assert parsed("convert --checkpoint x --out o --weights raw").weights == "raw"
+    assert parsed("cache-latents --config x --out o --batch-size 3").batch_size == 3
+    assert parsed("plot --workdir a b --out o --format png svg").workdir == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -198,18 +200,44 @@ def test_both_spellings_and_blanks_around_an_equals_sign(parsed):
     ],
 )
 def test_fields_and_blanks_around_an_equals_sign(parsed, text):
-    assert parsed(f"train --config x --workdir w {text} --config.log.every 3")[1] == {
+    assert parsed(f"train --config x --workdir w {text} --config.log.every 3").overrides == {
         "train.steps": "100",
         "log.every": "3",
     }
-    assert parsed(f"benchmark {text} train --config x")[1] == {"train.steps": "100"}
+    assert parsed(f"benchmark {text} train --config x").overrides == {"train.steps": "100"}
 
 
 def test_a_field_may_be_empty_or_negative(parsed):
-    assert parsed("train --workdir w --config.mesh.data -1 --config.data.cache= --config x")[1] == {
+    assert parsed("train --workdir w --config.mesh.data -1 --config.data.cache= --config x").overrides == {
         "mesh.data": "-1",
         "data.cache": "",
     }
+
+
+def test_commands_run_without_a_command_line(tmp_path, capsys):
+    """As in a notebook, with a Namespace instead of argv."""
+    (tmp_path / "points.py").write_text("CONFIG = 'digits:debug'\ndef get_sweep():\n    yield 'a', {}\n")
+    args = argparse.Namespace(file=str(tmp_path / "points.py"), root=str(tmp_path), only=None, jobs=None)
+    args.engine, args.engine_args, args.table, args.status = "local", "", False, True
+    commands.load("sweep").run(args)
+    assert capsys.readouterr().out.split() == ["a", "unfinished"]
+    args = argparse.Namespace(what="train", config=None, overrides={}, repeats=0, recompute=0)
+    with pytest.raises(UserError, match="--config"):
+        commands.load("benchmark").run(args)
+
+
+def test_every_command_is_documented():
+    for name in (*commands.NAMES, *commands.HIDDEN):
+        command = commands.load(name)
+        assert (
+            command.run.__doc__
+            and command.add_arguments
+            and list(inspect.signature(command.run).parameters) == ["args"]
+        )
+    for name, parser in next(
+        action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)
+    ).choices.items():
+        assert name in commands.HIDDEN or all(action.help for action in parser._actions), name
 
 
 def test_the_examples_are_right():
@@ -229,7 +257,7 @@ def test_no_two_flags_of_a_command_are_spelled_alike():
 
 
 def test_mistakes_do_not_wait_for_jax(tmp_path):
-    """Importing it takes longer than all the rest."""
+    """Importing JAX takes longer than everything else."""
     lines = [
         "trian",
         "train --steps 3",

@@ -7,7 +7,7 @@ import pytest
 
 from marjax import cli, commands, completion
 
-# What bash does when Tab is pressed at the end of the words.
+# What bash does when Tab is pressed after the last word.
 TAB = """
 COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=${#COMP_LINE}
 function=$(complete -p marjax | sed -E 's/.* -F ([^ ]+) .*/\\1/')
@@ -24,7 +24,7 @@ def script():
 
 @pytest.fixture
 def complete(script, tmp_path):
-    """The completions of a line, in a folder with a file and a folder, without marjax or Python in reach."""
+    """Completes a line in a folder with a file and a folder, without marjax or Python on the PATH."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "recipe.py").touch()
     (tmp_path / "script").write_text(f"{script}\n{TAB}")

@@ -408,7 +408,7 @@ def test_invalid_records(run, measure, tmp_path):
         (["train-classifier", "--config", "DIGITS", "--out", "x.npz", "--held_out", "1"], "held_out is 1.0"),
         (["train-classifier", "--config", "DIGITS", "--config.eval.extractor_path="], "no file to write"),
         (["plot", "--workdir", "gone", "--out", "x"], "gone"),
-        (["convert"], "no --out"),
+        (["convert"], "--out"),
         (["convert", "--inception", "a", "--weights", "ema"], "converted alone"),
         (["evaluate", "--workdir", "gone"], "does not exist"),
     ],

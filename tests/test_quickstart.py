@@ -1,4 +1,4 @@
-"""The quick start's promise: samples that a classifier of real digits recognises, and that are no copies."""
+"""The quick start's promise: a classifier of real digits recognises the samples, and they are not copies."""
 
 import os
 import subprocess
@@ -56,6 +56,6 @@ def test_digits_are_recognised_and_not_copied(tmp_path, capsys):
             )
     assert accuracy["guided"] >= 0.95 and accuracy["plain"] >= 0.90
     for distance in nearest.values():
-        # A copier's distances would crowd near 0; and what is far from every digit is no digit.
+        # Copies would be at distances near 0; samples far from every real digit would not be digits.
         assert np.quantile(distance, 0.05) > 0.5 * np.quantile(between, 0.05)
         assert np.median(distance) < 1.6 * np.median(between)

@@ -115,7 +115,7 @@ def test_command(autoencoders, pictures, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     report = check(folder, path=path, image_size=8)
     assert lines[0] == f"7 images of 8 x 8: mse {report['mse']:.5f}, PSNR {report['psnr']:.2f} dB"
-    assert f"std {report['std']:.4f}; the scale 1/std would be {report['scale']:.5g}" in lines[1]
+    assert f"std {report['std']:.4f}; scale 1/std: {report['scale']:.5g}" in lines[1]
     assert lines[-1].endswith("reconstructions.png") and len(lines) == 7
     flags = [
         "--config.tokenizer.autoencoder.width=32",

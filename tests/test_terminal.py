@@ -1,4 +1,4 @@
-"""Commands end as they should on terminals and in locales that have only ASCII."""
+"""Commands work on terminals and in locales with only ASCII."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ TERMINALS = [
 
 @pytest.fixture(params=TERMINALS, ids=["locale", "terminal"])
 def run(request, tmp_path):
-    """Runs Python with those arguments in a new folder; its code and what it printed."""
+    """Runs Python with these arguments in a new folder; returns its code, stdout and stderr."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -40,7 +40,7 @@ def run(request, tmp_path):
     return run
 
 
-def test_a_command_prints_and_writes_names_that_are_not_ascii(run, tmp_path):
+def test_a_command_prints_and_writes_non_ascii_names(run, tmp_path):
     for name in ("pictures-é/plum-é", "pictures-é/花"):
         (tmp_path / name).mkdir(parents=True)
         Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name / "ä.png")
@@ -51,12 +51,12 @@ def test_a_command_prints_and_writes_names_that_are_not_ascii(run, tmp_path):
     assert labels.read_text("utf-8").split() == ["plum-é", "花"]
 
 
-def test_errors_too(run):
+def test_errors_are_printed_as_ascii(run):
     code, _, err = run("-m", "marjax", "train", "--config", "zahlen-ß.py", "--workdir", "run")
     assert code == 2 and "zahlen-\\xdf.py" in err and err.count("\n") == 1
 
 
-def test_the_local_launcher_prints_what_its_processes_print(run):
+def test_the_local_launcher_prints_the_output_of_its_processes(run):
     code, out, err = run(
         ROOT / "launch" / "local.py",
         "--processes",

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how they are parsed."""
+"""Arguments shared by several commands, and their parsers."""
 
 import argparse
 import shlex
@@ -18,7 +18,7 @@ from marjax.ranges import MAX_INT, shown
 from marjax.values import unquoted
 from marjax.workdir import read_workdir
 
-# Fields of config.sample that `marjax sample` takes.
+# Fields of config.sample that `marjax sample` accepts.
 SAMPLE_FIELDS = {
     "num_iter": int,
     "num_sampling_steps": str,
@@ -31,33 +31,33 @@ SAMPLE_FIELDS = {
 }
 
 
-def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = True, what: str = "the config") -> None:
-    """Adds `--config`, or those flags; `what` says in the help what is taken from the config."""
+def add_config(parser: argparse.ArgumentParser, *flags: str, required: bool = True, what: str = "config") -> None:
+    """Adds `--config`, or other `flags`; `what` starts its help."""
     parser.add_argument(
         *(flags or ("--config",)),
         required=required,
         metavar=METAVAR,
-        help=f"{what}: one that comes with marjax ({', '.join(shipped_names())}) or a Python file; ARG "
-        f"is the config's own arguments, such as mnist:variant=ar",
+        help=f"{what}: a shipped one ({', '.join(shipped_names())}) or a Python file; ARG are its own arguments, such "
+        f"as mnist:variant=ar",
     )
 
 
 def parse_labels(text: str, names: class_names.Names = (), num_classes: int | None = None) -> list[int]:
-    """[0, 1, 2, 7] from "0-2,7"; "none" is [-1], no class; [3, 5] from "flower,temple" with such names.
+    """Parses "0-2,7" as [0, 1, 2, 7], "none" as [-1] (no class), and "flower,temple" by class names.
 
     Args:
-      text: classes as `class_names.class_of` takes them, and ranges of numbers, with commas.
-      names: of the classes.
-      num_classes: how many there are.
+      text: classes as in `class_names.class_of`, and ranges of numbers, separated by commas.
+      names: class names.
+      num_classes: number of classes.
 
     Raises:
-      UserError: anything else.
+      UserError: an invalid text or an unknown class.
     """
     labels: list[int] = []
     parts = _without_brackets(text).split(",")
     commas = max((name.count(",") for name in names if name), default=0)
     while parts:
-        for count in range(min(commas + 1, len(parts)), 0, -1):  # the longest first: a name may have commas
+        for count in range(min(commas + 1, len(parts)), 0, -1):  # longest first: a name may contain commas
             part = ",".join(parts[:count]).strip()
             if part in names or unquoted(part) in names or count == 1:
                 break
@@ -68,40 +68,40 @@ def parse_labels(text: str, names: class_names.Names = (), num_classes: int | No
             continue
         numbers = range(int(first), int(last) + 1)
         if not numbers:
-            raise UserError(f"labels {text!r}: {part} runs backwards")
+            raise UserError(f"labels {text!r}: the range {part} is empty; give the smaller number first")
         labels += numbers
     return labels
 
 
-def join(given: argparse.Namespace, stops_at_steps: bool = False) -> None:
-    """Connects this process to the others of its run, if there are any, and says who they are.
+def join(args: argparse.Namespace, stops_at_steps: bool = False) -> None:
+    """Connects this process to the others of its run, if any, and checks that all run the same command.
 
-    What only differs in where files are on a host need not be the same; `marjax train` looks at its config itself.
+    Paths may differ between hosts; `marjax train` compares the configs itself.
     """
     import jax
 
     from marjax import distributed
 
     distributed.start(stops_at_steps=stops_at_steps)
-    if jax.distributed.is_initialized() and jax.process_count() > 1 and given.command != "train":
+    if jax.distributed.is_initialized() and jax.process_count() > 1 and args.command != "train":
         from marjax import sharding
 
-        line = distributed.check(sharding.make_mesh(), {"command": given.command})
+        line = distributed.check(sharding.make_mesh(), {"command": args.command})
         if jax.process_index() == 0:
             print(line, file=sys.stderr)
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """(10, 15) from "10:15". Raises UserError: anything else."""
+    """Parses "10:15" as (10, 15). Raises UserError."""
     first, _, last = text.partition(":")
-    few = len(text) <= 30  # digits: Python does not read numbers of thousands
+    few = len(text) <= 30  # Python refuses to parse numbers of thousands of digits
     if not (few and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= MAX_INT):
-        raise UserError(f"--profile {shown(text)}: give the first and the last step, such as 10:15")
+        raise UserError(f"--profile {shown(text)} is invalid; give the first and the last step, such as 10:15")
     return int(first), int(last)
 
 
 def split_list(text: str) -> list[str]:
-    """["1", "2.9"] from "1,2.9", "[1, 2.9]" or "(1, 2.9)"."""
+    """Parses "1,2.9", "[1, 2.9]" or "(1, 2.9)" as ["1", "2.9"]."""
     return [unquoted(part.strip()) for part in _without_brackets(text).split(",")]
 
 
@@ -111,15 +111,15 @@ def _without_brackets(text: str) -> str:
 
 
 def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -> None:
-    """Checks that files exist which other commands make: those of the tokenizer, and of evaluations during training.
+    """Checks that the files of the tokenizer and of evaluations during training exist, which other commands make.
 
     Args:
       config: resolved.
-      source: what `--config` was.
-      overrides: the fields that were set beside it.
+      source: value of `--config`.
+      overrides: overridden fields.
 
     Raises:
-      UserError: one does not; it names the command that makes it.
+      UserError: a file is missing; the error names the command that makes it.
     """
     from marjax.evaluation.missing import check_there
     from marjax.tokenizers import AUTOENCODERS
@@ -129,7 +129,7 @@ def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -
     own = name == "codebook" or (name in AUTOENCODERS and AUTOENCODERS[name].preset is None)
     if own and path and not epath.Path(path).exists():
         made_by = shlex.join(["marjax", "train-tokenizer", "--config", *given])
-        raise UserError(f"config.tokenizer.path {path} does not exist: run {made_by}, or give the path of another")
+        raise UserError(f"config.tokenizer.path {path} does not exist; run {made_by}, or give another path")
     if config.eval.every:
         check_there(
             config,
@@ -143,10 +143,10 @@ def check_files(config: ConfigDict, source: str, overrides: Mapping[str, str]) -
 
 
 def load_config(path: str, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The resolved config of `--config` and `--config.key=value`. User errors are reported before JAX starts.
+    """Returns the resolved config of `--config` and `--config.key=value`, without starting JAX. Raises UserError.
 
     Args:
-      path: as `config.load` takes it, or config.json of a work directory.
+      path: see `config.load`; or config.json of a work directory.
       overrides: fields to set.
     """
     folder, _, name = path.rpartition("/")

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from marjax import class_names
 from marjax.commands.arguments import SAMPLE_FIELDS, join, parse_labels
@@ -14,46 +12,47 @@ from marjax.ranges import check_arguments
 from marjax.storage import is_remote
 from marjax.workdir import read_workdir
 
-if TYPE_CHECKING:
-    import numpy as np
-    from etils import epath
-
-    from marjax.generation.sample import Sampled
-
 HELP = "Sample from a trained work directory."
 EXAMPLE = "marjax sample --workdir runs/digits --out samples"
 TAKES_OVERRIDES = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, help="work directory of a trained or converted model")
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR|FILE.png|FILE.npz",
-        help="where samples.npz and grid.png go; or the file for the picture or the samples alone",
+        help="folder for samples.npz and grid.png; or a file for only the picture or only the samples",
     )
     parser.add_argument(
         "--labels",
         default="",
-        help="classes such as 0-9, 1,5,7 or flower,temple; 'none' for unconditional; all classes by default",
+        help="classes, such as 0-9, 1,5,7 or flower,temple; 'none' for unconditional samples (default: all classes)",
     )
-    parser.add_argument("--num_per_label", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", choices=("ema", "raw"), help="ema by default, or what a converted one has")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
-    parser.add_argument("--tokenizer_path", help="where the tokenizer's weights are now, if they have moved")
+    parser.add_argument("--num_per_label", type=int, default=1, help="images per class (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="weights to use (default: ema, or those of a converted model)"
+    )
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--tokenizer_path", help="new path of the tokenizer's weights, if they have moved")
     for name, kind in SAMPLE_FIELDS.items():
-        parser.add_argument(f"--{name}", type=kind, help="as config.sample by default")
+        parser.add_argument(f"--{name}", type=kind, help=f"default: config.sample.{name}")
 
 
-def run(given: argparse.Namespace) -> None:
-    check_arguments(num_per_label=given.num_per_label, seed=given.seed, step=given.step)
-    config = read_workdir(given.workdir)
+def run(args: argparse.Namespace) -> None:
+    """Samples, and writes a picture and an .npz file; prints their paths and the next command.
+
+    Raises:
+      UserError: invalid arguments, or see `generation.sample`.
+    """
+    check_arguments(num_per_label=args.num_per_label, seed=args.seed, step=args.step)
+    config = read_workdir(args.workdir)
     num_classes = config.data.num_classes
-    names = class_names.read(given.workdir, num_classes)
-    classes = parse_labels(given.labels, names, num_classes) if given.labels else list(range(num_classes))
-    join(given)
+    names = class_names.read(args.workdir, num_classes)
+    classes = parse_labels(args.labels, names, num_classes) if args.labels else list(range(num_classes))
+    join(args)
     import jax
     import numpy as np
     from etils import epath
@@ -61,25 +60,25 @@ def run(given: argparse.Namespace) -> None:
     from marjax import distributed
     from marjax.files import make_folder
     from marjax.generation.sample import sampled
-    from marjax.images import write_npz, write_png
+    from marjax.generation.save import files, save
 
-    labels = np.repeat(np.array(classes), given.num_per_label)
-    out = epath.Path(normalised(given.out, "out"))
-    picture, samples = _files(out)
+    labels = np.repeat(np.array(classes), args.num_per_label)
+    out = epath.Path(normalised(args.out, "out"))
+    picture, samples = files(out)
     folder = out if picture and samples else out.parent
-    is_new = not is_remote(folder) and not folder.exists()  # an empty folder would be left behind
-    distributed.on_first(lambda: make_folder(folder))  # before the work, which would be lost
+    is_new = not is_remote(folder) and not folder.exists()
+    distributed.on_first(lambda: make_folder(folder))  # fail before the work, not after it
     if jax.process_index() == 0 and (legend := class_names.legend(classes, names)):
         print(f"classes: {legend}", flush=True)
     try:
         made = sampled(
-            given.workdir,
+            args.workdir,
             labels,
-            seed=given.seed,
-            weights=given.weights,
-            step=given.step,
-            tokenizer_path=given.tokenizer_path,
-            **{name: getattr(given, name) for name in SAMPLE_FIELDS},
+            seed=args.seed,
+            weights=args.weights,
+            step=args.step,
+            tokenizer_path=args.tokenizer_path,
+            **{name: getattr(args, name) for name in SAMPLE_FIELDS},
         )
     except (UserError, KeyboardInterrupt):
         if is_new and jax.process_index() == 0:
@@ -87,54 +86,9 @@ def run(given: argparse.Namespace) -> None:
         raise
     if jax.process_index():
         return
-    if samples:
-        known = {"class_names": np.array([name or "" for name in names])} if names else {}
-        write_npz(samples, images=made.images, labels=made.labels, **known)
-    if picture:
-        write_png(picture, _picture(made, classes, given.num_per_label, names, _caption(given, made, classes, names)))
+    save(made, out, classes=classes, names=names, title=os.path.basename(args.workdir), seed=args.seed)
     if samples:
         print(f"{len(labels)} images in {samples}" + (f", a picture in {picture}" if picture else ""))
     else:
         print(f"a picture of {len(labels)} images in {picture}; with a folder as --out, samples.npz has the images")
-    print_next(*measure_command(given.workdir, config))
-
-
-def _files(out: "epath.Path") -> tuple["epath.Path | None", "epath.Path | None"]:
-    """Where the picture and the samples go: both into a folder, or one of them into a file. Raises UserError."""
-    suffix = out.suffix.lower()
-    if not out.is_dir() and suffix in (".png", ".npz"):
-        return (out, None) if suffix == ".png" else (None, out)
-    return out / "grid.png", out / "samples.npz"
-
-
-def _picture(
-    made: "Sampled", classes: Sequence[int], num_per_label: int, names: class_names.Names, caption: str
-) -> "np.ndarray":
-    """A grid with a row for each class, or a square one of a single class."""
-    from marjax.images import grid
-
-    images = made.images
-    side = min(64, 4 * images.shape[1])  # larger ones of 8 pixels are hard to recognise
-    if len(classes) == 1:
-        return grid(images[:2000], min(20, max(1, round(len(images) ** 0.5))), side, caption=caption)
-    columns, shown = min(num_per_label, 20), classes[:100]
-    images = images.reshape(len(classes), num_per_label, *images.shape[1:])[: len(shown), :columns]
-    return grid(
-        images.reshape(-1, *images.shape[2:]),
-        columns,
-        side,
-        caption=caption,
-        rows=[class_names.label(each, names) for each in shown],
-    )
-
-
-def _caption(given: argparse.Namespace, made: "Sampled", classes: Sequence[int], names: class_names.Names) -> str:
-    """What a picture says of itself."""
-    settings = made.settings
-    of = f", class {class_names.label(classes[0], names)}" if len(classes) == 1 and classes[0] >= 0 else ""
-    schedule = f" {settings.cfg_schedule}" if settings.cfg != 1 else ""
-    return (
-        f"{os.path.basename(given.workdir)}{of}: {made.weights} weights of step {made.step}, seed {given.seed}, "
-        f"cfg {settings.cfg:g}{schedule}, num_iter {settings.num_iter}, num_sampling_steps "
-        f"{settings.num_sampling_steps}, temperature {settings.temperature:g}"
-    )
+    print_next(*measure_command(args.workdir, config))

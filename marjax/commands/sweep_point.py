@@ -1,4 +1,4 @@
-"""`marjax sweep-point`."""
+"""`marjax sweep-point`, which `marjax sweep` starts for each point."""
 
 import argparse
 
@@ -15,13 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", type=int)
 
 
-def run(given: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Runs one point of a sweep; see `sweep.points.run_point`."""
     from marjax.sweep.points import PREPARE, end_with_parent, run_point
 
-    if given.parent is not None:
-        end_with_parent(given.parent)
+    if args.parent is not None:
+        end_with_parent(args.parent)
     from marjax import distributed
 
-    # SIGTERM has to end `prepare` as usual. Several points on one machine would take each other for one run: --alone.
-    distributed.start(stops_at_steps=given.name != PREPARE, alone=given.alone)
-    run_point(given.file, given.root, given.name)
+    # SIGTERM must end `prepare` at once. --alone keeps the points on one machine from joining one run.
+    distributed.start(stops_at_steps=args.name != PREPARE, alone=args.alone)
+    run_point(args.file, args.root, args.name)

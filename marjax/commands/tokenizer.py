@@ -6,51 +6,56 @@ from marjax import config as config_lib
 from marjax.commands.arguments import add_config
 from marjax.errors import UserError
 
-HELP = "Check a tokenizer: images through it and back."
+HELP = "Check a tokenizer: encode and decode images, and measure the error."
 EXAMPLE = "marjax tokenizer check --images pictures --path kl16.safetensors --out check"
 TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("check",))
-    parser.add_argument("--images", metavar="DIR", help="a folder of pictures; the data of --config by default")
-    add_config(parser, required=False, what="the config whose tokenizer and data to take")
+    parser.add_argument("what", choices=("check",), help="what to do")
+    parser.add_argument("--images", metavar="DIR", help="folder of pictures (default: the data of --config)")
+    add_config(parser, required=False, what="config whose tokenizer and data to use")
     parser.add_argument(
-        "--name", default="", help="of the tokenizer, such as kl16; of --config or by the file's contents by default"
+        "--name", default="", help="tokenizer, such as kl16 (default: that of --config, or by the file's contents)"
     )
-    parser.add_argument("--path", metavar="FILE", help="of its weights; config.tokenizer.path by default")
-    parser.add_argument("--image_size", type=int, help="pixels; of --config, or 256, by default")
-    parser.add_argument("--num_images", type=int, default=256, help="at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the picture goes")
+    parser.add_argument("--path", metavar="FILE", help="its weights (default: config.tokenizer.path)")
+    parser.add_argument("--image_size", type=int, help="size in pixels (default: that of --config, or 256)")
+    parser.add_argument("--num_images", type=int, default=256, help="number of images, at most (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the picture")
 
 
-def run(given: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = config_lib.load(given.config) if given.config is not None else None
-    if overrides:
+def run(args: argparse.Namespace) -> None:
+    """Reconstructs images; prints PSNR and statistics of the latents, and writes a picture.
+
+    Raises:
+      UserError: missing arguments, or see `reconstruction.check`.
+    """
+    config = config_lib.load(args.config) if args.config is not None else None
+    if args.overrides:
         if config is None:
-            raise UserError("--config.key=value sets a field of a config: give --config NAME too")
-        config = config_lib.apply_overrides(config, overrides)
+            raise UserError("--config.key=value sets a field of a config; give --config NAME too")
+        config = config_lib.apply_overrides(config, args.overrides)
     from marjax.tokenizer_training.reconstruction import check
 
     report = check(
-        given.images,
+        args.images,
         config,
-        name=given.name,
-        path=given.path or "",
-        image_size=given.image_size,
-        num_images=given.num_images,
-        seed=given.seed,
-        out=given.out,
+        name=args.name,
+        path=args.path or "",
+        image_size=args.image_size,
+        num_images=args.num_images,
+        seed=args.seed,
+        out=args.out,
     )
     size = report["image_size"]
     print(f"{report['num_images']} images of {size} x {size}: mse {report['mse']:.5f}, PSNR {report['psnr']:.2f} dB")
     if "codes_used" in report:
         print(f"{report['codes_used']} codes used")
     print(
-        f"latents before scaling: mean {report['mean']:.4f}, std {report['std']:.4f}; the scale 1/std would be "
+        f"latents before scaling: mean {report['mean']:.4f}, std {report['std']:.4f}; scale 1/std: "
         f"{report['scale']:.5g}"
     )
     for channel, (mean, std) in enumerate(zip(report["channel_means"], report["channel_stds"], strict=True)):
         print(f"  channel {channel}: mean {mean:.4f}, std {std:.4f}")
-    print(f"originals beside reconstructions in {report['picture']}")
+    print(f"originals and reconstructions in {report['picture']}")
