@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs marjax on TPU slices of a GKE cluster, as a JobSet made by xpk (https://github.com/AI-Hypercomputer/xpk).
+# Runs marjax on TPU slices of a GKE cluster, as a JobSet created by xpk (https://github.com/AI-Hypercomputer/xpk).
 #
 #   python3 -m venv .venv-xpk && .venv-xpk/bin/pip install xpk && export PATH=$PWD/.venv-xpk/bin:$PATH
 #   export PROJECT=my-project ZONE=us-east5-b CLUSTER=tpus NAME=mar TYPE=v5litepod-256
 #   export IMAGE=us-east5-docker.pkg.dev/my-project/images/marjax:1
-#   launch/gke.sh build                     # launch/Dockerfile to IMAGE, for RUN_AS (root), and push it
+#   launch/gke.sh build                     # build launch/Dockerfile as IMAGE, for the user RUN_AS (root), and push it
 #   launch/gke.sh create marjax train --config configs/imagenet256.py:model=mar_huge --workdir gs://bucket/mar_huge
-#   launch/gke.sh render FILE.yaml marjax train ...   # the same, but only writes the manifest: needs no cluster
+#   launch/gke.sh render FILE.yaml marjax train ...   # only write the manifest; needs no cluster
 #   launch/gke.sh list
 #   launch/gke.sh delete
 #
-# A pod that ends with 42 (preempted, saved) or 128 to 255 (killed, or lost another one) restarts all of them, at most
-# MAX_RESTARTS (100) times, and the same command resumes; any other code ends the workload at once, on all pods. xpk's
-# wrapper hands SIGTERM on within five seconds; GRACE_SECONDS is what the pod has then to save, but a spot node that is
-# taken away gives its pods 15 seconds whatever is asked for. SLICES is the number of slices, STORAGE names what `xpk
-# storage attach` knows and is not mounted by itself, SPOT=1 asks for spot capacity in a cluster that provisions its
-# nodes itself (else the node pool decides). How a cluster is made, and its pods see data: docs/launchers.md.
+# If a pod exits with 42 (preempted after saving) or 128 to 255 (killed, or lost another pod), all pods restart, at most
+# MAX_RESTARTS (100) times, and the same command resumes; any other code ends the workload on all pods. xpk's wrapper
+# forwards SIGTERM within five seconds; the pod then has GRACE_SECONDS to save, but only 15 seconds on a reclaimed spot
+# node. SLICES is the number of slices. STORAGE names storage of `xpk storage attach` that is not mounted automatically.
+# SPOT=1 requests spot capacity in a cluster with node auto-provisioning (otherwise the node pool decides). To create a
+# cluster and give its pods access to data, see docs/launchers.md.
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
@@ -39,8 +39,8 @@ workload() {
         fail "NAME is '$NAME': give at most 40 of a-z, 0-9 and -, a letter first and no - last"
     local command
     printf -v command '%q ' "$@"
-    # xpk restarts after 127 too; but what is not there will not be there the next time. `exec`: the wrapper signals the
-    # shell that it starts, which so becomes the program.
+    # xpk also restarts after 127, but a missing program will stay missing. `exec`: the wrapper signals the shell that it
+    # starts, so the shell must become the program.
     printf -v command 'type -P %q >/dev/null || { echo "there is no program" %q >&2; exit 2; }; exec %s' \
         "$1" "$1" "${command% }"
     xpk workload create \
@@ -61,7 +61,7 @@ case $action in
 build)
     need IMAGE
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
-    # The TPU's device files and mounted buckets belong to root there.
+    # On GKE, the TPU's device files and mounted buckets belong to root.
     docker build --platform=linux/amd64 --file=launch/Dockerfile --tag="$IMAGE" --build-arg=RUN_AS="${RUN_AS:-root}" \
         "$@" .
     docker push "$IMAGE"
@@ -69,7 +69,7 @@ build)
 create) workload "$@" ;;
 render)
     [[ $# -gt 0 ]] || fail "render needs a file to write"
-    # The project's number is looked up otherwise, which needs an account.
+    # Without --project-number, xpk looks it up, which needs an account.
     extra=(--dry-run --skip-validation --project-number="${PROJECT_NUMBER:-0}" --output-manifest-file="$1")
     workload "${@:2}"
     ;;

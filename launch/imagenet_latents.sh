@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# ImageNet's tars to the latents that training reads, on one machine with an accelerator and a data disk of 400 GB:
+# Converts the ImageNet tars to a latent cache, on one machine with an accelerator and a data disk of 400 GB:
 #
 #   launch/imagenet_latents.sh gs://bucket [/dev/sdb]
 #
-# takes ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and kl16.ckpt from gs://bucket/raw, and leaves imagenet_kl16/ and
-# kl16.safetensors in gs://bucket/data. The disk, /dev/sdb by default, is formatted if it is empty, and mounted. A second
-# start goes on with what is on it, so a spot machine will do: docs/pods.md has the commands. FOLDER is where it is
-# mounted, CONFIG the config whose images are encoded, WORKERS the number of processes that read them.
+# reads ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and kl16.ckpt from gs://bucket/raw, and writes imagenet_kl16/ and
+# kl16.safetensors to gs://bucket/data. The disk (default: /dev/sdb) is formatted if it is empty, and mounted at FOLDER.
+# Running it again resumes, so a spot machine suffices: docs/pods.md has the commands. CONFIG is the config whose images
+# are encoded, WORKERS the number of processes that read them.
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 
@@ -19,7 +19,7 @@ config=${CONFIG:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/configs/imagen
 
 if ! mountpoint --quiet "$folder"; then
     sudo mkdir -p "$folder"
-    # Neither a file system nor partitions.
+    # Format it only without a file system and partitions.
     [[ $(lsblk --noheadings --output=FSTYPE,PARTTYPE "$device") == *[![:space:]]* ]] || sudo mkfs.ext4 -q "$device"
     sudo mount "$device" "$folder"
     sudo chown "$(id -u)" "$folder"

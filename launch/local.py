@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Starts the JAX processes of a run on this machine, on its CPU: a pod in small, to try a config or a failure on.
+"""Starts the JAX processes of a run on the CPU of this machine, to try a config or a failure of a pod.
 
     python launch/local.py --processes 4 --devices 2 -- marjax train --config digits:debug --workdir runs/try
 
-Each process is told where the others are, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and how
-many CPU devices to have. Their lines come out as "[2] ...". SIGINT and SIGTERM go on to all of them, SIGHUP as SIGTERM.
-If this launcher is killed, they get SIGTERM too, and SIGKILL 15 seconds later. Needs only Python: nothing of JAX or
-marjax is imported here.
+The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Their output is prefixed
+by "[2] ". SIGINT and SIGTERM are forwarded to all of them, SIGHUP as SIGTERM. If this launcher is killed, they get
+SIGTERM too, and SIGKILL 15 seconds later. It imports neither JAX nor marjax.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from typing import Any
 
 PREEMPTED, LOST_PEER = 42, 134  # as in marjax/errors.py
 _POLL_SECONDS = 0.05
-_KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL to what is left
-# Reads process groups, one a line, until the launcher has gone; ends those that are left.
+_KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL of the remaining processes
+# Reads process groups, one per line, until the launcher has ended; ends the remaining ones.
 _GUARD = """
 import os, signal, sys, time
 groups = [int(line) for line in sys.stdin]
@@ -44,19 +43,19 @@ for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 0.0)):
             except OSError:
                 groups.remove(group)
 """
-_QUICK_SECONDS, _MAX_QUICK = 600.0, 4  # starts in a row that a loss ended so soon: there will be no other end
+_QUICK_SECONDS, _MAX_QUICK = 600.0, 4  # consecutive starts that end so soon by a lost process: give up
 
 
 def is_retriable(code: int) -> bool:
-    """Whether a run that ended so goes on when started again: it was preempted, or a process was killed or lost.
+    """Whether a run with this exit code resumes when restarted: preempted, or a process was killed or lost.
 
-    Not 127: a command that is not found will not be found the next time either.
+    Not 127: a missing command will stay missing.
     """
     return code == PREEMPTED or code >= 128
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """Returns a free TCP port of this machine."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

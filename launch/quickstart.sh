@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs marjax into .venv, trains on the embedded digits and samples: leaves runs/digits/out/grid.png.
+# Installs marjax into .venv, trains on the embedded digits and samples into runs/digits/out/grid.png.
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "$0")/.."

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Runs marjax on a Cloud TPU slice, spot or not, through gcloud: a queued resource, then ssh to all workers.
+# Runs marjax on a Cloud TPU slice, spot or on demand, through gcloud: a queued resource, then ssh to all workers.
 #
 #   export PROJECT=my-project ZONE=us-east5-b NAME=mar TYPE=v6e-16 FETCH=gs://bucket/data
 #   launch/tpu_vm.sh --spot keep marjax train --config configs/imagenet256.py:model=mar_base --workdir gs://bucket/mar_base
 #
-# `keep` does what follows one after the other, and all of it again when the slice was taken away, until the run has
-# ended. Ctrl-C leaves the run alone; the same command watches it again.
+# `keep` performs create, setup and run, and repeats them if the slice is reclaimed, until the run has ended. Ctrl-C does
+# not stop the run; the same command attaches to it again.
 #
-#   launch/tpu_vm.sh --spot create          # ask for the slice, and wait until it is there
-#   launch/tpu_vm.sh setup                  # copy the code to all workers, install it, copy what FETCH names to ~
+#   launch/tpu_vm.sh --spot create          # request the slice, and wait for it
+#   launch/tpu_vm.sh setup                  # copy the code to all workers, install it, and copy FETCH to ~
 #   launch/tpu_vm.sh run marjax train ...   # start it on all workers, detached
-#   launch/tpu_vm.sh logs                   # of worker 0; or of another: logs 3, logs all
+#   launch/tpu_vm.sh logs                   # of worker 0; also: logs 3, logs all
 #   launch/tpu_vm.sh status                 # of the slice, and of the run on all workers
-#   launch/tpu_vm.sh stop                   # saves and ends the run; the same `run` goes on
+#   launch/tpu_vm.sh stop                   # save and end the run; the same `run` resumes
 #   launch/tpu_vm.sh delete
 #
-# The code is what git knows, and what it does not know yet in marjax/, configs/ and launch/; of an unpacked sdist, these
-# folders. CREATE_FLAGS and SSH_FLAGS
-# go to gcloud, such as CREATE_FLAGS=--internal-ips SSH_FLAGS=--internal-ip. What the workers do, restarts included, and
-# its settings are in launch/tpu_vm_worker.sh. Queued resources give one slice; for many, see gke.sh.
+# The code consists of the files in git, and untracked ones in marjax/, configs/ and launch/; in an unpacked sdist, of these
+# folders. CREATE_FLAGS and SSH_FLAGS are passed to gcloud, such as CREATE_FLAGS=--internal-ips SSH_FLAGS=--internal-ip.
+# launch/tpu_vm_worker.sh describes what runs on the workers, restarts and settings. A queued resource is one slice; for
+# several, see gke.sh.
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 

@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh runs on every worker of a slice, in ~/marjax: setup, run COMMAND..., status, logs, stop.
+# Commands that launch/tpu_vm.sh runs in ~/marjax on every worker of a slice: setup, run COMMAND..., status, logs, stop.
 #
-# The run is detached from ssh and writes run.log. It is started again when it ends with 42 (it was preempted, and has
-# saved) or a code from 128 up (a process was lost; the others end with 134 within a minute), on every worker alike, so
-# that they meet again; at most MAX_RESTARTS (100) times. Where one of the workers is through for good, the others never
-# meet: after MAX_QUICK (4) starts in a row that a code from 128 up has ended in less than QUICK_SECONDS (600) they give
-# up. Any other end is final, and so is stop.
+# The run is detached from ssh and writes run.log. It restarts on all workers, at most MAX_RESTARTS (100) times, after 42
+# (preempted after saving) or a code of 128 and above (a process was lost; the others exit with 134 within a minute). If
+# one worker has failed permanently, the others cannot start: they give up after MAX_QUICK (4) consecutive starts with
+# such a code in less than QUICK_SECONDS (600). Any other exit code is final, and so is stop.
 set -euo pipefail
 [[ ${1-} != -h && ${1-} != --help ]] || { sed -nE '2,/^[^#]/s/^#( |$)//p' "${BASH_SOURCE[0]}" && exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The process of the loop below, if it runs; a process id may have been given to another program since.
+# Whether the loop below runs; its process id may have been reused by another program.
 running() {
     [[ -f run.pid ]] && tr '\0' ' ' <"/proc/$(<run.pid)/cmdline" 2>/dev/null | grep -q "tpu_vm_worker.sh loop"
 }
 
-# setup [gs://ADDRESS...]: installs, and copies what lies there to the home folder; not what is there already.
+# setup [gs://ADDRESS...]: installs marjax, and copies the addresses to the home folder, without existing files.
 setup() {
     local python
     export PYTHONSAFEPATH=1 # Python imports nothing from the current folder; 3.10 does, so it runs in another
