@@ -21,14 +21,7 @@ _DASHES = "-‐‑‒–—―−﹣-"  # web pages and word processors replace 
 _NUMBER = re.compile(r"-\.?\d.*")  # a value, not a flag
 _ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
 # Suffixes that mark a file where a folder is expected.
-_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".gif",
-    ".svg",
-    ".pdf",
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"} | {
     ".npz",
     ".npy",
     ".json",
