@@ -22,7 +22,7 @@ from marjax.data.prepare.prepare import prepare
 from marjax.errors import UserError
 from marjax.evaluation.evaluate import Request, evaluate
 from marjax.evaluation.networks.classifier import classifier_of
-from marjax.evaluation.networks.extractor import open_extractor
+from marjax.evaluation.networks.open_extractor import open_extractor
 from marjax.evaluation.statistics import make_statistics, read_statistics
 from marjax.generation.sample import open_sampler
 from marjax.interop.convert import convert

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from marjax.evaluation.across_processes import all_processes
-from marjax.evaluation.networks.extractor import open_extractor
+from marjax.evaluation.networks.open_extractor import open_extractor
 from marjax.evaluation.score import check_fits, score
 from marjax.evaluation.statistics import read_statistics
 from marjax.generation.sampler import Sampler

@@ -22,7 +22,8 @@ from marjax import distributed, numerics, progress
 from marjax.errors import UserError, closest
 from marjax.evaluation.across_processes import Processes, all_processes
 from marjax.evaluation.missing import check_there
-from marjax.evaluation.networks.extractor import FeatureExtractor, identity, open_extractor
+from marjax.evaluation.networks.extractor import FeatureExtractor, identity
+from marjax.evaluation.networks.open_extractor import open_extractor
 from marjax.evaluation.record import RECORD, SETTINGS, Record
 from marjax.evaluation.samples import SampleSet, SampleSpec
 from marjax.evaluation.score import Features, check_fits, score

@@ -21,7 +21,8 @@ from marjax.errors import UserError, listed, shortened
 from marjax.evaluation.across_processes import ALONE, Processes, all_processes
 from marjax.evaluation.image_sets import Batch, ConfigImages, FolderImages, ImageSet, NpzImages
 from marjax.evaluation.metrics.frechet import Gaussian, Moments
-from marjax.evaluation.networks.extractor import FeatureExtractor, identity, open_extractor
+from marjax.evaluation.networks.extractor import FeatureExtractor, identity
+from marjax.evaluation.networks.open_extractor import open_extractor
 from marjax.files import make_folder, open_regular
 from marjax.images import write_npz
 from marjax.json_file import parse_json

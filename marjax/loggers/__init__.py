@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from marjax import progress
 from marjax.errors import UserError, missing_extra
@@ -17,7 +15,7 @@ __all__ = ["Guarded", "Logger", "check_loggers", "open_loggers"]
 _EXTRAS = ("wandb", "mlflow")  # each the name of a field of config.log, of its package and of its extra
 
 
-def check_loggers(log: ConfigDict, given: Sequence[Any] = ()) -> None:
+def check_loggers(log: Mapping[str, Any], given: Sequence[Any] = ()) -> None:
     """Checks what `open_loggers` needs.
 
     Raises:
@@ -38,7 +36,9 @@ def check_loggers(log: ConfigDict, given: Sequence[Any] = ()) -> None:
             )
 
 
-def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequence[Logger] = ()) -> list[Guarded]:
+def open_loggers(
+    log: Mapping[str, Any], workdir: str | os.PathLike[str], given: Sequence[Logger] = ()
+) -> list[Guarded]:
     """Opens and guards the loggers of `config.log` and `given`; reports and omits one that cannot start."""
     opened = [Guarded(logger) for logger in given]
     for name in _EXTRAS:
@@ -48,11 +48,11 @@ def open_loggers(log: ConfigDict, workdir: str | os.PathLike[str], given: Sequen
             if name == "wandb":
                 from marjax.loggers.wandb import Wandb
 
-                logger: Logger = Wandb(log.wandb, workdir)
+                logger: Logger = Wandb(log["wandb"], workdir)
             else:
                 from marjax.loggers.mlflow import MLflow
 
-                logger = MLflow(log.mlflow, workdir)
+                logger = MLflow(log["mlflow"], workdir)
         except UserError:
             raise
         except Exception as error:

@@ -9,9 +9,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from marjax.errors import UserError
-from marjax.paths import takes_paths
-
 
 class Extracted(NamedTuple):
     """The outputs of a network for N images; each row depends on its own image only.
@@ -61,29 +58,3 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
         made.update(f"{name} {array.shape}\n".encode())
         made.update(np.ascontiguousarray(array, "<f4").tobytes())
     return made.hexdigest()
-
-
-@takes_paths("path")
-def open_extractor(name: str, path: str = "") -> FeatureExtractor:
-    """Loads an extractor.
-
-    Args:
-      name: "inception" or "classifier".
-      path: of the weights; "" for the default place of Inception's.
-
-    Raises:
-      UserError: an unknown name, or no weights.
-    """
-    if name == "inception":
-        from marjax.evaluation.networks.inception_file import open_inception
-
-        return open_inception(path or None)
-    if name == "classifier":
-        from marjax.evaluation.networks.classifier import Classifier
-
-        if not path:
-            raise UserError(
-                "extractor_path is not set; give a file of marjax train-classifier for extractor=classifier"
-            )
-        return Classifier.load(path)
-    raise UserError(f"extractor={name!r} is unknown; use inception or classifier")
