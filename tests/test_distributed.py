@@ -272,6 +272,7 @@ def test_who_is_through_waits_for_who_still_writes_but_not_for_the_dead(tmp_path
 def work(folder, train_fields, cache_fields):
     """Trains, saves, samples and, with fields for it, encodes latents in `folder`."""
     from marjax import train
+    from marjax.evaluation.across_processes import all_processes
     from marjax.evaluation.samples import SampleSet, SampleSpec
     from marjax.generation.sample import open_sampler, sample
     from marjax.training.latent_cache import cache_latents
@@ -291,7 +292,7 @@ def work(folder, train_fields, cache_fields):
     plan = SampleSpec(
         num_images=12, seed=3, num_classes=10, settings={}, weights="ema", step=4, digest="", tokenizer="", batch_size=4
     )
-    samples = SampleSet(folder / "samples", plan, jax.process_index(), jax.process_count())
+    samples = SampleSet(folder / "samples", plan, all_processes())
     samples.generate(opened.sampler, opened.params, False)
     cache_latents(make_autoencoder(**cache_fields), folder / "cache", dtype="float32", shard_examples=10)
     return distributed.end(0, None)
