@@ -21,7 +21,7 @@ def sinusoid(t: jax.Array) -> jax.Array:
     """Cosines, then sines, of t at 128 frequencies from 1 down to 1/10000: float32 (..., 256)."""
     half = FREQUENCIES // 2
     frequencies = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(half) / half), jnp.float32)
-    angles = t.astype(jnp.float32)[..., None] * frequencies
+    angles = t.astype(jnp.float32)[..., None] * jnp.expand_dims(frequencies, range(t.ndim))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

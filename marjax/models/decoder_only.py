@@ -179,7 +179,7 @@ class DecoderOnly(nn.Module):
         return self.norm(x), Cache(written(cache.first, first), written(cache.second, second))
 
     def _class_token(self, class_embed_BxW: jax.Array) -> jax.Array:
-        return (class_embed_BxW + self.pos_embed[0]).astype(self.dtype)[:, None]
+        return (class_embed_BxW + self.pos_embed[:1]).astype(self.dtype)[:, None]
 
     @nn.nowrap
     def train_flops(self) -> float:

@@ -120,9 +120,9 @@ class EncoderDecoder(nn.Module):
         tokens_BxSxD = orders.gather_rows(tokens_BxLxD, chosen_BxS, rank_BxL)
         pos_BxLxW = jnp.broadcast_to(self.encoder_pos_embed[buffer:], (batch, self.num_tokens, self.width))
         x_BxSxW = self.z_proj(tokens_BxSxD) + orders.gather_rows(pos_BxLxW, chosen_BxS, rank_BxL).astype(self.dtype)
-        x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[:buffer]).astype(self.dtype)
+        x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[None, :buffer]).astype(self.dtype)
         x = self.z_proj_norm(jnp.concatenate([x_BxPxW, x_BxSxW], axis=1))
-        known_BxT = jnp.arange(buffer + slots) < buffer + num_known_B[:, None]
+        known_BxT = jnp.arange(buffer + slots)[None] < buffer + num_known_B[:, None]
         x = self.encoder(
             nn.with_logical_constraint(x, ("batch", None, None)), known_BxT[:, None, None, :], deterministic
         )
@@ -139,12 +139,12 @@ class EncoderDecoder(nn.Module):
         rank_BxL = orders.ranks(order_BxL)
         known_BxL = rank_BxL < num_known_B[:, None]
         slot_BxL = jnp.where(known_BxL, rank_BxL, slots)
-        position_BxS = jnp.where(jnp.arange(slots) < num_known_B[:, None], order_BxL[:, :slots], num_tokens)
+        position_BxS = jnp.where(jnp.arange(slots)[None] < num_known_B[:, None], order_BxL[:, :slots], num_tokens)
         x_BxLxW = orders.gather_rows(encoded[:, buffer:], slot_BxL, position_BxS)
         x_BxLxW = jnp.where(known_BxL[..., None], x_BxLxW, self.mask_token.astype(self.dtype))
-        x = jnp.concatenate([encoded[:, :buffer], x_BxLxW], axis=1) + self.decoder_pos_embed.astype(self.dtype)
+        x = jnp.concatenate([encoded[:, :buffer], x_BxLxW], axis=1) + self.decoder_pos_embed[None].astype(self.dtype)
         x = self.decoder(nn.with_logical_constraint(x, ("batch", None, None)), None, deterministic)
-        return self.decoder_norm(x)[:, buffer:] + self.z_pos_embed.astype(self.dtype)
+        return self.decoder_norm(x)[:, buffer:] + self.z_pos_embed[None].astype(self.dtype)
 
     @nn.nowrap
     def init_cache(self, batch: int) -> tuple[()]:

@@ -88,7 +88,7 @@ class Dense(nn.Module):
     def _apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         contract = tuple(range(x.ndim - len(self.in_shape), x.ndim)), tuple(range(len(self.in_shape)))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())), precision=precision(self.dtype))
-        return y + bias
+        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
 
 
 class LayerNorm(nn.Module):
@@ -107,7 +107,8 @@ class LayerNorm(nn.Module):
             shape = x.shape[-1:]
             scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), shape)
             bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), shape)
-            y = y * scale + bias
+            leading = range(y.ndim - 1)
+            y = y * jnp.expand_dims(scale, leading) + jnp.expand_dims(bias, leading)
         return y.astype(self.dtype)
 
 
