@@ -1,9 +1,9 @@
 """Locks: one process at a time writes a work directory, a data set or a file.
 
-The lock of a folder is the file `marjax.lock` in it, that of a file `NAME.lock` beside it. Local file systems and NFS
-have `flock`, which ends with its process however that ends. Elsewhere (gs://, mounts without locks) the lock is a
-lease: its holder rewrites it every _REFRESH seconds, and whoever sees it unchanged for _STALE seconds takes it over. A
-holder that learns that its lease is gone ends at once.
+A folder's lock is the file `marjax.lock` in it; a file's lock is `NAME.lock` beside it. Local file systems and NFS have
+`flock`, which is released when its process ends, however it ends. Elsewhere (gs://, mounts without locks) the lock is a
+lease: its holder rewrites it every _REFRESH seconds, and another process takes it over if it does not change for _STALE
+seconds. A holder that has lost its lease exits at once.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from marjax.storage import explain, is_remote
 
 NAME = "marjax.lock"  # in a folder
 
-_PATIENCE = 3.0  # seconds; a process that was killed may need a moment to be gone
-_ORPHAN_PATIENCE = 30.0  # seconds; what a killed sweep has started ends by itself (see sweep.points.end_with_parent)
+_PATIENCE = 3.0  # seconds; a killed process may take a moment to end
+_ORPHAN_PATIENCE = 30.0  # seconds; children of a killed sweep end by themselves (see sweep.points.end_with_parent)
 _REFRESH, _STALE = 20.0, 120.0  # seconds
-_SURELY_STALE = 600.0  # seconds by the holder's clock, which may differ from ours
+_SURELY_STALE = 600.0  # seconds by the holder's clock, which may differ from this machine's
 _POLL = 1.0
-_MARK = b'{"marjax_lock": '  # how the file begins, also if a full disk cut it off or another version wrote it
+_MARK = b'{"marjax_lock": '  # start of the file, even if truncated by a full disk or written by another version
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def locked_folder(folder: str | os.PathLike[str], command: str, name: str = NAME) -> Iterator[int | None]:
-    """Holds the lock `folder/name`; creates the folder if missing, and removes it again if it is still empty.
+    """Holds the lock `folder/name`. Creates the folder if missing; then, if it stays empty, removes it at the end.
 
     Args, yields and raises: see `locked`.
     """
@@ -48,39 +48,37 @@ def locked_folder(folder: str | os.PathLike[str], command: str, name: str = NAME
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"folder {folder} cannot be created ({error.strerror or error}): give one that can be written"
-        ) from None
+        raise UserError(f"folder {folder} cannot be created ({error.strerror or error}); give a writable one") from None
     try:
         with locked(path / name, folder, command) as held:
             yield held
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # it has files
+            with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(path)
 
 
 @contextlib.contextmanager
 def locked_file(path: str | os.PathLike[str], command: str) -> Iterator[int | None]:
-    """Holds the lock of a file, which need not exist; its folder does. Args, yields and raises: see `locked`."""
+    """Holds the lock of a file, which need not exist, in an existing folder. Args, yields and raises: see `locked`."""
     with locked(epath.Path(f"{os.fspath(path)}.lock"), path, command) as held:
         yield held
 
 
 @contextlib.contextmanager
 def locked(lock: epath.Path, target: str | os.PathLike[str], command: str) -> Iterator[int | None]:
-    """Holds a lock; the file of one that is held is removed at the end.
+    """Holds a lock, whose file is removed at the end.
 
     Args:
-      lock: its file, local or gs://.
-      target: what it protects, for the error.
-      command: what holds it, for the error of others.
+      lock: the lock file, local or gs://.
+      target: the path it protects, for errors.
+      command: the command that holds it, for errors in other processes.
 
     Yields:
-      The file descriptor that holds the lock: a child process that inherits it holds the lock too. None for a lease.
+      The file descriptor of the lock; a child process that inherits it holds the lock too. None for a lease.
 
     Raises:
-      UserError: another process holds it (names host, process and since when), or its file cannot be created.
+      UserError: another process holds it (with host, process id and time), or the lock file cannot be created.
     """
     with contextlib.ExitStack() as stack:
         descriptor = None
@@ -95,16 +93,15 @@ def locked(lock: epath.Path, target: str | os.PathLike[str], command: str) -> It
 
 @dataclasses.dataclass(frozen=True)
 class _Holder:
-    """Who holds a lock: what its file says.
+    """The holder of a lock, as its file describes it.
 
     Attributes:
       command: such as "marjax train".
-      host, pid: of the process.
-      since: when it got the lock, in seconds since 1970.
-      boot, space, started: of the machine's start, the process's namespace and its start: together with host and pid
-        they are no other process's.
-      token: of this lock alone.
-      time: when the file was written.
+      host, pid: host name and process id.
+      since: when it acquired the lock, in seconds since 1970.
+      boot, space, started: boot id, process namespace and start time; with host and pid they identify the process.
+      token: unique to this lock.
+      time: when the file was written, in seconds since 1970.
     """
 
     command: str
@@ -129,7 +126,7 @@ class _Holder:
 
     @classmethod
     def parse(cls, data: bytes) -> "_Holder | None":
-        """None for what is not (yet) a lock's content."""
+        """None if the file is not (yet) a lock."""
         try:
             content = json.loads(data)
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
@@ -144,7 +141,7 @@ class _Holder:
             return None
 
     def is_dead(self) -> bool:
-        """Whether it can be seen here that the process is gone: it is one of this machine."""
+        """Whether the process ran on this machine and has ended."""
         here = (self.host, self.boot, self.space) == (socket.gethostname(), *_machine())
         return here and _started(self.pid) != self.started
 
@@ -157,7 +154,7 @@ class _Holder:
 
 
 def _machine() -> tuple[str, str]:
-    """What tells this start of this machine, and this namespace of processes, from all others; "" if unknown."""
+    """The boot id of this machine and this process namespace; "" if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -167,11 +164,11 @@ def _machine() -> tuple[str, str]:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine was started, in its own unit; "" if there is none."""
+    """The start time of a process of this machine, in clock ticks; "" if it does not run."""
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # a zombie writes nothing any more
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie no longer writes
     except (OSError, ValueError, IndexError, OverflowError):
         return ""
 
@@ -179,24 +176,24 @@ def _started(pid: int) -> str:
 def _refuse(target: str | os.PathLike[str], holder: _Holder | None) -> UserError:
     by = f"{holder}" if holder else "another process"
     if holder and holder.is_dead():
-        by += " (which has ended: a process that it started still runs)"
+        by += " (which has ended, but a child process still runs)"
     end = f"end it (kill {holder.pid} on {holder.host})" if holder else "end it"
-    return UserError(f"{os.fspath(target)} is being written by {by}: wait for it, or {end}")
+    return UserError(f"{os.fspath(target)} is being written by {by}; wait for it, or {end}")
 
 
 def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | None:
-    """The descriptor of the file, which it has locked; None where the file system has no locks. Raises UserError."""
+    """Opens and locks a file; returns its descriptor, or None if the file system has no locks. Raises UserError."""
     begun = time.monotonic()
     while True:
         descriptor = _open(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed the file since it was opened: whoever creates it anew would hold another.
+            # The previous holder may have removed the file after it was opened here; a new file would be another lock.
             if _is(path, descriptor):
                 before = os.pread(descriptor, 1 << 16, 0)
                 if before.strip(b"\0\n") and not before.startswith(_MARK) and _Holder.parse(before) is None:
-                    raise UserError(f"{path} is not a lock of marjax: move it away")
-                with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+                    raise UserError(f"{path} is not a lock of marjax; move it away")
+                with contextlib.suppress(OSError):  # a full disk; the lock is held anyway
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, _Holder.here(command).to_bytes(), 0)
                 return descriptor
@@ -214,7 +211,7 @@ def _flocked(path: str, target: str | os.PathLike[str], command: str) -> int | N
                         os.unlink(path)
                 return None
             raise UserError(
-                f"{path} cannot be locked ({error.strerror}): give a folder of another file system"
+                f"{path} cannot be locked ({error.strerror}); give a folder on another file system"
             ) from None
         except BaseException:
             os.close(descriptor)
@@ -230,25 +227,25 @@ def _open(path: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{path} is a symbolic link: remove it") from None
-        raise UserError(f"{path} cannot be created ({error.strerror}): give a folder that can be written") from None
+            raise UserError(f"{path} is a symbolic link; remove it") from None
+        raise UserError(f"{path} cannot be created ({error.strerror}); give a writable folder") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path} is not a regular file: remove it")
+        raise UserError(f"{path} is not a regular file; remove it")
     return descriptor
 
 
 def _is(path: str, descriptor: int) -> bool:
-    """Whether an open file is the one that has this name now."""
+    """Whether an open file is the one at `path`."""
     try:
-        there, ours = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
+        current, opened = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+    return (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _release(path: str, descriptor: int) -> None:
-    """Only who holds the lock removes its file, and before another can hold it."""
+    """Removes the lock file while it is held, then releases it."""
     with contextlib.suppress(OSError):
         if _is(path, descriptor):
             os.unlink(path)
@@ -256,18 +253,18 @@ def _release(path: str, descriptor: int) -> None:
 
 
 class _Cell(Protocol):
-    """A file or object that is written only if nobody else has written it meanwhile."""
+    """A file or object with compare-and-swap."""
 
     path: str
 
     def read(self) -> tuple[bytes, Any] | None:
-        """The content and its version; None if there is none."""
+        """The content and its version; None if it does not exist."""
 
     def write(self, data: bytes, version: Any) -> Any:
-        """The new version; None if the one there is not `version` (None: there is none) any more."""
+        """Writes if the current version is `version` (None: it does not exist). The new version, or None."""
 
     def remove(self, version: Any) -> None:
-        """Unless it has another version."""
+        """Removes it if the current version is `version`."""
 
 
 @contextlib.contextmanager
@@ -278,12 +275,10 @@ def _leased(cell: _Cell, target: str | os.PathLike[str], command: str) -> Iterat
     except UserError:
         raise
     except Exception as error:
-        told = explain(error)
-        if told is None and isinstance(error, OSError):
-            told = UserError(
-                f"{cell.path} cannot be created ({error.strerror or error}): give a folder that can be written"
-            )
-        raise (told or error) from None
+        explained = explain(error)
+        if explained is None and isinstance(error, OSError):
+            explained = UserError(f"{cell.path} cannot be created ({error.strerror or error}); give a writable folder")
+        raise (explained or error) from None
     try:
         yield
     finally:
@@ -291,7 +286,7 @@ def _leased(cell: _Cell, target: str | os.PathLike[str], command: str) -> Iterat
 
 
 def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
-    """The version of the lease, once it is `holder`'s. Raises UserError."""
+    """Acquires the lease for `holder` and returns its version. Raises UserError."""
     seen, since, patience = None, 0.0, time.monotonic() + _PATIENCE
     announced = False
     while True:
@@ -304,10 +299,10 @@ def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
         data, version = there
         other, now = _Holder.parse(data), time.monotonic()
         if other is not None and other.token == holder.token:
-            return version  # a request that seemed to have failed
+            return version  # written by a request that seemed to fail
         if seen is None or version != seen[0]:
             if seen is not None and other is not None and other.token == seen[1]:
-                raise _refuse(target, other)  # it was written anew: its holder lives
+                raise _refuse(target, other)  # it was rewritten: its holder is alive
             seen, since = (version, other.token if other else ""), now
         stale = now - since >= _STALE or (
             other is not None and (other.is_dead() or time.time() - other.time >= _SURELY_STALE)
@@ -320,12 +315,12 @@ def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
             and now > patience
             and ((other.host, *_machine()) == (socket.gethostname(), other.boot, other.space))
         ):
-            raise _refuse(target, other)  # it lives, on this machine
+            raise _refuse(target, other)  # it is alive, on this machine
         if not announced and now > patience:
             announced = True
             print(
-                f"marjax: {os.fspath(target)} is locked by {other or 'another process'}: waiting whether that is "
-                f"still alive, for at most {_STALE:.0f} s",
+                f"marjax: {os.fspath(target)} is locked by {other or 'another process'}: waiting up to {_STALE:.0f} s "
+                f"to see whether it is alive",
                 file=sys.stderr,
                 flush=True,
             )
@@ -333,7 +328,7 @@ def _take(cell: _Cell, holder: _Holder, target: str | os.PathLike[str]) -> Any:
 
 
 class _Lease:
-    """Writes the lease anew in a thread, until `end`."""
+    """Rewrites the lease in a thread, until `end`."""
 
     def __init__(self, cell: _Cell, holder: _Holder, version: Any) -> None:
         self._cell, self._holder, self._version = cell, holder, version
@@ -342,7 +337,7 @@ class _Lease:
         self._thread.start()
 
     def end(self) -> None:
-        """Gives the lease back."""
+        """Releases the lease."""
         self._over.set()
         self._thread.join()
         with contextlib.suppress(Exception):  # then it becomes stale
@@ -357,13 +352,13 @@ class _Lease:
                     there = self._cell.read()
                     other = _Holder.parse(there[0]) if there else None
                     if there is not None and other is not None and other.token == self._holder.token:
-                        version = there[1]  # written by a request that seemed to have failed
+                        version = there[1]  # written by a request that seemed to fail
             except Exception:
-                continue  # the storage does not answer; the run itself finds that out
+                continue  # storage does not answer; the run itself will fail
             if version is None:
                 print(
                     f"marjax: error: {self._cell.path} was taken over by {other or 'another process'}, since this "
-                    f"process could not refresh it: ended, so that only one writes",
+                    f"process could not refresh it; exiting, so that only one process writes",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -408,7 +403,7 @@ class _PlainFile:
             raise
         before, after = _Holder.parse(version), _Holder.parse(data)
         if before is not None and after is not None and before.token != after.token:
-            time.sleep(2 * _POLL)  # of two that take it over at the same moment, the last has it
+            time.sleep(2 * _POLL)  # of two processes that take it over at once, the last wins
             return data if self.read() == (data, data) else None
         return data
 
@@ -425,7 +420,7 @@ class _Object:
         from fsspec.asyn import sync
 
         self.path = os.fspath(path)
-        self._client: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils makes
+        self._client: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the same client as etils uses
         self._sync = sync
         self._bucket, _, self._key = self.path.removeprefix("gs://").partition("/")
 
@@ -452,7 +447,7 @@ class _Object:
                 data=data,
                 json_out=True,
             )
-        except FileExistsError:  # what the client makes of "precondition failed"
+        except FileExistsError:  # the client's error for "precondition failed"
             return None
         return str(made["generation"])
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_saved(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, params=x, ema=x, optimizer=x, meta={})
         for step in (5, 4):
-            with pytest.raises(UserError, match=f"Cannot save step {step}.*already has step 5"):
+            with pytest.raises(UserError, match=f"step {step}.*has step 5"):
                 checkpoints.save(step, params=x, ema=x, optimizer=x, meta={})
         for leaf in (1.0, np.ones(2), jnp.ones((0, 2))):
             with pytest.raises(TypeError, match="ema/w"):
@@ -252,7 +252,7 @@ def test_the_one_before_a_damaged_one(run, states, caplog, damage):
         assert restored.step == 2 and same(restored.items, states[2]) and restored.meta["epoch"] == 2 / 3
         ours = [r.getMessage() for r in caplog.records if r.name == manager.__name__]
         assert len(ours) == 2
-        assert "/3 is damaged (" in ours[0] and ours[0].endswith("trying step 2.") and "-damaged/3" in ours[1]
+        assert "/3 is damaged (" in ours[0] and ours[0].endswith("trying step 2") and "-damaged/3" in ours[1]
         # Training goes on from 2 and saves 3 again.
         assert checkpoints.steps() == [1, 2]
         checkpoints.save(3, **states[3], meta={})
@@ -286,7 +286,7 @@ def test_one_that_is_out_of_reach_is_not_taken_for_damaged(run, states, monkeypa
             return restore(self, path, *args, **more)
 
         monkeypatch.setattr(getattr(manager.ocp, handler), "restore", fail)
-        with pytest.raises(StorageError, match=rf"^cannot read {part}: .*goes on once it can be read"):
+        with pytest.raises(StorageError, match=rf"^cannot read {part}: .*once it can be read"):
             checkpoints.restore(abstract(states[3]))
     assert files(run) == before and not os.path.exists(f"{run}-damaged")
 
@@ -318,7 +318,7 @@ def test_all_damaged_and_none_there(run, states, tmp_path, caplog):
     for step in (1, 2, 3):
         change_meta(run / str(step))
     before = listing(tmp_path)
-    says = r"All .* damaged \(steps \[1, 2, 3\]; step 3: wrong checksum of meta\)"
+    says = r"all .* damaged \(steps \[1, 2, 3\]; step 3: wrong checksum of meta\)"
     with Checkpoints(run) as checkpoints, pytest.raises(UserError, match=says):
         checkpoints.restore(abstract(states[1]))
     assert caplog.text.count("is damaged") == 3
@@ -332,12 +332,12 @@ def test_an_explicit_step(run, states):
     before = listing(run.parent)
     with Checkpoints(run) as checkpoints:
         assert checkpoints.restore(abstract(states[1]), step=1).step == 1
-        with pytest.raises(UserError, match=r"/2 is damaged \(cannot read params.*another step of \[1, 3\]"):
+        with pytest.raises(UserError, match=r"/2 is damaged \(cannot read params.*\[1, 3\]"):
             checkpoints.restore(abstract(states[2]), step=2)
-        with pytest.raises(UserError, match=r"No checkpoint of step 9 in .*there are steps \[1, 2, 3\]"):
+        with pytest.raises(UserError, match=r"step 9 .*steps \[1, 2, 3\]"):
             checkpoints.restore(abstract(states[2]), step=9)
     assert listing(run.parent) == before
-    with pytest.raises(UserError, match="there are no checkpoints"), Checkpoints(run / "new") as checkpoints:
+    with pytest.raises(UserError, match="step 9"), Checkpoints(run / "new") as checkpoints:
         checkpoints.restore(abstract(states[2]), step=9)
 
 
@@ -359,7 +359,7 @@ def test_another_model_is_not_damage(run, states, caplog):
                 with pytest.raises(UserError) as caught:
                     checkpoints.restore(wanted, step=step)
                 assert text in str(caught.value)
-                assert "checkpoint of another model: check --config.model" in str(caught.value)
+                assert "--config.model" in str(caught.value)
         many = {"params": {f"p{i}": jax.ShapeDtypeStruct((2,), jnp.float32) for i in range(20)}}
         with pytest.raises(UserError, match="and 22 more"):
             checkpoints.restore(many)
@@ -456,7 +456,7 @@ def test_read_only_changes_nothing(run, states, tmp_path, caplog):
     with Checkpoints(run, read_only=True, keep=1) as reader:
         assert reader.restore(abstract(states[2])).step == 2
         assert "/3 is damaged" in caplog.text
-        with pytest.raises(UserError, match="for reading only"):
+        with pytest.raises(UserError, match="read_only"):
             reader.save(4, **states[3], meta={})
         with Checkpoints(tmp_path / "missing" / "run", read_only=True) as nothing:
             assert nothing.steps() == [] and nothing.restore(abstract(states[2])) is None
@@ -489,7 +489,7 @@ def test_a_failed_save_surfaces_once(tmp_path, caplog, limits, ending):
     checkpoints.wait()
     small_files()
     checkpoints.save(2, **trees, meta={})
-    with pytest.raises(UserError, match="Saving the checkpoint of step 2 in .* failed: File too large") as caught:
+    with pytest.raises(UserError, match="checkpoint of step 2 in .* failed: File too large") as caught:
         if ending == "save":
             checkpoints.save(3, **trees, meta={})
         elif ending == "block":
@@ -514,7 +514,7 @@ def test_an_error_in_the_block_matters_more_than_a_failed_save(tmp_path, caplog,
         small_files()
         checkpoints.save(2, params=x, ema=x, optimizer=x, meta={})
         raise KeyError("first")
-    assert "Saving the checkpoint of step 2" in caplog.text
+    assert "checkpoint of step 2" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
@@ -527,7 +527,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         folder.write_text("in the way")
         with pytest.raises(UserError, match="step 2 in .* failed: .*Not a directory"):
             checkpoints.save(2, params=x, ema=x, optimizer=x, meta={})
-        with pytest.raises(UserError, match="Cannot use .* for checkpoints: .*Not a directory"):
+        with pytest.raises(UserError, match="below .*Not a directory"):
             Checkpoints(folder / "below")
         folder.unlink()
         (tmp_path / "away").rename(folder)
@@ -578,7 +578,8 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path, limit, says):
     assert failed.returncode == 0 and "Traceback" not in failed.stderr and "Event loop" not in failed.stderr
 
 
-def test_orbax_is_changed_only_while_checkpoints_are_open(tmp_path):
+def test_orbax_is_changed_only_while_checkpoints_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(manager.QuietOrbax, "_num_open", 0)  # whatever other tests leave open
     first, second = Checkpoints(tmp_path / "1"), Checkpoints(tmp_path / "2")
     first.close()
     assert asyncio_utils.asyncio is not asyncio
@@ -668,7 +669,7 @@ def test_a_checkpoint_of_weights_alone(tmp_path, states, run):
         assert checkpoints.trees() == checkpoints.trees(0) == ["ema"]
         restored = checkpoints.restore(abstract(states[1], "ema"))
         assert restored.step == 0 and same(restored.items["ema"], states[1]["ema"])
-        with pytest.raises(UserError, match="has only ema, not params and optimizer: .*--init_from"):
+        with pytest.raises(UserError, match="only ema, not params and optimizer.*--init_from"):
             checkpoints.restore(abstract(states[1]))
     with Checkpoints(run, read_only=True) as checkpoints:
         assert checkpoints.trees() == checkpoints.trees(1) == list(TREES)

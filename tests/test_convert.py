@@ -538,7 +538,7 @@ def test_what_cannot_be_exported(trained, tmp_path):
         with pytest.raises(UserError, match=says):
             export(run, out)
     (run / "config.json").write_text(text)
-    for given, says in ((dict(step=7), "No checkpoint of step 7"), (dict(weights="best"), "weights is 'best'")):
+    for given, says in ((dict(step=7), "step 7"), (dict(weights="best"), "weights is 'best'")):
         with pytest.raises(UserError, match=says):
             export(run, out, **given)
     for wrong, says in (

@@ -103,7 +103,7 @@ def test_no_class_is_a_condition_of_its_own(run):
         (dict(num_iter=17), "16 tokens: give 1 to 16"),
         (dict(num_sampling_steps=1001), "give 1 to 1000"),
         (dict(weights="best"), "'ema' or 'raw'"),
-        (dict(step=3), "there are steps"),
+        (dict(step=3), "step 3"),
         (dict(seed=-1), "seed is -1"),
         (dict(temperature=-1.0), "temperature"),
         (dict(batch_size=0), "at least 1"),

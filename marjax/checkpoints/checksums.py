@@ -17,13 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from marjax.trees import PyTree
 
-# Two independent sums: each starts its index hash elsewhere.
+# Two independent sums, with different seeds of the index hash.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 _SMALL = 2**16  # elements
 
 
-# Plain operations of lax here: those of jnp are functions under jit, which cost this program half of its tracing.
+# lax operations, since those of jnp are jitted functions, which would double the time of tracing.
 def _mix(h: jax.Array) -> jax.Array:
     """A bijection of uint32 in which every input bit reaches every output bit (the finalizer of MurmurHash3)."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -33,7 +33,7 @@ def _mix(h: jax.Array) -> jax.Array:
 
 
 def _words(x: jax.Array) -> list[jax.Array]:
-    """The bit pattern of x as uint32 arrays of its shape: one, or more where an element has more than 32 bits."""
+    """The bits of x as uint32 arrays of its shape: several if elements have more than 32 bits."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return _words(x.real) + _words(x.imag)
     if x.dtype == jnp.bool_:
@@ -48,7 +48,7 @@ def _words(x: jax.Array) -> list[jax.Array]:
 @jax.jit  # so that large arrays of one shape are traced once
 def _sums(x: jax.Array) -> jax.Array:
     """The two sums of one array, (2,) uint32, in one pass: the seeds are a leading axis of the one reduction."""
-    # Indices wrap after 2**32 words, which only means that two elements that far apart could swap places unnoticed.
+    # Indices wrap after 2**32 words: swapping two elements that far apart would go unnoticed.
     words = _words(x)
     index, stride = lax.full(x.shape, np.uint32(0)), len(words)
     for axis in reversed(range(x.ndim)):
@@ -64,8 +64,8 @@ def _sums(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _compiled(out_sharding: Sharding | None) -> Any:
-    # Small arrays of one kind go side by side: with a computation for each array, a network of many layers took about
-    # as long to compile here as for its training step. Large ones do not, as that may take a copy.
+    # Small arrays of one shape and dtype are stacked: with one computation per array, deep networks took about as long
+    # to compile here as their training step. Large arrays are not, since stacking may copy them.
     def sums(leaves: list[jax.Array]) -> jax.Array:
         kinds: dict[Hashable, list[int]] = {}
         for place, x in enumerate(leaves):
@@ -81,7 +81,7 @@ def _ids(devices: Any) -> tuple[int, ...]:
 
 
 def _placement(x: Any) -> tuple[Hashable, Sharding | None]:
-    """What tells apart arrays that cannot enter one computation, and the sharding that gives each device a copy."""
+    """A key that is equal for arrays that can enter one computation, and a sharding that replicates its result."""
     if not isinstance(x, jax.Array) or not x.committed:
         return None, None
     if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh):
@@ -96,19 +96,19 @@ def paths(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by their path, {"a/0/b": leaf}, in the order of jax.tree.leaves.
 
     Raises:
-      ValueError: two leaves have the same path, because a key holds a slash.
+      ValueError: two leaves have the same path, because a key contains a slash.
     """
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
     if len(named) < len(flat):
-        raise ValueError("Two leaves of the tree have the same path: keys must not hold a slash.")
+        raise ValueError("two leaves of the tree have the same path; keys must not contain a slash")
     return named
 
 
 def checksum(tree: PyTree) -> dict[str, str]:
-    """Checksums the content of every array in a tree, without copying the arrays to the host.
+    """Checksums every array in a tree without copying the arrays to the host.
 
-    In a run of many processes all must call it, with the same tree.
+    All processes of a run must call it with the same tree.
 
     Args:
       tree: arrays of any shape, dtype (floats, integers, bool; bit for bit, so -0.0 is not 0.0) and sharding.
@@ -123,7 +123,7 @@ def checksum(tree: PyTree) -> dict[str, str]:
         key, sharding = _placement(leaf)
         groups.setdefault(key, []).append(path)
         shardings.setdefault(key, sharding)
-    # Arrays without a fixed place join the others: a state lies on one mesh, so this is one call.
+    # Uncommitted arrays join another group: a state is on one mesh, so that this is one call.
     if None in groups and len(groups) > 1:
         key = next(k for k in groups if k is not None)
         groups[key] += groups.pop(None)

@@ -1,4 +1,4 @@
-"""Checks the files of a checkpoint before Orbax reads them: Orbax blocks on a pipe and reads any file whole."""
+"""Checks the files of a checkpoint before Orbax reads them: it blocks on pipes and reads files of any size."""
 
 import os
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from marjax.errors import shortened
 from marjax.storage import is_remote
 
 TIMES = "_CHECKPOINT_METADATA"
-MAX_BYTES = 64 << 20  # of a file of metadata: the largest of 10^5 arrays has 40 MB
-_DATA = "d"  # the folders of the arrays' bytes, which are read in parts
+MAX_BYTES = 64 << 20  # of a metadata file; that of 10^5 arrays has at most 40 MB
+_DATA = "d"  # name of folders of array data, which is read in parts
 
 
 def check_times(directory: epath.Path) -> None:
-    """Checks the files that are read of all checkpoints in a directory to list them. Raises ValueError, OSError."""
+    """Checks the files that Orbax reads to list the checkpoints in a directory. Raises ValueError, OSError."""
     if not is_remote(directory) and os.path.isdir(directory):
         with os.scandir(directory) as checkpoints:
             _check(os.path.join(each.path, TIMES) for each in checkpoints)
@@ -24,7 +24,7 @@ def check_part(folder: epath.Path) -> None:
     """Checks the files of one part of a checkpoint.
 
     Raises:
-      ValueError: one is a pipe, device or link to a folder, or metadata are too long.
+      ValueError: a file is a pipe, device or link to a folder, or a metadata file is too long.
       OSError: the folder cannot be read.
     """
     if is_remote(folder):
@@ -37,7 +37,7 @@ def check_part(folder: epath.Path) -> None:
         waiting += [each.path for each in entries if each.is_dir(follow_symlinks=False)]
         files = [each for each in entries if not each.is_dir(follow_symlinks=False)]
         if os.path.basename(inside) == _DATA:
-            files = [each for each in files if not each.is_file()]  # on most systems without asking for its size
+            files = [each for each in files if not each.is_file()]  # on most systems without a stat call
         _check(each.path for each in files)
 
 

@@ -1,9 +1,8 @@
-"""Checkpoints of a training run: asynchronous saves, restores that notice damage, and what to keep.
+"""Checkpoints of a training run: asynchronous saves, restores that detect damage, and retention.
 
 A checkpoint is the directory `<directory>/<step>` with four parts: the trees `params`, `ema` and `optimizer`, and
-`meta`, a JSON file with the caller's own values, and the shape, dtype and checksum of every array. One that was made of
-weights alone lacks some of the trees. Storage is Orbax's, which restores overwritten bytes without a word; the
-checksums are how they are noticed.
+`meta`, a JSON file with the caller's values and the shape, dtype and checksum of every array. Converted weights lack
+some of the trees. Orbax stores them, but restores overwritten bytes silently; the checksums detect those.
 """
 
 import contextlib
@@ -33,8 +32,8 @@ TREES = ("params", "ema", "optimizer")
 META = "meta"
 FORMAT = 1
 _META_SHAPE = {"user": dict, "digest": str, "arrays": {str: {"shape": [range(1 << 48)], "dtype": str, "checksum": str}}}
-_SHOWN = 3  # How many arrays or files an error names.
-_UNREACHABLE = "not damaged: "  # Begins the text of a problem that has another cause.
+_SHOWN = 3  # arrays or files that an error names
+_UNREACHABLE = "not damaged: "  # start of a problem with another cause
 
 _log = logging.getLogger(__name__)
 
@@ -44,10 +43,10 @@ class Restored:
     """One restored checkpoint.
 
     Attributes:
-      step: of it.
-      items: a tree for each name asked for.
-      meta: what was given to `save`.
-      digests: of each of these trees, a hash of all its arrays' names, shapes, dtypes and values.
+      step: its step.
+      items: the trees that were requested, by name.
+      meta: the values given to `save`.
+      digests: for each tree, a hash of its arrays' names, shapes, dtypes and values.
     """
 
     step: int
@@ -57,7 +56,7 @@ class Restored:
 
 
 class _DamageError(Exception):
-    """A checkpoint that cannot be read back as it was written; its text says what is wrong."""
+    """A checkpoint differs from what was written; the message says how."""
 
 
 class Checkpoints(Closeable):
@@ -66,20 +65,20 @@ class Checkpoints(Closeable):
     Only one training run may write to a directory; any number may open it with read_only.
 
     Args:
-      directory: local path or gs:// address. Created if need be, except with read_only.
-      keep: how many of the latest checkpoints to keep.
-      keep_every: if positive, also keep every checkpoint whose step is a multiple of it.
+      directory: local path or gs:// address; created if missing, unless read_only.
+      keep: number of latest checkpoints to keep.
+      keep_every: if positive, also keep checkpoints whose step is a multiple of it.
       read_only: create, move and delete nothing.
 
     Raises:
-      UserError: the directory cannot be created, or `keep` or `keep_every` make no sense.
+      UserError: the directory cannot be created, or `keep` or `keep_every` is out of range.
     """
 
     def __init__(
         self, directory: epath.PathLike, *, keep: int = 3, keep_every: int = 0, read_only: bool = False
     ) -> None:
         if keep < 1 or keep_every < 0:
-            raise UserError(f"Got keep={keep}, keep_every={keep_every}: expected keep >= 1 and keep_every >= 0.")
+            raise UserError(f"keep={keep}, keep_every={keep_every}, expected keep >= 1 and keep_every >= 0")
         name = normalised(directory, "directory")
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self.read_only = read_only
@@ -88,14 +87,14 @@ class Checkpoints(Closeable):
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
-            # What a killed save left behind.
+            # Left by killed saves.
             cleanup_tmp_directories=not read_only,
             save_root_metadata=False,
-            # Process 0 lists the steps for all, so that no two processes see different ones.
+            # Process 0 lists the steps for all, so that processes agree.
             single_host_load_and_broadcast=True,
             enable_async_checkpointing=not read_only,
-            # Where a directory cannot be created, save says so; made in the background, its failure would leave threads
-            # that wait ten minutes for it and keep the process from ending.
+            # If creating a directory in the background fails, threads wait ten minutes for it and keep the process
+            # from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
@@ -110,9 +109,9 @@ class Checkpoints(Closeable):
         self._saving: int | None = None
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, whole or not, in ascending order; waits for a save under way."""
+        """The steps of all checkpoints, damaged or not, in ascending order; waits for a pending save."""
         self.wait()
-        # Orbax keeps a list of its own, which goes wrong where a save fails or someone else writes.
+        # Orbax's cached list is wrong after a failed save, or if another process writes.
         try:
             self._manager.reload()
             return sorted(int(step) for step in self._manager.all_steps())
@@ -120,14 +119,14 @@ class Checkpoints(Closeable):
             self._raise_unlisted(error)
 
     def trees(self, step: int | None = None) -> list[str]:
-        """The trees that a checkpoint has, those of the newest with readable metadata if step is None, else all."""
+        """The trees of a checkpoint, by default the newest with readable metadata; all trees if there is none."""
         found = self.describe(step)
         return list(TREES) if found is None else list(found[1])
 
     def describe(self, step: int | None = None) -> tuple[int, dict[str, str]] | None:
-        """The step of a checkpoint and the digests of its trees (see `Restored`); no array is read.
+        """The step of a checkpoint and the digests of its trees (see `Restored`), without reading arrays.
 
-        If step is None, that of the newest with readable metadata; None where there is none, which `restore` reports.
+        By default the newest checkpoint with readable metadata; None if there is none, which `restore` reports.
         """
         for each in reversed(self.steps()):
             if step in (None, each):
@@ -142,32 +141,32 @@ class Checkpoints(Closeable):
     def save(
         self, step: int, *, params: PyTree = None, ema: PyTree = None, optimizer: PyTree = None, meta: Mapping[str, Any]
     ) -> None:
-        """Saves a checkpoint. On return the arrays are copied, and may be donated; writing goes on in the background.
+        """Saves a checkpoint in the background. On return the arrays are copied and may be donated.
 
         Args:
-          step: greater than every step there is.
-          params, ema, optimizer: trees of jax arrays, none of them empty; those left out can never be restored.
+          step: greater than all existing steps.
+          params, ema, optimizer: trees of nonempty jax arrays; None to leave a tree out.
           meta: JSON values.
 
         Raises:
-          UserError: this save could not start or the one before it failed; or a checkpoint of this or a later step
-            exists; or the directory was opened with read_only.
+          UserError: this save could not start, the previous one failed, a checkpoint of this or a later step exists, or
+            the directory was opened with read_only.
           TypeError: a leaf is not a jax array, or meta is not JSON.
         """
         if self.read_only:
-            raise UserError(f"{self.directory} was opened for reading only: step {step} cannot be saved there.")
+            raise UserError(f"{self.directory} is read_only, cannot save step {step}")
         newest = max(self.steps(), default=-1)
         if step <= newest:
             raise UserError(
-                f"Cannot save step {step}: {self.directory} already has step {newest}. "
-                "Continue from that step, move it away, or save to another directory."
+                f"cannot save step {step}: {self.directory} already has step {newest}; resume from that step, move it "
+                f"away, or save to another directory"
             )
         given = {"params": params, "ema": ema, "optimizer": optimizer}
         trees = {name: tree for name, tree in given.items() if tree is not None}
         leaves = checksums.paths(trees)
         for path, leaf in leaves.items():
             if not isinstance(leaf, jax.Array) or leaf.size == 0:
-                raise TypeError(f"Only jax arrays with at least one element can be saved: {path} is {leaf!r}.")
+                raise TypeError(f"{path} is {leaf!r}, expected a nonempty jax array")
         sums = checksums.checksum(trees)
         arrays = {p: {"shape": list(x.shape), "dtype": x.dtype.name, "checksum": sums[p]} for p, x in leaves.items()}
         body = {"format": FORMAT, "user": dict(meta), "arrays": arrays}
@@ -180,34 +179,34 @@ class Checkpoints(Closeable):
             self._raise_save_failure(error)
 
     def restore(self, abstract: Mapping[str, PyTree], step: int | None = None) -> Restored | None:
-        """Restores some or all trees of the newest whole checkpoint, or of the one of the given step.
+        """Restores trees of the newest intact checkpoint, or of the one at `step`.
 
-        A damaged checkpoint (a file missing, cut short or overwritten) is reported with a warning, and the one before
-        it is tried. Once one is restored, the damaged newer ones are moved to `<directory>-damaged`, so that training
-        can save those steps again; not so with read_only.
+        A damaged checkpoint (a file missing, truncated or overwritten) is logged as a warning, and the previous one is
+        tried. After a restore, newer damaged ones are moved to `<directory>-damaged`, so that training can save those
+        steps again, unless read_only.
 
         Args:
-          abstract: for each tree to read ("params", "ema", "optimizer"), jax.ShapeDtypeStructs that say where its
-            arrays go. Without a sharding an array goes to the first local device. Other trees are not read.
-          step: a step in `steps()`, or None for the newest that is whole.
+          abstract: for each tree to read ("params", "ema", "optimizer"), its jax.ShapeDtypeStructs. Arrays without a
+            sharding are restored to the first local device.
+          step: one of `steps()`, or None for the newest intact checkpoint.
 
         Returns:
-          The checkpoint, or None if step is None and there is none at all.
+          The checkpoint, or None if step is None and there are no checkpoints.
 
         Raises:
-          UserError: there is no such step; it is damaged, or all are; or it holds arrays of other names, shapes or
-            dtypes than `abstract`.
-          StorageError: the storage does not answer, or may not be read, on one of the processes.
+          UserError: the step does not exist, it or all checkpoints are damaged, or its arrays have other names, shapes
+            or dtypes than `abstract`.
+          StorageError: storage does not answer or may not be read, on one of the processes.
         """
         unknown = sorted(set(abstract) - set(TREES))
         if unknown or not abstract:
-            raise ValueError(f"Got trees {unknown or list(abstract)}: expected some of {list(TREES)}.")
+            raise ValueError(f"trees are {unknown or list(abstract)}, expected some of {list(TREES)}")
         targets = {name: jax.tree.map(_abstract_leaf, tree) for name, tree in abstract.items()}
         if step is not None:
             return self._restore_step(targets, step)
         tried: dict[int, str] = {}
         while True:
-            # Listed anew each time: while a reader reads, the run that writes may delete and add.
+            # Listed again each time, since a training run may delete and add checkpoints meanwhile.
             left = [s for s in self.steps() if s not in tried]
             if not left:
                 break
@@ -217,7 +216,7 @@ class Checkpoints(Closeable):
             except _DamageError as damage:
                 tried[step] = str(damage)
                 following = f"trying step {left[-1]}" if left else "there is none before it"
-                _log.warning("Checkpoint %s is damaged (%s); %s.", self.directory / str(step), damage, following)
+                _log.warning("checkpoint %s is damaged (%s); %s", self.directory / str(step), damage, following)
                 continue
             if tried and not self.read_only:
                 self._move_aside([s for s in tried if s > step])
@@ -226,19 +225,19 @@ class Checkpoints(Closeable):
             return None
         newest = max(tried)
         raise UserError(
-            f"All checkpoints in {self.directory} are damaged (steps {sorted(tried)}; step {newest}: {tried[newest]}). "
-            "Restore them from a copy, or start again in another directory."
+            f"all checkpoints in {self.directory} are damaged (steps {sorted(tried)}; step {newest}: {tried[newest]}); "
+            f"restore them from a copy, or start again in another directory"
         )
 
     def is_busy(self) -> bool:
-        """Whether a save is under way on any process: the next would wait for it. All processes must call this."""
+        """Whether a save is pending on any process, so that the next would wait. All processes must call this."""
         return distributed.any_process(self._manager.is_saving_in_progress())
 
     def wait(self) -> None:
-        """Waits until the save under way is complete.
+        """Waits for the pending save.
 
         Raises:
-          UserError: it failed. The checkpoints before it are untouched, and the next save is tried as usual.
+          UserError: it failed; earlier checkpoints are intact, and the next save is tried as usual.
           StorageError: it failed because an object store does not answer.
         """
         try:
@@ -247,7 +246,7 @@ class Checkpoints(Closeable):
             self._raise_save_failure(error)
 
     def close(self) -> None:
-        """Waits as `wait` does, and releases threads. The object is of no use afterwards."""
+        """Waits as `wait` does, and releases threads. The object cannot be used afterwards."""
         with self._quiet:
             try:
                 with progress.activity("writing the checkpoint", show=self._manager.is_saving_in_progress()):
@@ -256,34 +255,32 @@ class Checkpoints(Closeable):
                 self._manager.close()
 
     def _raise_unlisted(self, error: Exception) -> NoReturn:
-        """Raises what to say of checkpoints that cannot be listed."""
-        if (told := storage.explain(error)) is not None:
-            raise told from error
+        """Raises the error for checkpoints that cannot be listed."""
+        if (explained := storage.explain(error)) is not None:
+            raise explained from error
         reason = None if isinstance(error, RecursionError) else failures.explain(error)
         if reason is not None or isinstance(error, OSError):
-            raise UserError(f"Cannot use {self.directory} for checkpoints: {reason or _one_line(error)}") from error
+            raise UserError(f"{self.directory} cannot hold checkpoints: {reason or _one_line(error)}") from error
         raise UserError(
-            f"Cannot list the checkpoints in {self.directory} ({_one_line(error)}): delete the files "
-            f"{entries.TIMES} in their folders, which only tell times"
+            f"cannot list the checkpoints in {self.directory} ({_one_line(error)}); delete the files {entries.TIMES} "
+            f"in their folders, which have only times"
         ) from error
 
     def _restore_step(self, targets: dict[str, PyTree], step: int) -> Restored:
         steps = self.steps()
         if step not in steps:
-            there = f"there are steps {steps}" if steps else "there are no checkpoints"
-            raise UserError(f"No checkpoint of step {step} in {self.directory}: {there}.")
+            raise UserError(f"no checkpoint of step {step} in {self.directory}, only steps {steps}")
         try:
             return self._read(targets, step)
         except _DamageError as damage:
             others = [s for s in steps if s != step]
-            advice = f"Choose another step of {others}." if others else "Restore it from a copy."
-            raise UserError(f"Checkpoint {self.directory / str(step)} is damaged ({damage}). {advice}") from damage
+            advice = f"choose one of steps {others}" if others else "restore it from a copy"
+            raise UserError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); {advice}") from damage
 
     def _read(self, targets: dict[str, PyTree], step: int) -> Restored:
         """Reads and verifies one checkpoint. All processes agree on whether it is damaged.
 
-        The handlers are called without Orbax's checkpointer around them, whose barrier would keep the processes that
-        can read their part waiting for one that cannot.
+        Handlers are called without Orbax's checkpointer, whose barrier would block while one process fails to read.
         """
         path = self.directory / str(step)
         meta: dict[str, Any] = {}
@@ -298,9 +295,8 @@ class Checkpoints(Closeable):
         if not set(targets) <= set(there):
             missing = [name for name in TREES if name in targets and name not in there]
             raise UserError(
-                f"Checkpoint {path} has only {' and '.join(there)}, not {' and '.join(missing)}: it was made of "
-                "weights alone. Sample with --weights ema or raw, whichever it has (raw are params); start a new run "
-                "from them with --init_from."
+                f"checkpoint {path} has only {' and '.join(there)}, not {' and '.join(missing)}; sample with --weights "
+                f"ema or raw, whichever it has (raw are params), or start a new run from them with --init_from"
             )
         _check_fit(meta["arrays"], targets, path)
 
@@ -316,7 +312,7 @@ class Checkpoints(Closeable):
                 entries.check_part(path / name)
                 items[name] = handler.restore(path / name, args=ocp.args.StandardRestore(target))
             except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # The device's memory, not the checkpoint.
+                raise  # the device's memory, not the checkpoint
             except Exception as error:
                 problem = _problem(name, error)
                 break
@@ -338,13 +334,13 @@ class Checkpoints(Closeable):
                     target = _free_name(self.directory.parent / f"{self.directory.name}-damaged", step)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     (self.directory / str(step)).rename(target)
-                    _log.warning("Moved the damaged checkpoint of step %d to %s.", step, target)
+                    _log.warning("moved the damaged checkpoint of step %d to %s", step, target)
             except OSError as error:
                 problem = f"cannot move damaged checkpoints away from {self.directory}: {_one_line(error)}"
         try:
             _agree(problem)
         except _DamageError as damage:
-            raise UserError(f"Stopped: {damage}. Move steps {steps} away by hand.") from damage
+            raise UserError(f"{damage}; move steps {steps} away by hand") from damage
 
     def _raise_save_failure(self, error: Exception) -> NoReturn:
         step, self._saving = self._saving, None
@@ -353,17 +349,17 @@ class Checkpoints(Closeable):
             raise error
         if any(isinstance(storage.explain(each), StorageError) for each in causes(error)):
             raise StorageError(
-                f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}. The same "
-                f"command goes on from the one before."
+                f"saving the checkpoint of step {step} in {self.directory} failed: {reason}; the same command resumes "
+                f"from the previous one"
             ) from error
-        raise UserError(f"Saving the checkpoint of step {step} in {self.directory} failed: {reason}") from error
+        raise UserError(f"saving the checkpoint of step {step} in {self.directory} failed: {reason}") from error
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
-    """The metadata in a folder; of another format than ours, only "format" is known to be there.
+    """The metadata in a folder; in another format than FORMAT, only "format" is checked.
 
     Raises:
-      _DamageError: it cannot be read as it was written.
+      _DamageError: it differs from what was written.
     """
     handler = ocp.JsonCheckpointHandler()
     try:
@@ -373,12 +369,12 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
         if body["format"] != FORMAT:
             return body
         check_json(body, _META_SHAPE, where=META, advice="")
-        whole = body.pop("digest") == _digest(body)
+        intact = body.pop("digest") == _digest(body)
     except Exception as error:
         raise _DamageError(_problem(META, error)) from error
     finally:
         handler.close()
-    if not whole:
+    if not intact:
         raise _DamageError(f"wrong checksum of {META}")
     return body
 
@@ -386,13 +382,13 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
 def _check_format(meta: dict[str, Any], path: epath.Path) -> None:
     if meta["format"] != FORMAT:
         raise UserError(
-            f"Checkpoint {path} has format {meta['format']}, expected {FORMAT}: read it with the version "
-            f"of marjax that wrote it, or move it away"
+            f"checkpoint {path} has format {meta['format']}, expected {FORMAT}; read it with the version of marjax "
+            f"that wrote it, or move it away"
         )
 
 
 def _digests(meta: dict[str, Any]) -> dict[str, str]:
-    """A hash of each tree that a checkpoint has, by name."""
+    """A hash of each tree of a checkpoint, by name."""
     trees = {
         name: {path: each for path, each in meta["arrays"].items() if path.split("/")[0] == name} for name in TREES
     }
@@ -400,7 +396,7 @@ def _digests(meta: dict[str, Any]) -> dict[str, str]:
 
 
 def _digest(body: dict[str, Any]) -> str:
-    """A hash of JSON values, the same before they are written and after they are read."""
+    """A hash of JSON values that does not change when they are written and read."""
     text = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -411,7 +407,7 @@ def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_fit(saved: dict[str, Any], targets: dict[str, PyTree], path: epath.Path) -> None:
-    """Raises a UserError if the arrays wanted are not the arrays saved."""
+    """Raises UserError if the requested arrays are not those saved."""
     wanted = checksums.paths(targets)
     in_checkpoint = {p: _describe(v["shape"], v["dtype"]) for p, v in saved.items() if p.split("/")[0] in targets}
     expected = {p: _describe(v.shape, v.dtype.name) for p, v in wanted.items()}
@@ -421,7 +417,7 @@ def _check_fit(saved: dict[str, Any], targets: dict[str, PyTree], path: epath.Pa
         if in_checkpoint.get(p) != expected.get(p)
     ]
     if wrong:
-        raise UserError(f"{path} is a checkpoint of another model: check --config.model ({_some(wrong, '; ')}).")
+        raise UserError(f"{path} is a checkpoint of another model ({_some(wrong, '; ')}); check --config.model")
 
 
 def _describe(shape: Any, dtype: str) -> str:
@@ -437,21 +433,21 @@ def _free_name(folder: epath.Path, step: int) -> epath.Path:
 
 
 def _problem(name: str, error: Exception) -> str:
-    """What is wrong with a part of a checkpoint that cannot be read, for `_agree`."""
+    """Describes a part of a checkpoint that cannot be read, for `_agree`."""
     unreachable = any(failures.is_passing(each) or storage.explain(each) is not None for each in causes(error))
     return f"{_UNREACHABLE if unreachable else ''}cannot read {name}: {_one_line(error)}"
 
 
 def _agree(problem: str) -> None:
-    """Lets no process go on if any has a problem.
+    """Raises on all processes if any has a problem.
 
     Raises:
       _DamageError: the checkpoint is damaged.
-      StorageError: it may well be whole, but one of the processes does not get at it.
+      StorageError: it may be intact, but a process cannot read it.
     """
     problem = distributed.agree(problem)
     if _UNREACHABLE in problem:
-        raise StorageError(f"{problem.replace(_UNREACHABLE, '')}. The same command goes on once it can be read")
+        raise StorageError(f"{problem.replace(_UNREACHABLE, '')}; the same command resumes once it can be read")
     if problem:
         raise _DamageError(problem)
 
@@ -462,7 +458,7 @@ def _some(names: list[str], separator: str = ", ") -> str:
 
 
 def _storage_error(error: BaseException) -> str | None:
-    """What the storage said, if it is the storage that failed; tensorstore's errors are ValueErrors with a status."""
+    """The storage failure behind an error, or None; TensorStore raises ValueErrors that start with a status."""
     if (explained := failures.explain(error)) is not None:
         return str(explained)
     if isinstance(error, OSError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)):
@@ -471,7 +467,7 @@ def _storage_error(error: BaseException) -> str | None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The root cause of an exception in one short line: Orbax adds the whole specification of the array."""
+    """The root cause of an exception in one short line, without the array specifications that Orbax adds."""
     error = causes(error)[-1]
     text = " ".join(str(error).split()) or type(error).__name__
     return text.rstrip(".") if len(text) <= 300 else text[:300] + " (cut)"
