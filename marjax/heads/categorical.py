@@ -1,9 +1,8 @@
-"""The categorical head: a linear layer to one logit a code, the cross-entropy baseline of the paper's table 1.
+"""The categorical head: a linear layer from z to one logit per code, the cross-entropy baseline (paper, table 1).
 
-Tokens come in and go out as vectors of the codebook, through the same projections as any others; only here are they
-codes. The methods are those of `heads/diffusion.py`, and one more for orders made on the fly.
+Tokens enter and leave as codebook vectors, like continuous tokens; only this head treats them as codes.
 
-Shapes: B batch, L or M tokens, D token dimension, W backbone width, V codes.
+Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, V codebook size.
 """
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def step_keys(key_data: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two fresh keys a token for one generation step, as raw data like `key_data`, uint32 (..., 2)."""
+    """Derives two keys per token for one generation step, as raw data like `key_data`, uint32 (..., 2)."""
 
     def one(data: jax.Array) -> jax.Array:
         return jax.random.key_data(jax.random.split(jax.random.fold_in(numerics.wrap_key(data), step)))
@@ -36,25 +35,22 @@ def step_keys(key_data: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def gumbel(key_data: jax.Array, num_codes: int) -> jax.Array:
-    """One Gumbel variate a code, float32 (..., V), from the raw data of a key a token, uint32 (..., 2)."""
+    """Gumbel variates, float32 (..., num_codes), from the raw data of one key per token, uint32 (..., 2)."""
     flat = key_data.reshape(-1, key_data.shape[-1])
     draws = jax.vmap(lambda data: jax.random.gumbel(numerics.wrap_key(data), (num_codes,)))(flat)
     return draws.reshape(*key_data.shape[:-1], num_codes)
 
 
 def sample_codes(logits: jax.Array, noise: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    """Codes from softmax(logits / temperature), int32 (...), by the Gumbel-max trick; 0 is the argmax.
+    """Samples codes from softmax(logits / temperature), int32 (...), by the Gumbel-max trick.
 
-    Args:
-      logits: (..., V).
-      noise: from `gumbel`, (..., V).
-      temperature: at least 0.
+    `logits` and `noise` (from `gumbel`) are (..., V); `temperature` is at least 0, which takes the argmax.
     """
     return jnp.argmax(logits.astype(jnp.float32) + temperature * noise, axis=-1).astype(jnp.int32)
 
 
 class CategoricalHead(nn.Module):
-    """Models a token's code given z by a softmax over the codebook, float32 (V, D)."""
+    """Models the code of a token given z by a softmax over the codebook, float32 (V, D)."""
 
     num_codes: int
     cond_width: int
@@ -63,7 +59,7 @@ class CategoricalHead(nn.Module):
 
     @classmethod
     def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> "CategoricalHead":
-        """From a resolved `config.model`."""
+        """See `Head.from_config`."""
         return cls(num_codes=num_codes, cond_width=model.width, dtype=jnp.dtype(model.dtype))
 
     def setup(self) -> None:
@@ -71,11 +67,11 @@ class CategoricalHead(nn.Module):
 
     @nn.nowrap
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> tuple[()]:
-        """Nothing: the cross-entropy is not random."""
+        """Returns (): the cross-entropy needs no randomness."""
         return ()
 
     def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array) -> Terms:
-        """The terms of `Head.__call__`, float32 (B, L): cross-entropy in nats, and accuracy of the likeliest code."""
+        """Cross-entropy in nats and accuracy of the most likely code, float32 (B, L); see `Head.__call__`."""
         target_BxL = nearest_code.nearest(tokens_BxLxD, self._codes())
         logits_BxLxV = self.logits(z_BxLxW)
         hit = (jnp.argmax(logits_BxLxV, axis=-1) == target_BxL).astype(jnp.float32)
@@ -84,10 +80,9 @@ class CategoricalHead(nn.Module):
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> jax.Array:
-        """What `sample` needs for one image: a key a position, as raw data, uint32 (L, 2).
+        """One key per position of an image, as raw data, uint32 (L, 2).
 
-        The V Gumbel variates of a token are drawn where they are used: of all positions they would be 16 MB an image
-        for 256 tokens and 16384 codes.
+        Gumbel variates are drawn from them when needed: all at once, 256 tokens with 16384 codes take 16 MB per image.
         """
         return jax.random.key_data(jax.random.split(key, num_tokens))
 
@@ -100,7 +95,7 @@ class CategoricalHead(nn.Module):
         num_sampling_steps: int | str,
         temperature: float | jax.Array,
     ) -> jax.Array:
-        """See `Head.sample`; `temperature` divides the logits, and 0 takes the likeliest code."""
+        """See `Head.sample`; `temperature` divides the logits, and 0 takes the most likely code."""
         return self._draw(z, noise, cfg_scale, temperature)[0]
 
     def sample_ranked(
@@ -114,11 +109,10 @@ class CategoricalHead(nn.Module):
         num_sampling_steps: int | str,
         temperature: float | jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens as `sample` draws them, and how sure of each the head is, float32 (B, M) (MaskGIT, section 3.2).
+        """Samples tokens and a confidence for each, float32 (B, M) (MaskGIT, section 3.2).
 
-        The confidence is log p of the drawn code plus `choice` times a Gumbel variate, so that the choice of what to
-        keep is random too; `choice` is MaskGIT's choice temperature, annealed. A token that is not kept is drawn anew
-        at the next `step`, an int scalar that differs from step to step.
+        The confidence is log p of the sampled code plus `choice`, MaskGIT's annealed choice temperature, times a Gumbel
+        variate. Tokens that are not kept are resampled at the next `step`, an int scalar unique to each step.
         """
         for_code, for_choice = step_keys(noise, step)
         tokens, log_p = self._draw(z, for_code, cfg_scale, temperature)
@@ -136,15 +130,15 @@ class CategoricalHead(nn.Module):
     @nn.nowrap
     def _codes(self) -> jax.Array:
         if self.codebook is None:
-            raise ValueError("CategoricalHead.codebook is None, expected float32 (V, D): use Generator.with_codebook")
+            raise ValueError("CategoricalHead.codebook is None, expected float32 (V, D); use Generator.with_codebook")
         return self.codebook
 
     @nn.nowrap
     def loss_flops(self) -> float:
-        """Of one token's forward pass in training."""
+        """FLOPs of the forward pass per token in training."""
         return 2 * self.cond_width * self.num_codes
 
     @nn.nowrap
     def sample_flops(self, num_sampling_steps: int | str) -> float:
-        """Of sampling one token, without guidance."""
+        """FLOPs of sampling one token, without cfg."""
         return self.loss_flops()

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022) of whatever a head predicts: noise, logits or a mean."""
+"""Classifier-free guidance, cfg (Ho and Salimans 2022), of a head's prediction: noise, logits or a mean."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""The denoising MLP of the diffusion head, applied to each token by itself (paper, section 4.2 and figure 2).
+"""The denoising MLP of the diffusion head, applied to each token independently (paper, section 4.2 and figure 2).
 
-Shapes: `...` any leading axes of tokens, D token dimension, W backbone width, V denoiser width, T diffusion steps.
+Shapes: `...` leading axes of tokens, D token dimension, W backbone width, V_d denoiser width, K timesteps.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ FREQUENCIES = 256  # width of the sinusoidal timestep features
 
 
 def sinusoid(t: jax.Array) -> jax.Array:
-    """Cosines, then sines, of t at 128 frequencies from 1 down to 1/10000: float32 (..., 256)."""
+    """Cosines and sines of t at 128 frequencies from 1 to 1/10000: float32 (..., 256)."""
     half = FREQUENCIES // 2
     frequencies = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(half) / half), jnp.float32)
     angles = t.astype(jnp.float32)[..., None] * jnp.expand_dims(frequencies, range(t.ndim))
@@ -26,7 +26,7 @@ def sinusoid(t: jax.Array) -> jax.Array:
 
 
 class TimeEmbed(nn.Module):
-    """The MLP on the sinusoidal features of a timestep: (...) -> (..., V)."""
+    """Embeds timesteps, sinusoidal features through an MLP: (...) -> (..., V_d)."""
 
     width: int
     dtype: DTypeLike
@@ -45,14 +45,14 @@ class ResBlock(nn.Module):
 
     def setup(self) -> None:
         width, dtype = self.width, self.dtype
-        # Not cut over "tensor": tokens are (see DiffusionHead), whose activations are larger than these weights.
+        # Replicated over "tensor", which shards tokens (see DiffusionHead): activations are larger than these weights.
         self.modulation = Dense((width,), (3, width), ("embed", None, None), dtype, nn.initializers.zeros)
         self.norm = LayerNorm(dtype=dtype)
         self.fc1 = Dense((width,), (width,), ("embed", None), dtype)
         self.fc2 = Dense((width,), (width,), (None, "embed"), dtype)
 
     def modulate(self, condition: jax.Array) -> tuple[jax.Array, ...]:
-        """Shift, scale and gate, (..., V) each, from (..., V)."""
+        """Shift, scale and gate, (..., V_d) each, from (..., V_d)."""
         return self.modulation.split(condition)
 
     def __call__(self, x: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
@@ -62,9 +62,9 @@ class ResBlock(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """All that the denoiser has to know of timesteps and z, for C timesteps and tokens (...).
+    """The denoiser's modulation by K timesteps and the z of tokens (...).
 
-    `blocks` are shift, scale and gate, `dtype` (depth, C, ..., V) each; `final`, shift and scale, (C, ..., V).
+    `blocks` are shift, scale and gate, `dtype` (depth, K, ..., V_d) each; `final`, shift and scale, (K, ..., V_d).
     """
 
     blocks: tuple[jax.Array, ...]
@@ -72,9 +72,9 @@ class Modulation(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise and the log variance's interpolation: (..., 2 D) from x_t, t and z.
+    """Predicts the noise and the interpolation of the log variance, (..., 2 D), from x_t, t and z.
 
-    A timestep has only `num_steps` values, so its embedding is a table, computed once a call and gathered.
+    A timestep has `num_steps` possible values: their embeddings are computed once per call and gathered.
     """
 
     token_dim: int
@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
         self.final_linear = Dense((width,), (2 * self.token_dim,), ("embed", None), dtype, nn.initializers.zeros)
 
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
-        """Args: x_t float (..., D); t int (...); z float (..., W); all broadcast against each other."""
+        """Takes x_t float (..., D), t int (...) and z float (..., W), which broadcast against each other."""
 
         def layer(block: ResBlock, h: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
             return block(h, block.modulate(condition)), None
@@ -107,25 +107,26 @@ class Denoiser(nn.Module):
         return self._output(h, self.final_modulation.split(condition))
 
     def embed_condition(self, z: jax.Array) -> jax.Array:
-        """The part of the modulation's input that does not depend on t: (..., V) from z (..., W)."""
+        """The part of the modulation's input that depends on z alone: (..., V_d) from (..., W)."""
         return self.cond_embed(z)
 
-    def modulate(self, t_C: jax.Array, condition: jax.Array) -> Modulation:
-        """Three fifths of the network for C timesteps at once, from int (C,) and `embed_condition(z)`, (..., V).
+    def modulate(self, t_K: jax.Array, condition: jax.Array) -> Modulation:
+        """Modulation for K timesteps, int (K,), and `embed_condition(z)`, (..., V_d).
 
-        They need no x, so a sampler can have them ahead for many steps, with the weights read once.
+        It holds three fifths of the network's FLOPs and does not depend on x: samplers compute it for several steps
+        at once, reading the weights once.
         """
 
         def layer(block: ResBlock, none: None, condition: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
             return none, block.modulate(condition)
 
-        time = self.time_embed(t_C)
-        condition = nn.silu(time.reshape(len(t_C), *(1,) * (condition.ndim - 1), -1) + condition)
+        time = self.time_embed(t_K)
+        condition = nn.silu(time.reshape(len(t_K), *(1,) * (condition.ndim - 1), -1) + condition)
         _, blocks = over_layers(layer, self.depth)(self.blocks, None, condition)
         return Modulation(blocks, self.final_modulation.split(condition))
 
     def predict(self, x: jax.Array, modulation: Modulation, i: jax.Array) -> jax.Array:
-        """The prediction (..., 2 D) for x_t (..., D) at the i-th timestep of a `modulate`."""
+        """The prediction (..., 2 D) for x_t (..., D) at the i-th timestep of `modulate`."""
 
         def layer(block: ResBlock, h: jax.Array, modulation: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             return block(h, modulation), None

@@ -1,7 +1,7 @@
 """The diffusion head: the denoiser with the loss and the sampler of `heads/gaussian_diffusion.py` (paper, section 3.2).
 
-Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, K timesteps per token in
-the loss, steps in the sampler.
+Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, K timesteps: of a chain
+in the sampler, drawn per token (`diffusion_batch_mul`) in the loss.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ class SampleNoise(NamedTuple):
 class DiffusionHead(nn.Module):
     """Models a token given z by denoising diffusion.
 
-    `batch_shards` is the number of devices that the sampler's batch is sharded over: a device with few rows prepares
-    several steps together (`gaussian_diffusion.steps_ahead`).
+    `batch_shards` is the number of devices that the sampler's batch is sharded over. It determines the rows per device,
+    and so how many steps are prepared together (`gaussian_diffusion.steps_ahead`).
     """
 
     token_dim: int
@@ -44,7 +44,7 @@ class DiffusionHead(nn.Module):
 
     @classmethod
     def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> "DiffusionHead":
-        """See `Head.from_config`; tokens may be codes or not."""
+        """See `Head.from_config`."""
         return cls(
             token_dim=token_dim,
             depth=model.denoiser.depth,
@@ -63,7 +63,7 @@ class DiffusionHead(nn.Module):
 
     @nn.nowrap
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> gaussian_diffusion.LossNoise:
-        """What `__call__` needs: `t` int32 (B, K, L), `noise` float32 (B, K, L, D)."""
+        """Timesteps, int32 (B, K, L), and noise, float32 (B, K, L, D)."""
         return gaussian_diffusion.draw_loss_noise(
             key, (batch, self.diffusion_batch_mul, num_tokens, self.token_dim), self.num_steps
         )
@@ -71,12 +71,12 @@ class DiffusionHead(nn.Module):
     def __call__(
         self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: gaussian_diffusion.LossNoise, weight_BxL: jax.Array
     ) -> Terms:
-        """The terms of `Head.__call__`, float32 (B, K, L): loss, its parts, and loss by quarter of the timesteps."""
+        """The loss, its parts and the loss by quarter of the timesteps, float32 (B, K, L); see `Head.__call__`."""
         schedule = gaussian_diffusion.respace(self.num_steps, self.num_steps)
         tokens = tokens_BxLxD[:, None].astype(jnp.float32)
         noised = gaussian_diffusion.add_noise(schedule, tokens, noise)
-        # The denoiser treats tokens independently, so the "tensor" axis shards tokens and replicates weights: it sends
-        # the gradient of z once, where sharded weights would send several activations of B x K x L in every block.
+        # The denoiser treats tokens independently, so the "tensor" axis shards tokens and replicates weights: only the
+        # gradient of z is communicated, where sharded weights communicate B x K x L activations in every block.
         noised = nn.with_logical_constraint(noised, ("batch", None, "tokens", None))
         z_BxLxW = nn.with_logical_constraint(z_BxLxW, ("batch", "tokens", None))
         prediction = self.denoiser(noised, noise.t, z_BxLxW[:, None])
@@ -91,7 +91,7 @@ class DiffusionHead(nn.Module):
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> SampleNoise:
-        """What `sample` needs for one image."""
+        """The noise of sampling one image, without the batch axis."""
         steps = len(gaussian_diffusion.respaced_timesteps(self.num_steps, num_sampling_steps))
         key_init, key_step = jax.random.split(key)
         return SampleNoise(
@@ -108,7 +108,7 @@ class DiffusionHead(nn.Module):
         num_sampling_steps: int | str,
         temperature: float | jax.Array,
     ) -> jax.Array:
-        """See `Head.sample`; `temperature` scales the noise that the steps add (paper, section 3.3)."""
+        """See `Head.sample`; `temperature` scales the noise added by the steps (paper, section 3.3)."""
         schedule = gaussian_diffusion.respace(self.num_steps, num_sampling_steps)
         condition = self.denoiser.embed_condition(z)
 
@@ -131,23 +131,18 @@ class DiffusionHead(nn.Module):
 
     @nn.nowrap
     def denoiser_flops(self) -> tuple[float, float]:
-        """Of the denoiser for one token: the part done once a z, and the part done every timestep."""
-        each = 2 * (
-            self.token_dim * self.width
-            + self.depth * 5 * self.width**2
-            + 2 * self.width**2
-            + 2 * self.token_dim * self.width
-        )
-        return 2 * self.cond_width * self.width, each
+        """FLOPs of the denoiser per token: once per z, and per timestep."""
+        each = 3 * self.token_dim * self.width + (5 * self.depth + 2) * self.width**2
+        return 2 * self.cond_width * self.width, 2 * each
 
     @nn.nowrap
     def loss_flops(self) -> float:
-        """Of one token's forward pass in training."""
+        """FLOPs of the forward pass per token in training."""
         once, each = self.denoiser_flops()
         return once + self.diffusion_batch_mul * each
 
     @nn.nowrap
     def sample_flops(self, num_sampling_steps: int | str) -> float:
-        """Of sampling one token, without guidance."""
+        """FLOPs of sampling one token, without cfg."""
         once, each = self.denoiser_flops()
         return once + len(gaussian_diffusion.respaced_timesteps(self.num_steps, num_sampling_steps)) * each

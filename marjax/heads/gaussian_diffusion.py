@@ -1,8 +1,9 @@
-"""The diffusion head: noise schedule, per-token loss and ancestral sampler, as pure functions over arrays.
+"""Gaussian diffusion of tokens: noise schedule, per-token loss and ancestral sampler, as pure functions.
 
 Follows improved DDPM (Nichol and Dhariwal 2021, arXiv 2102.09672: cosine schedule, learned interpolated variance,
-hybrid loss, respaced steps) as Li et al. 2024 (section 3) use it for one token at a time. The denoising network is an
-argument. Shapes: `...` any leading axes, D token dimension, K sampling steps.
+hybrid loss, respaced steps), applied to each token (paper, section 3). The denoising network is an argument.
+
+Shapes: `...` leading axes of tokens, D token dimension, K timesteps of a chain.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ import numpy as np
 
 from marjax.heads import cfg
 
-# From C original timesteps, int32 (C,), a function (x float32 (..., D), int32 ()) -> (..., 2 D): the noise and the
-# interpolation of the log variance that the network predicts at the i-th of them.
+# Maps original timesteps, int32 (n,), to a function (x float32 (..., D), i int32 ()) -> (..., 2 D): the predicted noise
+# and interpolation of the log variance at the i-th of them.
 MakeDenoise = Callable[[jax.Array], Callable[[jax.Array, jax.Array], jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables of a (respaced) Gaussian diffusion, all float64 (T,), and the original timesteps, int64 (T,)."""
+    """A (possibly respaced) chain: betas and derived tables, float64 (K,), and original timesteps, int64 (K,)."""
 
     timestep_map: np.ndarray
     betas: np.ndarray
@@ -39,7 +40,7 @@ class Schedule:
 
     @functools.cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, that of t = 1."""
+        """Log variance of q(x_{t-1} | x_t, x_0); at t = 0, where it is -inf, the value at t = 1."""
         variance = self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         logs: np.ndarray = np.log(self.betas if len(variance) == 1 else np.append(variance[1], variance[1:]))
         return logs
@@ -57,7 +58,7 @@ class Schedule:
 
     @functools.cached_property
     def tables(self) -> dict[str, np.ndarray]:
-        """What loss and sampler gather from at a timestep, float32 (T,) each."""
+        """The tables that loss and sampler index by timestep, float32 (K,) each."""
         tables = dict(
             sqrt_alphas_cumprod=np.sqrt(self.alphas_cumprod),
             sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - self.alphas_cumprod),
@@ -72,7 +73,7 @@ class Schedule:
 
 
 def cosine_schedule(num_steps: int = 1000) -> Schedule:
-    """The cosine schedule of `num_steps` steps, betas capped at 0.999 (improved DDPM, equation 17)."""
+    """The cosine schedule with betas capped at 0.999 (improved DDPM, equation 17)."""
 
     def alpha_bar(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -82,26 +83,28 @@ def cosine_schedule(num_steps: int = 1000) -> Schedule:
 
 
 def respaced_timesteps(num_steps: int, spacing: int | str) -> np.ndarray:
-    """The original timesteps that a shorter chain keeps: int64, increasing.
+    """The original timesteps kept by a shorter chain: int64 (K,), increasing.
 
-    An integer n keeps n evenly spaced steps, both ends included; "ddimN" keeps N steps at a fixed integer stride.
+    An integer K keeps K evenly spaced steps, both ends included; "ddimK" keeps K steps at a fixed integer stride.
 
     Raises:
-      ValueError: not a positive integer or "ddimN", more steps than there are, or no integer stride gives N.
+      ValueError: not a positive integer or "ddimK", K exceeds `num_steps`, or no integer stride gives K steps.
     """
     text = str(spacing)
     digits = text.removeprefix("ddim")
     if not digits.isdecimal() or not 1 <= int(digits) <= num_steps:
-        raise ValueError(f"num_sampling_steps is {spacing!r}: give 1 to {num_steps}, or 'ddimN' such as 'ddim50'")
+        raise ValueError(
+            f"num_sampling_steps={spacing!r} is invalid; use 1 to {num_steps}, or 'ddimK' such as 'ddim50'"
+        )
     count = int(digits)
     if text.startswith("ddim"):
         for stride in range(1, num_steps + 1):
             if len(range(0, num_steps, stride)) == count:
                 return np.arange(0, num_steps, stride)
-        raise ValueError(f"num_sampling_steps is {spacing!r}: no integer stride keeps {count} of {num_steps} steps")
+        raise ValueError(f"num_sampling_steps={spacing!r}: no integer stride keeps {count} of {num_steps} steps")
     stride_ = (num_steps - 1) / (count - 1) if count > 1 else 1.0
     position, steps = 0.0, []
-    for _ in range(count):  # adds up as the reference does, so that ties round alike
+    for _ in range(count):  # accumulated as in the reference, so that ties round alike
         steps.append(round(position))
         position += stride_
     return np.array(steps)
@@ -109,7 +112,7 @@ def respaced_timesteps(num_steps: int, spacing: int | str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def respace(num_steps: int, spacing: int | str) -> Schedule:
-    """The schedule of the chain that visits only `respaced_timesteps`, with the same marginals there."""
+    """The schedule of the chain restricted to `respaced_timesteps`, with the same marginals."""
     base = cosine_schedule(num_steps)
     kept = respaced_timesteps(num_steps, spacing)
     marginals = base.alphas_cumprod[kept]
@@ -117,20 +120,20 @@ def respace(num_steps: int, spacing: int | str) -> Schedule:
 
 
 class LossNoise(NamedTuple):
-    """The randomness of the loss: `t` int32 (...) in [0, T), `noise` float32 (..., D)."""
+    """The randomness of the loss: `t` int32 (...) in [0, K), `noise` float32 (..., D)."""
 
     t: jax.Array
     noise: jax.Array
 
 
 def draw_loss_noise(key: jax.Array, shape: tuple[int, ...], num_steps: int) -> LossNoise:
-    """Draws a timestep and a noise for every token of `shape` (..., D)."""
+    """Draws a timestep and noise per token of `shape` (..., D)."""
     key_t, key_noise = jax.random.split(key)
     return LossNoise(jax.random.randint(key_t, shape[:-1], 0, num_steps), jax.random.normal(key_noise, shape))
 
 
 def add_noise(schedule: Schedule, tokens: jax.Array, rand: LossNoise) -> jax.Array:
-    """q(x_t | x_0) at the drawn noise: float32 (..., D); `tokens` broadcast against the noise."""
+    """Samples q(x_t | x_0) with the given noise: float32 (..., D); `tokens` broadcast against the noise."""
     signal = _at(schedule, "sqrt_alphas_cumprod", rand.t)
     return signal * tokens + _at(schedule, "sqrt_one_minus_alphas_cumprod", rand.t) * rand.noise
 
@@ -138,16 +141,16 @@ def add_noise(schedule: Schedule, tokens: jax.Array, rand: LossNoise) -> jax.Arr
 def loss_terms(
     schedule: Schedule, tokens: jax.Array, noised: jax.Array, rand: LossNoise, prediction: jax.Array
 ) -> dict[str, jax.Array]:
-    """The hybrid loss of every token and timestep, `mse` and `vb` (bits per dimension), float32 (...).
+    """The hybrid loss per token and timestep, `mse` and `vb` (bits per dimension), float32 (...).
+
+    The variational term `vb` trains only the variance: its mean is detached.
 
     Args:
-      schedule: the full chain, T steps.
+      schedule: the full chain.
       tokens: x_0, float32, broadcastable to (..., D).
       noised: x_t, float32 (..., D), from `add_noise`.
-      rand: what it was made with.
+      rand: the randomness passed to `add_noise`.
       prediction: the denoiser's output, (..., 2 D): noise, then the interpolation of the log variance in [-1, 1].
-
-    The variational term trains the variance alone: the mean in it is detached.
     """
     prediction = prediction.astype(jnp.float32)
     eps, interpolation = jnp.split(prediction, 2, axis=-1)
@@ -179,9 +182,9 @@ def predicted_gaussian(
 
 
 def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log probability, elementwise, of x in bins of 2/255 on [-1, 1], the outer bins open, under a Gaussian.
+    """Elementwise log probability under a Gaussian of the bin of x: width 2/255 on [-1, 1], outer bins open.
 
-    The normal distribution function is the tanh approximation that the reference uses.
+    Uses the tanh approximation of the normal distribution function, as in the reference.
     """
     inverse = jnp.exp(-log_scale)
     upper = _normal_cdf(inverse * (x - mean + 1.0 / 255.0))
@@ -198,15 +201,15 @@ def sample(
     temperature: float | jax.Array = 1.0,
     ahead: int = 1,
 ) -> jax.Array:
-    """Ancestral sampling along the whole schedule, float32 (..., D); nothing is clipped.
+    """Ancestral sampling over the whole schedule, float32 (..., D), without clipping.
 
     Args:
       schedule: the respaced chain, K steps.
       make_denoise: prepares `ahead` steps together.
-      init_noise: where the chain starts, (..., D).
-      step_noise: (K, ..., D); the first is used at the first, noisiest step. The last step adds none.
-      temperature: scale of the noise that the steps add (paper, section 3.3), not of `init_noise`.
-      ahead: how many steps are prepared together; divides K.
+      init_noise: the start of the chain, (..., D).
+      step_noise: (K, ..., D), from the noisiest step on. The last step adds none.
+      temperature: scale of `step_noise` (paper, section 3.3), not of `init_noise`.
+      ahead: number of steps prepared together; divides K.
     """
     timestep_map = jnp.asarray(schedule.timestep_map, jnp.int32)
     steps = jnp.arange(len(schedule.betas) - 1, -1, -1).reshape(-1, ahead)
@@ -228,19 +231,16 @@ def sample(
 
 
 def steps_ahead(num_steps: int, rows: int, enough: int = 256) -> int:
-    """How many of `num_steps` to prepare together: the largest divisor with at most `enough` rows in all, at least 1.
+    """The number of steps to prepare together: the largest divisor of `num_steps` with at most `enough` rows in total.
 
-    Below some 240 rows (bfloat16 on TPU v5e, 197 TFLOP/s over 819 GB/s) a matmul waits for its weights, not for its
-    arithmetic; above, more steps would only need more memory.
+    Below about 240 rows (bfloat16 on TPU v5e, 197 TFLOP/s over 819 GB/s) a matmul is bound by reading its weights;
+    above, more steps only need more memory.
     """
     return max(n for n in range(1, num_steps + 1) if num_steps % n == 0 and (n == 1 or n * rows <= enough))
 
 
 def apply_cfg(prediction: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance of the noise: (B, ..., 2 D) from (2 B, ..., 2 D), conditional half first.
-
-    eps = eps_u + scale (eps_c - eps_u); the variance is the conditional one.
-    """
+    """Applies cfg to the noise, not the variance: (B, ..., 2 D) from (2 B, ..., 2 D), conditional half first."""
     eps, interpolation = jnp.split(prediction, 2, axis=-1)
     return jnp.concatenate([cfg.apply_cfg(eps, scale), interpolation[: len(eps) // 2]], axis=-1)
 

@@ -1,6 +1,6 @@
 """The contract of a head: the methods that `models/generator.py` calls.
 
-Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, V codes.
+Shapes: B batch, L tokens, M tokens predicted in one step, D token dimension, W backbone width, V codebook size.
 """
 
 from typing import Protocol, Self
@@ -16,13 +16,13 @@ Terms = dict[str, tuple[jax.Array, jax.Array]]
 class Head(Protocol):
     """The distribution of one token given its z, as a Flax module.
 
-    A class of your own becomes a choice of `config.model.head` by `marjax.register`. Methods that are called outside of
-    `apply` are decorated with `flax.linen.nowrap` and use fields only, no parameters.
+    `marjax.register` makes a custom class a choice of `config.model.head`. Methods called outside of `apply` must be
+    decorated with `flax.linen.nowrap` and use fields only, no parameters.
 
     Optional fields: `codebook`, set to the tokenizer's codebook, float32 (V, D), before the head is applied;
     `batch_shards`, set to the number of devices that a batch is sharded over when sampling. Optional attributes:
-    `discrete = True` for a head that models codes; `schedule = "cosine"` for its default learning rate schedule; a
-    method `sample_ranked` (see `heads/categorical.py`) for orders by confidence; `loss_flops()` and
+    `discrete = True` if the head models codes; `schedule = "cosine"`, its default learning rate schedule; a method
+    `sample_ranked` (see `heads/categorical.py`) for orders by confidence; `loss_flops()` and
     `sample_flops(num_sampling_steps)`, FLOPs per token, which otherwise count as 0 in the reported MFU.
     """
 
@@ -30,8 +30,8 @@ class Head(Protocol):
     def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> Self:
         """Builds the head from a resolved `config.model`.
 
-        `model.extra` has settings of your own as text: `marjax.config.parse_arg(model.extra, rate=0.1)` parses it.
-        `num_codes` is the codebook size, 0 for continuous tokens. Raises UserError for settings it cannot use.
+        `model.extra` holds custom settings as text, parsed by `marjax.config.parse_arg(model.extra, rate=0.1)`.
+        `num_codes` is the codebook size, 0 for continuous tokens. Raises UserError for invalid settings.
         """
         ...
 
@@ -40,7 +40,7 @@ class Head(Protocol):
         ...
 
     def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: PyTree, weight_BxL: jax.Array) -> Terms:
-        """Per-token terms, name -> (values, weights); the weighted mean of "loss" is trained on, all are logged.
+        """Per-token terms, name -> (values, weights): the weighted mean of "loss" is minimised, all are logged.
 
         Args:
           z_BxLxW: in the compute dtype.
@@ -69,9 +69,9 @@ class Head(Protocol):
         """Tokens, float32 (B, M, D).
 
         Args:
-          z: (B, M, W); with guidance (2 B, M, W), the conditional half first.
+          z: (B, M, W), or with cfg (2 B, M, W), conditional half first.
           noise: from `draw_sample_noise`, leading axes (B, M).
-          cfg_scale: scalar, or None to generate without guidance.
+          cfg_scale: scalar, or None for no cfg.
           num_sampling_steps: as in `config.sample`, static.
           temperature: as in `config.sample`.
         """

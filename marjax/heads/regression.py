@@ -1,8 +1,6 @@
-"""The regression head: a linear layer to the token itself, trained by the squared error (the paper's ablation).
+"""The regression head: a linear layer from z to the token, trained by the squared error (the paper's ablation).
 
-It can only ever give the conditional mean. The methods are those of `heads/diffusion.py`.
-
-Shapes: B batch, L or M tokens, D token dimension, W backbone width.
+It predicts the conditional mean and nothing else. Shapes: B batch, L tokens, D token dimension, W backbone width.
 """
 
 import flax.linen as nn
@@ -22,7 +20,7 @@ def squared_error(prediction: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 class RegressionHead(nn.Module):
-    """Predicts a token given z."""
+    """Predicts the mean of a token given z."""
 
     token_dim: int
     cond_width: int
@@ -30,7 +28,7 @@ class RegressionHead(nn.Module):
 
     @classmethod
     def from_config(cls, model: ModelConfig, token_dim: int, num_codes: int) -> "RegressionHead":
-        """From a resolved `config.model`; tokens may be codes or not."""
+        """See `Head.from_config`."""
         return cls(token_dim=token_dim, cond_width=model.width, dtype=jnp.dtype(model.dtype))
 
     def setup(self) -> None:
@@ -38,16 +36,16 @@ class RegressionHead(nn.Module):
 
     @nn.nowrap
     def draw_loss_noise(self, key: jax.Array, batch: int, num_tokens: int) -> tuple[()]:
-        """Nothing: the squared error is not random."""
+        """Returns (): the squared error needs no randomness."""
         return ()
 
     def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array) -> Terms:
-        """The term of `Head.__call__`, float32 (B, L): the squared error, averaged over D."""
+        """The squared error, averaged over D, float32 (B, L); see `Head.__call__`."""
         return {"loss": (squared_error(self.mean(z_BxLxW), tokens_BxLxD), weight_BxL)}
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> tuple[()]:
-        """Nothing: a mean has nothing to draw."""
+        """Returns (): the mean needs no randomness."""
         return ()
 
     def sample(
@@ -65,10 +63,10 @@ class RegressionHead(nn.Module):
 
     @nn.nowrap
     def loss_flops(self) -> float:
-        """Of one token's forward pass in training."""
+        """FLOPs of the forward pass per token in training."""
         return 2 * self.cond_width * self.token_dim
 
     @nn.nowrap
     def sample_flops(self, num_sampling_steps: int | str) -> float:
-        """Of predicting one token, without guidance."""
+        """FLOPs of predicting one token, without cfg."""
         return self.loss_flops()

@@ -1,6 +1,6 @@
-"""Multi-head self-attention, over a whole sequence or of one token over a KV cache.
+"""Multi-head self-attention over a sequence, or from one token to a KV cache.
 
-Shapes: B batch, T sequence, S cached tokens, K keys a query may look at (T, or S + 1), W width, H heads, E head width.
+Shapes: B batch, T sequence, L tokens of the KV cache, W width, N heads, E head width.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from marjax.nn.layers import Dense, Dropout, precision, wide_product
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of the tokens seen so far, `dtype` (B, H, S, E) each; of a stack, with its layers in front."""
+    """A KV cache, `dtype` (B, N, L, E) each; in a stack of layers, with a leading layer axis."""
 
     key: jax.Array
     value: jax.Array
@@ -22,8 +22,8 @@ class KeyValue(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, W) -> (B, T, W), softmax in float32.
 
-    With a cache x is one token (T = 1) that looks at itself and at the cached ones where `mask`, (..., S), is true;
-    its own key and value, (B, H, 1, E), come back beside the result (None without a cache).
+    With a KV cache, x is one token (T = 1) that attends to itself and to the cached tokens where `mask`, (..., L), is
+    true. Its own key and value, (B, N, 1, E), are the second result, which is None without a cache.
     """
 
     num_heads: int
@@ -38,31 +38,26 @@ class Attention(nn.Module):
         width = x_BxTxW.shape[-1]
         heads, head_width = self.num_heads, width // self.num_heads
         qkv = Dense((width,), (3, heads, head_width), ("embed", None, "heads", "kv"), self.dtype, name="qkv")
-        q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = qkv.split(x_BxTxW)
-        q_BxTxHxE, new = q_BxTxHxE * head_width**-0.5, None
+        q_BxTxNxE, k_BxTxNxE, v_BxTxNxE = qkv.split(x_BxTxW)
+        q_BxTxNxE, new = q_BxTxNxE * head_width**-0.5, None
 
-        def scores(spec: str, keys: jax.Array) -> jax.Array:
-            return wide_product(spec, q_BxTxHxE, keys)
-
-        def mixed(spec: str, weights: jax.Array, values: jax.Array) -> jax.Array:
+        def average(spec: str, weights: jax.Array, values: jax.Array) -> jax.Array:
             return jnp.einsum(spec, weights, values, precision=precision(self.dtype))
 
-        scores_BxHxTxK = scores("bthe,bshe->bhts", k_BxTxHxE)
+        own = scores = wide_product("btne,bsne->bnts", q_BxTxNxE, k_BxTxNxE)
         if cache is not None:
-            own = scores_BxHxTxK
-            scores_BxHxTxK = scores("bthe,bhse->bhts", cache.key)
+            scores = wide_product("btne,bnse->bnts", q_BxTxNxE, cache.key)
         if mask is not None:
-            scores_BxHxTxK = jnp.where(mask, scores_BxHxTxK, jnp.finfo(jnp.float32).min)
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         if cache is not None:
-            scores_BxHxTxK = jnp.concatenate([scores_BxHxTxK, own], axis=-1)
-        weights_BxHxTxK = jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
-        weights_BxHxTxK = Dropout(self.attn_dropout)(weights_BxHxTxK, deterministic)
+            scores = jnp.concatenate([scores, own], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = Dropout(self.attn_dropout)(weights, deterministic)
         if cache is None:
-            out_BxTxHxE = mixed("bhts,bshe->bthe", weights_BxHxTxK, v_BxTxHxE)
+            out_BxTxNxE = average("bnts,bsne->btne", weights, v_BxTxNxE)
         else:
-            out_BxTxHxE = mixed("bhts,bhse->bthe", weights_BxHxTxK[..., :-1], cache.value) + mixed(
-                "bhts,bshe->bthe", weights_BxHxTxK[..., -1:], v_BxTxHxE
-            )
-            new = KeyValue(jnp.swapaxes(k_BxTxHxE, 1, 2), jnp.swapaxes(v_BxTxHxE, 1, 2))
-        out_BxTxW = Dense((heads, head_width), (width,), ("heads", "kv", "embed"), self.dtype, name="proj")(out_BxTxHxE)
+            out_BxTxNxE = average("bnts,bnse->btne", weights[..., :-1], cache.value)
+            out_BxTxNxE += average("bnts,bsne->btne", weights[..., -1:], v_BxTxNxE)
+            new = KeyValue(jnp.swapaxes(k_BxTxNxE, 1, 2), jnp.swapaxes(v_BxTxNxE, 1, 2))
+        out_BxTxW = Dense((heads, head_width), (width,), ("heads", "kv", "embed"), self.dtype, name="proj")(out_BxTxNxE)
         return Dropout(self.proj_dropout)(out_BxTxW, deterministic), new

@@ -1,4 +1,4 @@
-"""The dense layer, LayerNorm, dropout and table lookup that every network here is made of.
+"""Layers shared by all networks: Dense, LayerNorm, dropout and table lookup.
 
 Parameters are float32 and carry logical axis names (see `marjax/sharding.py`); matmuls run in `dtype`.
 """
@@ -14,23 +14,23 @@ import numpy as np
 
 Initializer = Callable[..., Any]
 normal_002 = nn.initializers.normal(0.02)
-embedding_init = nn.with_logical_partitioning(normal_002, (None, "embed"))  # of a table of rows
+embedding_init = nn.with_logical_partitioning(normal_002, (None, "embed"))
 vector_init = nn.with_logical_partitioning(normal_002, ("embed",))
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
-    """A float32 parameter of the module."""
-    value: Any = module.param(name, init, shape, jnp.float32)  # unboxed, when the module is applied
+    """Declares a float32 parameter."""
+    value: Any = module.param(name, init, shape, jnp.float32)  # boxed only during init
     return value
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Float32 means float32: without this, TPUs multiply in bfloat16 and newer GPUs in TF32."""
+    """The matmul precision that keeps float32 on TPUs (default: bfloat16 passes) and GPUs (default: TF32)."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def xavier(num_in: int, num_out: int) -> Initializer:
-    """Glorot uniform for a weight that stands for a (num_in, num_out) matrix, whatever its shape."""
+    """Glorot uniform with the fans of a (num_in, num_out) matrix, for a kernel of any shape."""
     limit = np.sqrt(6.0 / (num_in + num_out))
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -42,8 +42,8 @@ def xavier(num_in: int, num_out: int) -> Initializer:
 class Dense(nn.Module):
     """A linear map of the last axes of x, (..., *in_shape) -> (..., *out_shape), with bias.
 
-    `axes` are the logical names of the kernel's axes, `in_shape + out_shape` of them. The kernel's shape keeps heads
-    apart, so that tensor parallelism cuts between them.
+    `axes` names the logical axes of the kernel, whose shape is `in_shape + out_shape`: heads have an axis of their own,
+    along which tensor parallelism shards.
     """
 
     in_shape: tuple[int, ...]
@@ -53,15 +53,13 @@ class Dense(nn.Module):
     kernel_init: Initializer | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., *out_shape) from (..., *in_shape)."""
-        kernel, bias = self._weights()
-        return self._apply(x, kernel, bias)
+        return self._apply(x, *self._weights())
 
     def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """`__call__`, cut along the first axis of `out_shape`: so many products, each (..., *out_shape[1:]).
+        """Computes `__call__` as one product per entry of `out_shape[0]`, each (..., *out_shape[1:]).
 
-        Whoever takes the parts by themselves asks for them so: cutting one product's result costs a TPU copies of it in
-        another layout, several times the product's own traffic.
+        Use this when the parts are consumed separately: slicing one large product makes TPUs copy it into another
+        layout, at several times the memory traffic of the product itself.
         """
         kernel, bias = self._weights()
         axis = len(self.in_shape)
@@ -72,17 +70,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def _weights(self) -> tuple[jax.Array, jax.Array]:
-        fan_in, fan_out = int(np.prod(self.in_shape)), int(np.prod(self.out_shape))
-        init = self.kernel_init or xavier(fan_in, fan_out)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.axes), (*self.in_shape, *self.out_shape), jnp.float32
-        )
-        bias = self.param(
-            "bias",
-            nn.with_logical_partitioning(nn.initializers.zeros, self.axes[len(self.in_shape) :]),
-            self.out_shape,
-            jnp.float32,
-        )
+        init = self.kernel_init or xavier(int(np.prod(self.in_shape)), int(np.prod(self.out_shape)))
+        init_kernel = nn.with_logical_partitioning(init, self.axes)
+        init_bias = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[len(self.in_shape) :])
+        kernel = parameter(self, "kernel", init_kernel, (*self.in_shape, *self.out_shape))
+        bias = parameter(self, "bias", init_bias, self.out_shape)
         return jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
 
     def _apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -92,7 +84,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, eps 1e-6, statistics in float32; `affine=False` has no weights."""
+    """LayerNorm over the last axis, eps 1e-6, statistics in float32; no parameters if not `affine`."""
 
     affine: bool = True
     dtype: Any = jnp.float32
@@ -113,7 +105,7 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share `rate` of the entries and scales the rest; needs the rng "dropout" unless deterministic."""
+    """`dropout` as a module; needs the rng "dropout" unless deterministic."""
 
     rate: float
 
@@ -125,10 +117,9 @@ class Dropout(nn.Module):
 
 
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-    """x with a share `rate` of its entries zeroed and the others scaled by 1 / (1 - rate).
+    """Zeroes a fraction `rate` of the entries of x and scales the rest by 1 / (1 - rate).
 
-    The mask is a hash of (key, index), with far less arithmetic than Threefry. It is a function of the global index, so
-    no sharding changes it.
+    The mask is a hash of (key, global index): far cheaper than Threefry, and independent of the sharding.
     """
     word = jax.random.bits(key, (2,), jnp.uint32)
     row = _mix(jax.lax.broadcasted_iota(jnp.uint32, (x.shape[0],) + (1,) * (x.ndim - 1), 0) ^ word[0])
@@ -142,7 +133,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose every output bit depends on every input bit (Wellons' `lowbias32`)."""
+    """A bijective hash of uint32 (Wellons' `lowbias32`)."""
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
     return x ^ (x >> 15)
@@ -150,9 +141,9 @@ def _mix(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`einsum(spec, x, y)` in float32 from two arrays of one dtype, with gradients from products in that dtype.
+    """`einsum(spec, x, y)` with float32 output from two arrays of one dtype; gradients are products in that dtype.
 
-    Every letter stands in two of the three terms of `spec`, "x,y->out". JAX's own gradient multiplies the float32
+    Every letter of `spec` must occur in two of its three terms, "x,y->out". The default gradient multiplies a float32
     cotangent with a bfloat16 operand, which takes a TPU several passes.
     """
     return jnp.einsum(spec, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
@@ -175,17 +166,16 @@ wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 @jax.custom_vjp
-def lookup(table_NxW: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a small table, (..., W) from int (...) in [0, N), with a one-hot matmul as its gradient.
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a small table (rows, W) by int index (...): (..., W), with a one-hot matmul as the gradient.
 
-    Many indices share a row here, so XLA's own gradient is a scatter-add with collisions, slow on TPU and CPU.
+    The default gradient is a scatter-add; many indices share a row here, so it collides and is slow on TPU and CPU.
     """
-    return table_NxW[index]
+    return table[index]
 
 
-def _lookup_forward(table_NxW: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # An empty slice carries the table's height and dtype to the backward pass.
-    return table_NxW[index], (index, table_NxW[:, :0])
+def _lookup_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return table[index], (index, table[:, :0])  # the empty slice carries the number of rows and the dtype
 
 
 def _lookup_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:

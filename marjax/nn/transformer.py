@@ -1,6 +1,6 @@
-"""The pre-norm Transformer block and the scanned stack of them that every backbone uses.
+"""The pre-norm Transformer block, and the scanned stack of blocks that both backbones use.
 
-Shapes: B batch, T sequence, S cached tokens, W width, H heads, E head width.
+Shapes: B batch, T sequence, L tokens of the KV cache, W width, N heads, E head width.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 from marjax.nn.attention import Attention, KeyValue
 from marjax.nn.layers import Dense, Dropout, LayerNorm
 
-# What the backward pass may keep: everything, the outputs of weight matmuls, or only each layer's input.
+# What the forward pass saves for the backward pass: everything, outputs of weight matmuls, or only layer inputs.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -21,7 +21,7 @@ REMAT_POLICIES = {
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the exact GELU between them."""
+    """Two dense layers with an exact GELU in between."""
 
     ratio: float
     proj_dropout: float
@@ -61,7 +61,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`depth` blocks under one `lax.scan`: compile time does not grow with depth.
 
-    `mask` is boolean and broadcasts to (B, H, T, T), true where a query may look at a key. Parameters have a leading
+    `mask` is boolean and broadcasts to (B, N, T, T), true where a query may attend to a key. Parameters have a leading
     "layers" axis. `remat` is a key of REMAT_POLICIES.
     """
 
@@ -75,7 +75,7 @@ class Stack(nn.Module):
 
     @classmethod
     def from_backbone(cls, backbone: Any, depth: int) -> "Stack":
-        """With the settings of the backbone that it is a part of."""
+        """A stack with the settings of its backbone."""
         return cls(
             depth,
             backbone.num_heads,
@@ -95,29 +95,29 @@ class Stack(nn.Module):
 
         return over_layers(layer, self.depth, self.remat)(self.blocks, x_BxTxW, mask)[0]
 
-    def step(self, x_Bx1xW: jax.Array, mask_S: jax.Array, cache: KeyValue) -> tuple[jax.Array, KeyValue]:
-        """One more token after the cached ones, without dropout: its output and its own key and value.
+    def step(self, x_Bx1xW: jax.Array, mask_L: jax.Array, cache: KeyValue) -> tuple[jax.Array, KeyValue]:
+        """Applies the stack to one new token, without dropout; returns its output and its own keys and values.
 
-        The cache, (depth, B, H, S, E), is only read: writing one token after the scan over layers is far less memory
-        traffic than carrying all of it through.
+        The KV cache, (depth, B, N, L, E), is only read: writing one token after the scan over layers takes far less
+        memory traffic than carrying the whole cache through the scan.
         """
 
         def layer(block: Block, x: jax.Array, cache: KeyValue, mask: jax.Array) -> tuple[jax.Array, Any]:
             return block(x, mask, True, cache)
 
-        return over_layers(layer, self.depth, per_layer=(True, False))(self.blocks, x_Bx1xW, cache, mask_S)
+        return over_layers(layer, self.depth, per_layer=(True, False))(self.blocks, x_Bx1xW, cache, mask_L)
 
 
 def over_layers(
     layer: Callable[..., Any], depth: int, remat: str = "none", per_layer: tuple[bool, ...] = (False,)
 ) -> Any:
-    """Applies `depth` copies of a module in turn under one scan: (module, carry, *inputs) -> (carry, outputs).
+    """Scans over `depth` layers: a function (module, carry, *inputs) -> (carry, outputs).
 
     Args:
-      layer: maps (module, carry, *inputs) to (carry, output) for one copy.
-      depth: number of copies; their parameters are stacked on a new first axis, "layers".
+      layer: maps (module, carry, *inputs) to (carry, output) for one layer.
+      depth: number of layers; their parameters are stacked along a new first axis, "layers".
       remat: a key of REMAT_POLICIES.
-      per_layer: for every input whether it has a leading layer axis; otherwise all layers share it.
+      per_layer: for each input, whether it has a leading layer axis; otherwise all layers share it.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
