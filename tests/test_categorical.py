@@ -155,4 +155,5 @@ def test_without_a_codebook_it_says_so(mar):
     generator, params = mar
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
     with pytest.raises(ValueError, match="codebook"):
-        generator.apply({"params": params}, jnp.zeros((3, L, D)), jnp.arange(3), rand, True)
+        without = generator.clone(head=generator.head.clone(codebook=None))
+        without.apply({"params": params}, jnp.zeros((3, L, D)), jnp.arange(3), rand, True)

@@ -11,6 +11,7 @@ from support.models import make_generator, perturbed_params
 from marjax import config as config_lib
 from marjax.assembly import model_config
 from marjax.models import generator as generator_lib
+from marjax.models.generator import Classes
 from marjax.models.init import init_unboxed
 
 L, D = 16, 4
@@ -31,8 +32,7 @@ def z_of(case, tokens=None, slots=6, **changes):
     return generator.apply(
         {"params": params},
         given if tokens is None else tokens,
-        labels,
-        rand.drop_label,
+        Classes(labels, rand.drop_label),
         rand.order,
         rand.num_known,
         slots=slots,
