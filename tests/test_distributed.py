@@ -293,7 +293,7 @@ def work(folder, train_fields, cache_fields):
         num_images=12, seed=3, num_classes=10, settings={}, weights="ema", step=4, digest="", tokenizer="", batch_size=4
     )
     samples = SampleSet(folder / "samples", plan, all_processes())
-    samples.generate(opened.sampler, opened.params, False)
+    samples.generate(opened.sampler, opened.params)
     cache_latents(make_autoencoder(**cache_fields), folder / "cache", dtype="float32", shard_examples=10)
     return distributed.end(0, None)
 
