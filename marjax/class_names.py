@@ -1,4 +1,4 @@
-"""The names of a data set's classes: kept in the work directory, so that sampling need not open the data."""
+"""Class names of a data set, stored in the work directory so that sampling does not open the data."""
 
 import collections
 import json
@@ -20,14 +20,14 @@ FILE = "classes.json"  # in a work directory
 NO_CLASS = -1
 MAX_LENGTH = 200  # characters of a name
 
-Names = tuple[str | None, ...]  # by class number; None where a class has no name that can be used
+Names = tuple[str | None, ...]  # by class number; None for a class without a usable name
 
 
 def usable(names: Sequence[object] | None) -> Names:
-    """Names as a data set gives them, without those that are too long, cannot be printed or are there twice.
+    """The names of a data set, without those that are too long, not printable or not unique.
 
     Returns:
-      One entry a class; () if none has a name other than its number.
+      One entry per class; () if no class has a name other than its number.
     """
     given = [name if name is None else str(name) for name in names or ()]
     counts = collections.Counter(given)
@@ -36,12 +36,12 @@ def usable(names: Sequence[object] | None) -> Names:
 
 
 def is_name(text: object) -> bool:
-    """Whether a value is a text of one line that a class may have for its name."""
+    """Whether a value is a valid class name: one line of printable text."""
     return isinstance(text, str) and 0 < len(text) <= MAX_LENGTH and text.isprintable() and not text.isspace()
 
 
 def write(folder: str | os.PathLike[str], names: Names) -> None:
-    """Writes FILE into a folder; without names, nothing. Raises UserError: it cannot be written."""
+    """Writes FILE into a folder, if there are names. Raises UserError: it cannot be written."""
     if names:
         text = json.dumps({"names": names}, indent=1, ensure_ascii=False) + "\n"
         write_bytes(epath.Path(folder) / FILE, text.encode())
@@ -51,8 +51,7 @@ def read(folder: str | os.PathLike[str], num_classes: int) -> Names:
     """The names in a folder, of at most `num_classes` classes; () if it has no FILE.
 
     Raises:
-      UserError: a file that is damaged, has more names than there are classes, one twice, or one that cannot be printed
-        on a line.
+      UserError: a file that is damaged, has more names than classes, or invalid or duplicate names.
     """
     path, advice = epath.Path(folder) / FILE, "fix it, or delete it and give classes by their numbers"
     names = read_json(path, {"names": [(str, None)]}, advice=advice, missing={"names": []}, max_bytes=1 << 28)["names"]
@@ -61,19 +60,19 @@ def read(folder: str | os.PathLike[str], num_classes: int) -> Names:
     seen = set()
     for name in names:
         if name is not None and (not is_name(name) or name in seen):
-            raise UserError(f"{path}: {shortened(repr(name))} is no name of a class, or is there twice; {advice}")
+            raise UserError(f"{path}: {shortened(repr(name))} is not a class name, or not unique; {advice}")
         seen.add(name)
     return tuple(names) if any(names) else ()
 
 
 def class_of(text: str, names: Names, num_classes: int | None = None) -> int:
-    """The class that a text stands for: its number, its name, or -1 for "none".
+    """The class that a text means: a number, a name, or -1 for "none".
 
-    A number is the class of that number, also where another class is called so, unless it is in quotes or there is no
-    class of that number. Names may be in another case, and in quotes.
+    An unquoted number is the class of that number, if it exists, even if another class has that name. Names may be
+    quoted and in any case.
 
     Raises:
-      UserError: there is no such class; the error names the closest.
+      UserError: there is no such class; names the closest.
     """
     text = text.strip()
     name = unquoted(text)
@@ -89,22 +88,22 @@ def class_of(text: str, names: Names, num_classes: int | None = None) -> int:
     known = [each for each in names if each is not None]
     if not known:
         raise UserError(
-            f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; the names of the classes "
-            f'are not known: {FILE} of the work directory would hold them, {{"names": ["cat"]}}'
+            f"labels {shown(text)}: give classes such as 0-9 or 1,5,7, or 'none'; class names are unknown: "
+            f'put them into {FILE} of the work directory, {{"names": ["cat"]}}'
         )
     raise UserError(f"labels: no class {shown(name)}{closest(name, known)}; give numbers or some of {listed(known)}")
 
 
 def is_number(text: str) -> bool:
     """Whether a text is the number of a class."""
-    return text.isdecimal() and len(text) <= 7  # no more than can be listed
+    return text.isdecimal() and len(text) <= 7  # more could not be listed
 
 
 def classes_of(labels: Any, folder: str | os.PathLike[str], num_classes: int) -> Any:
-    """Labels as Python code gives them, with the numbers of the names in them; a single one becomes a list of one.
+    """Labels given in Python, with names replaced by numbers; a single label becomes a list.
 
     Raises:
-      UserError: there is no class of a name; or see `read`, if there are names.
+      UserError: an unknown name, or an error of `read`.
     """
     if isinstance(labels, str | numbers.Number) or getattr(labels, "ndim", None) == 0:
         labels = [labels]
@@ -117,14 +116,14 @@ def classes_of(labels: Any, folder: str | os.PathLike[str], num_classes: int) ->
 
 
 def label(index: int, names: Names) -> str:
-    """What a class is called in a picture: its name, or else its number; of -1, "no class"."""
+    """A class in a picture: its name, or else its number; "no class" for -1."""
     if index < 0:
         return "no class"
     return (names[index] if index < len(names) else None) or str(index)
 
 
 def legend(classes: Sequence[int], names: Names) -> str:
-    """Which number is which class: "0 flower; 1 temple"; "" if no name says more than its number."""
+    """The names of the classes, such as "0 flower; 1 temple"; "" if there are only numbers."""
     shown = list(dict.fromkeys(classes))
     if all(label(each, names) in (str(each), "no class") for each in shown):
         return ""

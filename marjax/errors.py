@@ -1,63 +1,63 @@
-"""The exceptions that the command line prints as one line, without a traceback, and the codes it ends with.
+"""Exceptions that the command line prints as one line, without a traceback, and the exit codes of commands.
 
-Beside these are 0, 1 (a run that cannot go on) and 2 (a user error). A launcher starts the same command again after any
-of those below but 130; GKE's xpk calls 42 and all from 127 to 255 retriable.
+Other codes are 0, 1 (a failed run) and 2 (a user error). A launcher restarts the same command after any of the codes
+below except 130; GKE's xpk treats 42 and 127 to 255 as retriable.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-PREEMPTED = 42  # asked to stop by SIGTERM, and saved
-INTERRUPTED = 130  # Ctrl-C; of a training run, once it has saved
-LOST_PEER = 134  # another process of the run has gone; an abort, as JAX's own watchdog ends a process
-LOST_STORAGE = 200  # gs:// does not answer, or a checkpoint may not be read
+PREEMPTED = 42  # stopped by SIGTERM, after saving
+INTERRUPTED = 130  # stopped by Ctrl-C; a training run saves first
+LOST_PEER = 134  # another process of the run died; the code of an abort, as after JAX's watchdog
+LOST_STORAGE = 200  # gs:// does not answer, or denies access to a checkpoint
 
 
 class UserError(ValueError):
-    """Says what was given, what was expected and what to do, in one sentence or two."""
+    """Invalid input: one line with what is wrong, what was expected and how to fix it."""
 
     code = 2
 
 
 def missing_extra(what: str, extra: str) -> UserError:
-    """The error of what needs packages that only an extra of marjax installs; with the command that does it."""
+    """The error about packages that an extra of marjax installs, with the command that installs them."""
     return UserError(f"{what} needs the {extra} extra: pip install 'marjax[{extra}]'")
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on through no slip of the user's; the command line prints it as one line too."""
+    """A run that cannot continue, not because of invalid input."""
 
     code = 1
 
 
 class LostPeerError(TrainingError):
-    """Another process of the run has gone, or did not come; the same command goes on."""
+    """Another process of the run died or never started; the same command resumes."""
 
     code = LOST_PEER
 
 
 class StorageError(TrainingError):
-    """The storage does not answer, and its clients have tried again; the same command goes on."""
+    """The storage does not answer, despite retries; the same command resumes."""
 
     code = LOST_STORAGE
 
 
 class PreemptedError(RuntimeError):
-    """A run that was asked to stop and has saved; the same command resumes it."""
+    """A run stopped by a preemption notice, after saving; the same command resumes it."""
 
     code = PREEMPTED
     cause = "preempted"
 
 
 class InterruptedRunError(PreemptedError):
-    """The same, after Ctrl-C."""
+    """A run stopped by Ctrl-C, after saving."""
 
     code = INTERRUPTED
     cause = "interrupted"
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception and what it came from, the root cause last."""
+    """An exception and its causes, the root cause last."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -67,20 +67,20 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def one_line(text: str) -> str:
-    """The text with its control characters, line breaks among them, written as escapes."""
+    """The text with control characters, including line breaks, as escapes."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def first_line(error: BaseException, empty: str | None = None) -> str:
-    """The first line of an error's text; where it has none, `empty`, by default the name of its type."""
+    """The first line of an error's text; `empty` if there is none, by default the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__ if empty is None else empty
 
 
 def shortened(text: str, length: int = 60) -> str:
-    """A foreign text for an error message: on one line, without control characters, and short."""
+    """A foreign text for an error message: one short line without control characters."""
     return one_line(text[:length] + "..." * (len(text) > length))
 
 

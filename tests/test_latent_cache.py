@@ -304,9 +304,9 @@ def test_a_cache_of_another_tokenizer_is_refused(autoencoders, cache, tmp_path):
 def test_a_cache_without_flips_is_refused_where_images_are_mirrored(autoencoders, cache, tmp_path):
     cache_latents(make(autoencoders, data__flip=False), tmp_path / "plain", dtype="float32")
     config = make(autoencoders, data__cache=str(tmp_path / "plain"))
-    with pytest.raises(UserError, match=r"no mirrored images, but config\.data\.flip is set"):
+    with pytest.raises(UserError, match=r"config\.data\.flip"):
         train(config, tmp_path / "run")
-    with pytest.raises(UserError, match="no mirrored images"):
+    with pytest.raises(UserError, match=r"config\.data\.flip"):
         Latents(tmp_path / "plain", read_manifest(tmp_path / "plain"), flip=True)
 
 
@@ -342,7 +342,7 @@ def test_damage_is_told(autoencoders, cache, tmp_path):
         (short / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.json"):
             read_manifest(short)
-    with pytest.raises(UserError, match="is no latent cache"):
+    with pytest.raises(UserError, match=r"nowhere .*manifest\.json"):
         read_manifest(tmp_path / "nowhere")
 
 

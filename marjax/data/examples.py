@@ -1,4 +1,4 @@
-"""What a batch is made of: single examples, ready for the model, by index."""
+"""Random access to single examples, ready for the model: what batches are made of."""
 
 from typing import Any, Protocol
 
@@ -11,14 +11,14 @@ from marjax.data.sources import ArraySource, Pixels, Source, class_names_of
 
 
 class Examples(Protocol):
-    """Random access to examples of one shape; picklable, since worker processes hold a copy each.
+    """Random access to examples of one shape; picklable, since each worker process holds a copy.
 
     Attributes:
       kind: the name of their array in a batch.
-      shape: of one.
-      dtype: of all.
-      in_memory: whether reading one takes next to no time.
-      class_names: by label; () if they are not known.
+      shape: of one example.
+      dtype: of the array.
+      in_memory: whether reading an example takes hardly any time.
+      class_names: by label; () if unknown.
     """
 
     kind: str
@@ -33,12 +33,12 @@ class Examples(Protocol):
     def read(self, index: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], int]:
         """Example `index` of `range(len(self))`, augmented by `rng`, and its label.
 
-        Raises UserError, naming it, where it is unusable.
+        Raises UserError, naming the example: it is unusable.
         """
 
 
 class Images:
-    """The images of a source, cropped and perhaps mirrored: uint8 (S, S, C)."""
+    """The images of a source, cropped and optionally flipped: uint8 (S, S, C)."""
 
     kind = "image"
     dtype: np.dtype[Any] = np.dtype(np.uint8)

@@ -1,4 +1,4 @@
-"""The pictures of a folder as they are, without class folders or a data set made of them."""
+"""Reads the pictures of a folder that is not prepared as a data set and has no class folders."""
 
 import os
 
@@ -12,16 +12,14 @@ from marjax.paths import takes_paths
 
 @takes_paths("folder")
 def pictures(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of all pictures in a folder and those below it, in the order of their names.
-
-    What counts as a picture is what does for `marjax prepare`.
+    """Paths of all pictures in and below a folder, sorted by name; the same files as for `marjax prepare`.
 
     Raises:
       UserError: no such folder, or no picture in it.
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
-        raise UserError(f"images {folder} is no folder: give one with pictures, on this machine")
+        raise UserError(f"images {folder} is not a folder: give a local folder of pictures")
     found = [item.path for item in list_pictures(root)]
     if not found:
         raise UserError(f"images {folder} has no pictures: give another folder")
@@ -29,7 +27,7 @@ def pictures(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Pixels:
-    """The pixels, uint8 (H, W, 1 or 3), that training would get of a picture once it is prepared.
+    """The pixels of a picture, uint8 (H, W, 1 or 3), as training reads them from a prepared data set.
 
     Raises:
       UserError: it cannot be read.
@@ -37,5 +35,5 @@ def read_picture(path: str | os.PathLike[str]) -> Pixels:
     try:
         return decode(storable(read_bytes(path))[0])
     except (OSError, UnreadableError) as error:
-        advice = remedy(error, "repair it, or take it out of the folder")
+        advice = remedy(error, "repair it, or remove it from the folder")
         raise UserError(f"picture {os.fspath(path)} cannot be read ({error}): {advice}") from None

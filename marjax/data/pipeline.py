@@ -1,13 +1,13 @@
 """Batches of examples whose content depends on the seed and the step only.
 
-Position p = step * batch_size + row counts through an endless sequence: epoch p // N, in an order of its own for every
-epoch. The position alone decides which example is read and how it is augmented; of each batch, a host takes the rows
-that its devices hold. So neither the number of hosts and their place in the mesh nor the number of worker processes or
-threads changes a global batch, and a run is resumed by its step number.
+Position p = step * batch_size + row counts through an endless sequence: epoch p // N, each in its own random order.
+The position alone determines which example is read and how it is augmented; of each batch, a host reads the rows that
+its devices hold. A global batch therefore depends neither on the hosts and their place in the mesh nor on the number of
+worker processes or threads, and a run resumes by its step number.
 
-Grain brings the threads, the worker processes and the prefetching. The order and the random numbers are computed here
-for a whole batch at once: Grain's own chain of shuffle, repeat, random_map and batch spends 80 microseconds an example
-on itself, which is more than a step of a small model takes.
+Grain provides threads, worker processes and prefetching. The order and the random numbers are computed here, per batch:
+Grain's chain of shuffle, repeat, random_map and batch has an overhead of 80 microseconds per example, which is more
+than a step of a small model takes.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from marjax.data.sources import open_source
 from marjax.data.worker_processes import blocked_signals, check_shared_memory, explain_death, safe_path, serve_parent
 from marjax.errors import UserError, first_line
 
-# The third word of the counter of the random bits: what they are for. The fourth is the epoch, or the position.
+# The third word of the counter of the random bits: their purpose. The fourth is the epoch, or the position.
 _ORDER, _AUGMENT = 0, 1
 
 _ALIGNMENT = 64  # bytes
@@ -47,21 +47,21 @@ Batch = dict[str, npt.NDArray[Any]]
 
 
 class Batches(Closeable, Iterator[Batch]):
-    """Iterates over this host's part of the batches from `start_step` on; a context manager, to be closed.
+    """Iterates over this host's part of the batches from `start_step` on; a context manager.
 
-    With `train` the batches never end, every epoch
-    (of `num_examples`, not of whole batches) holds each example once, and images are flipped if `data.flip`. Without,
-    there is one pass in the source's order and without flips, of `num_batches`; the last batch is filled up from the
-    start of the data, so that all have one shape on all hosts: count rows of positions below `num_examples` only.
+    With `train` the batches never end, each epoch of `num_examples` (not of whole batches) contains every example once,
+    and images are flipped if `data.flip`. Without, there is one pass of `num_batches` in the source's order, without
+    flips; the last batch is filled up from the start of the data, so that all batches have the same shape on all hosts:
+    only rows of positions below `num_examples` count.
 
-    With `data.workers` > 0, examples are read by that many spawned processes, so a script must start its work below
+    With `data.workers` > 0, that many spawned processes read the examples, so a script must start its work below
     `if __name__ == "__main__":`.
 
     Attributes:
-      examples: what the batches are made of.
+      examples: the examples.
       num_examples: the size of the data set.
-      class_names: by label; () if they are not known.
-      num_batches: how many global batches there are in all, counted from step 0; None if `train`.
+      class_names: by label; () if unknown.
+      num_batches: number of global batches from step 0; None if `train`.
     """
 
     examples: Examples
@@ -90,43 +90,42 @@ class Batches(Closeable, Iterator[Batch]):
           start_step: how many batches to skip; costs nothing.
           rows: which rows of the global batch to read, ascending (see `sharding.rows_held`); all by default.
           train: see the class.
-          examples: what to read in place of the images of `data`, such as a latent cache; of `data`, `workers` is then
-            all that counts.
-          first: without `train`, where the one pass begins, below `num_examples`: row 0 of step 0 is this example.
+          examples: read instead of the images of `data`, such as a latent cache; only `data.workers` is used then.
+          first: without `train`, the example in row 0 of step 0, below `num_examples`.
 
         Raises:
-          UserError: for any argument or config field out of its range, and whatever `open_source` raises; too little
-            shared memory for the worker processes.
+          UserError: an argument or config field out of range, an error of `open_source`, or too little shared memory
+            for the worker processes.
         """
         workers = data.workers
         if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} is not positive: expected the number of images of a batch.")
+            raise UserError(f"batch_size={batch_size} is not positive; use at least 1")
         if rows is None:
             rows = np.arange(batch_size)
         if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) <= 0).any():
-            raise UserError(f"rows={rows} of a batch of {batch_size}: expected ascending ones below that.")
+            raise UserError(f"rows={rows} of a batch of {batch_size}: expected ascending numbers below it")
         if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed} is out of range: expected 0 to 2**63 - 1.")
+            raise UserError(f"seed={seed} is out of range; use 0 to 2**63 - 1")
         if start_step < 0:
-            raise UserError(f"start_step={start_step} is negative: expected the number of batches to skip.")
+            raise UserError(f"start_step={start_step} is negative; use the number of batches to skip")
         if workers < 0:
-            raise UserError(f"data.workers={workers} is negative: expected 0 (threads only) or a number of processes.")
+            raise UserError(f"data.workers={workers} is negative; use 0 (threads only) or a number of processes")
         if examples is None:
             preprocess = Preprocess(data.image_size, data.channels, data.flip and train)
             examples = Images(open_source(data), preprocess)
         self.examples, self.num_examples, self.class_names = examples, len(examples), examples.class_names
         if first and (train or not 0 <= first < self.num_examples):
-            raise UserError(f"first={first} is out of range: expected 0 to {self.num_examples - 1}, or 0 in training.")
+            raise UserError(f"first={first} is out of range; use 0 to {self.num_examples - 1}, or 0 in training")
         self.num_batches = None if train else -(-(self.num_examples - first) // batch_size)
         self._iterator: grain.DatasetIterator | None = None
         self._workers = workers
         steps = _Steps(examples, batch_size, seed, rows, train, first)
-        self._starts = contextlib.ExitStack()  # Grain starts its workers when it likes
+        self._starts = contextlib.ExitStack()  # open until `close`: Grain may start its workers at any time
         self._first: contextlib.AbstractContextManager[None] | None = None  # of the first batch
         if workers:
             check_shared_memory(len(rows) * math.prod(examples.shape) * np.dtype(examples.dtype).itemsize, workers)
             self._starts.enter_context(safe_path())
-            weakref.finalize(self, self._starts.close)  # also where nobody calls `close`, or what follows fails
+            weakref.finalize(self, self._starts.close)  # if nobody calls `close`, or the code below fails
             self._first = blocked_signals()
         self._iterator = iter(_with_prefetch(steps, start_step, workers))
 
@@ -139,7 +138,7 @@ class Batches(Closeable, Iterator[Batch]):
           RuntimeError: these batches are closed.
         """
         if self._iterator is None:
-            raise RuntimeError("These batches are closed: open new ones, with start_step to go on.")
+            raise RuntimeError("these batches are closed: open new ones, with start_step to continue")
         try:
             with self._first or contextlib.nullcontext():
                 self._first = None
@@ -147,7 +146,7 @@ class Batches(Closeable, Iterator[Batch]):
         except StopIteration:
             raise
         except BaseException as error:
-            # Grain would go on behind the batch that failed, and silently skip it.
+            # Grain would silently skip the batch that failed.
             self.close()
             if (
                 self._workers
@@ -158,8 +157,8 @@ class Batches(Closeable, Iterator[Batch]):
                     f"data.workers={self._workers}, but the data cannot be sent to worker processes "
                     f"({first_line(error)}): set data.workers=0, or make the data picklable"
                 ) from error
-            if (told := explain_death(error)) is not None:
-                raise told from error
+            if (explained := explain_death(error)) is not None:
+                raise explained from error
             raise
 
     def close(self) -> None:
@@ -176,7 +175,7 @@ class Batches(Closeable, Iterator[Batch]):
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Like np.empty, at an address that XLA's CPU devices can use as it is: elsewhere they copy what they are given."""
+    """Like np.empty, but aligned so that XLA's CPU devices can use the memory without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
@@ -184,7 +183,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
 
 
 class _Steps:
-    """Random access to this host's batches by step number: what Grain reads from."""
+    """Random access to this host's batches by step number, for Grain."""
 
     def __init__(
         self, examples: Examples, batch_size: int, seed: int, rows: npt.NDArray[np.int64], train: bool, first: int
@@ -206,7 +205,7 @@ class _Steps:
         rng, state = _generator(self._seed)
         indices = self._indices_at(positions).tolist()
         for row, (position, index) in enumerate(zip(positions.tolist(), indices, strict=True)):
-            # Moving one generator to a position takes a quarter of the time of making one there.
+            # Moving a generator to a position takes a quarter of the time of creating one.
             state["state"]["counter"][:] = (0, 0, _AUGMENT, position)
             rng.bit_generator.state = state
             rows[row], labels[row] = self.examples.read(index, rng)
@@ -229,15 +228,15 @@ def _generator(seed: int) -> tuple[np.random.Generator, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4)
 def _order(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The permutation of one epoch. Made of raw bits, which NumPy promises never to change, unlike `permutation`."""
+    """The permutation of one epoch, from raw bits, which NumPy promises never to change, unlike `permutation`."""
     bits = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([0, 0, _ORDER, epoch], np.uint64))
     return np.argsort(bits.random_raw(num_examples), kind="stable")
 
 
 def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDataset:
     dataset = grain.MapDataset.source(steps)[start_step:]
-    # Each thread makes one batch at a time and each place in the buffer holds one. Decoding gains by more threads;
-    # what is in memory already needs one, to work ahead of the accelerator.
+    # A thread makes one batch at a time, and a place in the buffer holds one. Decoding benefits from more threads; for
+    # data in memory, one suffices to stay ahead of the accelerator.
     if steps.examples.in_memory:
         threads = 1
     elif workers:
@@ -248,11 +247,10 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
     if not workers:
         return ahead
     if not flags.FLAGS.is_parsed():
-        # Grain's workers inherit its flags. Without absl.app (notebooks, tests) nobody has parsed any.
+        # Grain's workers inherit its flags, which only absl.app parses (not notebooks and tests).
         flags.FLAGS.mark_as_parsed()
     shared = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker)
-    # Copied out of the workers' shared memory, by a thread of its own: what still lies there when the program ends is
-    # complained about, and lost until then.
+    # A thread copies batches out of the workers' shared memory: what is left there at exit causes warnings.
     return grain.experimental.ThreadPrefetchIterDataset(shared.map(_copied), prefetch_buffer_size=1)
 
 

@@ -1,4 +1,4 @@
-"""From a source's image to the square the model sees: crop, channels, flip. Everything stays uint8."""
+"""Preprocessing of images: crop, channels, flip. Everything stays uint8."""
 
 import dataclasses
 
@@ -8,16 +8,16 @@ from PIL import Image
 from marjax.data.config import check_image
 from marjax.data.sources import Element, Pixels
 
-_LONGEST = 16  # times its shorter side is scaled of a picture: all of 60,000 x 3 pixels would take gigabytes
-CROP = "center"  # what `center_crop` does; another crop needs another name, for caches record it
+_LONGEST = 16  # times the shorter side; scaling all of 60,000 x 3 pixels would take gigabytes
+CROP = "center"  # recorded in latent caches; another crop than `center_crop` needs another name
 
 
 def center_crop(image: Pixels, size: int) -> Pixels:
     """The central square of `image`, its shorter side scaled to `size`.
 
-    Halves with a box filter as long as the shorter side is at least 2 * size, then goes to the exact size with a
-    bicubic one: the crop of guided diffusion (Dhariwal and Nichol 2021) that the reference trains on. Also enlarges. Of
-    a picture over 16 times as long as wide, only the middle is scaled.
+    Halves with a box filter while the shorter side is at least 2 * size, then resizes with a bicubic filter: the crop
+    of guided diffusion (Dhariwal and Nichol 2021), which the reference trains on. Small images are enlarged. Of an
+    image over 16 times as long as wide, only the middle is scaled.
 
     Args:
       image: uint8 (H, W, C), C of 1 or 3.
@@ -50,9 +50,9 @@ def _scale(image: Pixels, size: int) -> Pixels:
 
 
 def to_channels(image: Pixels, channels: int) -> Pixels:
-    """`image` uint8 (H, W, 1, 3 or 4) as uint8 (H, W, `channels`), `channels` 1 or 3; the same array if it has them.
+    """Converts uint8 (H, W, 1, 3 or 4) to uint8 (H, W, `channels`), 1 or 3; the same array if nothing changes.
 
-    Grey is repeated, colour becomes the luma that Pillow computes (ITU-R 601-2), alpha is dropped.
+    Grey is repeated, colour becomes Pillow's luma (ITU-R 601-2), alpha is dropped.
     """
     given = image.shape[2]
     if given == channels:
@@ -66,21 +66,21 @@ def to_channels(image: Pixels, channels: int) -> Pixels:
 
 
 def draw_flip(rng: np.random.Generator) -> bool:
-    """Whether to mirror this image: half of all."""
+    """Whether to flip an image, with probability 0.5."""
     return bool(rng.random() < 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """Turns a source's element into a training example; fits Grain's `random_map`.
+    """Converts a source's element to a training example.
 
     Attributes:
       image_size: the side of the result, in pixels.
       channels: 1 or 3.
-      flip: whether to mirror left and right with probability 0.5.
+      flip: whether to flip horizontally with probability 0.5.
 
     Raises:
-      UserError: if a size or a number of channels is impossible.
+      UserError: an invalid size or number of channels.
     """
 
     image_size: int
@@ -93,7 +93,7 @@ class Preprocess:
     def __call__(self, element: Element, rng: np.random.Generator) -> Element:
         """The same label with an image of uint8 (image_size, image_size, channels), which may be a view."""
         image = element["image"]
-        # Scaling treats each channel alone, so channels are dropped before it and repeated after it.
+        # Scaling is per channel, so channels are dropped before it and repeated after it.
         if image.shape[2] > self.channels:
             image = to_channels(image, self.channels)
         image = to_channels(center_crop(image, self.image_size), self.channels)

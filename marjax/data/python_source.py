@@ -10,7 +10,17 @@ import numpy as np
 
 from marjax import registry
 from marjax.data.config import DataConfig
-from marjax.data.sources import MAX_CLASSES, PYTHON, ArraySource, Element, Source, class_names_of, fingerprint, slice_of
+from marjax.data.sources import (
+    MAX_CLASSES,
+    PYTHON,
+    ArraySource,
+    Element,
+    Source,
+    class_names_of,
+    fingerprint,
+    sampled_indices,
+    slice_of,
+)
 from marjax.errors import UserError
 from marjax.ranges import shown
 
@@ -21,19 +31,19 @@ _FORMS = (
 
 
 def python_source(data: Any, num_classes: int | None = None, name: str = "data") -> Source:
-    """The source that a user's data are.
+    """Makes a source of a user's data.
 
     Args:
       data: (images, labels) or {"image": images, "label": labels}, with images uint8 (N, H, W, C) or (N, H, W) or a
         sequence of uint8 (H, W, C) or (H, W) of any sizes; or an object with `__len__` and `__getitem__(i)` that gives
-        (image, label) or {"image": image, "label": label}. An image may be anything that `np.asarray` makes such an
-        array of, such as one of Pillow. C is 1, 3 or 4.
-      num_classes: labels lie in [0, num_classes); by default `data.num_classes`, `len(data.classes)`, or the greatest
-        of the labels plus one where they, or the examples, are given as a sequence.
+        (image, label) or {"image": image, "label": label}. An image may be anything that `np.asarray` converts to such
+        an array, such as a Pillow image. C is 1, 3 or 4.
+      num_classes: labels are in [0, num_classes); by default `data.num_classes`, `len(data.classes)`, or the largest
+        label plus one if the labels or the examples are a sequence.
       name: of the data, for errors.
 
     Raises:
-      UserError: anything else, as far as that can be seen without reading every example of an object.
+      UserError: anything else, as far as it can be detected without reading every example of an object.
     """
     if isinstance(data, Mapping) and {"image", "label"} <= set(data):
         data = data["image"], data["label"]
@@ -58,15 +68,15 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
             f"attribute num_classes"
         )
     source = ItemSource(data, _checked_num_classes(num_classes, name), name)
-    source[0], source[len(source) - 1]  # what is wrong is mostly wrong with all
+    source[0], source[len(source) - 1]  # a mistake usually affects all examples
     return source
 
 
 def open_registered(thing: Any, data: DataConfig) -> Source:
-    """The source that is registered as `data.source`: a data set, or a function that opens one, given `data`.
+    """Opens the registered source `data.source`: a data set, or a function of `data` that returns one.
 
     Raises:
-      UserError: see `python_source`; of a data set, also a split that is none of "train", "all" or a slice of these.
+      UserError: see `python_source`; for a data set, also a split other than "train", "all" or a slice of them.
     """
     name = f"data.source={data.source!r}"
     if isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__getitem__")):
@@ -77,7 +87,7 @@ def open_registered(thing: Any, data: DataConfig) -> Source:
 
 
 def is_registered(source: str) -> bool:
-    """Whether `data.source` is one of `marjax.register`."""
+    """Whether `data.source` is a registered source."""
     return registry.find("source", source.partition(":")[0]) is not None
 
 
@@ -111,7 +121,7 @@ class Part:
 
 
 class ItemSource:
-    """The examples of an object, each checked as it is read."""
+    """The examples of an object, checked when they are read."""
 
     def __init__(self, items: Any, num_classes: int, name: str) -> None:
         self.num_classes, self.class_names = num_classes, _class_names(items)
@@ -142,17 +152,17 @@ class ItemSource:
 
 
 def fingerprint_of(source: Source) -> str:
-    """A checksum of the data; of their labels alone where reading an image twice gives two, as with augmentation."""
+    """A checksum of the data; of their labels only if reading an image twice gives different pixels (augmentation)."""
     if source.stored(0) == source.stored(0):
         return fingerprint(source)
     made = hashlib.sha256(f"{len(source)} augmented examples".encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)).tolist():
+    for index in sampled_indices(source):
         made.update(f"{source[index]['label']},".encode())
     return made.hexdigest()
 
 
 def _class_names(items: Any) -> Sequence[str]:
-    """What an object calls its classes: its `class_names`, or its `classes`, as the data sets of torchvision do."""
+    """Class names of an object: its `class_names`, or its `classes` as in torchvision."""
     for given in (getattr(items, "class_names", None), getattr(items, "classes", None)):
         if isinstance(given, list | tuple) and all(isinstance(each, str) for each in given):
             return given
@@ -185,7 +195,7 @@ def _of_arrays(images: Any, labels: Any, num_classes: int | None, name: str) -> 
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, str | bytes | Mapping):
         raise UserError(f"the images of {name} are {_kind(images)}: {_FORMS}")
     if len(images) != len(checked):
-        raise UserError(f"{name} has {len(images)} images and {len(checked)} labels: give one label an image")
+        raise UserError(f"{name} has {len(images)} images and {len(checked)} labels: give one label per image")
     if isinstance(images, list | tuple) or getattr(getattr(images, "dtype", None), "kind", "") == "O":
         listed = [_checked_image(image, f"image {index} of {name}") for index, image in enumerate(images)]
         return ItemSource(_Pairs(listed, checked.tolist()), num_classes, name)

@@ -1,8 +1,8 @@
-"""Files that cannot be read: what is to be done about them, and how many records are in those of ArrayRecord."""
+"""The number of records in an ArrayRecord file, and advice for files that cannot be read."""
 
 
 def num_records(path: str) -> int | None:
-    """How many records a file has; None if it is damaged. Raises OSError: too many files are open to say."""
+    """Number of records of a file; None if it is damaged. Raises OSError: too many files are open."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -18,10 +18,10 @@ def num_records(path: str) -> int | None:
 
 
 def reached_limit(error: Exception) -> bool:
-    """Whether it is not the file's fault: this process may not open more."""
+    """Whether the process has too many open files."""
     return "too many open files" in str(error).lower()
 
 
 def remedy(error: Exception, damaged: str) -> str:
-    """What to do about an error while reading a file: `damaged`, unless the file may be sound."""
+    """Advice for an error while reading a file: `damaged`, unless too many files are open."""
     return "raise the limit of open files (ulimit -n)" if reached_limit(error) else damaged

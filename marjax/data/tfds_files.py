@@ -1,8 +1,8 @@
-"""The files of a prepared TFDS data set: found, and checked before TFDS reads them.
+"""Finds the files of a prepared TFDS data set, and checks them before TFDS reads them.
 
-TFDS imports the module of every class that `features.json` or `dataset_info.json` names, and reads whatever files their
-names and templates lead to. Here nothing is imported, and a data set is refused unless its features are TFDS's own and
-its shards are files of the folder, long enough for the examples they are said to hold.
+TFDS imports the module of every class that `features.json` or `dataset_info.json` names, and reads any file that their
+names and templates lead to. Here nothing is imported: a data set is refused unless its features are TFDS's own and its
+shards are files of the folder, large enough for their number of examples.
 """
 
 import os
@@ -15,7 +15,7 @@ from marjax.errors import UserError, first_line, shortened
 from marjax.json_file import MAX_BYTES, read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
-FORMAT = "array_record"  # the one that is read
+FORMAT = "array_record"  # the only one that is read
 
 _OWN = "tensorflow_datasets.core.features."
 _NAMES = (
@@ -29,7 +29,7 @@ _TEMPLATE = re.compile(r"(\w|[.+-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_S
 _DTYPE = re.compile(r"bool|string|u?int(8|16|32|64)|float(16|32|64)")
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _AGAIN = "prepare the data set again"
-_FEW_BYTES = 64  # an example with an image and a label is hardly ever smaller
+_FEW_BYTES = 64  # an example with an image and a label is rarely smaller
 
 
 def parse_name(source: str) -> tuple[str, str | None, str | None]:
@@ -38,7 +38,7 @@ def parse_name(source: str) -> tuple[str, str | None, str | None]:
     if not match:
         raise UserError(
             f"data.source={source!r} is malformed, expected 'tfds:NAME[/CONFIG][:VERSION]' with a version "
-            f"such as 1.0.0 or 1.*.*; mend it"
+            f"such as 1.0.0 or 1.*.*"
         )
     return match["name"], match["config"], match["version"]
 
@@ -48,8 +48,8 @@ def find(root: str, name: str, config: str | None, version: str | None) -> str |
 
     Args:
       root: the folder for data sets.
-      name, config: of the data set; without a config, the default that the data set's own metadata give, if any.
-      version: such as "1.0.0" or "1.*.*"; None stands for any.
+      name, config: of the data set; the config defaults to that of the data set's metadata, if any.
+      version: such as "1.0.0" or "1.*.*"; None for any.
 
     Raises:
       UserError: the metadata cannot be read.
@@ -74,11 +74,11 @@ def find(root: str, name: str, config: str | None, version: str | None) -> str |
 
 
 def check(folder: str) -> None:
-    """Checks what TFDS would read of the folder of a data set's version, before it does.
+    """Checks the files that TFDS reads in the folder of a data set's version.
 
     Raises:
-      UserError: a class that is not TFDS's own, a name that leads out of the folder, a file that is no plain file, more
-        examples than a shard can hold, or metadata that cannot be read.
+      UserError: a class that is not TFDS's own, a name that leads out of the folder, a file that is not a regular file,
+        more examples than a shard can hold, or metadata that cannot be read.
     """
     from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
 
@@ -100,7 +100,7 @@ def check(folder: str) -> None:
 
 
 def _check_features(path: str, feature: Any) -> None:
-    """Raises UserError where a feature, or one inside it, is of another class than CLASSES."""
+    """Raises UserError: the class of a feature, or of one inside it, is not in CLASSES."""
     if feature.python_class_name != _OWN + "features_dict.FeaturesDict":
         _check_class(path, feature.python_class_name)
         raise UserError(f"{path} does not describe examples with named features; {_AGAIN}")
@@ -109,11 +109,11 @@ def _check_features(path: str, feature: Any) -> None:
         name = inner.python_class_name.rsplit(".")[-1]
         content = inner.WhichOneof("content")
         if content in (None, "json_feature"):
-            raise UserError(f"{path}: a {name} is described in a way that TFDS's own features are not; {_AGAIN}")
+            raise UserError(f"{path}: the description of a {name} is not one of TFDS's features; {_AGAIN}")
         if content in ("tensor", "image") and not _DTYPE.fullmatch(dtype := getattr(inner, content).dtype):
-            raise UserError(f"{path}: a {name} has the dtype {dtype[:80]!r}, which NumPy does not know; {_AGAIN}")
-        if inner.tensor.encoding == "zlib":  # a few bytes may become any number
-            raise UserError(f"{path}: a {name} is compressed, expected tensors as they are; {_AGAIN}")
+            raise UserError(f"{path}: a {name} has the dtype {dtype[:80]!r}, which is not a NumPy dtype; {_AGAIN}")
+        if inner.tensor.encoding == "zlib":  # a few bytes may decompress to any number
+            raise UserError(f"{path}: a {name} is compressed, expected uncompressed tensors; {_AGAIN}")
 
 
 def _features(feature: Any) -> Iterator[Any]:
@@ -142,7 +142,7 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
             f"folder; {_AGAIN}"
         )
     if FORMAT not in (info.file_format, *info.alternative_file_formats):
-        return  # nothing reads its shards here
+        return  # its shards are not read
     count = len(split.shard_lengths)
     for index, length in enumerate(split.shard_lengths):
         name = template.format(
@@ -161,15 +161,13 @@ def _check_split(folder: str, path: str, info: Any, split: Any) -> None:
             except OSError as error:
                 raise UserError(f"{error}; {remedy(error, _AGAIN)}") from None
             if differs:
-                raise UserError(
-                    f"{path}: {name} is said to hold {length} examples, but its {size} bytes do not; {_AGAIN}"
-                )
+                raise UserError(f"{path}: {name} should hold {length} examples, but its {size} bytes do not; {_AGAIN}")
 
 
 def _check_plain(path: str, most: int | None = None) -> int:
-    """The size of a file. Raises UserError: there is none, it is a pipe or device, or it has more than `most` bytes."""
+    """The size of a file. Raises UserError: it is missing, a pipe or a device, or has more than `most` bytes."""
     if not os.path.isfile(path):
-        problem = "is no plain file" if os.path.lexists(path) else "is missing"
+        problem = "is not a regular file" if os.path.lexists(path) else "is missing"
         raise UserError(f"{path} {problem}; {_AGAIN}")
     size = os.path.getsize(path)
     if most is not None and size > most:
@@ -186,7 +184,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _proto(path: str, message: Any) -> Any:
-    """The content of a file as a protocol buffer, filled in as TFDS does it."""
+    """The content of a file as a protocol buffer, parsed as in TFDS."""
     from google.protobuf import json_format
 
     content = read_json(path, dict, advice=_AGAIN)

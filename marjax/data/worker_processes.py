@@ -1,4 +1,4 @@
-"""Worker processes: those that write shards, with a bar that counts pictures; and what all need, Grain's included."""
+"""Worker processes: a pool that writes shards, and what all worker processes need, Grain's included."""
 
 import contextlib
 import multiprocessing
@@ -17,10 +17,10 @@ from marjax.data.prepare.shards import Record, Shard, read_record, write_shard
 from marjax.errors import TrainingError, UserError, shortened
 
 SHARED_MEMORY = "/dev/shm"
-_BATCHES_A_WORKER = 5  # at most, as measured: in Grain's queue, waiting for it, being copied, and not yet freed
+_BATCHES_PER_WORKER = 5  # measured maximum: in Grain's queue, waiting for it, being copied, and not yet freed
 _LESS_SHARED_MEMORY = "read with fewer workers, or in this process (--config.data.workers=0)"
 
-# In a worker process: how many pictures all of them are through with, and whether to stop.
+# In a worker process: the number of pictures that all workers have finished, and whether to stop.
 _shared: tuple[Any, Any] | None = None
 
 
@@ -30,16 +30,16 @@ def available_cores() -> int:
 
 
 def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, show: bool) -> dict[str, Record]:
-    """Writes those shards that are not finished; unreadable pictures are told on stderr as they are found.
+    """Writes the unfinished shards, and reports unreadable pictures on stderr.
 
     Args:
-      shards: all of the data set's.
-      max_bad: how many pictures may be unreadable in all.
+      shards: all shards of the data set.
+      max_bad: maximum number of unreadable pictures in all of them.
       workers: processes; with 1, this one.
-      show: whether to show how far it is.
+      show: show a progress bar.
 
     Returns:
-      The record of each shard, by its path; some are not finished, or missing, if more than `max_bad` pictures are
+      The record of each shard, by its path; some are unfinished or missing if more than `max_bad` pictures are
       unreadable.
 
     Raises:
@@ -51,7 +51,7 @@ def write_shards(shards: Sequence[Shard], max_bad: int, workers: int, show: bool
     done = sum(len(shard.items) for shard in shards if shard.path in records)
     with progress.bar("preparing", sum(len(shard.items) for shard in shards), "pictures", start=done, show=show) as bar:
         runs = _in_this_process if min(workers, len(waiting)) <= 1 else _in_processes
-        # Closed as soon as it is not needed any more, which stops the workers.
+        # Closing it stops the workers.
         written = runs(waiting, min(workers, len(waiting)), bar)
         try:
             while unreadable <= max_bad and (pair := next(written, None)):
@@ -87,8 +87,8 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise TrainingError(
-                f"one of {workers} worker processes died, perhaps for want of memory: start the same "
-                f"again, with fewer workers"
+                f"one of {workers} worker processes died, perhaps for lack of memory: start the same "
+                f"command again with fewer workers"
             ) from None
         finally:
             stop.set()
@@ -96,13 +96,13 @@ def _in_processes(shards: Sequence[Shard], workers: int, bar: Any) -> Generator[
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Raises UserError if the batches of Grain's worker processes may not fit in shared memory: a bus error ends those.
+    """Raises UserError: the batches of Grain's worker processes may not fit in shared memory, a bus error otherwise.
 
     Args:
-      batch_bytes: of this host's part of a batch.
-      workers: how many processes read.
+      batch_bytes: size of this host's part of a batch.
+      workers: number of processes.
     """
-    free, needed = shared_memory_free(), batch_bytes * (_BATCHES_A_WORKER * workers + 1)
+    free, needed = shared_memory_free(), batch_bytes * (_BATCHES_PER_WORKER * workers + 1)
     if free is not None and needed > free:
         raise UserError(
             f"{SHARED_MEMORY} has {_mib(free)} MiB free, but {workers} worker processes pass batches of "
@@ -112,7 +112,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 def shared_memory_free() -> int | None:
-    """Bytes of shared memory that can still be used; None where there is no such limit, as on macOS."""
+    """Free bytes of shared memory; None if there is no such limit, as on macOS."""
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -121,18 +121,18 @@ def shared_memory_free() -> int | None:
 
 
 def explain_death(error: BaseException) -> TrainingError | None:
-    """What to report of a worker process of Grain's that was killed; None if the error is something else."""
+    """The error to report if a worker process of Grain was killed; None for any other error."""
     found = re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
     if found is None:
         return None
     if int(found[1]) == -signal.SIGBUS:
         return TrainingError(
-            f"a worker process found no room in {SHARED_MEMORY}: give the container more (docker run "
+            f"a worker process ran out of {SHARED_MEMORY}: give the container more (docker run "
             f"--shm-size), or {_LESS_SHARED_MEMORY}"
         )
     return TrainingError(
-        f"a worker process ended with {found[1]}, perhaps for want of memory: start again with fewer "
-        f"(--config.data.workers)"
+        f"a worker process ended with exit code {found[1]}, perhaps for lack of memory: start again with fewer "
+        f"--config.data.workers"
     )
 
 
@@ -142,9 +142,9 @@ def _mib(size: int) -> int:
 
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
-    """Worker processes that are started in this block never import from the current folder.
+    """Worker processes started in this block do not import from the current folder.
 
-    Python puts it first on the path of a spawned process, until that has got the path of its parent.
+    Python puts it first on the path of a spawned process, until the process receives its parent's path.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = before or "1"
@@ -157,7 +157,7 @@ def safe_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Processes and threads that this thread starts in this block get no Ctrl-C, as `serve_parent` has it later."""
+    """Processes and threads started in this block ignore Ctrl-C and SIGTERM until `serve_parent` takes over."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -172,9 +172,9 @@ def _start_worker(count: Any, stop: Any) -> None:
 
 
 def serve_parent() -> None:
-    """In a worker process: it ends when its parent says so or is gone, and not by a signal to all of its group.
+    """In a worker process: ends it with its parent, and ignores signals to the process group.
 
-    Ctrl-C and a scheduler's SIGTERM reach a whole group; what to do then is the parent's business.
+    Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent handles them.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
@@ -182,7 +182,7 @@ def serve_parent() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has been killed: it would wait for work for ever."""
+    """Ends this process when its parent has been killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

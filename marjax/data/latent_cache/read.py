@@ -1,8 +1,8 @@
-"""Latents computed ahead of training: what a cache of them says of itself, and its examples.
+"""Reads a latent cache: its manifest and its examples.
 
-A cache is a folder with `manifest.json` and ArrayRecord files. Record i * F + f is example i in the source's order, as
-it is (f = 0) or mirrored (f = 1), F being 2 in a cache with flips and else 1: its label, int32, and then its moments
-(see `marjax.tokenizers.protocol.Cacheable`), both little-endian, the latter in row-major order.
+A latent cache is a folder with `manifest.json` and ArrayRecord files. Record i * F + f is example i in the source's
+order, unflipped (f = 0) or flipped (f = 1), where F is 2 in a cache with flips, else 1. A record is the label, int32,
+and the moments (see `marjax.tokenizers.protocol.Cacheable`) in row-major order, both little-endian.
 
 Legend: N examples, h x w latents.
 """
@@ -36,23 +36,23 @@ _MAX_SHARDS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a cache holds, and of which images by which tokenizer.
+    """The content of a latent cache, and which images and tokenizer it is made from.
 
     Attributes:
       checksum: of the tokenizer's weights.
       source, split: of the images: `config.data.source` and `config.data.split`.
-      fingerprint: of what was stored of them (`marjax.data.sources.fingerprint`).
+      fingerprint: of the images (`marjax.data.sources.fingerprint`).
       image_size, channels: of the images, after the crop.
       crop: how they were cropped (`marjax.data.preprocess.CROP`).
       num_examples: N.
-      num_classes: labels lie in [0, num_classes).
-      flips: whether every image is there mirrored too.
+      num_classes: labels are in [0, num_classes).
+      flips: whether every image is stored flipped too.
       shape: of the moments of one image.
-      dtype: of the moments as they are stored, a key of DTYPES.
+      dtype: of the stored moments, a key of DTYPES.
       compute_dtype: of the tokenizer's convolutions.
-      shard_examples: examples in every file but the last, which may hold fewer.
+      shard_examples: examples per file; the last may hold fewer.
       format: of the records.
-      class_names: by label; () if they are not known. Caches that differ in nothing else are the same.
+      class_names: by label; () if unknown. They are ignored when caches are compared.
     """
 
     checksum: str
@@ -92,13 +92,13 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, missing: Any = REQUIRED) -> Any:
-        """The manifest in a file, or `missing` if that is given and there is no file. Raises UserError."""
+        """The manifest in a file, or `missing`, if given, without the file. Raises UserError."""
         found = read_json(path, _SHAPE, advice=_AGAIN, missing=missing)
         return found if found is missing else cls._of(found, os.fspath(path))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """The inverse of `to_json`. Raises UserError: it is none."""
+        """The inverse of `to_json`. Raises UserError: not a manifest."""
         return cls._of(parse_json(text, _SHAPE, where=MANIFEST, advice=_AGAIN), MANIFEST)
 
     @classmethod
@@ -118,7 +118,7 @@ class Manifest:
         return made
 
     def differences(self, other: "Manifest") -> list[str]:
-        """How a cache differs from another, a line each."""
+        """The differences from another cache, one line each."""
         pairs = (
             (field.name, getattr(self, field.name), getattr(other, field.name))
             for field in dataclasses.fields(self)
@@ -129,7 +129,7 @@ class Manifest:
 
 _AGAIN = "make the cache again with marjax cache-latents --overwrite"
 _TEXT = re.compile(r"[^\x00-\x1f\x7f]*")
-_SHAPE = {  # the format first: what a later one has is not known here
+_SHAPE = {  # the format first: a later one may have other fields
     "format": {1},
     "checksum": _TEXT,
     "source": _TEXT,
@@ -151,18 +151,16 @@ _SHAPE = {  # the format first: what a later one has is not known here
 
 @takes_paths("folder")
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a finished cache. Raises UserError: there is none, or it cannot be read."""
+    """The manifest of a finished cache. Raises UserError: it is missing or cannot be read."""
     on_this_machine(folder, "config.data.cache")
     path = os.path.join(folder, MANIFEST)
     found: Manifest | None = Manifest.read(path, missing=None)
     if found is not None:
         return found
     if os.path.exists(os.path.join(os.path.dirname(path), f"plan-{MANIFEST}")):
-        raise UserError(
-            f"the latent cache {folder} is not finished: start its marjax cache-latents again, which resumes it"
-        )
+        raise UserError(f"the latent cache {folder} is not finished: start marjax cache-latents again to resume it")
     raise UserError(
-        f"{folder} is no latent cache (it has no {MANIFEST}): make one with marjax cache-latents --out "
+        f"{folder} is not a latent cache (it has no {MANIFEST}): make one with marjax cache-latents --out "
         f"{folder}, or leave config.data.cache empty"
     )
 
@@ -208,7 +206,7 @@ def check_fits(
     if np.issubdtype(np.dtype(dtype), np.integer) != (manifest.dtype == "int32"):
         odd.append(f"dtype {manifest.dtype} instead of {np.dtype(dtype)}")
     if data.flip and not manifest.flips:
-        odd.append("no mirrored images, but config.data.flip is set")
+        odd.append("no flipped images, but config.data.flip is set")
     if data.num_classes is not None and manifest.num_classes > data.num_classes:
         odd.append(f"num_classes {manifest.num_classes} instead of {data.num_classes}")
     if data.num_examples is not None and manifest.num_examples != data.num_examples:
@@ -221,9 +219,9 @@ def check_fits(
 
 
 class Latents:
-    """The examples of a cache (see `examples.Examples`): moments, of mirrored images half of the time with `flip`.
+    """The examples of a latent cache (see `examples.Examples`): moments, half of them of flipped images with `flip`.
 
-    Whether an image is mirrored is decided as for images, so that a cache stands for the images it was made of.
+    Flips are drawn as for images, so that training from a cache equals training on its images.
     """
 
     kind = "moments"
@@ -233,11 +231,11 @@ class Latents:
         """Opens every file once.
 
         Raises:
-          UserError: a file is missing, damaged or of another length than the manifest says; flips that are not there.
+          UserError: a file is missing, damaged or of the wrong length; the cache has no flips.
         """
         if flip and not manifest.flips:
             raise UserError(
-                f"the latent cache {folder} has no mirrored images: set config.data.flip=False, or make it "
+                f"the latent cache {folder} has no flipped images: set config.data.flip=False, or make it "
                 f"again with config.data.flip=True"
             )
         self.shape, self.dtype = manifest.shape, DTYPES[manifest.dtype]
@@ -254,7 +252,7 @@ class Latents:
         try:
             record = self._records[index * (1 + self._manifest.flips) + mirrored]
             return unpack(record, self._manifest)
-        except Exception as error:  # whatever went wrong has to cross a process boundary
+        except Exception as error:  # the original may not be picklable
             again = remedy(error, "make it again with marjax cache-latents --overwrite")
             raise UserError(
                 f"the latent cache {self._folder}: example {index} cannot be read ({type(error).__name__}: "
@@ -265,7 +263,7 @@ class Latents:
 def _open(folder: str, manifest: Manifest) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    again = "start its marjax cache-latents again, which makes what is missing"
+    again = "start marjax cache-latents again, which writes the missing files"
     there = set(os.listdir(folder))
     if missing := [name for name in map(manifest.shard_file, range(manifest.num_shards)) if name not in there]:
         raise UserError(
@@ -275,9 +273,9 @@ def _open(folder: str, manifest: Manifest) -> Any:
     paths = [os.path.join(folder, manifest.shard_file(shard)) for shard in range(manifest.num_shards)]
     each = 1 + manifest.flips
     expected = [each * len(manifest.examples_of(shard)) for shard in range(manifest.num_shards)]
-    for path, count in zip(paths, expected, strict=True):  # before anything is opened, or allocated by these numbers
+    for path, count in zip(paths, expected, strict=True):  # before opening or allocating anything
         if not os.path.isfile(path):
-            raise UserError(f"{path} is no regular file: remove it, then {again}")
+            raise UserError(f"{path} is not a regular file: remove it, then {again}")
         if os.path.getsize(path) < count * manifest.record_bytes:
             raise UserError(f"{path} {_differs(path, count)}: remove it, then {again}")
     try:
@@ -295,7 +293,7 @@ def _open(folder: str, manifest: Manifest) -> Any:
 
 
 def _differs(path: str, expected: int) -> str:
-    """What is wrong with a file that should have so many records; "" if nothing is."""
+    """What is wrong with a file that should have `expected` records; "" if nothing is."""
     count = num_records(path)
     if count is None:
         return "is damaged"
@@ -308,7 +306,7 @@ def pack(moments: npt.NDArray[Any], label: int) -> bytes:
 
 
 def unpack(record: bytes, manifest: Manifest) -> tuple[npt.NDArray[Any], int]:
-    """The inverse of `pack`. Raises ValueError: another size, or a label that no example has."""
+    """The inverse of `pack`. Raises ValueError: a wrong size or label."""
     if len(record) != manifest.record_bytes:
         raise ValueError(f"a record has {len(record)} bytes, expected {manifest.record_bytes}")
     label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
@@ -318,6 +316,6 @@ def unpack(record: bytes, manifest: Manifest) -> tuple[npt.NDArray[Any], int]:
 
 
 def runs(shards: list[int]) -> list[range]:
-    """Neighbouring shards together: [range(0, 2), range(4, 5)] of [0, 1, 4]."""
+    """Groups consecutive shards: [range(0, 2), range(4, 5)] for [0, 1, 4]."""
     grouped = itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0])
     return [range(found[0][1], found[-1][1] + 1) for found in (list(group) for _, group in grouped)]
