@@ -25,8 +25,8 @@ def test_tables_agree_with_the_reference(spacing):
 
 
 @pytest.mark.parametrize("spacing", [0, 1001, "ddim0", "ddim999", "x", "", -3, "2.5"])
-def test_respacing_refuses(spacing):
-    with pytest.raises(ValueError, match="num_sampling_steps is"):
+def test_invalid_spacing(spacing):
+    with pytest.raises(ValueError, match="num_sampling_steps"):
         gaussian_diffusion.respaced_timesteps(1000, spacing)
 
 
@@ -36,7 +36,7 @@ def test_one_step_chain():
 
 
 def ideal(schedule, variance):
-    """The denoiser that knows tokens to be normal with mean 0.3 and that variance (per dimension)."""
+    """The optimal denoiser of normal tokens with mean 0.3 and the given variance."""
     a = schedule.alphas_cumprod
 
     def make_denoise(t):
@@ -67,7 +67,7 @@ def test_sampler_recovers_a_gaussian(variance):
     assert abs(float(x.std()) - variance**0.5) < 0.05 * variance**0.5
 
 
-def test_steps_prepared_together_make_the_same_chain():
+def test_chain_does_not_depend_on_steps_ahead():
     schedule, full = gaussian_diffusion.respace(1000, "24"), gaussian_diffusion.respace(1000, 1000)
     init = jax.random.normal(jax.random.key(0), (5, 2))
     noise = jax.random.normal(jax.random.key(1), (24, 5, 2))
@@ -83,7 +83,7 @@ def test_steps_ahead(steps, rows, ahead):
     assert gaussian_diffusion.steps_ahead(steps, rows) == ahead
 
 
-def test_temperature_scales_only_the_noise_of_the_steps():
+def test_temperature_scales_only_the_step_noise():
     schedule, full = gaussian_diffusion.respace(1000, "25"), gaussian_diffusion.respace(1000, 1000)
     init = jax.random.normal(jax.random.key(0), (500, 2))
     noise = jax.random.normal(jax.random.key(1), (25, 500, 2))
@@ -98,7 +98,7 @@ def test_temperature_scales_only_the_noise_of_the_steps():
     np.testing.assert_array_equal(run(1.0, noise), run(1.0, noise.at[-1].add(5.0)))
 
 
-def test_loss_trains_the_variance_and_not_the_mean_through_the_variational_term():
+def test_variational_term_trains_only_the_variance():
     schedule = gaussian_diffusion.respace(1000, 1000)
     tokens = jax.random.normal(jax.random.key(0), (64, 3))
     rand = gaussian_diffusion.draw_loss_noise(jax.random.key(1), (64, 3), 1000)
@@ -121,7 +121,7 @@ def test_discretised_likelihood_sums_to_one_over_all_bins():
         assert abs(float(jnp.exp(log_p).sum()) - 1.0) < 1e-3
 
 
-def test_guidance_of_one_is_the_conditional_branch_and_of_zero_the_other():
+def test_cfg_one_is_conditional_and_zero_unconditional():
     prediction = jax.random.normal(jax.random.key(0), (4, 5, 6))
     np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 1.0), prediction[:2], atol=1e-6)
     np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)

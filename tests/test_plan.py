@@ -9,24 +9,24 @@ from marjax.generation.plan import cfg_scales, generation_plan, group_stages
 
 
 @pytest.mark.parametrize("num_tokens, num_iter", [(64, 8), (256, 64), (256, 256), (16, 1), (1, 1), (100, 99)])
-def test_plan_takes_at_least_one_token_a_step_and_all_in_the_end(num_tokens, num_iter):
+def test_plan_predicts_at_least_one_token_per_step_and_all_in_total(num_tokens, num_iter):
     plan = generation_plan(num_tokens, num_iter)
     assert len(plan) == num_iter + 1 and plan[0] == 0 and plan[-1] == num_tokens
     assert (np.diff(plan) >= 1).all()
 
 
 @pytest.mark.parametrize("num_iter", [0, -1, 17])
-def test_plan_refuses(num_iter):
-    with pytest.raises(ValueError, match="16 tokens: give 1 to 16"):
+def test_invalid_num_iter(num_iter):
+    with pytest.raises(ValueError, match="num_iter.*16"):
         generation_plan(16, num_iter)
 
 
-def test_guidance_counts_one_token_as_unknown_in_the_last_step():
+def test_linear_cfg_counts_one_token_as_unknown_in_the_last_step():
     plan = generation_plan(64, 8)
     linear = cfg_scales(plan, 3.0, "linear")
     assert linear[0] == 1.0 + 2.0 * plan[1] / 64 and linear[-1] == 1.0 + 2.0 * 63 / 64
     assert (cfg_scales(plan, 3.0, "constant") == 3.0).all()
-    with pytest.raises(ValueError, match="'linear' or 'constant'"):
+    with pytest.raises(ValueError, match="cfg_schedule"):
         cfg_scales(plan, 3.0, "cosine")
 
 
@@ -55,5 +55,5 @@ def test_stages_cover_the_plan_at_the_least_cost(num_iter, max_stages, all_unkno
     assert sum(len(s.start) * cost(s.known_slots, s.new_slots) for s in stages) == min(map(padded, every))
 
 
-def test_equal_costs_are_one_stage():
+def test_equal_costs_give_one_stage():
     assert len(group_stages(range(33), 6, lambda known, new: 7.0)) == 1

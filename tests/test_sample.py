@@ -40,7 +40,7 @@ LABELS = np.arange(11) % 10
 
 @pytest.fixture(scope="module")
 def whole(run):
-    """The run's own settings, all in one batch."""
+    """Samples with the run's settings, in one batch."""
     return sample(run, LABELS)
 
 
@@ -72,7 +72,7 @@ def test_every_setting_matters(run, whole, change):
     assert (sample(run, LABELS, **change) != whole).any()
 
 
-def test_schedules_differ_only_under_guidance(run):
+def test_cfg_schedules_differ_only_with_cfg(run):
     def draw(cfg, schedule):
         return sample(run, LABELS, cfg=cfg, cfg_schedule=schedule)
 
@@ -80,38 +80,38 @@ def test_schedules_differ_only_under_guidance(run):
     np.testing.assert_array_equal(draw(1.0, "linear"), draw(1.0, "constant"))
 
 
-def test_no_class_is_a_condition_of_its_own(run):
+def test_null_class_differs_from_every_class(run):
     none = sample(run, [-1, -1])
     assert (none != sample(run, [0, 0])).any() and (none != sample(run, [9, 9])).any()
 
 
 @pytest.mark.parametrize(
-    "given, says",
+    "given, named",
     [
-        (dict(labels=[10]), "label 10 is out of range.*0 to 9"),
+        (dict(labels=[10]), "label 10.*0 to 9"),
         (dict(labels=[-2]), "label -2"),
-        (dict(labels=[]), "no labels"),
-        (dict(labels=[10**30]), "labels is"),
-        (dict(labels=[0.5]), "labels is"),
-        (dict(labels=[float("nan")]), "labels is"),
-        (dict(labels=[[0], [0, 1]]), "labels is"),
-        (dict(labels=None), "labels is"),
+        (dict(labels=[]), "labels"),
+        (dict(labels=[10**30]), "labels="),
+        (dict(labels=[0.5]), "labels="),
+        (dict(labels=[float("nan")]), "labels="),
+        (dict(labels=[[0], [0, 1]]), "labels="),
+        (dict(labels=None), "labels="),
         (dict(labels=10), "label 10"),
         (dict(labels="cat"), "labels 'cat'"),
-        (dict(labels=[True]), "labels is"),
+        (dict(labels=[True]), "labels="),
         (dict(labels=np.array([2**64 - 1], np.uint64)), "label 18446744073709551615"),
-        (dict(num_iter=17), "16 tokens: give 1 to 16"),
-        (dict(num_sampling_steps=1001), "give 1 to 1000"),
-        (dict(weights="best"), "'ema' or 'raw'"),
+        (dict(num_iter=17), "num_iter.*16"),
+        (dict(num_sampling_steps=1001), "num_sampling_steps.*1000"),
+        (dict(weights="best"), "weights.*best"),
         (dict(step=3), "step 3"),
-        (dict(seed=-1), "seed is -1"),
+        (dict(seed=-1), "seed.*-1"),
         (dict(temperature=-1.0), "temperature"),
-        (dict(batch_size=0), "at least 1"),
-        (dict(cfg_schedule="x"), "one of linear"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(cfg_schedule="x"), "cfg_schedule"),
     ],
 )
-def test_refusals(run, given, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_arguments(run, given, named):
+    with pytest.raises(UserError, match=named):
         sample(run, **{"labels": [0], **given})
 
 
@@ -153,20 +153,20 @@ def test_command(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "12"], "label 12 is out of range"),
-        (["sample", "--workdir", "RUN", "--out", "/proc/no", "--labels", "1"], "cannot be written"),
-        (["sample", "--workdir", "nowhere", "--out", "OUT"], "does not exist"),
-        (["sample", "--workdir", "RUN", "--out", "OUT", "--config.seed=1"], "takes no --config"),
-        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "0"], "at least 1"),
-        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_iter", "99"], "give 1 to 16"),
-        (["train", "--config", "configs/none.py", "--workdir", "W"], "does not exist"),
-        (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "the closest is 'train.lr'"),
-        (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "unknown argument"),
-        (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "cannot be created"),
-        (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "at least 0"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--labels", "12"], "label 12"),
+        (["sample", "--workdir", "RUN", "--out", "/proc/no", "--labels", "1"], "/proc/no"),
+        (["sample", "--workdir", "nowhere", "--out", "OUT"], "nowhere"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--config.seed=1"], "--config"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_per_label", "0"], "num_per_label"),
+        (["sample", "--workdir", "RUN", "--out", "OUT", "--num_iter", "99"], "num_iter"),
+        (["train", "--config", "configs/none.py", "--workdir", "W"], "configs/none.py"),
+        (["train", "--config", "DIGITS", "--workdir", "W", "--config.train.lrr=1"], "'train.lr'"),
+        (["train", "--config", "DIGITS", "--workdir", "W", "--learning_rate=1"], "--learning_rate"),
+        (["train", "--config", "DIGITS", "--workdir", "/proc/no"], "/proc/no"),
+        (["benchmark", "train", "--config", "DIGITS", "--repeats", "-1"], "repeats"),
     ],
 )
-def test_slips_are_one_line_and_leave_nothing(run, tmp_path, capsys, monkeypatch, arguments, says):
+def test_user_errors_are_one_line_and_leave_no_files(run, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     names = {"RUN": str(run), "OUT": str(tmp_path / "out"), "DIGITS": f"{DIGITS}:debug"}
     assert main([names.get(argument, argument) for argument in arguments]) == 2
@@ -175,16 +175,16 @@ def test_slips_are_one_line_and_leave_nothing(run, tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_unfinished_run_has_nothing_to_sample_from(run, tmp_path):
+def test_run_without_checkpoint_cannot_be_sampled(run, tmp_path):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(UserError, match="no checkpoints yet"):
+    with pytest.raises(UserError, match="checkpoints"):
         sample(tmp_path, [0])
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """One product tells the rate of the machine, which is measured for a second otherwise."""
+    """Measures the rate of the machine with one product instead of for a second."""
     monkeypatch.setattr(peak, "measured_peak", functools.partial(peak.measured_peak, seconds=1e-9))
 
 
@@ -206,7 +206,7 @@ def test_benchmark_prints_one_line_of_json(capsys, briefly, config):
         assert row["images_per_sec"] > 0 and row["compile_seconds"] > 0 and row["peak_memory_gib"] > 0
 
 
-def test_benchmark_times_the_cache_against_recomputing(capsys, briefly):
+def test_benchmark_compares_kv_cache_with_recomputation(capsys, briefly):
     config = f"{MNIST}:variant=ar,debug"
     assert main(["benchmark", "sample", "--config", config, "--repeats", "1", "--recompute", "2"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -216,7 +216,7 @@ def test_benchmark_times_the_cache_against_recomputing(capsys, briefly):
         assert "recompute is for 'sample' with a causal backbone" in capsys.readouterr().err
 
 
-def test_one_program_for_other_scales_and_temperatures(run):
+def test_scales_and_temperatures_share_one_program(run):
     opened = open_sampler(run, cfg=2.0, temperature=1.0)
     sampler, params = opened.sampler, opened.params
     config = read_workdir(run)
@@ -235,7 +235,7 @@ def test_one_program_for_other_scales_and_temperatures(run):
     close(other(params, LABELS, 0, batch_size=11), sample(run, LABELS, cfg=2.0, num_sampling_steps="4"))
 
 
-def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run, whole):
+def test_load_gives_equal_images_and_compiles_once_per_shape(run, whole):
     model = load(run)
     close(model.sample(LABELS), whole)
     close(model.sample(LABELS[7:], first_index=7), whole[7:])
@@ -257,7 +257,7 @@ def test_a_loaded_run_gives_the_same_images_and_compiles_no_more_than_needed(run
         load("gone")
 
 
-def test_what_was_opened_says_which_weights_it_has(run):
+def test_open_sampler_reports_its_weights(run):
     ema, raw, before = (
         open_sampler(run, weights=weights, step=step) for weights, step in ((None, None), ("raw", None), ("ema", 30))
     )
@@ -266,8 +266,8 @@ def test_what_was_opened_says_which_weights_it_has(run):
     assert open_sampler(run, cfg=1.0).digest == ema.digest
 
 
-def test_a_run_on_codes_and_its_codebook(tmp_path, codebook, capsys):
-    """Order by confidence from the command line, a codebook that has moved, and one that is gone."""
+def test_run_with_codebook(tmp_path, codebook, capsys):
+    """Samples in confidence order from the command line, with a moved and with a missing codebook."""
     here = tmp_path / "codebook.npz"
     here.write_bytes(codebook.read_bytes())
     run = tmp_path / "run"
@@ -284,7 +284,7 @@ def test_a_run_on_codes_and_its_codebook(tmp_path, codebook, capsys):
     close(sample(run, LABELS, tokenizer_path=str(tmp_path / "moved.npz")), images)
 
 
-def test_a_model_of_a_pod_is_sampled_on_whatever_there_is(run, tmp_path):
+def test_model_trained_on_a_pod_is_sampled_on_any_devices(run, tmp_path):
     import shutil
 
     shutil.copytree(run, tmp_path / "run")
@@ -298,7 +298,7 @@ def test_a_model_of_a_pod_is_sampled_on_whatever_there_is(run, tmp_path):
 
 @pytest.fixture
 def foreign(run, tmp_path, monkeypatch):
-    """A work directory of somebody else: its config names a data set that runs code when it is opened, and traps."""
+    """An untrusted work directory: its config names a data set that runs code when opened."""
     import shutil
 
     monkeypatch.chdir(tmp_path)
@@ -336,7 +336,7 @@ def foreign(run, tmp_path, monkeypatch):
     return make
 
 
-def test_a_foreign_work_directory_is_its_weights_and_config(foreign, run, tmp_path, monkeypatch):
+def test_foreign_work_directory_runs_no_code(foreign, run, tmp_path, monkeypatch):
     def opened(*args, **kwargs):
         raise AssertionError("opened")
 
@@ -350,7 +350,7 @@ def test_a_foreign_work_directory_is_its_weights_and_config(foreign, run, tmp_pa
 
 
 @pytest.mark.parametrize("fields", [{"cache": ""}, {}])
-def test_a_foreign_work_directory_never_has_its_data_counted(foreign, tmp_path, capsys, fields):
+def test_foreign_work_directory_data_is_never_opened(foreign, tmp_path, capsys, fields):
     foreign(num_classes=None, num_examples=None, **fields)
     for command in (
         ["sample", "--out", "out"],

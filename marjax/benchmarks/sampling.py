@@ -76,7 +76,7 @@ def recomputed_steps(assembly: Assembly, count: int) -> list[float]:
             method="generate_step",
         )
 
-    seconds, state = [], generator.init_generation(rand.order, guided=sample.cfg != 1.0)
+    seconds, state = [], generator.init_generation(rand.order, use_cfg=sample.cfg != 1.0)
     for at in np.linspace(0, generator.num_tokens - 1, count + 1).astype(int):
         start = time.perf_counter()
         state = jax.block_until_ready(step(params, state, at, rand.head))

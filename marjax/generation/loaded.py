@@ -1,4 +1,4 @@
-"""A work directory opened once, to be sampled from many times: for notebooks and other programs."""
+"""`marjax.load`: opens a work directory once and samples from it many times, for notebooks and programs."""
 
 import os
 from typing import Any
@@ -27,18 +27,18 @@ def load(
 ) -> "Loaded":
     """Opens a trained work directory: `marjax.load("runs/digits").sample([3, 7])`.
 
-    Nothing that the work directory names is imported: a head, backbone or tokenizer of your own must be known by
-    `marjax.register` first.
+    Code named by the work directory is never imported: call `marjax.register` first for a custom head, backbone or
+    tokenizer.
 
     Args:
-      workdir: of a training run, or of `marjax convert`.
-      weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
-      step: of the checkpoint, or None for the newest whole one.
-      tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
-      **settings: fields of `config.sample`, for all calls of `sample`; the run's config has the defaults.
+      workdir: work directory of a training run or of `marjax convert`.
+      weights: "ema" or "raw"; by default "ema" if the checkpoint has it.
+      step: checkpoint step; by default the newest complete checkpoint.
+      tokenizer_path: path of the tokenizer's weights, if they have moved since training.
+      **settings: fields of `config.sample` for all calls of `sample`; defaults come from the run's config.
 
     Raises:
-      UserError: anything that cannot be used.
+      UserError: invalid arguments or files.
     """
     config = opened_config(workdir, tokenizer_path, settings)
     opened = opened_sampler(config, workdir, weights, step)
@@ -46,13 +46,13 @@ def load(
 
 
 class Loaded:
-    """An opened work directory; made by `marjax.load`.
+    """A work directory opened by `marjax.load`.
 
     Attributes:
-      config: the run's resolved config, with the settings given to `load`.
+      config: the run's resolved config with the settings passed to `load`.
       params: the weights, a tree of float32 arrays on the devices.
-      step: of the checkpoint that they are from.
-      weights: "ema" or "raw": which they are.
+      step: step of the checkpoint.
+      weights: "ema" or "raw".
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Loaded:
         workdir: str | os.PathLike[str],
     ) -> None:
         self.config, self.params, self.step, self.weights = config, params, step, weights
-        self._workdir = workdir  # which has the names of classes
+        self._workdir = workdir  # class names are read from it
         self._samplers = {sampler.settings.shape(): sampler}
 
     def __repr__(self) -> str:
@@ -77,19 +77,19 @@ class Loaded:
 
     @numerics.pinned()
     def sample(self, labels: Any, *, seed: int = 0, first_index: int = 0, **settings: Any) -> np.ndarray:
-        """Images uint8 (N, H, W, C), one a label: the same as `marjax.sample` makes of the same arguments.
+        """Samples one image per label, uint8 (B, H, W, C): the same images as `marjax.sample`.
 
-        The first call compiles, and so does one with another `num_iter`, `num_sampling_steps`, `confidence_order` or
-        `max_stages`, the first with guidance, or the first with about twice as many labels; all others do not.
+        The first call compiles, as does the first with a new `num_iter`, `num_sampling_steps`, `confidence_order` or
+        `max_stages`, with cfg switched on or off, or with about twice as many labels.
 
         Args:
-          labels: as `marjax.sample` takes them.
-          seed: of all randomness, in [0, 2^32).
+          labels: see `marjax.sample`.
+          seed: in [0, 2^32).
           first_index: index of the first image.
-          **settings: fields of `config.sample`, for this call.
+          **settings: fields of `config.sample` for this call.
 
         Raises:
-          UserError: a label, setting or seed that cannot be used.
+          UserError: an invalid label, setting or seed.
         """
         config = self.config
         if given := {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}:
@@ -98,6 +98,6 @@ class Loaded:
         array = checked_labels(labels, config, self._workdir)
         sampler = next(iter(self._samplers.values())).with_settings(config.sample)
         sampler = self._samplers.setdefault(sampler.settings.shape(), sampler).with_settings(config.sample)
-        # Powers of two: numbers of labels that differ a little share a program.
+        # Rounded up to a power of two, so that similar numbers of labels share a program.
         rows = min(config.sample.batch_size, 1 << (len(array) - 1).bit_length())
         return sampler(self.params, array, seed, first_index, batch_size=rows)

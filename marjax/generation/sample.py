@@ -1,4 +1,4 @@
-"""Samples from a work directory: what `marjax sample` does, as a function."""
+"""`marjax.sample`: samples images from a work directory."""
 
 import os
 from collections.abc import Sequence
@@ -21,8 +21,6 @@ from marjax.trees import PyTree
 from marjax.workdir import no_checkpoints, read_workdir
 
 
-@numerics.pinned()
-@takes_paths("workdir", "tokenizer_path")
 def sample(
     workdir: str | os.PathLike[str],
     labels: int | str | Sequence[int | str] | np.ndarray,
@@ -34,43 +32,35 @@ def sample(
     tokenizer_path: str | None = None,
     **settings: Any,
 ) -> np.ndarray:
-    """Images uint8 (N, H, W, C), one a label; the i-th depends only on (weights, settings, seed, first_index + i).
+    """Samples one image per label, uint8 (B, H, W, C); image i depends on (weights, settings, seed, first_index + i).
 
     Args:
-      workdir: of a training run.
-      labels: classes, by number or by name; -1 asks for no class. A single one makes one image.
-      seed: of all randomness, in [0, 2^32).
-      weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
-      step: of the checkpoint, or None for the newest whole one.
+      workdir: work directory of a training run or of `marjax convert`.
+      labels: one class or several, by number or name; -1 is the null class.
+      seed: in [0, 2^32).
+      weights: "ema" or "raw"; by default "ema" if the checkpoint has it.
+      step: checkpoint step; by default the newest complete checkpoint.
       first_index: index of the first image.
-      tokenizer_path: where the tokenizer's weights are now, if they have moved since the training.
+      tokenizer_path: path of the tokenizer's weights, if they have moved since training.
       **settings: fields of `config.sample` (`num_iter`, `num_sampling_steps`, `cfg`, `cfg_schedule`, `temperature`,
-        `batch_size`, `confidence_order`, `choice_temperature`); the run's config has the defaults.
+        `batch_size`, `confidence_order`, `choice_temperature`); defaults come from the run's config.
 
     Raises:
-      UserError: anything that cannot be used, before any work is done.
+      UserError: invalid arguments or files, before sampling starts.
     """
-    return sampled(
-        workdir,
-        labels,
-        seed=seed,
-        weights=weights,
-        step=step,
-        first_index=first_index,
-        tokenizer_path=tokenizer_path,
-        **settings,
-    ).images
+    which: dict[str, Any] = dict(weights=weights, step=step, tokenizer_path=tokenizer_path)
+    return sampled(workdir, labels, seed=seed, first_index=first_index, **which, **settings).images
 
 
 class Sampled(NamedTuple):
-    """Samples, and what they were made with.
+    """Samples and their provenance.
 
     Attributes:
-      images: uint8 (N, H, W, C).
-      labels: int64 (N,).
+      images: uint8 (B, H, W, C).
+      labels: int64 (B,).
       settings: the resolved `config.sample`.
       weights: "ema" or "raw".
-      step: of the checkpoint.
+      step: checkpoint step.
     """
 
     images: np.ndarray
@@ -93,7 +83,7 @@ def sampled(
     tokenizer_path: str | None = None,
     **settings: Any,
 ) -> Sampled:
-    """The same as `sample`, with what the images were made with."""
+    """Samples as `sample` does, and also returns the settings, weights and step in use."""
     config = opened_config(workdir, tokenizer_path, settings)
     check_arguments(seed=seed, step=step, first_index=first_index)
     labels = checked_labels(labels, config, workdir)
@@ -105,39 +95,32 @@ def sampled(
 
 
 def checked_labels(given: Any, config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> np.ndarray:
-    """The labels that a user asks a run's model for, int64 (N,), N at least 1. Raises UserError."""
-    labels = _checked_labels(class_names.classes_of(given, workdir, config.data.num_classes))
-    wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < config.data.num_classes)]
+    """Validates labels given by number or name: int64 (B,), not empty. Raises UserError."""
+    num_classes = config.data.num_classes
+    given = class_names.classes_of(given, workdir, num_classes)
+    try:
+        labels = np.asarray(given)
+    except ValueError:  # ragged lists
+        labels = np.asarray(given, object)
+    if not labels.size:
+        raise UserError("labels is empty; give at least one class, or -1 for the null class")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(f"labels={shown(given)} is invalid; give a list of classes, by number or name")
+    wrong = [int(label) for label in labels if not (label == UNCONDITIONAL or 0 <= label < num_classes)]
     if wrong:
-        raise UserError(
-            f"label {wrong[0]} is out of range: this model has classes 0 to {config.data.num_classes - 1} "
-            f"(and -1 for no class)"
-        )
+        raise UserError(f"label {wrong[0]} is out of range; use 0 to {num_classes - 1}, or -1 for the null class")
     return labels.astype(np.int64)
 
 
-def _checked_labels(given: Any) -> np.ndarray:
-    """Integers (N,), N at least 1. Raises UserError."""
-    try:
-        labels = np.asarray(given)
-    except ValueError:  # lists of several lengths
-        labels = np.asarray(given, object)
-    if not labels.size:
-        raise UserError("no labels: give at least one class, or -1 for none")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"labels is {shown(given)}: give a list of classes, by number or by name")
-    return labels
-
-
 class Opened(NamedTuple):
-    """A work directory ready to be sampled from.
+    """A work directory ready for sampling.
 
     Attributes:
-      sampler: with its settings.
-      params: what it takes.
-      step: of the checkpoint.
-      weights: "ema" or "raw": which these are.
-      digest: a hash of them.
+      sampler: the compiled sampler.
+      params: the weights.
+      step: checkpoint step.
+      weights: "ema" or "raw".
+      digest: hash of the weights.
     """
 
     sampler: Sampler
@@ -158,9 +141,9 @@ def open_sampler(
     local: bool = False,
     **settings: Any,
 ) -> Opened:
-    """The sampler of a work directory and the parameters it takes, for many calls with one program.
+    """Opens a work directory for many sampler calls that share one program.
 
-    Args and errors are those of `sample`; with `local`, it runs on this process's devices alone, at its own pace.
+    Arguments and errors are those of `sample`; with `local`, the sampler uses only the devices of this process.
     """
     return opened_sampler(opened_config(workdir, tokenizer_path, settings), workdir, weights, step, local)
 
@@ -172,10 +155,10 @@ def opened_sampler(
     step: int | None,
     local: bool = False,
 ) -> Opened:
-    """The sampler of a work directory for its config, as `opened_config` gives it; see `open_sampler`."""
+    """As `open_sampler`, with a config from `opened_config`."""
     check_arguments(step=step)
     if weights not in (None, "ema", "raw"):
-        raise UserError(f"weights is {weights!r}: give 'ema' or 'raw'")
+        raise UserError(f"weights={weights!r} is invalid; use 'ema' or 'raw'")
     mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor, jax.local_devices() if local else None)
     assembly = assemble(config, mesh)
     sampler = Sampler(assembly)
@@ -195,7 +178,7 @@ def opened_sampler(
 def opened_config(
     workdir: str | os.PathLike[str], tokenizer_path: str | None, settings: dict[str, Any]
 ) -> ml_collections.ConfigDict:
-    """The resolved config of a work directory with those fields of `config.sample`. Raises UserError."""
+    """The resolved config of a work directory, with `settings` in `config.sample`. Raises UserError."""
     given = {f"sample.{key}": str(value) for key, value in settings.items() if value is not None}
     if tokenizer_path is not None:
         given["tokenizer.path"] = tokenizer_path

@@ -1,4 +1,4 @@
-"""Generation: the plan's steps as one jitted program, and images by (weights, settings, seed, index).
+"""The sampler: runs the generation plan as one jitted program; images depend on (weights, settings, seed, index).
 
 Shapes: B batch, L tokens, D token dimension, n autoregressive steps.
 """
@@ -23,11 +23,11 @@ from marjax.models.generator import Classes, GenerationState, Generator, PlanSte
 from marjax.perf import flops
 from marjax.trees import PyTree
 
-UNCONDITIONAL = -1  # the label that asks for no class
+UNCONDITIONAL = -1  # label of the null class
 
 
 class SampleRandomness(NamedTuple):
-    """Everything random about a batch of samples: `order` int32 (B, L); `head`, by position, leading axes (B, L)."""
+    """The randomness of a batch of samples: `order` int32 (B, L); `head`, by position, leading axes (B, L)."""
 
     order: jax.Array
     head: PyTree
@@ -35,17 +35,17 @@ class SampleRandomness(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to sample, as in `config.sample`. Only `stages` and the chain's length shape the program."""
+    """Sampling settings of `config.sample`; `shape` lists those that are static in the program."""
 
     stages: tuple[Stage, ...]
-    cfg: tuple[float, ...] | None  # the scale of every step; None: no guidance, no second branch
+    cfg: tuple[float, ...] | None  # scale per step; None: no unconditional branch
     num_sampling_steps: str
     temperature: float
-    choice: tuple[float, ...] | None = None  # the choice temperature of every step; None: the order is drawn ahead
+    choice: tuple[float, ...] | None = None  # choice temperature per step; None: given order
 
     @classmethod
     def from_config(cls, sample: ml_collections.ConfigDict, generator: Generator) -> "Settings":
-        """The settings of a resolved `config.sample`, its steps grouped so that the padded FLOPs are least."""
+        """Settings from a resolved `config.sample`, with steps grouped into stages of least padded FLOPs."""
         num_tokens = generator.num_tokens
         plan = generation_plan(num_tokens, sample.num_iter)
         token = flops.counted(generator.head, "sample_flops", sample.num_sampling_steps)
@@ -64,16 +64,16 @@ class Settings:
         )
 
     def shape(self) -> tuple[Any, ...]:
-        """What shapes the program; guidance scales, choice temperatures and the temperature are its arguments."""
+        """The static settings; cfg scales and temperatures are arguments of the program."""
         return self.stages, self.num_sampling_steps, self.cfg is None, self.choice is None
 
 
 def draw_randomness(
     generator: Generator, seed: jax.Array, index_B: jax.Array, num_sampling_steps: str
 ) -> SampleRandomness:
-    """The randomness of the samples with these indices: each a function of (seed, index) alone.
+    """Draws the randomness of the samples with these indices, each from (seed, index) alone.
 
-    The head's noise is drawn by position, all of it ahead: 1.6 MB an image for 256 tokens of 16 and 100 steps.
+    The head's noise is drawn up front by position: 1.6 MB per image for 256 tokens of dimension 16 and 100 steps.
     """
 
     def one(index: jax.Array) -> SampleRandomness:
@@ -98,21 +98,21 @@ def generate(
     stages: Sequence[Stage],
     num_sampling_steps: str,
 ) -> jax.Array:
-    """Tokens in raster order, float32 (B, L, D), by running the plan: a scan a stage.
+    """Generates tokens in raster order, float32 (B, L, D), with one scan per stage.
 
     Args:
       generator: the network.
       params: its parameters.
       labels_B: int32, a class or UNCONDITIONAL.
       rand: from `draw_randomness`.
-      cfg_n: float32 (n,), the cfg scale of every step; None for no guidance and no unconditional branch.
+      cfg_n: float32, cfg scale per step; None for no unconditional branch.
       temperature: scalar.
-      choice_n: float32 (n,), the choice temperature of every step; None to follow `rand.order`.
-      stages: the grouped plan, static.
+      choice_n: float32, choice temperature per step; None to follow `rand.order`.
+      stages: the plan's stages, static.
       num_sampling_steps: length of the head's chain, static.
     """
     classes = Classes(jnp.maximum(labels_B, 0), labels_B < 0)
-    state = generator.init_generation(rand.order, guided=cfg_n is not None)
+    state = generator.init_generation(rand.order, use_cfg=cfg_n is not None)
     for stage in stages:
 
         def run_step(state: GenerationState, step: PlanStep, stage: Stage = stage) -> tuple[GenerationState, None]:
@@ -141,15 +141,15 @@ def generate(
 
 
 def sampling_batch(size: int, mesh: Mesh) -> memory.Batch:
-    """What the sampler's memory grows with."""
+    """The batch size that determines the sampler's memory."""
     return memory.Batch("--batch_size (config.sample.batch_size)", size, sharding.batch_shards(mesh))
 
 
 class Sampler:
-    """Makes images from parameters; compiles once for a batch size and the static part of its settings."""
+    """Samples images from parameters; compiles once per batch size and static settings."""
 
     def __init__(self, assembly: Assembly) -> None:
-        """Settings are those of the assembly's `config.sample`; `with_settings` gives others."""
+        """Uses the settings of the assembly's `config.sample`; `with_settings` changes them."""
         self.generator, self.mesh = assembly.generator, assembly.mesh
         self.tokenizer, self.tokens = assembly.tokenizer, assembly.tokens
         self.settings = Settings.from_config(assembly.config.sample, self.generator)
@@ -158,11 +158,7 @@ class Sampler:
         self.checked = self._checked()
 
     def with_settings(self, sample: ml_collections.ConfigDict) -> "Sampler":
-        """A sampler with other settings, from a resolved `config.sample`.
-
-        It has the same program where only guidance scales, their schedule or temperatures differ; `num_iter`,
-        `num_sampling_steps`, `max_stages`, `confidence_order` and whether `cfg` is 1 take one of their own.
-        """
+        """A sampler with a resolved `config.sample`, sharing this one's program if `Settings.shape` is equal."""
         other = copy.copy(self)
         other.settings = Settings.from_config(sample, self.generator)
         if other.settings.shape() != self.settings.shape():
@@ -211,61 +207,45 @@ class Sampler:
         return jax.jit(program, out_shardings=sharding.batch_sharding(mesh))
 
     def arguments(self, params: PyTree, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> tuple[Any, ...]:
-        """What `program` takes for these samples; their number must divide over the mesh."""
-        scales, choice = (
-            None if each is None else np.asarray(each, np.float32) for each in (self.settings.cfg, self.settings.choice)
-        )
-        rows = sharding.shard_batch((np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)), self.mesh)
-        return (
-            params,
-            self.tokenizer_params,
-            rows[0],
-            np.uint32(seed),
-            rows[1],
-            scales,
-            np.float32(self.settings.temperature),
-            choice,
-        )
+        """Arguments of `program` for these samples; the batch size must be divisible by `batch_shards` of the mesh."""
+        rows = np.asarray(labels_B, np.int32), np.asarray(index_B, np.uint32)
+        labels, index = sharding.shard_batch(rows, self.mesh)
+        return self._arguments(params, labels, index, seed)
 
     def described_arguments(self, params: PyTree, batch_size: int) -> tuple[Any, ...]:
-        """What `arguments` gives for so many samples, as shapes: to compile `program` without devices or weights.
+        """`arguments` with ShapeDtypeStructs, to compile `program` without devices or weights.
 
-        The tokenizer's parameters must be described too (see `sharding.put_replicated`).
+        The tokenizer's parameters must be ShapeDtypeStructs too (see `sharding.put_replicated`).
         """
         rows = sharding.batch_sharding(self.mesh)
         labels, index = (jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.uint32))
+        return self._arguments(params, labels, index, 0)
+
+    def _arguments(self, params: PyTree, labels: Any, index: Any, seed: int) -> tuple[Any, ...]:
         scales, choice = (
             None if each is None else np.asarray(each, np.float32) for each in (self.settings.cfg, self.settings.choice)
         )
-        return (
-            params,
-            self.tokenizer_params,
-            labels,
-            np.uint32(0),
-            index,
-            scales,
-            np.float32(self.settings.temperature),
-            choice,
-        )
+        temperature = np.float32(self.settings.temperature)
+        return params, self.tokenizer_params, labels, np.uint32(seed), index, scales, temperature, choice
 
     @numerics.pinned()
     def dispatch(self, params: PyTree, labels_B: np.ndarray, seed: int, index_B: np.ndarray) -> jax.Array:
-        """Starts one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, sharded over the mesh."""
+        """Dispatches one batch: images float32 (B, H, W, C) in [-1, 1], not clipped, sharded over the mesh."""
         with jax.set_mesh(self.mesh):
             images: jax.Array = self.checked(*self.arguments(params, labels_B, seed, index_B))
         return images
 
     def fitting(self, batch_size: int) -> int:
-        """`batch_size` rounded up to what divides over the mesh."""
+        """Rounds `batch_size` up to a multiple of the number of batch shards."""
         shards = sharding.batch_shards(self.mesh)
         return -(-batch_size // shards) * shards
 
     def __call__(
         self, params: PyTree, labels: np.ndarray, seed: int, first_index: int = 0, *, batch_size: int
     ) -> np.ndarray:
-        """Images uint8 (N, H, W, C) of N labels, the i-th with index first_index + i.
+        """Samples one image per label, uint8 (B, H, W, C), the i-th with index first_index + i.
 
-        Every batch is filled up to `batch_size`, rounded up to what divides over the mesh, so that one program serves.
+        Every batch is padded to `fitting(batch_size)`, so that one program serves all.
         """
         batch_size = self.fitting(batch_size)
         done = []

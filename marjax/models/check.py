@@ -1,4 +1,4 @@
-"""The check of registered backbones and heads against their contracts."""
+"""Checks registered backbones and heads against their contracts."""
 
 from typing import Any
 
@@ -13,14 +13,10 @@ from marjax.trees import PyTree
 
 
 def check(generator: Generator, model: ModelConfig) -> None:
-    """Traces a generator with a registered head or backbone, so that errors in it are found before a run starts.
-
-    Args:
-      generator: with a registered head or backbone.
-      model: its resolved `config.model`.
+    """Traces a generator with a registered head or backbone, to find its errors before a run starts.
 
     Raises:
-      UserError: its results violate the protocols. Errors of its own code propagate.
+      UserError: a result violates the protocols. Errors raised by registered code propagate.
     """
     batch, length, dim = 2, generator.num_tokens, generator.token_dim
     head, variant = f"config.model.head={model.head}", f"config.model.variant={model.variant}"
@@ -49,7 +45,7 @@ def check(generator: Generator, model: ModelConfig) -> None:
     if not isinstance(terms, dict) or not all(isinstance(term, tuple) and len(term) == 2 for term in terms.values()):
         raise UserError(f"{head}: __call__ returns {type(terms).__name__}, expected a dict of name: (values, weights)")
     if "loss" not in terms:
-        raise UserError(f"{head}: __call__ returns the terms {', '.join(terms) or 'none'}, expected one called 'loss'")
+        raise UserError(f"{head}: __call__ returns the terms {', '.join(terms) or 'none'}, expected one named 'loss'")
     for name, (values, weights) in terms.items():
         try:
             shape = jnp.broadcast_shapes(values.shape, weights.shape)
@@ -58,13 +54,12 @@ def check(generator: Generator, model: ModelConfig) -> None:
         if not shape or shape[0] != batch or values.dtype != jnp.float32:
             raise UserError(
                 f"{head}: the term {name!r} has values {_shown(values)} and weights {_shown(weights)}, "
-                f"expected float32 values of one shape, such as ({batch}, {length}), which is one a token"
+                f"expected float32 values broadcastable with the weights, such as ({batch}, {length}), one per token"
             )
     _expect(f"{head}: sample", tokens, (batch, length, dim), jnp.float32)
     if set(variables) != {"params"}:
         raise UserError(
-            f"{head}, {variant}: the network has the Flax collections {', '.join(sorted(variables))}, "
-            f"expected params alone"
+            f"{head}, {variant}: the network has Flax collections {', '.join(sorted(variables))}, expected only params"
         )
 
 

@@ -1,10 +1,9 @@
 """The causal backbone: a decoder-only Transformer over the tokens in the order of generation (paper, section 4.1).
 
-The sequence starts with the class token and is shifted by one: element 0 is the class, element i the i-th token of the
-order with its own position, and it predicts the token that comes next. Which position that is, it is told on entering
-the second half of the stack; raster and random orders differ in nothing but the order.
+The input is the class token followed by the tokens with their positions; each element predicts the next token. The
+position embedding of the token to predict is added before the second half of the stack.
 
-Shapes: B batch, L tokens, D token dimension, W width, M tokens of one generation step (1 here), H heads, E head width.
+Shapes: B batch, L tokens, D token dimension, W width, M tokens predicted in one step (1 here), N heads, E head width.
 """
 
 from typing import NamedTuple
@@ -23,18 +22,17 @@ from marjax.perf import flops
 from marjax.trees import PyTree
 
 
-class Cache(NamedTuple):
-    """Keys and values of both halves, `dtype` (depth, B, H, L, E), by place in the order."""
+class KVCache(NamedTuple):
+    """Keys and values of both halves of the stack, `dtype` (depth, B, N, L, E), in the order of generation."""
 
     first: KeyValue
     second: KeyValue
 
 
 class DecoderOnly(nn.Module):
-    """z for every position, given the tokens before it in the order and the class embedding.
+    """Computes z for every position from the tokens before it in the order and the class embedding.
 
-    `kv_cache=False` runs the whole sequence again at every generation step: the slow truth that the cache is tested and
-    timed against.
+    `kv_cache=False` recomputes the whole sequence at every generation step, as a baseline for tests and benchmarks.
     """
 
     num_tokens: int
@@ -52,7 +50,7 @@ class DecoderOnly(nn.Module):
 
     @classmethod
     def from_config(cls, model: ModelConfig, num_tokens: int, token_dim: int) -> "DecoderOnly":
-        """See `Backbone.from_config`; both depths make one stack."""
+        """See `Backbone.from_config`; the depth is the sum of both depths."""
         return cls(
             num_tokens=num_tokens,
             token_dim=token_dim,
@@ -73,7 +71,7 @@ class DecoderOnly(nn.Module):
 
         self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
-        self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # of the class token, then of every position
+        self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # row 0: class token
         self.first = Stack.from_backbone(self, self.first_depth)
         self.target_pos_embed = embedding("target_pos_embed", self.num_tokens)
         self.second = Stack.from_backbone(self, self.second_depth)
@@ -81,7 +79,7 @@ class DecoderOnly(nn.Module):
 
     @nn.nowrap
     def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
-        """How many tokens the loss leaves out: none, int32 (B,). The key is not used."""
+        """Returns 0, int32 (B,): the loss covers every token."""
         return jnp.zeros((batch,), jnp.int32)
 
     def __call__(
@@ -94,19 +92,13 @@ class DecoderOnly(nn.Module):
         slots: int | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """z of every position, in `dtype`, (B, L, W): the one at position order[i] has seen order[:i].
+        """Computes z, `dtype` (B, L, W): at position order[i] it depends on the tokens at order[:i].
 
-        Args:
-          tokens_BxLxD: in raster order.
-          order_BxL: int, the positions in the order of generation.
-          num_known_B: not used: every position has its own prefix.
-          class_embed_BxW: float (B, W).
-          slots: not used.
-          deterministic: no dropout; otherwise the rng "dropout" is needed.
+        See `Backbone.__call__`; `num_known_B` and `slots` have no effect.
         """
         batch, length = order_BxL.shape
         rank_BxL = orders.ranks(order_BxL)
-        before = order_BxL[:, :-1]  # what the elements after the class token hold
+        before = order_BxL[:, :-1]  # positions of the inputs after the class token
 
         def by_position(table_LxW: jax.Array, position: jax.Array) -> jax.Array:
             table = jnp.broadcast_to(table_LxW, (batch, length, self.width))
@@ -121,21 +113,17 @@ class DecoderOnly(nn.Module):
         return orders.gather_rows(self.norm(x), rank_BxL, order_BxL)
 
     @nn.nowrap
-    def init_cache(self, batch: int) -> Cache | tuple[()]:
-        """What the first `step` takes."""
+    def init_cache(self, batch: int) -> KVCache | tuple[()]:
+        """An empty KV cache for the first `step`."""
         if not self.kv_cache:
             return ()
 
         def empty(depth: int) -> KeyValue:
             shape = (depth, batch, self.num_heads, self.num_tokens, self.width // self.num_heads)
-            return KeyValue(
-                *(
-                    nn.with_logical_constraint(jnp.zeros(shape, self.dtype), ("layers", "batch", "heads", None, "kv"))
-                    for _ in range(2)
-                )
-            )
+            axes = ("layers", "batch", "heads", None, "kv")
+            return KeyValue(*(nn.with_logical_constraint(jnp.zeros(shape, self.dtype), axes) for _ in range(2)))
 
-        return Cache(empty(self.first_depth), empty(self.second_depth))
+        return KVCache(empty(self.first_depth), empty(self.second_depth))
 
     def step(
         self,
@@ -148,16 +136,9 @@ class DecoderOnly(nn.Module):
         *,
         known_slots: int,
     ) -> tuple[jax.Array, PyTree]:
-        """z of the token that is generated `start`-th, (B, 1, W), and the cache with one element more.
+        """Computes z of the token at `order[start]`, (B, 1, W), and appends to the KV cache; see `Backbone.step`.
 
-        Args:
-          cache: from `init_cache` or the step before.
-          tokens_BxLxD: only that at order[start - 1] matters; the cache has seen the others.
-          order_BxL: int.
-          start: int scalar, the number of steps done.
-          position_BxM: int (B, 1), order[start].
-          class_embed_BxW: float (B, W).
-          known_slots: not used: the cache has room for all.
+        Of the tokens only the one at order[start - 1] is read. `known_slots` has no effect: the cache has L slots.
         """
         if not self.kv_cache:
             z = self(tokens_BxLxD, order_BxL, start, class_embed_BxW, deterministic=True)
@@ -171,19 +152,17 @@ class DecoderOnly(nn.Module):
         x = x + self.target_pos_embed[position_BxM].astype(self.dtype)
         x, second = self.second.step(x, seen, cache.second)
 
-        def written(old: KeyValue, new: KeyValue) -> KeyValue:
-            return KeyValue(
-                *(jax.lax.dynamic_update_slice_in_dim(*pair, start, axis=3) for pair in zip(old, new, strict=True))
-            )
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=3)
 
-        return self.norm(x), Cache(written(cache.first, first), written(cache.second, second))
+        return self.norm(x), jax.tree.map(write, cache, KVCache(first, second))
 
     def _class_token(self, class_embed_BxW: jax.Array) -> jax.Array:
         return (class_embed_BxW + self.pos_embed[:1]).astype(self.dtype)[:, None]
 
     @nn.nowrap
     def train_flops(self) -> float:
-        """Of one forward pass for one image, a query counted with the keys it may look at."""
+        """FLOPs of the forward pass per image, counting only unmasked pairs of query and key."""
         length = self.num_tokens
         return 2 * self.token_dim * self.width * (length - 1) + flops.stack_flops(
             self.width, self.first_depth + self.second_depth, self.mlp_ratio, length, pairs=length * (length + 1) / 2
@@ -191,17 +170,17 @@ class DecoderOnly(nn.Module):
 
     @nn.nowrap
     def unknown_in_training(self) -> float:
-        """How many tokens of an image the head's loss sees."""
+        """The number of tokens per image in the loss."""
         return self.num_tokens
 
     @nn.nowrap
     def step_flops(self, num_known: float) -> float:
-        """Of one generation step for one image, with `num_known` tokens known."""
+        """FLOPs of one generation step per image, given `num_known` tokens."""
         return 2 * self.token_dim * self.width + flops.stack_flops(
             self.width, self.first_depth + self.second_depth, self.mlp_ratio, 1, pairs=num_known + 1
         )
 
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:
-        """What a step costs in a stage of that many slots: the same in all, since the cache has one shape."""
+        """FLOPs of a step in a padded stage: the same in every stage, since the KV cache has a static shape."""
         return self.step_flops(self.num_tokens)

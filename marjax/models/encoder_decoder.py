@@ -1,9 +1,9 @@
 """The bidirectional backbone: an MAE-style encoder over the known tokens and a decoder over all (paper, section 4.1).
 
-Everything has a static shape: known tokens sit in `slots` slots in the order of generation, masked as keys past
-`num_known`, and go back to their raster positions by gathers.
+All shapes are static: the encoder has `slots` slots, filled in the order of generation. Slots past `num_known` are
+masked as keys, and gathers move the encoder's output to raster positions.
 
-Shapes: B batch, L tokens, D token dimension, W width, S slots, P buffer (class) tokens, M tokens of a generation step.
+Shapes: B batch, L tokens, D token dimension, W width, S encoder slots, P buffer tokens, M tokens predicted in one step.
 """
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from marjax.perf import flops
 
 
 class EncoderDecoder(nn.Module):
-    """z for every position, given the known tokens and the class embedding."""
+    """Computes z for every position from the known tokens and the class embedding."""
 
     num_tokens: int
     token_dim: int
@@ -73,7 +73,7 @@ class EncoderDecoder(nn.Module):
 
     @nn.nowrap
     def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
-        """How many tokens of each image are shown, and so left out of the loss: int32 (B,)."""
+        """See `Backbone.draw_num_known`; draws from `mask_ratio`."""
         return self.mask_ratio.draw_num_known(key, batch, self.num_tokens)
 
     def __call__(
@@ -86,16 +86,7 @@ class EncoderDecoder(nn.Module):
         slots: int | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """z of every position, in `dtype`, (B, L, W).
-
-        Args:
-          tokens_BxLxD: in raster order; the values of unknown tokens do not matter.
-          order_BxL: int, the positions in the order of generation.
-          num_known_B: int (B,), how many leading entries of `order` are known, at most `slots`.
-          class_embed_BxW: float (B, W).
-          slots: static number of encoder slots; as many as training ever fills by default.
-          deterministic: no dropout; otherwise the rng "dropout" is needed.
-        """
+        """Computes z for every position, `dtype` (B, L, W); see `Backbone.__call__`."""
         if slots is None:
             slots = orders.max_visible(self.num_tokens, self.mask_ratio.minimum)
         known_BxSxW = self.encode(
@@ -113,7 +104,7 @@ class EncoderDecoder(nn.Module):
         slots: int,
         deterministic: bool,
     ) -> jax.Array:
-        """The encoder's output for buffer and slots, (B, P + S, W); rows past P + num_known mean nothing."""
+        """The encoder's output for buffer and slots, (B, P + S, W); rows past P + num_known are undefined."""
         batch, buffer = tokens_BxLxD.shape[0], self.buffer_size
         rank_BxL = orders.ranks(order_BxL)
         chosen_BxS = order_BxL[:, :slots]
@@ -131,11 +122,11 @@ class EncoderDecoder(nn.Module):
     def decode(
         self, encoded: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, *, deterministic: bool
     ) -> jax.Array:
-        """z of every position, (B, L, W), from the encoder's output (B, P + S, W)."""
+        """Computes z for every position, (B, L, W), from the encoder's output, (B, P + S, W)."""
         buffer, num_tokens = self.buffer_size, self.num_tokens
         slots = encoded.shape[1] - buffer
         encoded = self.decoder_embed(encoded)
-        # The slot of a position is its rank. Unknown positions and unused slots point outside, which gives zeros.
+        # The slot of a position is its rank. Unknown positions and unused slots have indices out of range: zeros.
         rank_BxL = orders.ranks(order_BxL)
         known_BxL = rank_BxL < num_known_B[:, None]
         slot_BxL = jnp.where(known_BxL, rank_BxL, slots)
@@ -148,7 +139,7 @@ class EncoderDecoder(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch: int) -> tuple[()]:
-        """Nothing: every step looks at all tokens anew."""
+        """Returns (): every step encodes all known tokens."""
         return ()
 
     def step(
@@ -162,34 +153,24 @@ class EncoderDecoder(nn.Module):
         *,
         known_slots: int,
     ) -> tuple[jax.Array, tuple[()]]:
-        """z of the positions of one generation step, (B, M, W), and the cache.
-
-        Args:
-          cache: from `init_cache`.
-          tokens_BxLxD: in raster order; the values of unknown tokens do not matter.
-          order_BxL: int.
-          start: int scalar, how many are known, at most `known_slots`.
-          position_BxM: int (B, M).
-          class_embed_BxW: float (B, W).
-          known_slots: static number of encoder slots.
-        """
+        """Computes z at the positions of one generation step, (B, M, W); see `Backbone.step`."""
         known_B = jnp.full((tokens_BxLxD.shape[0],), start, jnp.int32)
         z = self(tokens_BxLxD, order_BxL, known_B, class_embed_BxW, slots=known_slots, deterministic=True)
         return jnp.take_along_axis(z, position_BxM[..., None], axis=1), cache
 
     @nn.nowrap
     def train_flops(self) -> float:
-        """Of one forward pass for one image, at the mean number of visible tokens."""
+        """FLOPs of the forward pass per image, at the mean number of known tokens."""
         return self.step_flops(self.mask_ratio.expected_known(self.num_tokens))
 
     @nn.nowrap
     def unknown_in_training(self) -> float:
-        """How many tokens of an image the head's loss counts, on average."""
+        """The mean number of tokens per image in the loss."""
         return self.num_tokens - self.mask_ratio.expected_known(self.num_tokens)
 
     @nn.nowrap
     def step_flops(self, num_known: float) -> float:
-        """Of one forward pass for one image with `num_known` tokens known."""
+        """FLOPs of the forward pass per image, given `num_known` tokens."""
         width, buffer = self.width, self.buffer_size
         encoded = buffer + num_known
         return (
@@ -201,5 +182,5 @@ class EncoderDecoder(nn.Module):
 
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:
-        """What a generation step costs in a stage of that many slots."""
+        """FLOPs of a step per image in a stage padded to `known_slots`."""
         return self.step_flops(known_slots)

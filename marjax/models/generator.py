@@ -1,6 +1,6 @@
-"""The whole network: class embedding, backbone and head, in training and in generation.
+"""The network: class embedding, backbone and head, for training and generation.
 
-Shapes: B batch, L tokens, D token dimension, W backbone width, M tokens of one generation step.
+Shapes: B batch, L tokens, D token dimension, W backbone width, M tokens predicted in one step, V codebook size.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ HEADS: Choices[type[Head]] = Choices(
 
 
 class LossRandomness(NamedTuple):
-    """Everything random about the loss of a batch, apart from dropout. Every leaf has the batch axis first.
+    """The randomness of the loss of a batch, except for dropout. Every leaf has the batch axis first.
 
-    `order` int32 (B, L); `num_known` int32 (B,); `drop_label` bool (B,), true where the null class is shown; `head`,
-    what the head draws.
+    `order` int32 (B, L); `num_known` int32 (B,); `drop_label` bool (B,), true for the null class; `head`, from
+    `Head.draw_loss_noise`.
     """
 
     order: jax.Array
@@ -50,7 +50,7 @@ class LossRandomness(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """The class of each image: `label` int32 (B,) in [0, num_classes); `drop` bool (B,), true for no class."""
+    """Classes of a batch: `label` int32 (B,) in [0, num_classes); `drop` bool (B,), true for the null class."""
 
     label: jax.Array
     drop: jax.Array
@@ -59,8 +59,8 @@ class Classes(NamedTuple):
 class PlanStep(NamedTuple):
     """One row of a generation plan, scalars.
 
-    `start` int32, the number of known tokens; `num_predicted` int32; `cfg_scale` float32, None without guidance;
-    `choice` float32, the choice temperature of an order by confidence, None to follow the given order.
+    `start` int32, the number of known tokens; `num_predicted` int32; `cfg_scale` float32, None for no cfg; `choice`
+    float32, the choice temperature of an order by confidence, None for the given order.
     """
 
     start: jax.Array
@@ -70,10 +70,10 @@ class PlanStep(NamedTuple):
 
 
 class GenerationState(NamedTuple):
-    """A batch that is being generated.
+    """A partially generated batch.
 
     `tokens` float32 (B, L, D), in raster order; `order` int32 (B, L), positions in the order of generation; `cache`,
-    what the backbone carries between steps.
+    see `Backbone.init_cache`.
     """
 
     tokens: jax.Array
@@ -82,7 +82,7 @@ class GenerationState(NamedTuple):
 
 
 class Generator(nn.Module):
-    """Models images as sequences of tokens given a class label, or none."""
+    """Models images as sequences of tokens, given a class or the null class."""
 
     num_classes: int
     num_tokens: int
@@ -92,7 +92,7 @@ class Generator(nn.Module):
     order: str  # a key of orders.ORDERS
     backbone: Backbone
     head: Head
-    num_codes: int = 0  # how many different tokens there are; 0: continuous
+    num_codes: int = 0  # codebook size; 0: continuous tokens
 
     def setup(self) -> None:
         self.class_embedding = parameter(self, "class_embedding", embedding_init, (self.num_classes, self.width))
@@ -100,12 +100,12 @@ class Generator(nn.Module):
 
     @nn.nowrap
     def draw_orders(self, key: jax.Array, batch: int) -> jax.Array:
-        """In which order the tokens of each image are generated: int32 (B, L)."""
+        """Draws a generation order per image: int32 (B, L)."""
         return orders.ORDERS[self.order](key, batch, self.num_tokens)
 
     @nn.nowrap
     def draw_loss_randomness(self, key: jax.Array, batch: int) -> LossRandomness:
-        """Draws the randomness of the loss for a global batch from one key."""
+        """Draws the randomness of the loss for a global batch."""
         key_order, key_known, key_drop, key_head = jax.random.split(key, 4)
         return LossRandomness(
             order=self.draw_orders(key_order, batch),
@@ -116,12 +116,12 @@ class Generator(nn.Module):
 
     @nn.nowrap
     def with_codebook(self, codebook: jax.Array | None) -> "Generator":
-        """With the codebook, float32 (V, D), of a discrete tokenizer in the head, if the head has use for it."""
+        """Sets the head's `codebook`, float32 (V, D), if it has that field."""
         return self if codebook is None else self._with_head(codebook=codebook)
 
     @nn.nowrap
     def with_batch_shards(self, shards: int) -> "Generator":
-        """For sampling with batches that are sharded over so many devices."""
+        """Sets the head's `batch_shards`, if it has that field."""
         return self._with_head(batch_shards=shards)
 
     @nn.nowrap
@@ -134,13 +134,13 @@ class Generator(nn.Module):
     def __call__(
         self, tokens_BxLxD: jax.Array, labels_B: jax.Array, rand: LossRandomness, deterministic: bool = False
     ) -> Terms:
-        """The head's per-token terms, name -> (values, weights); see `Head.__call__`.
+        """Per-token terms of the loss, name -> (values, weights); see `Head.__call__`.
 
         Args:
           tokens_BxLxD: float32, in raster order.
           labels_B: int in [0, num_classes).
           rand: from `draw_loss_randomness`.
-          deterministic: no dropout; otherwise the rng "dropout" is needed.
+          deterministic: disables dropout, which otherwise needs the rng "dropout".
         """
         classes = Classes(labels_B, rand.drop_label)
         z_BxLxW = self.backbone_output(tokens_BxLxD, classes, rand.order, rand.num_known, deterministic=deterministic)
@@ -157,7 +157,7 @@ class Generator(nn.Module):
         slots: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """z for every position, (B, L, W); see `Backbone.__call__`."""
+        """Computes z for every position, (B, L, W); see `Backbone.__call__`."""
         return self.backbone(
             tokens_BxLxD, order_BxL, num_known_B, self._class_embed(classes), slots=slots, deterministic=deterministic
         )
@@ -166,11 +166,11 @@ class Generator(nn.Module):
         return jnp.where(classes.drop[:, None], self.null_embedding, lookup(self.class_embedding, classes.label))
 
     @nn.nowrap
-    def init_generation(self, order_BxL: jax.Array, guided: bool) -> GenerationState:
-        """The state before the first step. With guidance the unconditional rows share the batch and the cache."""
+    def init_generation(self, order_BxL: jax.Array, use_cfg: bool) -> GenerationState:
+        """The state before the first step. With cfg, unconditional rows are the second half of batch and cache."""
         batch = order_BxL.shape[0]
         tokens = jnp.zeros((batch, self.num_tokens, self.token_dim), jnp.float32)
-        return GenerationState(tokens, order_BxL, self.backbone.init_cache(2 * batch if guided else batch))
+        return GenerationState(tokens, order_BxL, self.backbone.init_cache(2 * batch if use_cfg else batch))
 
     def generate_step(
         self,
@@ -183,16 +183,17 @@ class Generator(nn.Module):
         new_slots: int,
         **settings: Any,
     ) -> GenerationState:
-        """One autoregressive step: predicts the tokens at order[start : start + num_predicted].
+        """Runs one autoregressive step: predicts the tokens at order[start : start + num_predicted].
 
         Args:
           state: after `step.start` tokens.
-          classes: of the batch.
-          step: at most `known_slots` known and `new_slots` predicted tokens. With `choice`, the rest of the order is
-            sorted by the head's confidence first (see `sample_ranked`), and `new_slots` must hold all unknown tokens.
-          noise: the head's sample noise, leading axes (B, L), by position.
-          known_slots, new_slots: static sizes of the padded step.
-          **settings: of `Head.sample`.
+          classes: classes of the batch.
+          step: row of the plan. With `choice`, the unknown part of the order is first sorted by the head's confidence
+            (see `CategoricalHead.sample_ranked`).
+          noise: the head's sample noise by position, leading axes (B, L).
+          known_slots: static upper bound of `start`.
+          new_slots: static upper bound of `num_predicted`; with `choice`, of the number of unknown tokens.
+          **settings: keyword arguments of `Head.sample`.
         """
         start, num_predicted, cfg_scale, choice = step
         tokens_BxLxD, order_BxL, cache = state
@@ -214,7 +215,7 @@ class Generator(nn.Module):
         if choice is None:
             new_BxMxD = self.head.sample(z_new, noise, cfg_scale, **settings)
         else:
-            ranked: Any = self.head  # `config.resolve` lets only heads that rank come here
+            ranked: Any = self.head  # config.resolve rejects heads without it
             new_BxMxD, confidence_BxM = ranked.sample_ranked(
                 z_new, noise, cfg_scale, step=start, choice=choice, **settings
             )
@@ -229,10 +230,10 @@ class Generator(nn.Module):
 
 
 def build(model: ModelConfig, *, num_tokens: int, token_dim: int, num_classes: int, num_codes: int = 0) -> Generator:
-    """The network of a `ModelConfig`; `num_codes` is the codebook size, for heads that model codes.
+    """Builds the network; `num_codes` is the codebook size, 0 for continuous tokens.
 
     Raises:
-      UserError: `model.extra` is not what a registered backbone or head takes.
+      UserError: `model.extra` is invalid for the registered backbone or head.
     """
     variant = VARIANTS[model.variant]
     try:
@@ -254,5 +255,5 @@ def build(model: ModelConfig, *, num_tokens: int, token_dim: int, num_classes: i
 
 
 def is_registered(model: ModelConfig) -> bool:
-    """Whether the backbone or the head comes from outside of marjax."""
+    """Whether the backbone or the head was added by `marjax.register`."""
     return not (HEADS.is_own(model.head) and BACKBONES.is_own(VARIANTS[model.variant].attention))

@@ -1,4 +1,4 @@
-"""The parameters of a generator: fresh ones, and their shapes and shardings alone."""
+"""Initialises a generator's parameters, or describes their shapes and shardings."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from marjax.trees import PyTree
 
 
 def init_params(generator: Generator, key: jax.Array) -> PyTree:
-    """Fresh parameters, float32, still carrying their logical axis names."""
+    """Random float32 parameters, boxed with their logical axis names."""
     tokens = jnp.zeros((1, generator.num_tokens, generator.token_dim))
     rand = generator.draw_loss_randomness(key, 1)
     if generator.num_codes:
@@ -20,12 +20,12 @@ def init_params(generator: Generator, key: jax.Array) -> PyTree:
 
 
 def init_unboxed(generator: Generator, key: jax.Array) -> PyTree:
-    """Fresh parameters as plain arrays, float32."""
+    """Random parameters as plain float32 arrays."""
     return nn.unbox(init_params(generator, key))
 
 
 def abstract_params(generator: Generator, mesh: Mesh, replicate_below: int = sharding.REPLICATE_BELOW) -> PyTree:
-    """The parameters as ShapeDtypeStructs with their shardings (`sharding.Parameter`), without computing anything.
+    """The parameters as ShapeDtypeStructs with shardings (`sharding.Parameter`).
 
     `replicate_below` is `config.mesh.replicate_below`.
     """
