@@ -1,4 +1,4 @@
-"""From a resolved config to the parts of a run. Config objects end here: what lies below takes plain values."""
+"""Builds the parts of a run from a resolved config. Rooms below take plain values instead of configs."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from marjax.training.state import TrainState, abstract_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Assembly:
-    """The parts of a run; what costs time or reads files is made when it is first used.
+    """The parts of a run; expensive ones and those that read files are built on first use.
 
     Attributes:
       config: resolved.
-      mesh: of the devices.
+      mesh: the device mesh.
       tokens: shape of an image's tokens.
       generator: the network.
     """
@@ -39,7 +39,7 @@ class Assembly:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer with its weights. Raises UserError: they cannot be read, or are of another network."""
+        """The tokenizer with its weights. Raises UserError if they cannot be read or do not fit."""
         return open_tokenizer(tokenizer_config(self.config))
 
     @functools.cached_property
@@ -49,22 +49,20 @@ class Assembly:
 
     @functools.cached_property
     def params(self) -> Any:
-        """The parameters as ShapeDtypeStructs with their shardings."""
+        """The parameters as ShapeDtypeStructs with shardings."""
         return abstract_params(self.generator, self.mesh, self.config.mesh.replicate_below)
 
     @functools.cached_property
     def state(self) -> TrainState:
-        """The training state as ShapeDtypeStructs with their shardings."""
+        """The training state as ShapeDtypeStructs with shardings."""
         return abstract_state(self.params, self.optimizer, self.mesh)
 
     def replace(self, *, config: ConfigDict | None = None, tokenizer: Tokenizer | None = None) -> "Assembly":
-        """With an opened tokenizer of the same token shape, or a config that differs in nothing the parts depend on."""
-        made = dataclasses.replace(self, config=self.config if config is None else config)
-        if tokenizer is not None:
-            made.__dict__["tokenizer"] = tokenizer
-        elif "tokenizer" in self.__dict__:
-            made.__dict__["tokenizer"] = self.tokenizer
-        return made
+        """Replaces the tokenizer, of the same token shape, or the config, with equal values of all fields in use."""
+        new = dataclasses.replace(self, config=self.config if config is None else config)
+        if (tokenizer := tokenizer or self.__dict__.get("tokenizer")) is not None:
+            new.__dict__["tokenizer"] = tokenizer
+        return new
 
 
 def assemble(config: ConfigDict, mesh: Mesh | None = None) -> Assembly:
@@ -72,10 +70,10 @@ def assemble(config: ConfigDict, mesh: Mesh | None = None) -> Assembly:
 
     Args:
       config: resolved.
-      mesh: by default that of `config.mesh`, over as many devices as there are.
+      mesh: by default from `config.mesh`, over all devices.
 
     Raises:
-      UserError: a registered head or backbone that violates its contract (`heads/protocol.py`, `models/protocol.py`).
+      UserError: a registered head or backbone violates its contract (`heads/protocol.py`, `models/protocol.py`).
     """
     tokens = tokens_of(config)
     model = model_config(config.model)
@@ -94,5 +92,5 @@ def assemble(config: ConfigDict, mesh: Mesh | None = None) -> Assembly:
 
 
 def model_config(model: ConfigDict) -> ModelConfig:
-    """The dataclass of a resolved `config.model`."""
+    """Converts a resolved `config.model` to its dataclass."""
     return frozen(model, ModelConfig, mask_ratio=frozen(model.mask_ratio, MaskRatio, per=model.mask_ratio_per))

@@ -1,4 +1,4 @@
-"""`config.model` as frozen dataclasses: what backbones and heads are built from."""
+"""`config.model` as frozen dataclasses, from which backbones and heads are built."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A resolved `config.model`; marjax/config/schema.py says what each field means."""
+    """A resolved `config.model`; marjax/config/schema.py documents the fields."""
 
     variant: str
     head: str

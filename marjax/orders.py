@@ -1,7 +1,7 @@
-"""In which order tokens are generated, and how many are unknown in training.
+"""Generation orders and mask ratios.
 
-Shapes: B batch, L tokens of an image. `order[b, i]` is the raster position that is generated i-th; the first
-`num_known[b]` entries are known. `rank` is the inverse: `rank[b, p]` is when position p is generated.
+`order[b, i]` is the raster position of the i-th generated token; the first `num_known[b]` entries are known. `rank` is
+its inverse: position p is generated at step `rank[b, p]`. Shapes: B batch, L tokens, W width.
 """
 
 import dataclasses
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 
 def draw_orders(key: jax.Array, batch: int, num_tokens: int) -> jax.Array:
-    """One uniformly random permutation an image: int32 (B, L)."""
+    """Draws a uniformly random permutation per image: int32 (B, L)."""
     return jnp.argsort(jax.random.uniform(key, (batch, num_tokens)), axis=-1).astype(jnp.int32)
 
 
 def raster_orders(key: jax.Array, batch: int, num_tokens: int) -> jax.Array:
-    """Row by row, the same for every image: int32 (B, L). The key is not used."""
-    del key
+    """The raster order of every image: int32 (B, L); takes a key as `draw_orders` does."""
     return jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
 
 
@@ -31,16 +30,16 @@ def ranks(order: jax.Array) -> jax.Array:
 
 
 def max_visible(num_tokens: int, mask_ratio_min: float) -> int:
-    """The most tokens of an image that training ever shows, hence the slots the encoder needs."""
+    """The maximal number of known tokens in training, which is the number of encoder slots."""
     return num_tokens - math.ceil(num_tokens * mask_ratio_min)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskRatio:
-    """The distribution of the unknown share in training (paper, section 4.3 and appendix B).
+    """The distribution of the mask ratio, the fraction of unknown tokens in training (paper, section 4.3, appendix B).
 
-    A normal of mean `mean` and standard deviation `std`, truncated to [`minimum`, 1]; the unknown count of an image
-    is ceil(L * ratio). `per` is "image" (each image draws its own) or "batch" (one draw for all, as the reference).
+    A normal distribution truncated to [`minimum`, 1]; ceil(L * ratio) tokens are unknown. With `per="image"`, every
+    image has its own ratio; with `per="batch"`, all share one, as in the reference.
     """
 
     mean: float = 1.0
@@ -49,7 +48,7 @@ class MaskRatio:
     per: str = "image"
 
     def draw_num_known(self, key: jax.Array, batch: int, num_tokens: int) -> jax.Array:
-        """How many tokens of each image are known: int32 (B,), between 0 and `max_visible`."""
+        """Draws the number of known tokens per image: int32 (B,), between 0 and `max_visible`."""
         lower, upper = (self.minimum - self.mean) / self.std, (1.0 - self.mean) / self.std
         shape = (batch,) if self.per == "image" else (1,)
         ratio = self.mean + self.std * jax.random.truncated_normal(key, lower, upper, shape)
@@ -57,7 +56,7 @@ class MaskRatio:
         return jnp.broadcast_to(jnp.clip(known, 0, max_visible(num_tokens, self.minimum)), (batch,))
 
     def expected_known(self, num_tokens: int) -> float:
-        """The mean of `draw_num_known`, from the normal distribution function."""
+        """The mean of `draw_num_known`."""
 
         def cdf(ratio: float) -> float:
             return 0.5 * (1.0 + math.erf((ratio - self.mean) / (self.std * math.sqrt(2.0))))
@@ -70,24 +69,22 @@ class MaskRatio:
 
 
 @jax.custom_vjp
-def gather_rows(x_BxNxW: jax.Array, index_BxM: jax.Array, inverse_BxN: jax.Array) -> jax.Array:
-    """Rows of x by index, zero where the index is out of range: (B, M, W) from (B, N, W).
+def gather_rows(x_BxTxW: jax.Array, index_BxS: jax.Array, inverse_BxT: jax.Array) -> jax.Array:
+    """Gathers rows of x, zero where the index is out of range: (B, S, W) from (B, T, W).
 
-    `inverse` says where each row of x went: `inverse[b, n]` is the m with `index[b, m] == n`, or anything outside
-    [0, M) when no m has it. It lets the gradient be a gather too, where XLA would scatter (slow on TPU and CPU alike).
-    Every row may be taken at most once.
+    Every row may be gathered at most once. `inverse[b, t]` is the s with `index[b, s] == t`, out of range if there is
+    none: it makes the gradient a gather too, where XLA would scatter, which is slow on TPU and CPU.
     """
-    del inverse_BxN
-    return _gather(x_BxNxW, index_BxM)
+    return _gather(x_BxTxW, index_BxS)
 
 
-def _gather(x_BxNxW: jax.Array, index_BxM: jax.Array) -> jax.Array:
-    size = x_BxNxW.shape[1]
+def _gather(x_BxTxW: jax.Array, index_BxS: jax.Array) -> jax.Array:
+    size = x_BxTxW.shape[1]
     if size == 0:
-        return jnp.zeros((*index_BxM.shape, x_BxNxW.shape[2]), x_BxNxW.dtype)
-    inside = (index_BxM >= 0) & (index_BxM < size)
-    rows = jnp.take_along_axis(x_BxNxW, jnp.clip(index_BxM, 0, size - 1)[..., None], axis=1)
-    return jnp.where(inside[..., None], rows, jnp.zeros((), x_BxNxW.dtype))
+        return jnp.zeros((*index_BxS.shape, x_BxTxW.shape[2]), x_BxTxW.dtype)
+    inside = (index_BxS >= 0) & (index_BxS < size)
+    rows = jnp.take_along_axis(x_BxTxW, jnp.clip(index_BxS, 0, size - 1)[..., None], axis=1)
+    return jnp.where(inside[..., None], rows, jnp.zeros((), x_BxTxW.dtype))
 
 
 def _gather_rows_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:

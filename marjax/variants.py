@@ -1,7 +1,7 @@
-"""What a config can choose: the paper's variants as combinations of three choices, and the heads by what they need.
+"""Properties of the paper's variants and of the heads.
 
-Whoever must tell them apart asks for a property here, never for a name. Registered backbones and heads
-(`marjax.register`) state their properties as class attributes of the same names.
+Other code tests these properties, never names. Registered backbones and heads (`marjax.register`) define them as class
+attributes of the same names.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from marjax.registry import Choices
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How an image becomes a sequence of predictions (paper, section 4.1 and table 1)."""
+    """How images are generated autoregressively (paper, section 4.1 and table 1)."""
 
     order: str  # "raster" or "random": a key of `orders.ORDERS`
     attention: str  # "causal" or "bidirectional": a key of `models.generator.BACKBONES`
     many: bool  # whether a generation step may predict several tokens
-    any_next: bool  # whether any token may come next, so that the order can be made on the fly
+    any_next: bool  # whether the next token may be any unknown one: needed for orders by confidence
 
 
 def _variant(name: str, backbone: Any) -> Variant:
-    """That of a registered backbone, which is chosen by its name."""
+    """The variant of a registered backbone."""
     return Variant(
         order=getattr(backbone, "order", "random"),
         attention=name,
@@ -44,15 +44,14 @@ VARIANTS = Choices(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a head needs of its surroundings."""
+    """Properties of a head."""
 
-    discrete: bool  # it models codes: the tokenizer must have a codebook
-    ranks: bool  # it can tell how sure it is of a token (`sample_ranked`)
-    schedule: str  # of the learning rate, where the config names none (paper, appendix B)
+    discrete: bool  # models codes: the tokenizer must have a codebook
+    ranks: bool  # has `sample_ranked`, the confidence of each token
+    schedule: str  # default learning rate schedule (paper, appendix B)
 
 
 def _head(name: str, head: Any) -> Head:
-    del name
     return Head(
         discrete=getattr(head, "discrete", False),
         ranks=hasattr(head, "sample_ranked"),

@@ -15,7 +15,7 @@ def config(**overrides):
 
 
 def test_metrics_and_steps(tmp_path):
-    """A callback that raises ends the run at its step, saved; the same run then resumes, until one has enough."""
+    """A callback that raises ends and saves the run; resumed, the run ends when a callback returns True."""
     seen, states = [], []
 
     def on_metrics(step, metrics):
@@ -39,14 +39,14 @@ def test_metrics_and_steps(tmp_path):
     assert seen == [1, 2, 3, 4] and int(state.step) == 4  # step 3 is read while step 4 runs, the last then
 
 
-def test_what_is_no_callback(tmp_path):
+def test_invalid_callback(tmp_path):
     for name in ("on_metrics", "on_step"):
         with pytest.raises(UserError, match=name):
             marjax.train(config(), tmp_path / "run", **{name: "print"})
     assert not (tmp_path / "run").exists()
 
 
-def test_after_a_failure_the_other_gets_what_is_left():
+def test_other_callback_continues_after_a_failure():
     calls = []
 
     def on_metrics(step, metrics):

@@ -17,7 +17,7 @@ K, L, D = 24, 16, 4
 CODEBOOK = jax.random.normal(jax.random.key(9), (K, D))
 
 
-def test_uniform_model_loses_log_k():
+def test_loss_of_uniform_model_is_log_v():
     generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     params = jax.tree.map(jnp.zeros_like, perturbed_params(generator))
     tokens = CODEBOOK[jax.random.randint(jax.random.key(1), (3, L), 0, K)]
@@ -26,8 +26,8 @@ def test_uniform_model_loses_log_k():
     np.testing.assert_allclose(terms["loss"][0], np.full((3, L), math.log(K)), rtol=1e-6)
 
 
-def test_the_target_is_the_code_of_the_token():
-    """Raising one code's bias lowers the loss of the tokens that are this code, and raises that of all others."""
+def test_target_is_the_code_of_the_token():
+    """Raising the bias of one code lowers the loss of its tokens and raises the loss of all others."""
     generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     params = perturbed_params(generator)
     index = jax.random.randint(jax.random.key(1), (3, L), 0, K).at[:, 5].set(7)
@@ -65,13 +65,13 @@ def test_samples_follow_the_softmax_of_logits_over_temperature(temperature):
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, jax.nn.softmax(logits / temperature), atol=0.01)
 
 
-def test_every_token_has_a_key_of_its_own():
+def test_keys_differ_per_token():
     generator = make_generator(head="categorical").with_codebook(CODEBOOK)
     noise = draw_randomness(generator, 0, jnp.arange(5), "4").head
     assert len({tuple(key) for key in noise.reshape(-1, 2).tolist()}) == 5 * L
 
 
-def test_guidance():
+def test_cfg():
     both = jax.random.normal(jax.random.key(0), (6, 2, K))
     conditional, unconditional = both[:3], both[3:]
     np.testing.assert_allclose(cfg.apply_cfg(both, 1.0), conditional, atol=1e-6)
@@ -112,8 +112,8 @@ def test_samples_are_codes(mar):
     assert len(set(np.asarray(distance.argmin(-1)).ravel().tolist())) > 3
 
 
-def test_confident_order_takes_the_surest_first(mar):
-    """One token a step without randomness, compared with a loop that asks for every z and picks by hand."""
+def test_confidence_order_generates_most_confident_first(mar):
+    """Compares one token per step, without randomness, with a loop over explicit choices."""
     generator, params = mar
     got = run(generator, params, L, choice=0.0, temperature=0.0)
     labels, drop = jnp.array([0, 1, 2, 0]), jnp.array([False, False, False, True])
@@ -137,7 +137,7 @@ def test_confident_order_takes_the_surest_first(mar):
     assert len({tuple(k) for k in known}) == 4
 
 
-def test_choice_temperature_makes_the_order_random(mar):
+def test_choice_temperature_randomises_the_order(mar):
     generator, params = mar
     still = [run(generator, params, 6, choice=0.0, temperature=0.0, seed=s) for s in (0, 1)]
     moved = [run(generator, params, 6, choice=50.0, temperature=0.0, seed=s) for s in (0, 1)]
@@ -145,13 +145,13 @@ def test_choice_temperature_makes_the_order_random(mar):
     assert (moved[0] != moved[1]).any()
 
 
-def test_confident_order_with_guidance_fills_every_token(mar):
+def test_confidence_order_with_cfg_generates_every_token(mar):
     tokens = run(*mar, 6, choice=2.0, cfg_n=jnp.linspace(1, 3, 6))
     assert jnp.abs(tokens).max(-1).min() > 0
     assert (tokens != run(*mar, 6, choice=2.0)).any()
 
 
-def test_without_a_codebook_it_says_so(mar):
+def test_missing_codebook(mar):
     generator, params = mar
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
     with pytest.raises(ValueError, match="codebook"):

@@ -20,7 +20,7 @@ def steps(clock, moved, seconds, waited=0.0, idle=True, blocked=0.0):
         clock.step(waited, idle, blocked)
 
 
-def test_the_first_step_compiles_and_does_not_count():
+def test_first_step_is_not_counted():
     moved = Time()
     clock = Clock(images=64, devices=4, flops_share=0.5, now=moved)
     steps(clock, moved, [50.0] + [1.0] * 8 + [3.0, 5.0], waited=0.5, blocked=0.25)
@@ -32,7 +32,7 @@ def test_the_first_step_compiles_and_does_not_count():
     assert clock.line()["perf/step_seconds_p99"] == 2.0 and clock.productive == 18.0
 
 
-def test_pauses_are_no_steps():
+def test_pauses_are_excluded_from_steps():
     moved = Time()
     clock = Clock(images=1, devices=1, now=moved)
     steps(clock, moved, [1.0, 1.0])
@@ -46,7 +46,7 @@ def test_pauses_are_no_steps():
 
 
 def test_goodput_over_restarts():
-    """What was done before counts, but not what a killed start did after its last checkpoint."""
+    """Steps before this start count, except those lost after the last checkpoint."""
     moved = Time()
     clock = Clock(images=1, devices=1, productive=60.0, first_start=time.time() - 200.0, now=moved)
     steps(clock, moved, [7.0] + [1.0] * 40)

@@ -20,7 +20,7 @@ NO_DROP = jnp.zeros(B, bool)
 
 @pytest.fixture(scope="module")
 def cases():
-    """variant -> jitted z, parameters, tokens, orders."""
+    """Maps variant to jitted z, parameters, tokens and orders."""
     out = {}
     for variant in ("ar", "random_ar"):
         generator = make_generator(variant=variant)
@@ -32,7 +32,7 @@ def cases():
 
 
 def z_in_order(case, tokens=None, order=None):
-    """z by place in the order: row i predicts the i-th token."""
+    """z in the order of generation: row i predicts the i-th token."""
     condition, params, given, given_order = case
     order = given_order if order is None else order
     z = condition(
@@ -54,7 +54,7 @@ def test_orders():
 
 @pytest.mark.parametrize("variant", ["ar", "random_ar"])
 @pytest.mark.parametrize("i", [0, 1, 7, 15])
-def test_z_sees_what_comes_before_and_nothing_else(cases, variant, i):
+def test_z_depends_on_earlier_tokens_only(cases, variant, i):
     case = cases[variant]
     _, _, tokens, order = case
     rank = orders.ranks(order)
@@ -69,7 +69,7 @@ def test_z_sees_what_comes_before_and_nothing_else(cases, variant, i):
         np.testing.assert_array_equal(earlier[:, : j + 1], z[:, : j + 1])
 
 
-def test_z_does_not_depend_on_the_order_of_what_comes_after(cases):
+def test_z_does_not_depend_on_the_order_of_later_tokens(cases):
     case = cases["random_ar"]
     order, z, i = case[3], z_in_order(case), 6
     z_shuffled = z_in_order(case, order=jnp.concatenate([order[:, : i + 1], order[:, :i:-1]], axis=1))
@@ -77,8 +77,8 @@ def test_z_does_not_depend_on_the_order_of_what_comes_after(cases):
     assert jnp.abs(z_shuffled[:, i + 1 :] - z[:, i + 1 :]).max() > 1e-3
 
 
-def test_the_position_to_predict_matters(cases):
-    """The same tokens known, in the same order, and another position asked for."""
+def test_z_depends_on_the_position_to_predict(cases):
+    """Equal known tokens in equal order, but another target position."""
     case = cases["random_ar"]
     order, z, i = case[3], z_in_order(case), 6
     swapped = order.at[:, i].set(order[:, i + 1]).at[:, i + 1].set(order[:, i])
@@ -100,7 +100,7 @@ def test_class_and_null_class(cases):
 
 @pytest.mark.parametrize("variant", ["ar", "random_ar", "mar"])
 def test_permuting_order_and_tokens_together_permutes_the_loss(variant):
-    """With position tables permuted alike, the names of the positions carry no meaning."""
+    """The position tables are permuted too."""
     generator = make_generator(variant=variant)
     params = perturbed_params(generator)
     tokens = jax.random.normal(jax.random.key(2), (B, L, D))
@@ -127,7 +127,7 @@ def test_permuting_order_and_tokens_together_permutes_the_loss(variant):
     assert jnp.abs(loss(params, tokens[:, permutation], rand)[0] - value[:, :, permutation]).max() > 1e-2
 
 
-def test_every_token_is_in_the_loss(cases):
+def test_loss_covers_every_token(cases):
     _, params, tokens, _ = cases["random_ar"]
     generator = make_generator(variant="random_ar")
     rand = generator.draw_loss_randomness(jax.random.key(4), B)
@@ -143,7 +143,7 @@ def test_every_token_is_in_the_loss(cases):
         ("random_ar", "categorical", True),
     ],
 )
-def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
+def test_kv_cache_equals_recomputation(variant, head, guided):
     generator = make_generator(variant=variant, head=head)
     params = perturbed_params(generator)
     if generator.num_codes:
@@ -183,8 +183,8 @@ def test_the_cache_equals_recomputing_the_prefix(variant, head, guided):
     np.testing.assert_allclose(again, cached, atol=2e-4)
 
 
-def test_the_cache_in_bfloat16():
-    """The dtype of accelerators: z along one sequence, step by step, against one pass."""
+def test_kv_cache_in_bfloat16():
+    """Compares z of step-by-step generation with one forward pass."""
     generator = make_generator(variant="random_ar", dtype="bfloat16")
     params = perturbed_params(generator)
     order = generator.draw_orders(jax.random.key(3), B)

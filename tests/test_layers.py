@@ -11,7 +11,7 @@ from marjax.nn.layers import Dense, Dropout, LayerNorm, dropout, lookup
 
 @pytest.mark.parametrize("shape", [(64, 4, 33, 33), (500, 301), (200_000,)])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_keeps_the_mean_and_treats_all_entries_alike(shape, rate):
+def test_dropout_preserves_the_mean_and_is_uniform(shape, rate):
     masks = np.stack([np.asarray(dropout(jax.random.key(i), jnp.ones(shape), rate)) for i in range(4)])
     kept = masks != 0
     np.testing.assert_allclose(masks[kept], 1 / (1 - rate), rtol=1e-6)
@@ -29,14 +29,14 @@ def test_dropout_keeps_the_mean_and_treats_all_entries_alike(shape, rate):
     assert abs(np.mean((kept[0] - 1 + rate) * (kept[1] - 1 + rate))) < 6 * rate * (1 - rate) / np.sqrt(kept[0].size)
 
 
-def test_dropout_scales_the_gradient_by_the_same_mask():
+def test_dropout_gradient_uses_the_same_mask():
     x = jnp.arange(1.0, 1001.0).reshape(10, 100)
     y, vjp = jax.vjp(lambda x: dropout(jax.random.key(0), x, 0.3), x)
     np.testing.assert_allclose(vjp(jnp.ones_like(x))[0], y / x, rtol=1e-6)
     assert 0.2 < (y == 0).mean() < 0.4
 
 
-def test_dropout_module_is_silent_when_deterministic():
+def test_deterministic_dropout_is_the_identity():
     x = jnp.ones((4, 50))
     apply = Dropout(0.5).apply
     np.testing.assert_array_equal(apply({}, x, True), x)
@@ -54,7 +54,7 @@ def test_lookup_and_its_gradient():
     np.testing.assert_allclose(ours, jax.grad(lambda t: (t[index] * weight).sum())(table), atol=1e-5)
 
 
-def test_dense_draws_for_the_matrix_it_stands_for_and_not_for_its_shape():
+def test_dense_init_uses_the_fans_of_its_matrix():
     kernel = nn.unbox(
         Dense((64,), (3, 4, 16), ("embed", None, "heads", "kv")).init(jax.random.key(0), jnp.zeros((1, 64)))
     )["params"]["kernel"]
@@ -62,7 +62,7 @@ def test_dense_draws_for_the_matrix_it_stands_for_and_not_for_its_shape():
     assert kernel.shape == (64, 3, 4, 16) and 0.95 * limit < np.abs(kernel).max() <= limit
 
 
-def test_layer_norm_keeps_its_statistics_in_float32():
+def test_layer_norm_statistics_are_float32():
     x = 1000.0 + jax.random.normal(jax.random.key(0), (8, 256))
     y = LayerNorm(affine=False, dtype=jnp.bfloat16).apply({}, x)
     assert y.dtype == jnp.bfloat16

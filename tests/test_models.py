@@ -40,7 +40,7 @@ def z_of(case, tokens=None, slots=6, **changes):
     )
 
 
-def test_unknown_tokens_do_not_matter_and_known_ones_do(case):
+def test_z_depends_on_known_tokens_only(case):
     _, _, tokens, _, rand = case
     known = jnp.argsort(rand.order, axis=1) < rand.num_known[:, None]
     z = z_of(case)
@@ -50,7 +50,7 @@ def test_unknown_tokens_do_not_matter_and_known_ones_do(case):
     np.testing.assert_array_equal(changed[0], z[0])  # nothing known there
 
 
-def test_neither_spare_slots_nor_the_order_among_the_known_matter(case):
+def test_z_does_not_depend_on_slots_or_order_of_known_tokens(case):
     z = z_of(case)
     np.testing.assert_allclose(z, z_of(case, slots=L), atol=2e-5)
     order = case[4].order
@@ -70,7 +70,7 @@ def test_class_and_null_class(case):
     np.testing.assert_array_equal(z_of(other, drop_label=jnp.ones(3, bool)), null)
 
 
-def test_only_unknown_tokens_are_in_the_loss(case):
+def test_loss_covers_only_unknown_tokens(case):
     generator, params, tokens, labels, rand = case
     terms = generator.apply({"params": params}, tokens, labels, rand, deterministic=True)
     weight = terms["loss"][1]
@@ -90,7 +90,7 @@ def loss_and_grads(generator, case, key=None):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_nothing_and_keeps_less(case, remat):
+def test_remat_saves_less_and_changes_no_result(case, remat):
     key = jax.random.key(7)
     expected = loss_and_grads(case[0], case, key)
     other = make_generator(**{"remat": remat, "denoiser.remat": remat})
@@ -108,7 +108,7 @@ def test_rematerialisation_changes_nothing_and_keeps_less(case, remat):
     assert kept(other) < kept(case[0])
 
 
-def test_dropout_follows_its_key(case):
+def test_dropout_depends_on_its_key(case):
     first, again = (loss_and_grads(case[0], case, jax.random.key(1))[0] for _ in range(2))
     assert first == again != loss_and_grads(case[0], case, jax.random.key(2))[0]
     assert first != loss_and_grads(case[0], case)[0]
@@ -157,7 +157,7 @@ def test_compile_size_does_not_grow_with_depth(case):
 
 
 @pytest.mark.parametrize("size, millions", [("mar_base", 208), ("mar_large", 479), ("mar_huge", 943)])
-def test_sizes_of_the_paper(size, millions):
+def test_parameter_counts_of_the_paper(size, millions):
     config = config_lib.base()
     config_lib.set_model_size(config.model, size)
     generator = generator_lib.build(model_config(config.model), num_tokens=256, token_dim=16, num_classes=1000)

@@ -35,7 +35,7 @@ def test_no_warmup_starts_at_the_peak():
     assert float(optimizer.learning_rate(train)(0)) == 0.5
 
 
-def test_what_decays():
+def test_decay_mask():
     tree = {
         "class_embedding": 0,
         "null_embedding": 0,
@@ -78,7 +78,7 @@ def test_ema(warmup):
 
 @pytest.mark.parametrize("clip", [None, 0])
 def test_no_clipping(clip):
-    """Of the same gradient as one that is clipped at a norm which it does not reach; and not frozen weights."""
+    """Equals clipping at a norm that the gradient does not reach, and weights change."""
     gradients, moved = {"w": {"kernel": jnp.array([300.0, -400.0])}}, {}
     config = config_lib.base()
     for given in (clip, 1e9, 1.0):

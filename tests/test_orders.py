@@ -10,7 +10,7 @@ import pytest
 from marjax import orders
 
 
-def test_orders_are_permutations_and_all_positions_come_first_alike():
+def test_orders_are_permutations_with_uniform_first_position():
     order = np.asarray(orders.draw_orders(jax.random.key(0), 4000, 8))
     assert (np.sort(order, axis=1) == np.arange(8)).all()
     assert np.abs(np.bincount(order[:, 0]) / 4000 - 1 / 8).max() < 0.03
@@ -28,14 +28,14 @@ def test_mask_ratio(num_tokens):
     assert abs(known.mean() - ratio.expected_known(num_tokens)) < 0.03 * known.mean()
 
 
-def test_mask_ratio_per_batch_is_one_for_all_and_per_image_is_not():
+def test_mask_ratio_per_batch_and_per_image():
     def draw(per):
         return np.asarray(orders.MaskRatio(per=per).draw_num_known(jax.random.key(2), 64, 256))
 
     assert len(set(draw("batch"))) == 1 and len(set(draw("image"))) > 10
 
 
-def test_take_and_its_gradient():
+def test_gather_rows_and_its_gradient():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((3, 7, 5)), jnp.float32)
     order = jnp.asarray(np.argsort(rng.random((3, 7))))
@@ -52,7 +52,7 @@ def test_take_and_its_gradient():
     np.testing.assert_array_equal(ours, jax.grad(lambda x: (plain(x) * weight).sum())(x))
 
 
-def test_take_compiles_to_no_scatter():
+def test_gather_rows_compiles_without_scatter():
     x, index = jnp.ones((2, 8, 4)), jnp.tile(jnp.arange(8), (2, 1))
     text = jax.jit(jax.grad(lambda x: orders.gather_rows(x, index, index).sum())).lower(x).as_text()
     assert "gather" in text and "scatter" not in text

@@ -19,14 +19,14 @@ def _in_the_repository(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
-def test_the_quick_start_shows_every_class_for_two_percent():
+def test_quick_start_shows_every_class_within_the_budget():
     found = picture("digits.py")
     assert found.count % 10 == 0 and found.count >= 20 and 0.01 < found.share <= 0.02
     assert found.sample.num_iter == 16
     assert str(found.count) in str(found) and "1.8%" in str(found)
 
 
-def test_the_number_follows_from_the_steps_between_two_pictures():
+def test_count_depends_on_steps_between_pictures():
     counts = [
         picture("digits.py", log__samples_every=every, train__steps=20_000).count for every in (400, 800, 1600, 20_000)
     ]
@@ -35,7 +35,7 @@ def test_the_number_follows_from_the_steps_between_two_pictures():
     assert picture("digits.py", log__samples_every=2000, train__steps=2000, sample__batch_size=16).count == 10
 
 
-def test_where_few_are_too_expensive_they_have_fewer_steps():
+def test_expensive_pictures_use_fewer_steps():
     found = picture("digits.py", log__samples_every=50)
     assert (found.count, found.sample.num_iter) == (10, 8)
     assert found.share == picture("digits.py", log__samples_every=50, sample__num_iter=8).share < 0.04
@@ -43,7 +43,7 @@ def test_where_few_are_too_expensive_they_have_fewer_steps():
     assert picture("mnist.py:variant=ar", log__samples_every=1).sample.num_iter == 49
 
 
-def test_classes_keep_to_their_columns():
+def test_each_class_stays_in_its_columns():
     labels = []
 
     def sampler(params, given, seed, batch_size):

@@ -29,7 +29,7 @@ from marjax.training.step import loss_and_grads, update
 
 
 def build(theirs):
-    """Our network of a reference config, its token shape and its abstract parameters."""
+    """The marjax network of a reference config, its token shape and its abstract parameters."""
     config = config_lib.base()
     config.model.update(
         width=theirs["encoder_embed_dim"],
@@ -63,7 +63,7 @@ def seeded(abstract):
 
 
 def order_of(mask):
-    """An order that has the known positions of `mask` (0) first, and how many there are."""
+    """An order with the known positions (`mask` 0) first, and their number."""
     return jnp.asarray(np.argsort(mask, axis=1, kind="stable")), jnp.asarray((mask == 0).sum(1), jnp.int32)
 
 
@@ -124,7 +124,7 @@ def test_denoiser(forward):
 
 
 def rounding_of_vb(arrays):
-    """How far float32 may put each token's variational term, in bits, and whether all its bins are resolved.
+    """The float32 error bound of each token's variational term, in bits, and whether its bins are resolved.
 
     At t = 0 the term is the log of a difference of two distribution functions. Where both are 1 to the last place,
     the difference is nothing, which is clamped to 1e-12, or one step of float32: it depends on the last bit of tanh,
@@ -247,7 +247,7 @@ def test_whole_generations(name, max_stages):
     assert relative_error(shape.unpatchify(tokens), latents(arrays["out/latents"])) < 1e-4
 
 
-def test_names_round_trip_and_refuse_what_does_not_fit(forward):
+def test_names_round_trip_and_reject_mismatches(forward):
     _, _, _, params = forward
     state_dict = names.to_pytorch(params)
     arrays, _ = parity("mar_sample_cfg_linear")

@@ -30,7 +30,7 @@ def batch(n=16, seed=0):
     }
 
 
-def test_accumulation_changes_only_memory():
+def test_accumulation_does_not_change_results():
     _, _, generator = setup(make_digits())
     params = jax.jit(lambda key: init_unboxed(generator, key))(jax.random.key(0))
     tokens, labels = jax.random.normal(jax.random.key(1), (16, 16, 4)), jnp.arange(16) % 10
@@ -47,7 +47,7 @@ def test_accumulation_changes_only_memory():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads[4], grads[1])
 
 
-def test_a_step_is_a_function_of_seed_and_step():
+def test_step_depends_on_seed_and_step_alone():
     def losses(seed):
         state, step, _ = setup(make_digits(seed=seed))
         out = []
@@ -74,7 +74,7 @@ def test_state_is_donated_and_learns():
 
 
 @pytest.mark.parametrize("where", ["params", "lr"])
-def test_what_is_not_finite_is_noticed(where):
+def test_non_finite_values_are_detected(where):
     state, step, _ = setup(make_digits(**({"train__lr": 1e38} if where == "lr" else {}), train__warmup_steps=0))
     if where == "params":
         state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))

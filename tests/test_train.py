@@ -194,7 +194,7 @@ def test_waiting_for_data_is_told(undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_trace_of_some_steps(tmp_path):
-    with pytest.raises(UserError, match=r"steps 3:9 cannot be traced: the run goes from step 1 to 4"):
+    with pytest.raises(UserError, match="3:9"):
         train(make_digits(**QUICK), tmp_path / "run", profile=(3, 9))
     train(make_digits(**QUICK), tmp_path / "run", profile=(2, 3))
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")

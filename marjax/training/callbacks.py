@@ -1,4 +1,4 @@
-"""What a user's code does during a run: functions of metrics and of steps."""
+"""User callbacks during a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,15 +17,15 @@ OnStep = Callable[[int, Any], Any]
 class Callbacks:
     """Calls `on_metrics` and `on_step` of `marjax.train`.
 
-    One that returns True asks for the end of the run. One that raises does too: the run saves, and then the exception
-    is raised, with a note of its step. One that has raised is not called again; the other still gets what is left.
+    A callback ends the run by returning True or raising; an exception is reraised, with a note of the step, after the
+    run is saved. A callback that raised is not called again, the other one is.
     """
 
     def __init__(self, on_metrics: OnMetrics | None = None, on_step: OnStep | None = None) -> None:
-        """Raises UserError: a callback that cannot be called."""
+        """Raises UserError if a callback is not callable."""
         for name, given in (("on_metrics", on_metrics), ("on_step", on_step)):
             if given is not None and not callable(given):
-                raise UserError(f"{name} is a {type(given).__name__}: give a function, or None")
+                raise UserError(f"{name} is {type(given).__name__}, expected a function or None")
         self._on_metrics, self._on_step = on_metrics, on_step
         self._ends = False
         self._failure: Exception | None = None
@@ -37,12 +37,12 @@ class Callbacks:
             self._call("on_metrics", self._on_metrics, step, values)
 
     def step(self, step: int, state: PyTree) -> None:
-        """The state after a step, as it is dispatched; the next step donates it."""
+        """Passes the state after a step to `on_step`; the next step donates it."""
         if self._on_step is not None:
             self._call("on_step", self._on_step, step, state)
 
     def ended(self, is_log_step: bool) -> bool:
-        """Whether the run is to end. Several processes agree on it at steps of metrics only, which costs a barrier."""
+        """Whether to end the run; several processes agree on it, with a barrier, at log steps only."""
         if self._on_metrics is None and self._on_step is None:
             return False
         if jax.process_count() == 1:
@@ -50,7 +50,7 @@ class Callbacks:
         return is_log_step and distributed.any_process(self._ends)
 
     def finish(self) -> None:
-        """Raises what a callback has raised."""
+        """Reraises the first exception of a callback."""
         if self._failure is not None:
             raise self._failure
 

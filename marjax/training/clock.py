@@ -1,4 +1,4 @@
-"""Where the time of a run goes: steps, waiting for data, checkpoints, evaluation, and what restarts have cost."""
+"""Measures the time of a run: steps, waiting for data, checkpoints, evaluation and restarts."""
 
 import contextlib
 import time
@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Clock:
-    """Times of the steps since the last line of metrics, and of the productive ones since the run was first started.
+    """Measures step times since the last line of metrics, and productive time since the first start of the run.
 
-    A step lasts from the end of the one before to its own end, as the host sees them, which is a step behind the
-    devices at most two; what `pause` covers is left out. The first step after a start compiles and is not counted.
+    Step time is measured on the host between consecutive step completions, excluding `pause`; the host lags the devices
+    by at most two steps. The first step after a start compiles and is not counted.
     """
 
     def __init__(
@@ -25,28 +25,28 @@ class Clock:
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
-        images: of a step.
-        devices: of all processes.
-        flops_share: FLOPs of an image over a device's FLOP/s, for `perf/mfu`; 0 to leave that out.
-        productive: seconds of the steps done before this start, those done again left out.
-        first_start: when the run was first started, in seconds since 1970; now, by default.
-        now: the clock.
+        images: images per step.
+        devices: number of devices of all processes.
+        flops_share: FLOPs per image over FLOP/s per device, for `perf/mfu`; 0 omits it.
+        productive: seconds of steps before this start, without repeated steps.
+        first_start: Unix time of the first start of the run; by default now.
+        now: returns the time in seconds.
         """
         self.images, self.devices, self.flops_share, self.now = images, devices, flops_share, now
         self.productive = productive
         self.first_start = time.time() if first_start is None else first_start
-        self._last: float | None = None  # end of the last step; None before the first
+        self._last: float | None = None  # end of the last step
         self._paused: dict[str, float] = {}
         self._seconds: list[float] = []
         self._idle, self._host = 0.0, []  # type: float, list[float]
 
     def step(self, waited: float, idle: bool, blocked: float) -> float | None:
-        """Ends a step; the seconds that the host worked itself, or None for the first.
+        """Ends a step; returns the seconds of host work, or None for the first step.
 
         Args:
-          waited: seconds that the batch was waited for.
-          idle: whether the devices had nothing to do in that time.
-          blocked: seconds that the host waited for the devices.
+          waited: seconds of waiting for the batch.
+          idle: whether the devices were idle meanwhile.
+          blocked: seconds of waiting for the devices.
         """
         now, host = self.now(), None
         if self._last is not None:
@@ -61,18 +61,18 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
-        """Something that is no step, such as "checkpoint": told as `perf/checkpoint_seconds`."""
-        begun = self.now()
+        """Excludes other work, such as "checkpoint", from step times; reported as `perf/checkpoint_seconds`."""
+        start = self.now()
         try:
             yield
         finally:
-            seconds = self.now() - begun
+            seconds = self.now() - start
             self._paused[name] = self._paused.get(name, 0.0) + seconds
             if self._last is not None:
                 self._last += seconds
 
     def goodput(self) -> float:
-        """The share of the time since the run was first started that went into steps it still has."""
+        """The fraction of time since the first start of the run spent in steps that were not lost."""
         return self.productive / max(time.time() - self.first_start, 1e-9)
 
     def line(self) -> dict[str, float]:

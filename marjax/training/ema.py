@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the parameters, which samples are drawn with."""
+"""The exponential moving average (EMA) of the parameters, used for sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,9 @@ from marjax.trees import PyTree
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
-    """The decay of the update that ends step `step`, 0 for the first: float32 ().
+    """The decay of the update in step `step`, counted from 0: float32 ().
 
-    Args:
-      decay: the final value.
-      warmup: whether it is at most (1 + step) / (10 + step), so that the random initial parameters are soon forgotten.
-      step: int ().
+    With `warmup` it is at most (1 + step) / (10 + step), so that the initial parameters are forgotten quickly.
     """
     final = jnp.asarray(decay, jnp.float32)
     if not warmup:

@@ -1,4 +1,4 @@
-"""Whether a training run fits into memory: found while its step is compiled, before anything is written."""
+"""Checks that a training run fits into device memory when compiling its step, before any file is written."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from marjax.trees import PyTree
 
 
 def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch of these examples as shapes, sharded along its first axis."""
+    """A global batch as ShapeDtypeStructs, sharded along the first axis."""
     rows = sharding.batch_sharding(mesh)
     return {
         examples.kind: jax.ShapeDtypeStruct((batch_size, *examples.shape), examples.dtype, sharding=rows),
@@ -25,24 +25,24 @@ def described_batch(examples: Examples, batch_size: int, mesh: Mesh) -> dict[str
 def compile_step(
     step: Any, abstract: PyTree, *others: PyTree, params: PyTree, batch: memory.Batch, weights: PyTree = ()
 ) -> jax.stages.Compiled:
-    """The compiled train step, once it and the state are known to fit; every process calls this.
+    """Compiles the train step after checking that it and the state fit; called by every process.
 
     Args:
       step: jitted, (state, *others) -> (state, metrics).
       abstract: the state, as ShapeDtypeStructs with shardings.
       *others: the other arguments, as arrays or ShapeDtypeStructs.
       params: the part of the state that has a gradient.
-      batch: what memory grows with.
-      weights: arrays on the devices that the state is made from, and that are freed once it is.
+      batch: the batch size that determines memory.
+      weights: arrays on the devices that initialise the state and are then freed.
 
     Raises:
-      UserError: it does not fit, on any of the processes.
+      UserError: out of memory on any process.
     """
     batch = batch._replace(fixed=memory.held_by(params))
     state = memory.Need(memory.held_by(abstract), memory.held_by(params))
-    # No more than the gradients, which are not there yet while the state is made.
+    # At most the size of the gradients, which do not exist yet when the state is created.
     freed = min(memory.held_by(weights), memory.held_by(params))
-    # The state alone first: compiling the step of a model that is far too large takes minutes.
+    # Check the state first: compiling the step of a model that is far too large takes minutes.
     refuse(
         memory.problem(
             "the training state with its gradients", state, memory.available() + freed, batch._replace(size=1)
@@ -58,7 +58,7 @@ def compile_step(
 
 
 def refuse(problem: str) -> None:
-    """Raises UserError, on all processes, if there is a problem on any."""
+    """Raises UserError on all processes if any has a problem."""
     if problem := distributed.agree(problem):
         raise UserError(problem)
 
@@ -70,7 +70,7 @@ def sharding_mesh(abstract: PyTree) -> Mesh:
 
 
 def training_batch(config: ConfigDict, mesh: Mesh) -> memory.Batch:
-    """What a train step's memory grows with, of a resolved config."""
+    """The batch size that determines the memory of a train step, from a resolved config."""
     size, accumulate = config.train.batch_size, config.train.accumulate
     shards = sharding.batch_shards(mesh)
 

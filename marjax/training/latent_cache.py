@@ -1,4 +1,4 @@
-"""From a config to a latent cache: writing one, and opening the one that training reads."""
+"""Writes and opens the latent cache of a config."""
 
 import os
 
@@ -29,28 +29,28 @@ def cache_latents(
 ) -> write.Cached:
     """Encodes `config.data` with `config.tokenizer` into a latent cache for `config.data.cache`.
 
-    With `config.data.flip`, every image is encoded as it is and mirrored. `config.data.workers` processes read and crop
-    the images. With several JAX processes, all call this, with a folder that they share.
+    With `config.data.flip`, every image is also encoded mirrored. `config.data.workers` processes read and crop the
+    images. With several JAX processes, all must call this with a shared folder.
 
     Args:
-      config: as a config file returns it, or resolved.
+      config: unresolved or resolved.
       out: a local folder, created if missing; an incomplete cache is resumed.
       dtype: of the moments, "bfloat16" or "float32"; codes are always int32.
       batch_size: images per device, each with its mirror image.
       shard_examples: images per file; by default, at most 64 MiB per file and at least 64 files.
-      overwrite: replace a cache that is there.
-      measure: time the network alone too, before and after.
+      overwrite: replace an existing cache.
+      measure: also time the network alone, before and after.
       progress: show a progress bar.
 
     Raises:
-      UserError: a tokenizer without a network, data that cannot be used, another cache in the folder, or another
-        process that writes to it.
+      UserError: the tokenizer has no network, the data are invalid, or the folder holds another cache or is being
+        written by another process.
       TrainingError: a file cannot be written, or moments are not finite.
     """
     config = config_lib.resolve(config)
     tokenizer = open_tokenizer(config_lib.tokenizer_config(config))
     if not isinstance(tokenizer, Cacheable):
-        raise UserError(f"config.tokenizer.name={config.tokenizer.name} has no network: there is nothing to cache")
+        raise UserError(f"config.tokenizer.name={config.tokenizer.name} has no network, so it has no latents to cache")
     return write.write(
         os.fspath(out),
         data_config(config),
@@ -66,10 +66,10 @@ def cache_latents(
 
 
 def open_fitting(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Manifest:
-    """The manifest of `config.data.cache`, checked against the config and the tokenizer. Raises UserError."""
+    """The manifest of `config.data.cache`, checked against config and tokenizer. Raises UserError."""
     if not isinstance(tokenizer, Cacheable):
         raise UserError(
-            f"config.data.cache is {config.data.cache}, but tokenizer {config.tokenizer.name!r} has no network to "
-            f"cache latents of: leave it empty"
+            f"config.data.cache={config.data.cache} has no effect: tokenizer {config.tokenizer.name!r} has no network; "
+            f"leave it empty"
         )
     return write.open_fitting(data_config(config), tokenizer)

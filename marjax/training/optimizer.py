@@ -1,4 +1,4 @@
-"""AdamW as the reference runs it: which parameters decay, and the learning rate by step."""
+"""AdamW as in the reference: learning rate schedule, weight decay mask and clipping."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from marjax.trees import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer's part of a resolved `config.train`; marjax/config/schema.py says what each field means."""
+    """The optimizer's part of a resolved `config.train`; marjax/config/schema.py documents the fields."""
 
     steps: int
     lr: float
@@ -27,14 +27,14 @@ class OptimizerConfig:
 
 
 def learning_rate(train: OptimizerConfig) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the warmup, then constant, or half a cosine to `min_lr` at the end."""
+    """Linear warmup from 0, then a constant learning rate or a half cosine to `min_lr`."""
     peak, low, warmup, steps = train.lr, train.min_lr, train.warmup_steps, train.steps
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         after = jnp.asarray(peak, jnp.float32)
         if train.schedule == "cosine":
-            # (1 + cos(pi p)) / 2, written so that float32 keeps its digits near the end, where it vanishes.
+            # (1 + cos(pi p)) / 2, written to keep float32 precision near 0.
             left = jnp.clip((steps - step) / max(1, steps - warmup), 0.0, 1.0)
             after = low + (peak - low) * jnp.square(jnp.sin(0.5 * math.pi * left))
         return jnp.where(step < warmup, peak * step / max(1, warmup), after)
@@ -43,9 +43,9 @@ def learning_rate(train: OptimizerConfig) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies: not on biases, norm scales (the reference's 1-D tensors) or the denoiser.
+    """True where weight decay applies: all parameters but biases, norm scales and the denoiser.
 
-    The reference stores its embeddings with leading axes of length 1, so they count as more than 1-D and decay.
+    As in the reference, embeddings decay: it exempts 1-D tensors, and its embeddings have leading axes of length 1.
     """
 
     def decays(path: Any, leaf: Any) -> bool:
@@ -56,7 +56,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def make_optimizer(train: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW."""
+    """Clipping by global norm, then AdamW."""
     return optax.chain(
         clipping(train.clip),
         optax.adamw(
@@ -66,5 +66,5 @@ def make_optimizer(train: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def clipping(norm: float | None) -> optax.GradientTransformation:
-    """Clipping of the gradient by its global norm; None or 0 is no clipping. The state has the same structure."""
+    """Clips by global norm; None or 0 disables it. The structure of the state does not depend on `norm`."""
     return optax.clip_by_global_norm(norm) if norm else optax.identity()

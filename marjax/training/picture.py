@@ -1,4 +1,4 @@
-"""The picture that is drawn during training: as many samples as cost little beside the steps since the last one."""
+"""The sample grid drawn during training, sized to a small fraction of the training FLOPs."""
 
 import dataclasses
 import math
@@ -14,22 +14,21 @@ from marjax.perf import flops
 from marjax.trees import PyTree
 from marjax.variants import VARIANTS
 
-_SHARE = 0.02  # of the FLOPs of the steps between two pictures
-_FEWEST, _MOST = 10, 100  # samples of each kind of weights; of fewer classes than _FEWEST, one each will do
+_SHARE = 0.02  # of the training FLOPs between two pictures
+_FEWEST, _MOST = 10, 100  # samples per kind of weights; with fewer than _FEWEST classes, one per class
 _FEWEST_STEPS = 8  # of num_iter
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What is drawn, a function of the config alone.
+    """The size and settings of the picture, a function of the config alone.
 
     Attributes:
-      count: samples from raw weights, and as many from EMA weights.
-      sample: a resolved `config.sample`; with fewer `num_iter` where few samples are too expensive otherwise.
-      share: its FLOPs over those of the steps between two pictures, both counted by hand; 0 where a registered head and
-        backbone do not count theirs.
+      count: number of samples from raw weights, and from EMA weights.
+      sample: a resolved `config.sample`, with `num_iter` reduced if `count` is too expensive otherwise.
+      share: FLOPs of a picture over training FLOPs between two pictures; 0 if unknown.
       every: steps between two pictures.
-      num_classes: which take turns.
+      num_classes: number of classes, which alternate.
     """
 
     count: int
@@ -64,7 +63,7 @@ class Picture:
             num_iter = max(_FEWEST_STEPS, num_iter // 2)
         count = max(fewest, min(affordable, _MOST, config.sample.batch_size))
         if count > num_classes:
-            count -= count % num_classes  # as many of each class
+            count -= count % num_classes  # equally many per class
         return cls(count, sample, count * one, every, num_classes)
 
     def __str__(self) -> str:
@@ -75,10 +74,10 @@ class Picture:
         )
 
     def draw(self, sampler: Sampler, params: PyTree, ema: PyTree, seed: int) -> np.ndarray:
-        """The same samples, all classes in turn, from raw weights, left, and EMA weights, right; uint8 (H, W, 3)."""
+        """Samples all classes in turn from raw weights (left) and EMA weights (right); uint8 (H, W, 3)."""
         labels = np.arange(self.count) % self.num_classes
         side = math.sqrt(self.count)
         columns = math.ceil(side)
-        if self.num_classes <= self.count:  # a class keeps to its columns
+        if self.num_classes <= self.count:  # each class stays in its columns
             columns = self.num_classes * max(1, round(side / self.num_classes))
         return beside([grid(sampler(each, labels, seed, batch_size=self.count), columns) for each in (params, ema)])

@@ -1,4 +1,4 @@
-"""A trace of some steps of a run, for TensorBoard's profiler or xprof."""
+"""Profiler traces of train steps, for TensorBoard or xprof."""
 
 import importlib.util
 import os
@@ -13,33 +13,33 @@ from marjax.ranges import check_arguments
 
 
 class Profile:
-    """Traces the steps from `first` to `last`, on process 0, into `<workdir>/profile`."""
+    """Traces steps `first` to `last` on process 0 into `<workdir>/profile`."""
 
     def __init__(self, first: int, last: int, workdir: str | epath.Path, total_steps: int) -> None:
-        """Raises UserError: the run does not go through all of these steps."""
+        """Raises UserError if the run does not contain all of these steps."""
         for step in (first, last):
             check_arguments(step=step)
         if not 0 < first <= last <= total_steps:
-            raise UserError(f"steps {first}:{last} cannot be traced: the run goes from step 1 to {total_steps}")
+            raise UserError(f"steps {first}:{last} cannot be profiled; use steps from 1 to {total_steps}")
         if jax.default_backend() == "cpu" and "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu"):
             raise UserError(
-                "libtpu is installed, whose profiler ends a process that has no TPU: set JAX_PLATFORMS=cpu "
-                "to trace steps on the CPU"
+                "the profiler of the installed libtpu ends a process without a TPU; set JAX_PLATFORMS=cpu to trace "
+                "steps on CPU"
             )
         self.first, self.last, self.active = first, last, jax.process_index() == 0
         self.folder = epath.Path(workdir) / "profile"
         self._local: tempfile.TemporaryDirectory[str] | None = None
 
     def before(self, step: int, earlier: object) -> None:
-        """Begins, if this is the first step, once the `earlier` ones are through."""
+        """Starts the trace before step `first`, when the `earlier` result is ready."""
         if self.active and step == self.first:
             jax.block_until_ready(earlier)
-            # Traces are written by XLA, which knows local files only.
+            # XLA writes traces to local files only.
             self._local = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._local.name)
 
     def after(self, step: int, result: object) -> None:
-        """Ends, if this was the last step, and copies the trace to its place."""
+        """Stops the trace after step `last` and copies it to the work directory."""
         if self._local is not None and step == self.last:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""What training carries from step to step, its shapes and its shardings."""
+"""The training state, its shapes and its shardings."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ class TrainState:
 
 
 def abstract_state(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings: optimizer and EMA follow the abstract `params`."""
+    """The state as ShapeDtypeStructs; optimizer state and EMA have the shardings of `params`."""
     replicated = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
@@ -46,10 +46,9 @@ def create(
     seed: int,
     given: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """The state at step 0, created on the devices where it stays; the EMA starts at the parameters.
+    """Creates the state at step 0, sharded as `abstract`; the EMA is initialised to the parameters.
 
-    `given` are parameters by path ("backbone/mask_token"), sharded as in `abstract`, that take the place of random
-    ones.
+    `given` maps paths ("backbone/mask_token") to arrays, sharded as in `abstract`, that replace random parameters.
     """
 
     def init(key: jax.Array, given: dict[str, jax.Array]) -> TrainState:
@@ -63,7 +62,7 @@ def create(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # It runs once and draws every parameter by a kernel of its own: on CPU, optimising them takes the longest by far.
+    # It runs once and has one kernel per parameter: on CPU, optimising them dominates.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     created = jax.jit(init, out_shardings=shardings, compiler_options=options)
     state: TrainState = created(numerics.key(seed), dict(given or {}))

@@ -1,7 +1,7 @@
-"""The one train step: every variant and every head goes through it.
+"""The train step of every variant and head.
 
-The randomness of a step is a function of (seed, step) alone and drawn for the global batch, so that neither devices
-nor hosts change it. Shapes: B global batch, L tokens, D token dimension, A microbatches.
+Its randomness depends on (seed, step) alone and is drawn for the global batch, hence independent of devices and hosts.
+Shapes: B global batch, L tokens, D token dimension.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from marjax.trees import PyTree
 
 
 def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The keys of a step: for the tokenizer, for the loss, for dropout."""
+    """The keys of a step for tokenizer, loss and dropout."""
     key_tokenizer, key_loss, key_dropout = jax.random.split(jax.random.fold_in(numerics.key(seed), step), 3)
     return key_tokenizer, key_loss, key_dropout
 
@@ -37,19 +37,19 @@ def loss_and_grads(
     key_dropout: jax.Array,
     accumulate: int = 1,
 ) -> tuple[Metrics, PyTree]:
-    """Means of the head's terms over the batch and the gradient of "loss", whatever the number of microbatches.
+    """Computes the batch means of the head's terms and the gradient of "loss".
 
     Args:
       generator: the network.
       params: its parameters.
       tokens_BxLxD: float32.
       labels_B: int32.
-      rand: the loss's randomness for the whole batch.
-      key_dropout: folded with the microbatch's index.
-      accumulate: microbatches, a divisor of B.
+      rand: randomness of the loss for the global batch.
+      key_dropout: folded with the index of the microbatch.
+      accumulate: number of microbatches, a divisor of B; changes memory, not results.
 
     Returns:
-      The means, float32 scalars (NaN for a term without any token), and the gradient tree.
+      Means, float32 scalars (NaN if all weights of a term are 0), and the gradient tree.
     """
 
     def sums(
@@ -63,7 +63,7 @@ def loss_and_grads(
     if accumulate == 1:
         (_, totals), grads = value_and_grad(params, tokens_BxLxD, labels_B, rand, key_dropout)
     else:
-        # Every A-th row goes to a microbatch, so that each device keeps its own rows.
+        # Microbatches take strided rows, so that each device keeps its own rows.
         micro = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (tokens_BxLxD, labels_B, rand)
         )
@@ -81,7 +81,7 @@ def loss_and_grads(
 
 
 def update(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, decay: jax.Array) -> TrainState:
-    """One optimizer step, and one EMA step of that decay."""
+    """Applies one optimizer update and one EMA update."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, decay)
@@ -89,11 +89,11 @@ def update(state: TrainState, grads: PyTree, optimizer: optax.GradientTransforma
 
 
 def make_train_step(assembly: Assembly) -> jax.stages.Wrapped:
-    """The jitted step (state, batch, tokenizer params) -> (state, metrics); the state is donated.
+    """Builds the jitted step (state, batch, tokenizer params) -> (state, metrics), which donates the state.
 
     The batch has "label", int32 (B,), and "image", uint8 (B, H, W, C), or "moments" of a `tokenizers.Cacheable`,
-    (B, ...), sharded along B. Metrics are float32 scalars by their final names; "finite" is 1 while loss, gradient and
-    updated parameters are finite.
+    (B, ...), sharded along B. Metrics are float32 scalars by name; "finite" is 1 if loss, gradient and updated
+    parameters are finite.
     """
     generator, tokenizer, mesh = assembly.generator, assembly.tokenizer, assembly.mesh
     seed, train = assembly.config.seed, assembly.config.train
@@ -101,7 +101,7 @@ def make_train_step(assembly: Assembly) -> jax.stages.Wrapped:
 
     def step(state: TrainState, batch: PyTree, tokenizer_params: PyTree) -> tuple[TrainState, Metrics]:
         key_tokenizer, key_loss, key_dropout = step_keys(seed, state.step)
-        if "moments" in batch:  # of a latent cache: the tokenizer's network has been run ahead
+        if "moments" in batch:  # from a latent cache
             assert isinstance(tokenizer, Cacheable)
             latent = tokenizer.latents(tokenizer_params, batch["moments"], key_tokenizer)
         else:
@@ -130,5 +130,5 @@ def make_train_step(assembly: Assembly) -> jax.stages.Wrapped:
         return new, metrics | {"finite": jnp.all(jnp.stack(finite)).astype(jnp.float32)}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, assembly.state)
-    # The mesh is bound while tracing; the batch and the tokenizer's weights bring their own shardings.
+    # Batch and tokenizer weights carry their own shardings.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
