@@ -12,7 +12,7 @@ from marjax import class_names, sample, train
 from marjax.cli import main
 from marjax.commands.arguments import parse_labels
 from marjax.config import base, data_config
-from marjax.data import sources
+from marjax.data import source, sources
 from marjax.data.latent_cache.read import Manifest
 from marjax.data.python_source import Part, python_source
 from marjax.errors import UserError
@@ -67,14 +67,14 @@ def test_names_that_cannot_be_used_are_left_out():
 def test_a_source_names_its_classes(monkeypatch):
     data = data_config(base())
     assert sources.open_source(data).class_names == tuple("0123456789")
-    assert sources.class_names_of(sources.open_source(data)) == ()  # no more than the numbers
+    assert source.class_names_of(sources.open_source(data)) == ()  # no more than the numbers
 
     class Own:
         num_classes = 2
 
-    assert sources.class_names_of(Own()) == ()
+    assert source.class_names_of(Own()) == ()
     Own.class_names = ["cat", "dog", "more than there are"]
-    assert sources.class_names_of(Own()) == ("cat", "dog")
+    assert source.class_names_of(Own()) == ("cat", "dog")
 
 
 def test_data_from_python_name_their_classes():
@@ -88,9 +88,9 @@ def test_data_from_python_name_their_classes():
             return np.zeros((8, 8, 3), np.uint8), index % 2
 
     whole = python_source(Pictures())
-    assert sources.class_names_of(whole) == sources.class_names_of(Part(whole, slice(1, 3))) == ("cat", "dog")
+    assert source.class_names_of(whole) == source.class_names_of(Part(whole, slice(1, 3))) == ("cat", "dog")
     Pictures.classes = range(2)
-    assert sources.class_names_of(python_source(Pictures())) == ()
+    assert source.class_names_of(python_source(Pictures())) == ()
 
 
 @pytest.mark.parametrize(

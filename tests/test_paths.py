@@ -215,7 +215,7 @@ def test_a_work_directory_at_home(home, capsys, monkeypatch):
     def claimed(*args, **kwargs):
         raise UserError("claimed")
 
-    monkeypatch.setattr("marjax.training.train.Checkpoints", claimed)  # the next thing that training does
+    monkeypatch.setattr("marjax.training.loop.Checkpoints", claimed)  # the next thing that training does
     with pytest.raises(UserError, match="claimed"):
         marjax.train(make_digits(eval__statistics="~/r.npz"), pathlib.Path("~/rün"))
     run = home / "rün"

@@ -19,7 +19,7 @@ from marjax.tokenizers import spec as autoencoder_spec
 from marjax.variants import HEADS, VARIANTS
 
 if typing.TYPE_CHECKING:
-    from marjax.data.sources import Source
+    from marjax.data.source import Source
 
 T = typing.TypeVar("T")
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from marjax.class_names import Names
 from marjax.data.preprocess import Preprocess
-from marjax.data.sources import ArraySource, Pixels, Source, class_names_of
+from marjax.data.source import ArraySource, Pixels, Source, class_names_of
 
 
 class Examples(Protocol):

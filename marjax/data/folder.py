@@ -5,7 +5,7 @@ import os
 from marjax.data.prepare.listing import list_pictures
 from marjax.data.prepare.pictures import UnreadableError, decode, read_bytes, storable
 from marjax.data.records import remedy
-from marjax.data.sources import Pixels
+from marjax.data.source import Pixels
 from marjax.errors import UserError
 from marjax.paths import takes_paths
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from marjax.data.config import check_image
-from marjax.data.sources import Element, Pixels
+from marjax.data.source import Element, Pixels
 
 _LONGEST = 16  # times the shorter side; scaling all of 60,000 x 3 pixels would take gigabytes
 CROP = "center"  # recorded in latent caches; another crop than `center_crop` needs another name

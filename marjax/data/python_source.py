@@ -10,7 +10,7 @@ import numpy as np
 
 from marjax import registry
 from marjax.data.config import DataConfig
-from marjax.data.sources import (
+from marjax.data.source import (
     MAX_CLASSES,
     PYTHON,
     ArraySource,

@@ -39,7 +39,7 @@ def plot(
     """Draws the figures in FIGURES for which the work directories have data, one file per format.
 
     `loss`, `eval` and `samples` show `metrics.jsonl` and `samples/`, the others the `evaluation.json` of `marjax
-    evaluate`. The same input gives the same bytes.
+    evaluate`.
 
     Args:
       workdirs: local paths or gs:// addresses; each has one colour in all figures.

@@ -24,7 +24,8 @@ from marjax.data.config import DataConfig
 from marjax.data.latent_cache.read import DTYPES, MANIFEST, Manifest, check_fits, pack, read_manifest, runs
 from marjax.data.pipeline import Batches
 from marjax.data.preprocess import CROP
-from marjax.data.sources import fingerprint, open_source
+from marjax.data.source import fingerprint
+from marjax.data.sources import open_source
 from marjax.errors import TrainingError, UserError
 from marjax.files import atomic, write_text
 from marjax.lock import NAME as LOCK
