@@ -19,7 +19,7 @@ from marjax.errors import TrainingError, UserError, closest, first_line, shorten
 PLUGINS = "MARJAX_PLUGINS"
 
 # Required attributes of each kind, documented in `marjax/heads/protocol.py`, `marjax/models/protocol.py`,
-# `marjax/tokenizers/protocol.py` and `marjax/data/source.py`. A source is an opened data set, or a function that opens it.
+# `marjax/tokenizers/protocol.py` and `marjax/data/source.py`. A source is an opened data set or a function that opens it.
 KINDS: dict[str, tuple[str, ...]] = {
     "head": ("from_config", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
     "backbone": ("from_config", "draw_num_known", "__call__", "init_cache", "step"),

@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # a config, which needs these, does without JAX
 class Tokenizer(Protocol):
     """Images to latents and back. `params` are its frozen weights, a pytree passed into jitted code as an argument.
 
-    A registered class (`marjax.register`) also has `stride`, pixels of a latent's side; a classmethod `from_config` that opens
-    one from a `config.tokenizer`, whose `path` it may read; a static method `latent_channels(channels)` where latents
-    have others than the image; and `discrete = True` where tokens are codes, `config.tokenizer.num_codes` of them.
+    A registered class (`marjax.register`) also has `stride`, pixels per side of a latent; a classmethod `from_config`
+    that opens one from a `tokenizers.config.TokenizerConfig`, whose `path` it may read; a static method
+    `latent_channels(channels)` where latents have other channels than the image; and `discrete = True` where tokens
+    are codes, `config.tokenizer.num_codes` of them.
     """
 
     params: Any
