@@ -18,8 +18,8 @@ from marjax.errors import TrainingError, UserError, closest, first_line, shorten
 
 PLUGINS = "MARJAX_PLUGINS"
 
-# Required attributes of each kind, documented in `marjax/heads/protocol.py`, `marjax/models/protocol.py`,
-# `marjax/tokenizers/protocol.py` and `marjax/data/source.py`. A source is an opened data set or a function that opens it.
+# Required attributes of each kind, documented in heads/protocol.py, models/protocol.py, tokenizers/protocol.py and
+# data/source.py. A source is an opened data set or a function that opens it.
 KINDS: dict[str, tuple[str, ...]] = {
     "head": ("from_config", "draw_loss_noise", "__call__", "draw_sample_noise", "sample"),
     "backbone": ("from_config", "draw_num_known", "__call__", "init_cache", "step"),
