@@ -126,11 +126,6 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def rows_on_a_device(rows: int) -> int:
-    """The number of a batch's rows per device, under the mesh of `jax.set_mesh`, if any."""
-    return -(-rows // _shards_set())
-
-
 def _shards_set() -> int:
     """`batch_shards` of the mesh of `jax.set_mesh`; 1 without one."""
     shape = jax.sharding.get_abstract_mesh().shape
@@ -200,11 +195,6 @@ def parameters(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -
         return Parameter(leaf.value, names, NamedSharding(mesh, PartitionSpec(*spec)), undivided)
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-
-
-def parameter_shardings(boxed: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
-    """The shardings of `parameters`."""
-    return jax.tree.map(lambda leaf: leaf.sharding, parameters(boxed, mesh, replicate_below))
 
 
 def overview(params: Any) -> str:
