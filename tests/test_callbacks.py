@@ -1,4 +1,4 @@
-"""Callbacks: when they are called and with what, how they end a run, and that what they raise loses nothing."""
+"""Callbacks: calls, ending a run, and exceptions, after which the run is saved."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_metrics_and_steps(tmp_path):
         states.append((step, int(state.step), jax.device_get(state.ema)["class_embedding"].copy()))
         if step == 2:
             raise KeyError("mine")
-        return [True]  # no bool: goes on
+        return [True]  # not a bool: continues
 
     with pytest.raises(KeyError, match="mine") as caught:
         marjax.train(config(), tmp_path, on_metrics=on_metrics, on_step=on_step)
@@ -36,7 +36,7 @@ def test_metrics_and_steps(tmp_path):
     assert [step for step, _, _ in states] == [state for _, state, _ in states] == [1, 2, 3, 4]
     assert (tmp_path / "checkpoints" / "4").exists()
     assert len({ema.tobytes() for _, _, ema in states}) == 4
-    assert seen == [1, 2, 3, 4] and int(state.step) == 4  # step 3 is read while step 4 runs, the last then
+    assert seen == [1, 2, 3, 4] and int(state.step) == 4  # metrics of step 3 are read while step 4 runs
 
 
 def test_invalid_callback(tmp_path):

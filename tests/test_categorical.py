@@ -1,4 +1,4 @@
-"""The categorical head: cross-entropy, temperature, guidance of logits, the order by confidence."""
+"""The categorical head: cross-entropy, temperature, cfg and orders by confidence."""
 
 import math
 
@@ -133,7 +133,7 @@ def test_confidence_order_generates_most_confident_first(mar):
             tokens[b, surest] = CODEBOOK[int(log_p[b, surest].argmax())]
             known[b].append(surest)
     np.testing.assert_array_equal(got, tokens)
-    assert (got != run(generator, params, L, temperature=0.0)).any()  # the order that was drawn gives others
+    assert (got != run(generator, params, L, temperature=0.0)).any()  # unlike the random order
     assert len({tuple(k) for k in known}) == 4
 
 
@@ -152,7 +152,7 @@ def test_confidence_order_with_cfg_generates_every_token(mar):
 
 
 def test_missing_codebook(mar):
-    generator, params = mar
+    generator, params = make_generator(head="categorical"), mar[1]
     rand = generator.draw_loss_randomness(jax.random.key(2), 3)
     with pytest.raises(ValueError, match="codebook"):
         without = generator.clone(head=generator.head.clone(codebook=None))

@@ -1,4 +1,4 @@
-"""Times of a run's steps, pauses and restarts, with a clock that the test moves."""
+"""Step times, pauses and goodput, with a fake clock."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the causal backbone means: which tokens z depends on, the cache against the whole sequence."""
+"""The causal backbone: which tokens z depends on, and KV cache against recomputation."""
 
 import functools
 
@@ -33,9 +33,9 @@ def cases():
 
 def z_in_order(case, tokens=None, order=None):
     """z in the order of generation: row i predicts the i-th token."""
-    condition, params, given, given_order = case
+    backbone_output, params, given, given_order = case
     order = given_order if order is None else order
-    z = condition(
+    z = backbone_output(
         {"params": params},
         given if tokens is None else tokens,
         Classes(LABELS, NO_DROP),
@@ -63,7 +63,7 @@ def test_z_depends_on_earlier_tokens_only(cases, variant, i):
     np.testing.assert_array_equal(later[:, : i + 1], z[:, : i + 1])
     if i < L - 1:
         assert jnp.abs(later[:, i + 1 :] - z[:, i + 1 :]).max(-1).min() > 1e-4
-    for j in range(i):  # every single one of the tokens before matters
+    for j in range(i):  # z depends on every earlier token
         earlier = z_in_order(case, jnp.where((rank == j)[..., None], tokens + 1.0, tokens))
         assert jnp.abs(earlier[:, i] - z[:, i]).max(-1).min() > 1e-5
         np.testing.assert_array_equal(earlier[:, : j + 1], z[:, : j + 1])
@@ -88,10 +88,10 @@ def test_z_depends_on_the_position_to_predict(cases):
 
 
 def test_class_and_null_class(cases):
-    condition, params, tokens, order = cases["ar"]
+    backbone_output, params, tokens, order = cases["ar"]
 
     def z(labels, drop):
-        return condition({"params": params}, tokens, Classes(labels, drop), order, jnp.zeros(B, jnp.int32))
+        return backbone_output({"params": params}, tokens, Classes(labels, drop), order, jnp.zeros(B, jnp.int32))
 
     assert jnp.abs(z(LABELS, NO_DROP) - z((LABELS + 1) % 5, NO_DROP)).max(-1).min() > 1e-4
     assert jnp.abs(z(LABELS, NO_DROP) - z(LABELS, ~NO_DROP)).max(-1).min() > 1e-4
@@ -106,7 +106,7 @@ def test_permuting_order_and_tokens_together_permutes_the_loss(variant):
     tokens = jax.random.normal(jax.random.key(2), (B, L, D))
     rand = generator.draw_loss_randomness(jax.random.key(4), B)
     permutation = jax.random.permutation(jax.random.key(5), L)
-    place = jnp.argsort(permutation)  # the new name of a position
+    place = jnp.argsort(permutation)  # new index of each position
 
     def permute_table(path, leaf):
         if not str(path[-1].key).endswith("pos_embed"):
@@ -135,7 +135,7 @@ def test_loss_covers_every_token(cases):
 
 
 @pytest.mark.parametrize(
-    "variant, head, guided",
+    "variant, head, use_cfg",
     [
         ("ar", "diffusion", True),
         ("ar", "categorical", False),
@@ -143,7 +143,7 @@ def test_loss_covers_every_token(cases):
         ("random_ar", "categorical", True),
     ],
 )
-def test_kv_cache_equals_recomputation(variant, head, guided):
+def test_kv_cache_equals_recomputation(variant, head, use_cfg):
     generator = make_generator(variant=variant, head=head)
     params = perturbed_params(generator)
     if generator.num_codes:
@@ -154,10 +154,10 @@ def test_kv_cache_equals_recomputation(variant, head, guided):
     labels = jnp.array([0, 1, -1])
 
     def run(generator):
-        guidance = jnp.linspace(1.0, 3.0, L) if guided else None
+        cfg = jnp.linspace(1.0, 3.0, L) if use_cfg else None
         return jax.jit(
             lambda params: generate(
-                generator, params, labels, rand, guidance, jnp.float32(0.7), stages=stages, num_sampling_steps="ddim4"
+                generator, params, labels, rand, cfg, jnp.float32(0.7), stages=stages, num_sampling_steps="ddim4"
             )
         )(params)
 
@@ -166,8 +166,8 @@ def test_kv_cache_equals_recomputation(variant, head, guided):
         cached, run(generator.clone(backbone=generator.backbone.clone(kv_cache=False))), atol=2e-4
     )
     assert jnp.abs(cached).max(-1).min() > 0 and jnp.abs(cached[0] - cached[1]).max() > 0.1
-    # And what was generated is what the training pass sees: z of the whole sequence, sampled again, gives it back.
-    if guided:
+    # Generation agrees with training: sampling from z of the generated sequence reproduces the sequence.
+    if use_cfg:
         return
     z = generator.apply(
         {"params": params},

@@ -1,4 +1,4 @@
-"""The noise schedule against the reference's tables, and loss and sampler against what is known in closed form."""
+"""The noise schedule against the reference, and loss and sampler against closed forms."""
 
 import jax
 import jax.numpy as jnp

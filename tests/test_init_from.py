@@ -1,4 +1,4 @@
-"""Fine-tuning: which weights a run starts from, exact resume, and sources that cannot be used."""
+"""Fine-tuning: initial weights, exact resume and invalid sources."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A run of two steps; its EMA weights are not its raw ones."""
+    """A run of two steps, whose EMA and raw weights differ."""
     workdir = tmp_path_factory.mktemp("source") / "run"
     train(make_digits(**QUICK, train__steps=2), workdir)
     return workdir
@@ -55,7 +55,7 @@ def converted(tmp_path_factory):
 
 
 def prepare(config, workdir, **init):
-    """What a run starts from: the config with `init` filled in, and the parameters that are taken."""
+    """The config with `init` completed, and the loaded parameters."""
     config = config_lib.resolve(
         config_lib.apply_overrides(config, {f"init.{key}": str(value) for key, value in init.items()})
     )
@@ -87,11 +87,11 @@ def weights_of(workdir, item):
 
 
 def fresh_in(text):
-    return set(re.findall(r"^freshly initialised: (\S+),", text, re.M))
+    return set(re.findall(r"^randomly initialised: (\S+),", text, re.M))
 
 
 def test_released_weights(tmp_path, converted, capsys):
-    """Three classes instead of ten, 16 tokens of 4 values instead of 64 of 16: all else is taken to the bit."""
+    """Three classes instead of ten, 16 tokens of dimension 4 instead of 64 of 16; all else is loaded exactly."""
     config = make_digits(**TINY, data__num_classes=10)
     config.data.num_classes = 3
     filled, taken = prepare(config, tmp_path / "run", path=converted)
@@ -105,7 +105,7 @@ def test_released_weights(tmp_path, converted, capsys):
         *(f"backbone/{name}_pos_embed" for name in ("encoder", "decoder", "z")),
         *(f"head/denoiser/{name}" for name in ("input_proj/kernel", "final_linear/kernel", "final_linear/bias")),
     }
-    assert "class_embedding, (3, 64) here, (10, 64) there" in said and "trained with kl16" in said
+    assert "class_embedding, (3, 64), in the source (10, 64)" in said and "kl16" in said
     for path, value in found.items():
         np.testing.assert_array_equal(value, random[path] if path in fresh else theirs[path])
     assert any((random[path] != theirs[path]).any() for path in found.keys() - fresh)
@@ -113,7 +113,7 @@ def test_released_weights(tmp_path, converted, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_ema_weights_unless_raw_ones_are_asked_for(tmp_path, source):
+def test_ema_weights_by_default_and_raw_on_request(tmp_path, source):
     config = make_digits(**QUICK)
     filled, ema = prepare(config, tmp_path, path=source)
     _, raw = prepare(config, tmp_path, path=source, weights="raw", step=2)
@@ -127,7 +127,7 @@ def test_ema_weights_unless_raw_ones_are_asked_for(tmp_path, source):
         prepare(config, tmp_path, path=source, weights="raw", checksum=filled.init.checksum)
 
 
-def test_another_head_is_fresh_as_a_whole(tmp_path, source, codebook, capsys):
+def test_another_head_is_initialised_entirely(tmp_path, source, codebook, capsys):
     from support.configs import make_model
 
     _, taken = prepare(make_model("ar", "categorical", codebook), tmp_path, path=source)
@@ -146,7 +146,7 @@ def test_a_denoiser_of_another_size(tmp_path, converted, capsys):
     assert "--config.model.denoiser.depth=2" in said and "denoiser.width=" not in said
 
 
-def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypatch):
+def test_resume_is_exact_without_the_source(tmp_path, source, monkeypatch):
     own = shutil.copytree(source, tmp_path / "source")
     config, begun, given = make_digits(**QUICK, seed=1), [], []
     real = state_lib.create
@@ -162,7 +162,7 @@ def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypa
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["init"]
     assert recorded["path"] == str(own) and recorded["step"] == 2 and recorded["weights"] == "ema"
     killed = shutil.copytree(tmp_path / "run", tmp_path / "killed")
-    shutil.rmtree(killed / "checkpoints")  # before the first
+    shutil.rmtree(killed / "checkpoints")  # as if killed before the first
     (killed / "metrics.jsonl").unlink()
     assert_same(train(config, killed), whole)
     assert lines(killed) == lines(tmp_path / "run") and len(begun) == 2
@@ -178,14 +178,14 @@ def test_resume_is_exact_and_needs_the_source_no_more(tmp_path, source, monkeypa
     with pytest.raises(UserError, match=r"init\.checksum"):
         train(config, tmp_path / "run", init_from=tmp_path / "killed")  # other weights
     with pytest.raises(UserError, match=r"init\.checksum"):
-        train(make_digits(**QUICK, train__steps=2), source, init_from=moved)  # begun without any
+        train(make_digits(**QUICK, train__steps=2), source, init_from=moved)  # started from random weights
     shutil.rmtree(killed / "checkpoints")
     with pytest.raises(UserError, match=r"init\.path.*source"):
         train(config, killed, init_from=own)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_sources_that_cannot_be_used(tmp_path, source, converted, capsys):
+def test_invalid_sources(tmp_path, source, converted, capsys):
     (tmp_path / "empty").mkdir()
     no_checkpoint = tmp_path / "no_checkpoint"
     no_checkpoint.mkdir()
@@ -206,7 +206,7 @@ def test_sources_that_cannot_be_used(tmp_path, source, converted, capsys):
 
     refused(tmp_path / "gone", QUICK, r"--init_from.*gone")
     refused(tmp_path / "empty", QUICK, r"--init_from.*empty has no config\.json")
-    refused(no_checkpoint, QUICK, "no_checkpoint has no checkpoint")
+    refused(no_checkpoint, QUICK, "no_checkpoint")
     refused(damaged, TINY, "damaged")
     refused(source, QUICK | {"init__step": 7}, "step 7")
     refused(converted, TINY | {"init__weights": "raw"}, r"init\.weights.*only ema")
@@ -214,13 +214,13 @@ def test_sources_that_cannot_be_used(tmp_path, source, converted, capsys):
     refused(converted, TINY | {"model__variant": "ar", "sample__num_iter": 16}, "--config.model.variant=mar")
     refused(converted, TINY | {"model__diffusion__num_steps": 100}, r"--config\.model\.diffusion\.num_steps=1000")
     refused(converted, TINY | {"model__num_heads": 2}, r"--config\.model\.num_heads=4$")
-    advice = refused(converted, {}, r"model\.width \(64, not 32\)").split(": add ")[1]
+    advice = refused(converted, {}, r"model\.width \(64, not 32\)").split("; set ")[1]
     named = dict(each.removeprefix("--config.").split("=") for each in advice.split())
     assert named.keys() == {f"model.{name}" for name in ("width", "encoder_depth", "decoder_depth", "buffer_size")}
-    prepare(config_lib.apply_overrides(make_digits(), named), tmp_path / "run", path=converted)  # as it says
+    prepare(config_lib.apply_overrides(make_digits(), named), tmp_path / "run", path=converted)  # as advised
 
 
-def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
+def test_training_in_a_converted_work_directory_suggests_a_new_run(converted, capsys):
     before = (converted / "config.json").read_bytes()
     with pytest.raises(UserError, match="init_from="):
         train(make_digits(), converted)
@@ -242,7 +242,7 @@ def test_a_converted_work_directory_leads_to_a_new_run(converted, capsys):
 
 @pytest.mark.slow
 def test_the_commands_of_the_docs(tmp_path, monkeypatch, capsys):
-    """Those in small of docs/finetuning.md; the others have the same arguments."""
+    """Runs the small commands of docs/finetuning.md; the others have equal arguments."""
     text = (ROOT / "docs" / "finetuning.md").read_text()
     blocks = [
         [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]

@@ -1,4 +1,4 @@
-"""Dropout, table lookup and the dense layer's initial size."""
+"""Dropout, table lookup, LayerNorm and initialisation of the dense layer."""
 
 import flax.linen as nn
 import jax

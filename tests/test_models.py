@@ -1,4 +1,4 @@
-"""What the networks mean: which inputs matter, padding, precision, rematerialisation, sizes."""
+"""Networks: dependence on inputs, padding, precision, rematerialisation and parameter counts."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_z_depends_on_known_tokens_only(case):
     np.testing.assert_array_equal(z, z_of(case, jnp.where(known[..., None], tokens, 99.0)))
     changed = z_of(case, jnp.where(known[..., None], tokens + 1.0, tokens))
     assert jnp.abs(changed[1:] - z[1:]).min(axis=-1).max() > 1e-4
-    np.testing.assert_array_equal(changed[0], z[0])  # nothing known there
+    np.testing.assert_array_equal(changed[0], z[0])  # no known tokens
 
 
 def test_z_does_not_depend_on_slots_or_order_of_known_tokens(case):
@@ -128,7 +128,7 @@ def test_bfloat16_is_close_and_its_matmuls_are_bfloat16(case):
     products = list(matmuls(jaxpr.jaxpr))
     assert len(products) >= 15
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in products for var in eqn.invars)
-    # Attention scores alone, of encoder and decoder, come out in float32.
+    # Only the attention scores of encoder and decoder have float32 outputs.
     assert sum(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in products) == 2
 
 

@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and EMA by step."""
+"""Learning rate schedule, weight decay mask, clipping and EMA."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The picture of a training run: as many samples as cost little, counted by hand."""
+"""The picture of a training run: number of samples within the FLOPs budget."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_count_depends_on_steps_between_pictures():
         picture("digits.py", log__samples_every=every, train__steps=20_000).count for every in (400, 800, 1600, 20_000)
     ]
     assert counts == [20, 50, 100, 100]
-    assert picture("digits.py", log__samples_every=20_000, train__steps=400).count == 20  # it never has more steps
+    assert picture("digits.py", log__samples_every=20_000, train__steps=400).count == 20  # the run ends earlier
     assert picture("digits.py", log__samples_every=2000, train__steps=2000, sample__batch_size=16).count == 10
 
 
@@ -39,7 +39,7 @@ def test_expensive_pictures_use_fewer_steps():
     found = picture("digits.py", log__samples_every=50)
     assert (found.count, found.sample.num_iter) == (10, 8)
     assert found.share == picture("digits.py", log__samples_every=50, sample__num_iter=8).share < 0.04
-    # One token a step: there is no plan with fewer steps.
+    # Causal variants predict one token per step: num_iter is fixed.
     assert picture("mnist.py:variant=ar", log__samples_every=1).sample.num_iter == 49
 
 
@@ -53,5 +53,5 @@ def test_each_class_stays_in_its_columns():
     found = picture("digits.py")
     drawn = found.draw(sampler, 10, 20, seed=0)
     assert labels == [list(range(10)) * (found.count // 10)] * 2
-    assert drawn.shape[1] > 2 * 10 * 2  # ten columns of either kind
+    assert drawn.shape[1] > 2 * 10 * 2  # ten columns per kind of weights
     assert (drawn[:, : drawn.shape[1] // 2] != 20).all() and (drawn[:, drawn.shape[1] // 2 :] != 10).all()

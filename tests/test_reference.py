@@ -1,4 +1,4 @@
-"""Agreement with the numbers of the reference networks, to the tolerance of float32."""
+"""Parity with numbers from the reference, to float32 tolerance."""
 
 import itertools
 
@@ -24,6 +24,7 @@ from marjax.models.generator import Classes, LossRandomness
 from marjax.models.init import init_params
 from marjax.tokenizers import TokenShape
 from marjax.training import state as state_lib
+from marjax.training.ema import ema_decay
 from marjax.training.optimizer import make_optimizer
 from marjax.training.step import loss_and_grads, update
 
@@ -193,7 +194,8 @@ def test_three_optimizer_steps(accumulate):
     @jax.jit
     def step(state, tokens, labels, rand):
         means, grads = loss_and_grads(generator, state.params, tokens, labels, rand, jax.random.key(0), accumulate)
-        return update(state, grads, optimizer, config.train), means["loss"], grads
+        decay = ema_decay(config.train.ema_decay, config.train.ema_warmup, state.step)
+        return update(state, grads, optimizer, decay), means["loss"], grads
 
     for i in range(3):
         get = {name: arrays[f"in/{i}/{name}"] for name in ("latents", "labels", "mask", "drop_label", "t", "noise")}
@@ -218,7 +220,7 @@ def test_whole_generations(name, max_stages):
     params = names.to_marjax(
         {key.removeprefix("params/"): weights[key] for key in weights.files if key.startswith("params/")}, abstract
     )
-    # Their orders are generated from the back.
+    # Orders of the reference are generated last to first.
     order = jnp.asarray(arrays["in/orders"][:, ::-1])
     noise = SampleNoise(jnp.asarray(arrays["in/init_noise"]), jnp.moveaxis(jnp.asarray(arrays["in/step_noise"]), 0, 2))
     plan = generation_plan(shape.num_tokens, theirs["num_iter"])

@@ -1,4 +1,4 @@
-"""Samples by (weights, settings, seed, index), and the command that writes them."""
+"""`marjax.sample`, `marjax.load`, and the commands that sample and benchmark sampling."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The train step: accumulation, randomness by (seed, step), and that it learns."""
+"""The train step: accumulation, randomness, donation, learning and non-finite values."""
 
 import jax
 import jax.numpy as jnp

@@ -106,12 +106,12 @@ class Denoiser(nn.Module):
         h, _ = over_layers(layer, self.depth, self.remat)(self.blocks, self.input_proj(x), condition)
         return self._output(h, self.final_modulation.split(condition))
 
-    def embed_condition(self, z: jax.Array) -> jax.Array:
+    def embed_z(self, z: jax.Array) -> jax.Array:
         """The part of the modulation's input that depends on z alone: (..., V_d) from (..., W)."""
         return self.cond_embed(z)
 
-    def modulate(self, t_K: jax.Array, condition: jax.Array) -> Modulation:
-        """Modulation for K timesteps, int (K,), and `embed_condition(z)`, (..., V_d).
+    def modulate(self, t_K: jax.Array, z_embed: jax.Array) -> Modulation:
+        """Modulation for K timesteps, int (K,), and `embed_z(z)`, (..., V_d).
 
         It holds three fifths of the network's FLOPs and does not depend on x: samplers compute it for several steps
         at once, reading the weights once.
@@ -121,7 +121,7 @@ class Denoiser(nn.Module):
             return none, block.modulate(condition)
 
         time = self.time_embed(t_K)
-        condition = nn.silu(time.reshape(len(t_K), *(1,) * (condition.ndim - 1), -1) + condition)
+        condition = nn.silu(time.reshape(len(t_K), *(1,) * (z_embed.ndim - 1), -1) + z_embed)
         _, blocks = over_layers(layer, self.depth)(self.blocks, None, condition)
         return Modulation(blocks, self.final_modulation.split(condition))
 

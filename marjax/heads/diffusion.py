@@ -110,10 +110,10 @@ class DiffusionHead(nn.Module):
     ) -> jax.Array:
         """See `Head.sample`; `temperature` scales the noise added by the steps (paper, section 3.3)."""
         schedule = gaussian_diffusion.respace(self.num_steps, num_sampling_steps)
-        condition = self.denoiser.embed_condition(z)
+        z_embed = self.denoiser.embed_z(z)
 
         def make_denoise(t_K: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-            modulation = self.denoiser.modulate(t_K, condition)
+            modulation = self.denoiser.modulate(t_K, z_embed)
 
             def denoise(x: jax.Array, i: jax.Array) -> jax.Array:
                 if cfg_scale is None:

@@ -1,9 +1,8 @@
-"""Fine-tuning: a new run that starts from the weights of another work directory (`config.init`).
+"""Fine-tuning: initialises a run from the weights of another work directory, the source (`config.init`).
 
-A tensor is taken from the source if it has the same name and shape there. Only the class table, the position tables,
-the projection of the tokens and the head may differ: these are then initialised as in any new run. The optimizer's
-state is new and the EMA starts at the parameters. What the run started from is recorded in its config, so that a run
-that is killed before its first checkpoint starts from the same weights again.
+Tensors with the same name and shape are loaded from the source. Only class embeddings, position embeddings, the token
+projection and the head may differ; these are initialised randomly. The optimizer state is new and the EMA starts at the
+parameters. The run's config records the source, so a run killed before its first checkpoint restarts from it.
 """
 
 import os
@@ -26,20 +25,20 @@ from marjax.training.fit import refuse
 from marjax.variants import VARIANTS
 from marjax.workdir import read_workdir
 
-_ITEMS = {"ema": "ema", "raw": "params"}  # of a checkpoint, by kind of weights
+_ITEMS = {"ema": "ema", "raw": "params"}  # kind of weights -> item of a checkpoint
 
-# Fields that give weights their meaning, whether or not their shapes show it.
+# Fields that must agree, whether or not tensor shapes depend on them.
 _BACKBONE = ("width", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio")
 _MAY_DIFFER = re.compile(r"class_embedding|backbone/\w*pos_embed|backbone/z_proj/kernel|head/.*")
 
 
 class Start(NamedTuple):
-    """What a run starts from.
+    """The initial weights of a run.
 
     Attributes:
-      config: of the run, with `init` filled in.
-      params: float32 arrays by the path of the parameter, sharded as the run's own; empty for a run that has a
-        checkpoint, or that starts from random weights.
+      config: the run's config, with `init` completed.
+      params: float32 arrays by parameter path, sharded as in the run; empty if the run has a checkpoint or starts from
+        random weights.
     """
 
     config: ConfigDict
@@ -47,17 +46,17 @@ class Start(NamedTuple):
 
 
 def prepare(config: ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh) -> Start:
-    """Reads the source's weights if the run still needs them. Every process of a run must call this; writes nothing.
+    """Reads the source's weights if the run still needs them. Every process must call this; it writes no files.
 
     Args:
-      config: resolved; of `init` only `path` has to be set. A work directory that records its source needs not even
-        that, and once it has a checkpoint, the source may be gone.
-      workdir: of the run, new or not.
-      mesh: of the run.
+      config: resolved. `init.path` is required only for a new run; once the run has a checkpoint, the source may be
+        deleted.
+      workdir: the run's work directory, new or existing.
+      mesh: the run's mesh.
 
     Raises:
-      UserError: a source that is no work directory, has no such weights, does not fit the config, or is not the one
-        that the run was started from.
+      UserError: the source is not a work directory, lacks the weights, does not fit the config, or is not the one that
+        the run was started from.
     """
     path = epath.Path(workdir)
     is_new = not (path / "config.json").exists()
@@ -71,7 +70,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], mesh: Mesh) -> 
 
 
 def _with_recorded(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The config with the source that the work directory records, where the config has none or the same."""
+    """Completes the config from the recorded source, unless they contradict each other."""
     old, new = read_workdir(workdir).init.to_dict(), config.init.to_dict()
     if (
         old["path"]
@@ -91,42 +90,41 @@ def _has_checkpoints(workdir: epath.Path) -> bool:
 
 
 def _source(config: ConfigDict) -> ConfigDict:
-    """The config of the source. Raises UserError, on all processes if one cannot read it."""
+    """The source's config. Raises UserError on all processes if any cannot read it."""
     source, problem = config, ""
     try:
         source = read_workdir(config.init.path)
     except UserError as error:
-        problem = f"config.init.path, or --init_from: {error}"
+        problem = f"config.init.path (--init_from): {error}"
     refuse(problem)
     return source
 
 
 def _open(config: ConfigDict) -> Checkpoints:
-    """The source's checkpoints. Raises UserError: it has none."""
+    """The source's checkpoints. Raises UserError if it has none."""
     folder = epath.Path(config.init.path) / "checkpoints"
     if not folder.is_dir():
         raise UserError(
-            f"config.init.path {config.init.path} has no checkpoints: give a work directory that marjax "
-            f"convert or marjax train has made"
+            f"config.init.path={config.init.path} has no checkpoints; use a work directory of marjax convert or train"
         )
     return Checkpoints(folder, read_only=True)
 
 
 def _weights(config: ConfigDict, trees: list[str]) -> str:
-    """Which weights to take of a checkpoint with these trees: "ema" or "raw"."""
+    """Chooses "ema" or "raw" for a checkpoint with these trees. Raises UserError."""
     given: str | None = config.init.weights
     if given is None:
         return "ema" if "ema" in trees else "raw"
     if _ITEMS[given] not in trees:
         raise UserError(
-            f"config.init.weights is {given!r}, but {config.init.path} has only "
+            f"config.init.weights={given}, but {config.init.path} has only "
             f"{' and '.join(name for name, item in _ITEMS.items() if item in trees)} weights"
         )
     return given
 
 
 def _identified(config: ConfigDict) -> ConfigDict:
-    """The config with the checksum of its source, for a run that needs no more of it: a contradiction is then found."""
+    """Completes the config of a run with a checkpoint, checking the source's checksum."""
     init = config.init
     if None not in (init.weights, init.step, init.checksum):
         return config
@@ -134,7 +132,7 @@ def _identified(config: ConfigDict) -> ConfigDict:
     with _open(config) as checkpoints:
         found = checkpoints.describe(init.step)
     if found is None:
-        raise UserError(f"config.init.path {init.path} has no checkpoint that can be read: leave it out to resume")
+        raise UserError(f"config.init.path={init.path} has no readable checkpoint; leave it unset to resume")
     step, digests = found
     weights = _weights(config, list(digests))
     return _filled(config, weights, step, digests[_ITEMS[weights]])
@@ -143,8 +141,8 @@ def _identified(config: ConfigDict) -> ConfigDict:
 def _filled(config: ConfigDict, weights: str, step: int, checksum: str) -> ConfigDict:
     if config.init.checksum not in (None, checksum):
         raise UserError(
-            f"config.init.checksum is {config.init.checksum}, but the {weights} weights of step {step} in "
-            f"{config.init.path} have {checksum}: give the work directory that the run started from"
+            f"config.init.checksum={config.init.checksum}, but the {weights} weights of step {step} in "
+            f"{config.init.path} have {checksum}; use the work directory that the run started from"
         )
     return config_lib.apply_overrides(config, {"init.weights": weights, "init.step": step, "init.checksum": checksum})
 
@@ -166,9 +164,8 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
     odd = [path for path in fresh if not _MAY_DIFFER.fullmatch(path)]
     if odd:
         raise UserError(
-            f"config.init.path {init.path} does not fit config.model: {odd[0]} is "
-            f"{_shape(there.get(odd[0]))} there, expected {_shape(wanted[odd[0]])}; set the fields of "
-            f"config.model as in its config.json"
+            f"config.init.path={init.path} does not fit config.model: {odd[0]} has shape {_shape(there.get(odd[0]))}, "
+            f"expected {_shape(wanted[odd[0]])}; set config.model as in its config.json"
         )
     with _open(config) as checkpoints:
         found = checkpoints.describe(init.step)
@@ -176,7 +173,7 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
         item = _ITEMS[weights]
         restored = checkpoints.restore({item: traverse_util.unflatten_dict(there, sep="/")}, init.step)
     if restored is None:
-        raise UserError(f"config.init.path {init.path} has no checkpoint yet: give another work directory")
+        raise UserError(f"config.init.path={init.path} has no checkpoint yet; use another work directory")
     config = _filled(config, weights, restored.step, restored.digests[item])
     if jax.process_index() == 0:
         for text in [
@@ -184,7 +181,7 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
             f"starting from {init.path}: {weights} weights of step "
             f"{restored.step}, checksum {config.init.checksum[:8]}; {len(taken)} of {len(wanted)} tensors",
             *(
-                f"freshly initialised: {path}, {_shape(wanted[path])} here, {_shape(there.get(path))} there"
+                f"randomly initialised: {path}, {_shape(wanted[path])}, in the source {_shape(there.get(path))}"
                 for path in fresh
             ),
         ]:
@@ -194,59 +191,58 @@ def _read(config: ConfigDict, mesh: Mesh) -> Start:
 
 
 def _abstract(config: ConfigDict, mesh: Mesh) -> dict[str, Parameter]:
-    """The parameters of a config's model, with their shardings, by path."""
+    """The abstract parameters of a config by path."""
     flat: dict[str, Parameter] = traverse_util.flatten_dict(assemble(config, mesh).params, sep="/")
     return flat
 
 
 def _check_meaning(config: ConfigDict, source: ConfigDict, denoises: bool) -> None:
-    """Raises a UserError that names all fields in which the weights would have another meaning."""
-    ours, theirs = VARIANTS[config.model.variant].attention, VARIANTS[source.model.variant].attention
-    if ours != theirs:
+    """Raises UserError, naming all fields that must agree and do not."""
+    attention, expected = (VARIANTS[each.model.variant].attention for each in (config, source))
+    if attention != expected:
         raise UserError(
-            f"config.model.variant is {config.model.variant!r} ({ours} attention), but {config.init.path} "
-            f"has {theirs} attention: set --config.model.variant={source.model.variant}"
+            f"config.model.variant={config.model.variant} has {attention} attention, but {config.init.path} has "
+            f"{expected} attention; set --config.model.variant={source.model.variant}"
         )
     keys = [f"model.{name}" for name in _BACKBONE]
-    if ours == "bidirectional":
+    if attention == "bidirectional":
         keys.append("model.buffer_size")
     if denoises:
-        keys.append("model.diffusion.num_steps")  # timesteps are counted in these
+        keys.append("model.diffusion.num_steps")  # the unit of timesteps
     if _same_tokenizer(config, source) and source.tokenizer.autoencoder.scale is not None:
         keys.append("tokenizer.autoencoder.scale")
     before, after = config_lib.flatten(source), config_lib.flatten(config)
     differing = [key for key in keys if before[key] != after[key]]
     if differing:
         raise UserError(
-            f"config.init.path {config.init.path} has another "
-            f"{', '.join(f'{key} ({before[key]}, not {after[key]})' for key in differing)}: add "
+            f"config.init.path={config.init.path} differs in "
+            f"{', '.join(f'{key} ({before[key]}, not {after[key]})' for key in differing)}; set "
             f"{' '.join(f'--config.{key}={before[key]}' for key in differing)}"
         )
 
 
 def _same_tokenizer(config: ConfigDict, source: ConfigDict) -> bool:
-    """As far as is known: a converted work directory without a tokenizer has no checksum of it."""
-    ours, theirs = config.tokenizer, source.tokenizer
-    return ours.name == theirs.name and (not theirs.checksum or ours.checksum == theirs.checksum)
+    """Compares name and checksum; a work directory converted without a tokenizer has no checksum."""
+    new, old = config.tokenizer, source.tokenizer
+    return new.name == old.name and (not old.checksum or new.checksum == old.checksum)
 
 
 def _warnings(config: ConfigDict, source: ConfigDict, denoises: bool) -> list[str]:
-    """What is worth a second look: tokens with another meaning, and a denoiser that could have been taken."""
+    """Warnings about another tokenizer, and about a denoiser that is not loaded because of its size."""
     lines = []
     if not _same_tokenizer(config, source):
-        ours, theirs = (
+        new, old = (
             f"{each.name}{f' ({each.checksum[:8]})' if each.checksum else ''}"
             for each in (config.tokenizer, source.tokenizer)
         )
         lines.append(
-            f"warning: the tokenizer is {ours}, but {config.init.path} was trained with {theirs}: the tokens "
-            f"have another meaning"
+            f"warning: the tokenizer is {new}, but {config.init.path} was trained with {old}, whose tokens differ"
         )
     size = source.model.denoiser
     sizes = [name for name in ("depth", "width") if config.model.denoiser[name] != size[name]]
     if denoises and sizes:
         lines.append(
-            "warning: the denoiser has another size; to start from all its weights, add "
+            "warning: the denoiser has another size; to load its weights, set "
             + " ".join(f"--config.model.denoiser.{name}={size[name]}" for name in sizes)
         )
     return lines
