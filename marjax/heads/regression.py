@@ -14,11 +14,6 @@ from marjax.model_config import ModelConfig
 from marjax.nn.layers import Dense
 
 
-def squared_error(prediction: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The mean over D of (prediction - tokens)^2, float32 (...)."""
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - tokens), axis=-1)
-
-
 class RegressionHead(nn.Module):
     """Predicts the mean of a token given z."""
 
@@ -41,7 +36,8 @@ class RegressionHead(nn.Module):
 
     def __call__(self, z_BxLxW: jax.Array, tokens_BxLxD: jax.Array, noise: tuple[()], weight_BxL: jax.Array) -> Terms:
         """The squared error, averaged over D, float32 (B, L); see `Head.__call__`."""
-        return {"loss": (squared_error(self.mean(z_BxLxW), tokens_BxLxD), weight_BxL)}
+        error = self.mean(z_BxLxW).astype(jnp.float32) - tokens_BxLxD
+        return {"loss": (jnp.mean(jnp.square(error), axis=-1), weight_BxL)}
 
     @nn.nowrap
     def draw_sample_noise(self, key: jax.Array, num_tokens: int, num_sampling_steps: int | str) -> tuple[()]:

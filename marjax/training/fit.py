@@ -48,7 +48,8 @@ def compile_step(
             "the training state with its gradients", state, memory.available() + freed, batch._replace(size=1)
         )
     )
-    with jax.set_mesh(sharding_mesh(abstract)):
+    mesh: Mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    with jax.set_mesh(mesh):
         compiled: jax.stages.Compiled
         compiled, problem = memory.compile_checked(
             step, abstract, *others, what="the train step", batch=batch, freed=freed
@@ -61,12 +62,6 @@ def refuse(problem: str) -> None:
     """Raises UserError on all processes if any has a problem."""
     if problem := distributed.agree(problem):
         raise UserError(problem)
-
-
-def sharding_mesh(abstract: PyTree) -> Mesh:
-    """The mesh of an abstract state."""
-    mesh: Mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    return mesh
 
 
 def training_batch(config: ConfigDict, mesh: Mesh) -> memory.Batch:
