@@ -11,7 +11,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from marjax import orders
 from marjax.model_config import ModelConfig
@@ -35,46 +34,31 @@ class DecoderOnly(nn.Module):
     `kv_cache=False` recomputes the whole sequence at every generation step, as a baseline for tests and benchmarks.
     """
 
+    model: ModelConfig
     num_tokens: int
     token_dim: int
-    width: int
-    first_depth: int
-    second_depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    attn_dropout: float = 0.1
-    proj_dropout: float = 0.1
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
     kv_cache: bool = True
 
     @classmethod
     def from_config(cls, model: ModelConfig, num_tokens: int, token_dim: int) -> "DecoderOnly":
         """See `Backbone.from_config`; the depth is the sum of both depths."""
-        return cls(
-            num_tokens=num_tokens,
-            token_dim=token_dim,
-            width=model.width,
-            first_depth=model.encoder_depth,
-            second_depth=model.decoder_depth,
-            num_heads=model.num_heads,
-            mlp_ratio=model.mlp_ratio,
-            attn_dropout=model.attn_dropout,
-            proj_dropout=model.proj_dropout,
-            remat=model.remat,
-            dtype=jnp.dtype(model.dtype),
-        )
+        return cls(model, num_tokens, token_dim)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return jnp.dtype(self.model.dtype)
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> jax.Array:
-            return parameter(self, name, embedding_init, (length, self.width))
+            return parameter(self, name, embedding_init, (length, self.model.width))
 
-        self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
+        self.z_proj = Dense((self.token_dim,), (self.model.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.pos_embed = embedding("pos_embed", 1 + self.num_tokens)  # row 0: class token
-        self.first = Stack.from_backbone(self, self.first_depth)
+        self.first = Stack.from_config(self.model, self.model.encoder_depth)
         self.target_pos_embed = embedding("target_pos_embed", self.num_tokens)
-        self.second = Stack.from_backbone(self, self.second_depth)
+        self.second = Stack.from_config(self.model, self.model.decoder_depth)
         self.norm = LayerNorm(dtype=self.dtype)
 
     @nn.nowrap
@@ -101,7 +85,7 @@ class DecoderOnly(nn.Module):
         before = order_BxL[:, :-1]  # positions of the inputs after the class token
 
         def by_position(table_LxW: jax.Array, position: jax.Array) -> jax.Array:
-            table = jnp.broadcast_to(table_LxW, (batch, length, self.width))
+            table = jnp.broadcast_to(table_LxW, (batch, length, self.model.width))
             return orders.gather_rows(table, position, rank_BxL).astype(self.dtype)
 
         x = self.z_proj(orders.gather_rows(tokens_BxLxD, before, rank_BxL)) + by_position(self.pos_embed[1:], before)
@@ -119,11 +103,11 @@ class DecoderOnly(nn.Module):
             return ()
 
         def empty(depth: int) -> KeyValue:
-            shape = (depth, batch, self.num_heads, self.num_tokens, self.width // self.num_heads)
+            shape = (depth, batch, self.model.num_heads, self.num_tokens, self.model.width // self.model.num_heads)
             axes = ("layers", "batch", "heads", None, "kv")
             return KeyValue(*(nn.with_logical_constraint(jnp.zeros(shape, self.dtype), axes) for _ in range(2)))
 
-        return KVCache(empty(self.first_depth), empty(self.second_depth))
+        return KVCache(empty(self.model.encoder_depth), empty(self.model.decoder_depth))
 
     def step(
         self,
@@ -164,9 +148,8 @@ class DecoderOnly(nn.Module):
     def train_flops(self) -> float:
         """FLOPs of the forward pass per image, counting only unmasked pairs of query and key."""
         length = self.num_tokens
-        return 2 * self.token_dim * self.width * (length - 1) + flops.stack_flops(
-            self.width, self.first_depth + self.second_depth, self.mlp_ratio, length, pairs=length * (length + 1) / 2
-        )
+        pairs = length * (length + 1) / 2
+        return 2 * self.token_dim * self.model.width * (length - 1) + self._stack_flops(length, pairs)
 
     @nn.nowrap
     def unknown_in_training(self) -> float:
@@ -176,9 +159,12 @@ class DecoderOnly(nn.Module):
     @nn.nowrap
     def step_flops(self, num_known: float) -> float:
         """FLOPs of one generation step per image, given `num_known` tokens."""
-        return 2 * self.token_dim * self.width + flops.stack_flops(
-            self.width, self.first_depth + self.second_depth, self.mlp_ratio, 1, pairs=num_known + 1
-        )
+        return 2 * self.token_dim * self.model.width + self._stack_flops(1, num_known + 1)
+
+    @nn.nowrap
+    def _stack_flops(self, length: float, pairs: float) -> float:
+        depth = self.model.encoder_depth + self.model.decoder_depth
+        return flops.stack_flops(self.model.width, depth, self.model.mlp_ratio, length, pairs)
 
     @nn.nowrap
     def padded_step_flops(self, known_slots: int) -> float:

@@ -9,7 +9,6 @@ Shapes: B batch, L tokens, D token dimension, W width, S encoder slots, P buffer
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from marjax import orders
 from marjax.model_config import ModelConfig
@@ -21,60 +20,41 @@ from marjax.perf import flops
 class EncoderDecoder(nn.Module):
     """Computes z for every position from the known tokens and the class embedding."""
 
+    model: ModelConfig
     num_tokens: int
     token_dim: int
-    width: int
-    encoder_depth: int
-    decoder_depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    buffer_size: int = 64
-    attn_dropout: float = 0.1
-    proj_dropout: float = 0.1
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    mask_ratio: orders.MaskRatio = orders.MaskRatio()
 
     @classmethod
     def from_config(cls, model: ModelConfig, num_tokens: int, token_dim: int) -> "EncoderDecoder":
         """See `Backbone.from_config`."""
-        return cls(
-            num_tokens=num_tokens,
-            token_dim=token_dim,
-            width=model.width,
-            encoder_depth=model.encoder_depth,
-            decoder_depth=model.decoder_depth,
-            num_heads=model.num_heads,
-            mlp_ratio=model.mlp_ratio,
-            buffer_size=model.buffer_size,
-            attn_dropout=model.attn_dropout,
-            proj_dropout=model.proj_dropout,
-            remat=model.remat,
-            dtype=jnp.dtype(model.dtype),
-            mask_ratio=model.mask_ratio,
-        )
+        return cls(model, num_tokens, token_dim)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return jnp.dtype(self.model.dtype)
 
     def setup(self) -> None:
         def embedding(name: str, length: int) -> jax.Array:
-            return parameter(self, name, embedding_init, (length, self.width))
+            return parameter(self, name, embedding_init, (length, self.model.width))
 
-        length = self.buffer_size + self.num_tokens
-        self.z_proj = Dense((self.token_dim,), (self.width,), (None, "embed"), self.dtype)
+        length = self.model.buffer_size + self.num_tokens
+        self.z_proj = Dense((self.token_dim,), (self.model.width,), (None, "embed"), self.dtype)
         self.z_proj_norm = LayerNorm(dtype=self.dtype)
         self.encoder_pos_embed = embedding("encoder_pos_embed", length)
-        self.encoder = Stack.from_backbone(self, self.encoder_depth)
+        self.encoder = Stack.from_config(self.model, self.model.encoder_depth)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
-        self.decoder_embed = Dense((self.width,), (self.width,), ("embed", None), self.dtype)
-        self.mask_token = parameter(self, "mask_token", vector_init, (self.width,))
+        self.decoder_embed = Dense((self.model.width,), (self.model.width,), ("embed", None), self.dtype)
+        self.mask_token = parameter(self, "mask_token", vector_init, (self.model.width,))
         self.decoder_pos_embed = embedding("decoder_pos_embed", length)
-        self.decoder = Stack.from_backbone(self, self.decoder_depth)
+        self.decoder = Stack.from_config(self.model, self.model.decoder_depth)
         self.decoder_norm = LayerNorm(dtype=self.dtype)
         self.z_pos_embed = embedding("z_pos_embed", self.num_tokens)
 
     @nn.nowrap
     def draw_num_known(self, key: jax.Array, batch: int) -> jax.Array:
         """See `Backbone.draw_num_known`; draws from `mask_ratio`."""
-        return self.mask_ratio.draw_num_known(key, batch, self.num_tokens)
+        return self.model.mask_ratio.draw_num_known(key, batch, self.num_tokens)
 
     def __call__(
         self,
@@ -88,7 +68,7 @@ class EncoderDecoder(nn.Module):
     ) -> jax.Array:
         """Computes z for every position, `dtype` (B, L, W); see `Backbone.__call__`."""
         if slots is None:
-            slots = orders.max_visible(self.num_tokens, self.mask_ratio.minimum)
+            slots = orders.max_visible(self.num_tokens, self.model.mask_ratio.minimum)
         known_BxSxW = self.encode(
             tokens_BxLxD, order_BxL, num_known_B, class_embed_BxW, slots=slots, deterministic=deterministic
         )
@@ -105,11 +85,11 @@ class EncoderDecoder(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         """The encoder's output for buffer and slots, (B, P + S, W); rows past P + num_known are undefined."""
-        batch, buffer = tokens_BxLxD.shape[0], self.buffer_size
+        batch, buffer = tokens_BxLxD.shape[0], self.model.buffer_size
         rank_BxL = orders.ranks(order_BxL)
         chosen_BxS = order_BxL[:, :slots]
         tokens_BxSxD = orders.gather_rows(tokens_BxLxD, chosen_BxS, rank_BxL)
-        pos_BxLxW = jnp.broadcast_to(self.encoder_pos_embed[buffer:], (batch, self.num_tokens, self.width))
+        pos_BxLxW = jnp.broadcast_to(self.encoder_pos_embed[buffer:], (batch, self.num_tokens, self.model.width))
         x_BxSxW = self.z_proj(tokens_BxSxD) + orders.gather_rows(pos_BxLxW, chosen_BxS, rank_BxL).astype(self.dtype)
         x_BxPxW = (class_embed_BxW[:, None] + self.encoder_pos_embed[None, :buffer]).astype(self.dtype)
         x = self.z_proj_norm(jnp.concatenate([x_BxPxW, x_BxSxW], axis=1))
@@ -123,7 +103,7 @@ class EncoderDecoder(nn.Module):
         self, encoded: jax.Array, order_BxL: jax.Array, num_known_B: jax.Array, *, deterministic: bool
     ) -> jax.Array:
         """Computes z for every position, (B, L, W), from the encoder's output, (B, P + S, W)."""
-        buffer, num_tokens = self.buffer_size, self.num_tokens
+        buffer, num_tokens = self.model.buffer_size, self.num_tokens
         slots = encoded.shape[1] - buffer
         encoded = self.decoder_embed(encoded)
         # The slot of a position is its rank. Unknown positions and unused slots have indices out of range: zeros.
@@ -161,23 +141,23 @@ class EncoderDecoder(nn.Module):
     @nn.nowrap
     def train_flops(self) -> float:
         """FLOPs of the forward pass per image, at the mean number of known tokens."""
-        return self.step_flops(self.mask_ratio.expected_known(self.num_tokens))
+        return self.step_flops(self.model.mask_ratio.expected_known(self.num_tokens))
 
     @nn.nowrap
     def unknown_in_training(self) -> float:
         """The mean number of tokens per image in the loss."""
-        return self.num_tokens - self.mask_ratio.expected_known(self.num_tokens)
+        return self.num_tokens - self.model.mask_ratio.expected_known(self.num_tokens)
 
     @nn.nowrap
     def step_flops(self, num_known: float) -> float:
         """FLOPs of the forward pass per image, given `num_known` tokens."""
-        width, buffer = self.width, self.buffer_size
+        width, buffer = self.model.width, self.model.buffer_size
         encoded = buffer + num_known
         return (
             2 * self.token_dim * width * num_known
-            + flops.stack_flops(width, self.encoder_depth, self.mlp_ratio, encoded)
+            + flops.stack_flops(width, self.model.encoder_depth, self.model.mlp_ratio, encoded)
             + 2 * width**2 * encoded
-            + flops.stack_flops(width, self.decoder_depth, self.mlp_ratio, buffer + self.num_tokens)
+            + flops.stack_flops(width, self.model.decoder_depth, self.model.mlp_ratio, buffer + self.num_tokens)
         )
 
     @nn.nowrap

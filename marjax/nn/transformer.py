@@ -8,7 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from marjax.model_config import ModelConfig
 from marjax.nn.attention import Attention, KeyValue
 from marjax.nn.layers import Dense, Dropout, LayerNorm
 
@@ -74,17 +76,10 @@ class Stack(nn.Module):
     dtype: Any
 
     @classmethod
-    def from_backbone(cls, backbone: Any, depth: int) -> "Stack":
-        """A stack with the settings of its backbone."""
-        return cls(
-            depth,
-            backbone.num_heads,
-            backbone.mlp_ratio,
-            backbone.attn_dropout,
-            backbone.proj_dropout,
-            backbone.remat,
-            backbone.dtype,
-        )
+    def from_config(cls, model: ModelConfig, depth: int) -> "Stack":
+        """A stack with the settings of a backbone's `config.model`."""
+        dropout = model.attn_dropout, model.proj_dropout
+        return cls(depth, model.num_heads, model.mlp_ratio, *dropout, model.remat, jnp.dtype(model.dtype))
 
     def setup(self) -> None:
         self.blocks = Block(self.num_heads, self.mlp_ratio, self.attn_dropout, self.proj_dropout, self.dtype)
