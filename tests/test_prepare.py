@@ -307,7 +307,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("marjax.files.os.fsync", full)
     arguments = ["--images", str(tmp_path / "own"), "--out", str(tmp_path / "data"), "--workers", "1"]
     assert cli.main(["prepare", *arguments]) == 1
-    assert "No space left on device): make room" in capsys.readouterr().err
+    assert "plan.json cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_overwrite_replaces(tmp_path):
