@@ -1,4 +1,4 @@
-"""The 1797 handwritten digits that scikit-learn brings, 8x8 pixels: the quick start, under two minutes on two cores.
+"""The 1797 handwritten digits from scikit-learn, 8x8 pixels: the quick start, under two minutes on two cores.
 
 Arguments: debug.
 """
@@ -27,8 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(batch_size=64, steps=450, lr=2e-3, warmup_steps=100, ema_decay=0.995, ema_warmup=True)
     config.checkpoint.update(every=150)
     config.log.update(every=50, samples_every=450)
-    # "ddim25" starts at timestep 960. The plain spacing starts at 999, where a step multiplies what the denoiser gets
-    # wrong by several hundred: after two minutes of training it gets too much wrong.
+    # "ddim25" starts at timestep 960. The plain spacing starts at 999, where a step multiplies the denoiser's error by
+    # several hundred, which is too much after two minutes of training.
     config.sample.update(
         num_iter=16, num_sampling_steps="ddim25", cfg=2.0, temperature=0.9, batch_size=100, max_stages=3
     )
@@ -38,8 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.debug:
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)
         config.model.denoiser.update(depth=1, width=32)
-        config.train.update(batch_size=16, steps=20)
-        config.train.update(warmup_steps=5)
+        config.train.update(batch_size=16, steps=20, warmup_steps=5)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
         config.sample.update(num_iter=4, num_sampling_steps="ddim5", batch_size=20, max_stages=1)

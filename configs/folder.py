@@ -14,7 +14,7 @@ from marjax import config as config_lib
 from marjax.errors import UserError
 from marjax.variants import VARIANTS
 
-# Tokens of all images of a step: memory grows with them, so they set the batch size.
+# Tokens per training step, which determine memory and so the batch size.
 STEP_TOKENS = {"tiny": 2048, "small": 8192, "mar_base": 16384, "mar_large": 8192, "mar_huge": 4096}
 
 
@@ -30,10 +30,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if not args.name and not args.debug:
         raise UserError(
-            "config argument 'name' is missing: give folder:name=NAME, the NAME that marjax prepare has printed"
+            "config argument 'name' is missing; give folder:name=NAME, with the NAME printed by marjax prepare"
         )
     if args.size < 16 or args.size % 16:
-        raise UserError(f"config argument size={args.size}: give a multiple of 16 pixels")
+        raise UserError(f"config argument size={args.size} is not divisible by 16; use a multiple of 16")
     tiny = args.model == "tiny"
     config = config_lib.base()
     config.data.update(
@@ -46,17 +46,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     side = args.size // 16 if args.tokenizer == "kl16" else 8 if tiny or args.size < 64 else 16
     if args.tokenizer == "pixels":
-        # The mean colour of a patch then has a variance of about 1, as the noise (see marjax/tokenizers/pixels.py).
+        # Gives the mean colour of a patch a variance of about 1, like the noise (see marjax/tokenizers/pixels.py).
         config.tokenizer.update(name="pixels", patch_size=args.size // side)
         config.tokenizer.autoencoder.scale = 1.2 * side / args.size
     else:
         config.tokenizer.update(name=args.tokenizer, patch_size=1)
     config.model.variant = args.variant
     config_lib.set_model_size(config.model, args.model)
-    # Steps rather than epochs: an epoch of a few hundred pictures is no measure.
+    # Steps rather than epochs, since a data set may have only a few hundred pictures.
     config.train.update(batch_size=min(256, max(1, STEP_TOKENS[args.model] // side**2)), ema_warmup=True)
     if tiny:
-        # One timestep a token instead of four: on a CPU, more steps teach more.
+        # One timestep per token instead of four: on a CPU, more steps train better.
         config.model.update(attn_dropout=0.0, proj_dropout=0.0, dtype="float32")
         config.model.diffusion_batch_mul = 1
         config.train.update(steps=4000, lr=1.5e-3, warmup_steps=100, ema_decay=0.995)
@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.update(steps=100_000, warmup_steps=2000)
         config.checkpoint.update(every=1000, keep_every=20_000)
         config.log.update(every=100, samples_every=5000)
-    # "ddim25": see configs/digits.py. A low temperature and strong guidance hide what a young model gets wrong.
+    # "ddim25": see configs/digits.py. A low temperature and strong guidance hide errors of a model trained briefly.
     config.sample.update(
         num_iter=32 if VARIANTS[args.variant].many else None,
         num_sampling_steps="ddim25",

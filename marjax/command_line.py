@@ -5,7 +5,6 @@ config fields, and reports mistakes that argparse does not explain.
 """
 
 import argparse
-import difflib
 import itertools
 import os
 import re
@@ -13,7 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from marjax.errors import UserError, closest, shortened
+from marjax.errors import UserError, close_names, closest, shortened
 from marjax.values import parse_value
 
 FIELD = "--config."  # prefix of flags that set a config field
@@ -21,17 +20,10 @@ _DASHES = "-‐‑‒–—―−﹣-"  # web pages and word processors replace 
 _NUMBER = re.compile(r"-\.?\d.*")  # a value, not a flag
 _ASSIGNMENT = re.compile(r"(config\.)?([a-z_]\w*(\.\w+)*)=(.*)", re.DOTALL)
 # Suffixes that mark a file where a folder is expected.
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"} | {
-    ".npz",
-    ".npy",
-    ".json",
-    ".csv",
-    ".md",
-    ".txt",
-    ".safetensors",
-    ".zip",
-    ".tar",
-}
+_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"),
+    *(".npz", ".npy", ".json", ".csv", ".md", ".txt", ".safetensors", ".zip", ".tar"),
+)
 # Preferred sections for a field name that several sections have.
 _SECTIONS = {
     "train-tokenizer": ("tokenizer.train.", "tokenizer."),
@@ -56,9 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises argparse's error as a UserError that tells what to type."""
-        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
-        if missing:
-            raise UserError(f"{missing[1].replace(', ', ' and ')} missing; for example: {self.example}")
+        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            raise UserError(f"{found[1].replace(', ', ' and ')} missing; for example: {self.example}")
         if found := re.fullmatch(r"argument (\S+): expected (one|at least one) argument", message):
             raise UserError(f"{found[1]} needs a value; for example: {self.example}")
         if found := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
@@ -263,7 +254,7 @@ class _Reader:
         options = {_plain(option): option for option in self._actions if option.startswith("--")}
         meant = options.get(_plain(name)) or self._field(name, exact=True)
         if meant is None:
-            close = difflib.get_close_matches(_plain(name), options, 1, 0.6)
+            close = close_names(_plain(name), options, least=0.6)
             meant = options[close[0]] if close else self._field(name, exact=False)
         if meant is None:
             single = f"; {FIELD}key=value sets a config field" if self._takes_fields else ""
@@ -292,7 +283,7 @@ class _Reader:
         }
         match = [_plain(key)] if exact and _plain(key) in names else []
         if not exact:
-            match = difflib.get_close_matches(_plain(key), names, 1, 0.7)
+            match = close_names(_plain(key), names, least=0.7)
         return FIELD + names[match[0]] if match else None
 
     def _help(self) -> str:

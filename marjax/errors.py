@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 def missing_extra(what: str, extra: str) -> UserError:
-    """The error about packages that an extra of marjax installs, with the command that installs them."""
+    """The error about missing packages of an extra."""
     return UserError(f"{what} needs the {extra} extra: pip install 'marjax[{extra}]'")
 
 
@@ -84,6 +84,11 @@ def shortened(text: str, length: int = 60) -> str:
     return one_line(text[:length] + "..." * (len(text) > length))
 
 
+def close_names(name: str, names: Iterable[str], most: int = 1, least: float = 0.5) -> list[str]:
+    """Up to `most` names whose similarity to `name` is at least `least`, of 1, the closest first."""
+    return difflib.get_close_matches(name[:100], list(names), most, least)
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """ "; the closest is 'x'" for an error about an unknown name; "" if no known name is close.
 
@@ -92,8 +97,8 @@ def closest(name: str, names: Iterable[str]) -> str:
     name = name[:100].strip().casefold()
     known = {each.casefold(): each for each in sorted(names, key=lambda each: -each.count("."))}
     leaves = {key.rsplit(".", 1)[-1]: each for key, each in known.items()}  # of equal ones, the least nested
-    match = [known[each] for each in difflib.get_close_matches(name, known, 1, 0.5)]
-    match = match or [leaves[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
+    match = [known[each] for each in close_names(name, known)]
+    match = match or [leaves[each] for each in close_names(name.rsplit(".", 1)[-1], leaves, least=0.6)]
     return f"; the closest is {match[0]!r}" if match else ""
 
 

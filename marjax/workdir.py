@@ -1,7 +1,6 @@
 """Work directories: each holds the config of its run, which later starts must match."""
 
 import contextlib
-import difflib
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from marjax import class_names, storage
 from marjax.config import conform, flatten, resolve
 from marjax.config.migrations import migrate, stamp
-from marjax.errors import UserError, listed, shortened
+from marjax.errors import UserError, close_names, listed, shortened
 from marjax.files import write_bytes
 from marjax.json_file import read_json
 from marjax.paths import takes_paths
@@ -243,7 +242,7 @@ def suggestion(workdir: str | os.PathLike[str]) -> str:
             found = sorted(each.parent for each in path.glob("*/config.json"))
         else:
             siblings = {each.parent.name: each.parent for each in path.parent.glob("*/config.json")}
-            found = [siblings[name] for name in difflib.get_close_matches(path.name, siblings, 3, 0.5)]
+            found = [siblings[name] for name in close_names(path.name, siblings, 3)]
     except OSError:
         return ""
     return f", such as {listed([shortened(os.fspath(each)) for each in found], 5)}" if found else ""

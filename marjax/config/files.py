@@ -56,7 +56,7 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
             text = parse_value(name, text, str)
             if text not in spec[name]:
                 raise UserError(
-                    f"config argument {name}={text!r}{closest(text, spec[name])}; give one of {', '.join(spec[name])}"
+                    f"config argument {name}={text!r}{closest(text, spec[name])}; use one of {', '.join(spec[name])}"
                 )
             values[name] = text
         else:
@@ -161,7 +161,7 @@ def load_function(file: str, kind: str, name: str) -> Callable[..., Any]:
       UserError: no such file, no such function, or an error in the file.
     """
     if not os.path.isfile(file):
-        raise UserError(f"{kind} file {file!r} does not exist: give a Python file with {name}")
+        raise UserError(f"{kind} file {file!r} does not exist; give a Python file with {name}")
     module_name = f"marjax_{kind}_file"
     loader = _FreshLoader(module_name, file)
     spec = importlib.util.spec_from_file_location(module_name, file, loader=loader)

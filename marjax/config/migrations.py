@@ -55,7 +55,7 @@ def migrate(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     migrated = copy.deepcopy(dict(content))
     version = migrated.pop(KEY, 0)
     if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-        raise UserError(f"{where}: {KEY} is {shown(version)}, expected an integer from 0 to {FORMAT}: restore the file")
+        raise UserError(f"{where}: {KEY} is {shown(version)}, expected an integer from 0 to {FORMAT}; restore the file")
     if version > FORMAT:
         raise UserError(
             f"{where} has format {version}, but this version of marjax reads formats up to {FORMAT}: "

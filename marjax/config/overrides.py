@@ -72,13 +72,13 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
     config = conform(config)
     known = known_fields()
     if not isinstance(overrides, Mapping):
-        raise UserError(f"the fields to set are {shown(overrides)}: give a dict such as {{'train.lr': 1e-3}}")
+        raise UserError(f"the fields to set are {shown(overrides)}; give a dict such as {{'train.lr': 1e-3}}")
     for given, value in overrides.items():
         key = RENAMED.get(given, given)
         if key not in known:
             if key in sections():
                 raise UserError(
-                    f"config.{key} is a section: set one of its fields, such as "
+                    f"config.{key} is a section; set one of its fields, such as "
                     f"{next(name for name in known if name.startswith(f'{key}.'))}"
                 )
             raise UserError(f"unknown config key {shown(key)}{closest(str(key), known)}")
@@ -116,13 +116,13 @@ def unknown_key(key: str) -> UserError:
 def _fill(section: ConfigDict, given: Any, prefix: str) -> None:
     where = f"config.{prefix}".rstrip(".") if prefix else "config"
     if not isinstance(given, Mapping | ConfigDict):
-        raise UserError(f"{where} is {shown(given)}: expected a section with its fields")
+        raise UserError(f"{where} is {shown(given)}, expected a section with its fields")
     for key in given:
         if key not in section and f"{prefix}{key}" not in RENAMED:
             raise unknown_key(f"{prefix}{key}")
     for key in section:
         if key not in given:
-            raise UserError(f"config.{prefix}{key} is missing: start from marjax.config.base() and set single fields")
+            raise UserError(f"config.{prefix}{key} is missing; start from marjax.config.base() and set single fields")
         if isinstance(section[key], ConfigDict):
             _fill(section[key], given[key], f"{prefix}{key}.")
         else:
@@ -142,12 +142,12 @@ def _typed(key: str, value: Any, field: Field) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise UserError(f"config.{key} is {shown(value)}: give a number that a float can hold") from None
+            raise UserError(f"config.{key} is {shown(value)}; give a number that a float can hold") from None
     if kind is str and isinstance(value, str | os.PathLike):
         text = os.fspath(value)
         if isinstance(text, str) and _is_text(text):
             if len(text) > _MAX_TEXT:
-                raise UserError(f"config.{key} has {len(text)} characters: give at most {_MAX_TEXT}")
+                raise UserError(f"config.{key} has {len(text)} characters; use at most {_MAX_TEXT}")
             return text
     if (
         kind is tuple
@@ -157,7 +157,7 @@ def _typed(key: str, value: Any, field: Field) -> Any:
         )
     ):
         return tuple(int(each) for each in value)
-    raise UserError(f"config.{key} is {shown(value)}: expected {_EXPECTED[kind]}")
+    raise UserError(f"config.{key} is {shown(value)}, expected {_EXPECTED[kind]}")
 
 
 def _is_text(text: str) -> bool:

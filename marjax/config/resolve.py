@@ -1,4 +1,4 @@
-"""From a config as given to one that is checked, complete and locked."""
+"""Resolving a config: checks, derived values, and sections as dataclasses."""
 
 import dataclasses
 import math
@@ -25,22 +25,14 @@ T = typing.TypeVar("T")
 
 
 def frozen(section: ConfigDict, cls: type[T], **values: typing.Any) -> T:
-    """A dataclass with the section's values of its fields' names; fields that are dataclasses take subsections.
-
-    Args:
-      section: of a config; it may have more fields.
-      cls: the dataclass.
-      **values: fields that are not taken from the section.
-    """
+    """A dataclass from a section of a config, nested ones from its subsections; `values` take precedence."""
     kinds: dict[str, typing.Any] = typing.get_type_hints(cls)
-    taken = dict(values)
     for field in dataclasses.fields(typing.cast(typing.Any, cls)):
-        if field.init and field.name not in taken:
+        if field.init and field.name not in values:
             value, kind = section[field.name], kinds[field.name]
-            taken[field.name] = (
-                frozen(value, kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else value
-            )
-    return cls(**taken)
+            nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            values[field.name] = frozen(value, kind) if nested else value
+    return cls(**values)
 
 
 def data_config(config: ConfigDict) -> DataConfig:
@@ -65,23 +57,22 @@ def with_data(config: ConfigDict, data: typing.Any) -> tuple[ConfigDict, "Source
 
     config = conform(config)
     if config.data.cache:
-        raise UserError(f"config.data.cache is {config.data.cache}, which replaces data=: give one of the two")
+        raise UserError(f"config.data.cache is {config.data.cache}, which replaces data=; give one of the two")
     source = python_source.python_source(data, config.data.num_classes)
     config.data.update(python_source.data_fields(source))
     return config, source
 
 
 def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
-    """A checked, locked copy with every derived field computed. Resolving twice changes nothing.
+    """A checked, locked copy with every derived field computed; idempotent.
 
     Args:
       config: with the fields of `base()`.
-      open_data: whether to count classes and examples where the config does not say how many there are. Without it
-        nothing that the config names is opened, as must be with the config of a stranger.
+      open_data: whether to open the data to count classes and examples that the config omits. Without it, nothing that
+        the config names is opened, which is safe for untrusted configs.
 
     Raises:
-      UserError: a field that is unknown, missing, out of range or at odds with another; a source that has to be
-        counted and cannot be opened.
+      UserError: an unknown, missing, invalid or contradictory field; a source that cannot be opened for counting.
     """
     config = check_fields(config)
     if config.train.schedule is None:
@@ -91,20 +82,21 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     if open_data and (data.num_classes is None or (data.num_examples is None and counts_epochs)):
         _count(data)
     if data.num_classes is None:
-        raise UserError("config.data.num_classes is missing: set it")
+        raise UserError("config.data.num_classes is missing; set it")
     _check_mask_ratio(model.mask_ratio)
     if model.width % model.num_heads:
-        raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}")
+        raise UserError(f"config.model.width {model.width} is not divisible by num_heads {model.num_heads}; change one")
     if model.extra and HEADS.is_own(model.head) and VARIANTS.is_own(model.variant):
         raise UserError(
-            f"config.model.extra is {shown(model.extra)}, but variant {model.variant} and head "
-            f"{model.head} take no settings by that: leave it out, or choose a registered one"
+            f"config.model.extra is {shown(model.extra)}, but variant {model.variant} and head {model.head} take no "
+            f"extra settings; leave it out, or use a registered one"
         )
     if int(model.width * model.mlp_ratio) < 1:
-        raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}: give a hidden width of at least 1")
+        raise UserError(f"config.model.mlp_ratio is {model.mlp_ratio}; give a hidden width of at least 1")
     if train.batch_size % train.accumulate:
         raise UserError(
-            f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}"
+            f"config.train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}; "
+            f"use a multiple of it"
         )
     fill_tokenizer(config)
     _resolve_tokenizer_training(config.tokenizer.train, data.image_size)
@@ -112,14 +104,14 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     if HEADS[model.head].discrete and not tokens.num_codes:
         raise UserError(
             f"config.model.head={model.head} models codes, but the tokens of config.tokenizer.name="
-            f"{config.tokenizer.name} are continuous: choose a tokenizer with a codebook"
+            f"{config.tokenizer.name} are continuous; choose a tokenizer with a codebook"
         )
     if config.eval.cfg is None:
         config.eval.cfg = config.sample.cfg
     if config.eval.every and not config.eval.statistics:
         raise UserError(
-            "config.eval.every is set, but config.eval.statistics is not: give the file of the real images' "
-            "statistics, which marjax stats makes"
+            "config.eval.every is set, but config.eval.statistics is not; give the file of dataset statistics from "
+            "marjax stats"
         )
     if config.sample.num_iter is None:
         config.sample.num_iter = min(64, tokens.num_tokens) if variant.many else tokens.num_tokens
@@ -130,24 +122,22 @@ def resolve(config: ConfigDict, *, open_data: bool = True) -> ConfigDict:
     for count, epochs in (("steps", train.epochs), ("warmup_steps", train.warmup_epochs)):
         if train[count] is None:
             if epochs is None or epoch is None:
-                raise UserError(f"config has no train.{count}: give it, or data.num_examples and its epochs")
+                raise UserError(f"config has no train.{count}; give it, or data.num_examples and its epochs")
             train[count] = round(epochs * epoch)
     _check_ranges(config)  # of what was derived
     if train.schedule == "cosine" and train.warmup_steps >= train.steps:
         raise UserError(
-            f"config: the cosine schedule needs train.warmup_steps {train.warmup_steps} below train.steps {train.steps}"
+            f"config.train.warmup_steps={train.warmup_steps} is not less than train.steps={train.steps}, as the cosine "
+            f"schedule needs; use fewer"
         )
     check_sample(config)
     return config
 
 
 def check_fields(config: ConfigDict) -> ConfigDict:
-    """A locked copy whose fields are right one by one: known, of their types, in their ranges; paths are normalised.
+    """A locked copy with normalised paths and every single field checked, for partial configs and for `resolve`.
 
-    `resolve` begins with this. It alone is for those who use a part of a config that cannot be resolved.
-
-    Raises:
-      UserError: one is not.
+    Raises UserError for a field that is unknown, of the wrong type or out of range.
     """
     config = conform(config)
     for section in (config.train, config.tokenizer.train):
@@ -162,7 +152,7 @@ def check_fields(config: ConfigDict) -> ConfigDict:
                 if isinstance(allowed, Choices)
                 else f"give one of {', '.join(allowed)}"
             )
-            raise UserError(f"config.{key} is {shown(fields[key])}: {expected}")
+            raise UserError(f"config.{key} is {shown(fields[key])}; {expected}")
     check_image(config.data.image_size, config.data.channels)
     return config
 
@@ -172,18 +162,18 @@ def _check_ranges(config: ConfigDict) -> None:
         if key in RANGES and value is not None:
             numbers = value if isinstance(value, tuple) else (value,)
             if len(numbers) > MAX_LENGTH:
-                raise UserError(f"config.{key} has {len(numbers)} numbers: give at most {MAX_LENGTH}")
+                raise UserError(f"config.{key} has {len(numbers)} numbers; use at most {MAX_LENGTH}")
             for number in numbers:
                 RANGES[key].check(f"config.{key}", number)
 
 
 def _check_mask_ratio(ratio: ConfigDict) -> None:
-    """The truncated normal distribution needs some of its mass between its ends."""
+    """Raises UserError if almost no mass of the truncated normal lies between its ends."""
     low, high = (math.erf((end - ratio.mean) / (ratio.std * math.sqrt(2.0))) for end in (ratio.minimum, 1.0))
     if high - low < 1e-4:
         raise UserError(
-            f"config.model.mask_ratio: a normal distribution of mean {ratio.mean} and std {ratio.std} is "
-            f"hardly ever between minimum {ratio.minimum} and 1: give another mean or a larger std"
+            f"config.model.mask_ratio has mean {ratio.mean} and std {ratio.std}, which is hardly ever between minimum "
+            f"{ratio.minimum} and 1; use another mean or a larger std"
         )
 
 
@@ -193,29 +183,29 @@ def _resolve_tokenizer_training(train: ConfigDict, image_size: int) -> None:
     path = "config.tokenizer.train"
     if train.disc.weight:
         if train.disc.width % autoencoder_spec.GROUPS:
-            raise UserError(f"{path}.disc.width is {train.disc.width}: give a multiple of {autoencoder_spec.GROUPS}")
+            raise UserError(f"{path}.disc.width is {train.disc.width}; use a multiple of {autoencoder_spec.GROUPS}")
         least = 3 * 2**train.disc.layers  # leaves one patch
         if image_size < least:
             raise UserError(
                 f"{path}.disc.layers is {train.disc.layers}, which needs images of at least {least} "
-                f"pixels, but data.image_size is {image_size}: give fewer layers"
+                f"pixels, but data.image_size is {image_size}; use fewer layers"
             )
     if train.lpips.weight:
         if not train.lpips.vgg or not train.lpips.linear:
             raise UserError(
-                f"{path}.lpips.weight is {train.lpips.weight}, but its weights are files: give "
+                f"{path}.lpips.weight is {train.lpips.weight}, but its weights are files; give "
                 f"{path}.lpips.vgg (torchvision's vgg16-397923af.pth) and {path}.lpips.linear (the lpips "
                 f"package's vgg.pth)"
             )
         if image_size < 16:
             raise UserError(
                 f"{path}.lpips.weight is {train.lpips.weight}, but LPIPS needs images of at least 16 "
-                f"pixels: set it to 0"
+                f"pixels; set it to 0"
             )
 
 
 def _count(data: ConfigDict) -> None:
-    """Asks the latent cache, or else the source, for the numbers that are not given."""
+    """Fills in missing numbers of classes and examples from the latent cache or the source."""
     if data.cache:
         from marjax.data.latent_cache.read import read_manifest
 
@@ -243,11 +233,11 @@ def check_sample(config: ConfigDict) -> None:
     sample, variant = config.sample, VARIANTS[config.model.variant]
     num_tokens = tokens_of(config).num_tokens
     if not 1 <= sample.num_iter <= num_tokens:
-        raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens: give 1 to {num_tokens}")
+        raise UserError(f"num_iter is {sample.num_iter}, but an image has {num_tokens} tokens; use 1 to {num_tokens}")
     if not variant.many and sample.num_iter != num_tokens:
         raise UserError(
             f"num_iter is {sample.num_iter}, but variant {config.model.variant!r} predicts one token a "
-            f"step: give {num_tokens}"
+            f"step; give {num_tokens}"
         )
     if sample.confidence_order and not (variant.any_next and HEADS[config.model.head].ranks):
         variants = ", ".join(name for name, each in VARIANTS.items() if each.any_next)

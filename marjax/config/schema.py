@@ -32,7 +32,7 @@ MODEL_SIZES = {
     "mar_large": dict(width=1024, depth=16, num_heads=16, denoiser_depth=8, denoiser_width=1280, cfg=3.0),
     "mar_huge": dict(width=1280, depth=20, num_heads=16, denoiser_depth=12, denoiser_width=1536, cfg=3.2),
 }
-# Sizes of our own, for a CPU and for a single accelerator.
+# Smaller than the paper's, for a CPU and for a single accelerator.
 SMALL_SIZES = {
     "tiny": dict(width=96, depth=2, num_heads=4, denoiser_depth=3, denoiser_width=128, buffer_size=4),
     "small": dict(width=384, depth=6, num_heads=6, denoiser_depth=3, denoiser_width=512, buffer_size=16),
@@ -53,11 +53,10 @@ CHOICES: dict[str, Collection[str]] = {
     "eval.extractor": ("inception", "classifier"),
 }
 
-
 _WIDTH, _DEPTH, _WEIGHT, _CFG = integer(1, 2**16), integer(1, 1024), Range(0.0, 1e9), Range(0.0, 1e4)
 
-# What a number may be, for every field that is one; of lists, for each of their numbers. None is always allowed where
-# it is a default or NONE_IS_OFF. A value that trains nothing, such as a learning rate of 0, is in no range.
+# The range of every numeric field, and of each number in a list. None is always allowed where it is a default or
+# NONE_IS_OFF. Values that train nothing, such as a learning rate of 0, are out of range.
 RANGES = {
     "seed": SEED,
     "data.image_size": IMAGE_SIZE,
@@ -166,7 +165,6 @@ MAX_LENGTH = 16  # of lists of numbers
 # Fields whose default is a number, which None turns off.
 NONE_IS_OFF = ("train.clip", "tokenizer.train.clip")
 
-
 # Fields that had another name before config format 3: old -> new.
 RENAMED = {"eval.reference": "eval.statistics", "model.diffusion.batch_mul": "model.diffusion_batch_mul"}
 
@@ -197,7 +195,7 @@ def fields() -> ConfigDict:
             data=dict(
                 source="digits",  # "digits", "mnist" (an extra), "tfds:NAME[/CONFIG][:VERSION]", or a registered one
                 fingerprint=derived_str(),  # of data from Python or a registered source, set when training starts
-                data_dir="",  # where TFDS data sets are; "" is the library's default
+                data_dir="",  # root of TFDS data sets; "" is the default of TFDS
                 split="train",
                 image_size=8,  # pixels; images are centre-cropped to it
                 channels=1,  # 1 or 3
@@ -205,27 +203,27 @@ def fields() -> ConfigDict:
                 num_examples=derived_int(),  # only needed to count epochs; of the source, by default
                 flip=False,  # horizontal, with probability 1/2
                 workers=0,  # Grain worker processes; 0 reads in threads of this one
-                cache="",  # folder of this data set's latents, made by marjax cache-latents; "" encodes while training
+                cache="",  # latent cache written by marjax cache-latents; "" encodes while training
             ),
             tokenizer=dict(
                 name="pixels",
-                patch_size=1,  # latents on a token's side
-                path="",  # of the tokenizer's weights, for those that have any
-                num_codes=derived_int(),  # of a codebook or a VQ network; 512, or what vq16 has
+                patch_size=1,  # side of a token, in latents
+                path="",  # of the tokenizer's weights, if it has any
+                num_codes=derived_int(),  # of a codebook or a VQ network; 512, or 16384 for vq16
                 checksum=derived_str(),  # of the weights, filled in when training starts
-                posterior="sample",  # of a KL network: train on draws from it ("sample"), or on its "mean"
+                posterior="sample",  # of a KL network: train on samples ("sample") or on the "mean"
                 # The network of "kl", "vq" and "vq_continuous" (marjax/tokenizers/spec.py); other names fix it.
                 autoencoder=dict(
                     in_channels=derived_int(),  # of the image: data.channels
                     width=derived_int(),  # channels of the first layer, a multiple of 32; 128
                     channel_mults=derived_tuple(),  # of every level, each at half the resolution; (1, 1, 2, 2, 4)
-                    num_res_blocks=derived_int(),  # a level; 2
+                    num_res_blocks=derived_int(),  # per level; 2
                     latent_channels=derived_int(),  # 16 for kl, 8 for vq
-                    embed_dim=derived_int(),  # of the latents a model sees; latent_channels
+                    embed_dim=derived_int(),  # channels of the latents; latent_channels
                     encoder_attn_resolutions=derived_tuple(),  # levels with attention besides the middle; none
                     decoder_attn_resolutions=derived_tuple(),
-                    resolution=derived_int(),  # image size that those are out of, whatever data.image_size; 256
-                    scale=derived_float(),  # of the latents, those of "pixels" too; the file's own, or the name's
+                    resolution=derived_int(),  # nominal image size for these levels; 256
+                    scale=derived_float(),  # multiplies latents, also of "pixels"; from the file or the name
                     dtype="float32",  # of convolutions: "float32" or "bfloat16"; parameters are float32
                 ),
                 # How marjax train-tokenizer trains such a network; VQGAN's and LDM's values where they have one.
@@ -239,17 +237,17 @@ def fields() -> ConfigDict:
                     clip=config_dict.FieldReference(1.0),  # of the gradient's global norm; None or 0: no clipping
                     ema_decay=0.999,
                     ema_warmup=True,  # as in config.train
-                    kl_weight=1e-6,  # of the divergence's sum over latents, beside the sum of |x - x'| over values
-                    codebook_weight=1.0,  # of codes' distance from latents
-                    commitment=0.25,  # and of latents' from codes, beside it
+                    kl_weight=1e-6,  # of the KL summed over latents, relative to |x - x'| summed over values
+                    codebook_weight=1.0,  # weight of the codebook loss
+                    commitment=0.25,  # weight of the commitment loss
                     restart_below=0.05,  # codes chosen less often than this share of the average are restarted
-                    disc=dict(weight=0.0, start=50_001, width=64, layers=3),  # the patch discriminator; 0: none
-                    lpips=dict(weight=0.0, vgg="", linear=""),  # with the files of its weights; 0: none
+                    disc=dict(weight=0.0, start=50_001, width=64, layers=3),  # patch discriminator; 0: off
+                    lpips=dict(weight=0.0, vgg="", linear=""),  # files of its weights; 0: off
                     remat=False,  # recompute every block in the backward pass
                     log_every=50,  # steps
                     checkpoint_every=1000,
                     pictures_every=5000,
-                    scale_images=10_000,  # at most, that the scale of the latents is measured on at the end
+                    scale_images=10_000,  # at most, to measure the scale of the latents at the end
                 ),
             ),
             model=dict(
@@ -261,14 +259,14 @@ def fields() -> ConfigDict:
                 decoder_depth=12,
                 num_heads=12,
                 mlp_ratio=4.0,
-                buffer_size=64,  # class tokens in front of the sequence
+                buffer_size=64,  # class tokens at the start of the sequence
                 attn_dropout=0.1,
                 proj_dropout=0.1,
                 class_dropout=0.1,  # share of images trained with the null class
                 dtype="bfloat16",  # of matmuls and activations; parameters are float32
                 remat="none",  # what the backward pass recomputes: "none", "dots" (all but weight matmuls) or "full"
                 mask_ratio=dict(mean=1.0, std=0.25, minimum=0.7),  # of the truncated normal
-                mask_ratio_per="image",  # each image draws its own; "batch" for one draw for all, as the reference
+                mask_ratio_per="image",  # one draw per image; "batch": one per batch, as in the reference
                 denoiser=dict(depth=6, width=1024, remat="none"),
                 diffusion=dict(num_steps=1000),  # timesteps of the chain
                 diffusion_batch_mul=4,  # timesteps drawn per token in the diffusion loss
@@ -277,11 +275,11 @@ def fields() -> ConfigDict:
                 batch_size=2048,  # global
                 epochs=derived_float(),
                 steps=derived_int(),  # epochs * (num_examples // batch_size)
-                accumulate=1,  # microbatches a step
-                base_lr=1e-4,  # for 256 images a step
+                accumulate=1,  # microbatches per step
+                base_lr=1e-4,  # for a batch of 256 images
                 lr=derived_float(),  # base_lr * batch_size / 256
-                schedule=derived_str(),  # after the warmup, "constant" or "cosine"; the head's own by default
-                min_lr=0.0,  # where the cosine ends
+                schedule=derived_str(),  # after warmup: "constant" or "cosine"; by default the head's
+                min_lr=0.0,  # end of the cosine schedule
                 warmup_epochs=derived_float(),
                 warmup_steps=derived_int(),
                 b1=0.9,
@@ -292,12 +290,12 @@ def fields() -> ConfigDict:
                 ema_warmup=False,  # min(ema_decay, (1 + n) / (10 + n)) at step n
             ),
             init=dict(  # a new run starts from these weights; see marjax/training/init_from.py
-                path="",  # of a work directory of converted weights or of another run; "": random weights
-                weights=derived_str(),  # "ema" or "raw"; "ema" where it has them
+                path="",  # work directory of converted weights or another run; "": random weights
+                weights=derived_str(),  # "ema" or "raw"; "ema" if available
                 step=derived_int(),  # of the checkpoint; the newest
                 checksum=derived_str(),  # of the weights, filled in when training starts
             ),
-            mesh=dict(  # devices along each axis; -1 takes what is left
+            mesh=dict(  # devices along each axis; -1: all remaining
                 data=-1,  # the batch is sharded, the state is replicated
                 fsdp=1,  # the batch and the state are sharded
                 tensor=1,  # heads and hidden features are sharded, within one host
@@ -313,24 +311,24 @@ def fields() -> ConfigDict:
                 progress=True,  # a bar, on a terminal
             ),
             sample=dict(
-                num_iter=derived_int(),  # 64 at most; the number of tokens where a step predicts one
+                num_iter=derived_int(),  # at most 64; the number of tokens if a step predicts one
                 num_sampling_steps="100",  # or "ddimN"
                 cfg=1.0,
                 cfg_schedule="linear",
                 temperature=1.0,
                 batch_size=64,
-                confidence_order=False,  # the surest tokens first, instead of an order drawn ahead (MaskGIT)
-                choice_temperature=4.5,  # how random that choice is at first; it falls to 0 at the last step
-                max_stages=6,  # padded shapes the generation steps are grouped into
+                confidence_order=False,  # most confident tokens first (MaskGIT), instead of a random order
+                choice_temperature=4.5,  # initial temperature of that choice, 0 at the last step
+                max_stages=6,  # padded shapes of the generation steps
             ),
-            # What marjax evaluate measures with by default, and the smaller evaluation during training.
+            # Defaults of marjax evaluate, and the smaller evaluation during training.
             eval=dict(
-                every=0,  # steps between evaluations (a checkpoint goes before each), and after the last; 0: none
-                num_images=1000,  # of those
-                cfg=derived_float(),  # guidance of the second half of those; sample.cfg, and none if that is 1
+                every=0,  # steps between evaluations, each after a checkpoint; 0: none
+                num_images=1000,  # per evaluation during training
+                cfg=derived_float(),  # cfg of their second half; sample.cfg, and none if that is 1
                 extractor="inception",  # or "classifier"
-                extractor_path="",  # of its weights; inception has a place of its own
-                statistics="",  # file with the dataset statistics, written by marjax stats
+                extractor_path="",  # of its weights; inception has a default path
+                statistics="",  # dataset statistics, written by marjax stats
             ),
         )
     ).lock()

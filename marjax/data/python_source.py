@@ -1,4 +1,4 @@
-"""Data from Python as a source: arrays and labels, or any object with `__len__` and `__getitem__`."""
+"""Sources from Python data: arrays and labels, or any object with `__len__` and `__getitem__`."""
 
 import hashlib
 import operator
@@ -50,11 +50,11 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
     if isinstance(data, tuple) and len(data) == 2:
         return _of_arrays(*data, num_classes, name)
     if isinstance(data, Mapping | str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise UserError(f"{name} is {_kind(data)}: {_FORMS}")
+        raise UserError(f"{name} is {_kind(data)}; {_FORMS}")
     if isinstance(data, np.ndarray) and data.dtype != object:
-        raise UserError(f"{name} is {_kind(data)}, images without labels: give ({name}, labels)")
+        raise UserError(f"{name} is {_kind(data)}, images without labels; give ({name}, labels)")
     if not len(data):
-        raise UserError(f"{name} is empty: give at least one example")
+        raise UserError(f"{name} is empty; give at least one example")
     if num_classes is None:
         num_classes = getattr(data, "num_classes", None)
     if num_classes is None and hasattr(data, "classes"):
@@ -64,8 +64,7 @@ def python_source(data: Any, num_classes: int | None = None, name: str = "data")
         num_classes = most + 1
     if num_classes is None:
         raise UserError(
-            f"{name} does not say how many classes it has: set config.data.num_classes, or give it an "
-            f"attribute num_classes"
+            f"{name} has an unknown number of classes; set config.data.num_classes, or its attribute num_classes"
         )
     source = ItemSource(data, _checked_num_classes(num_classes, name), name)
     source[0], source[len(source) - 1]  # a mistake usually affects all examples
@@ -138,7 +137,7 @@ class ItemSource:
             image, label = item
         else:
             raise UserError(
-                f"{self._name}[{index}] is {_kind(item)}: expected (image, label) or {{'image': image, 'label': label}}"
+                f"{self._name}[{index}] is {_kind(item)}, expected (image, label) or {{'image': image, 'label': label}}"
             )
         return {
             "image": _checked_image(image, f"the image of {self._name}[{index}]"),
@@ -169,19 +168,6 @@ def _class_names(items: Any) -> Sequence[str]:
     return ()
 
 
-class _Pairs(Sequence[Any]):
-    """Images and labels of two sequences."""
-
-    def __init__(self, images: Sequence[Any], labels: Sequence[int]) -> None:
-        self._images, self._labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._images[index], self._labels[index]
-
-
 def _of_arrays(images: Any, labels: Any, num_classes: int | None, name: str) -> Source:
     checked = _checked_labels(labels, num_classes, name)
     if num_classes is None:
@@ -193,17 +179,17 @@ def _of_arrays(images: Any, labels: Any, num_classes: int | None, name: str) -> 
             file=sys.stderr,
         )
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, str | bytes | Mapping):
-        raise UserError(f"the images of {name} are {_kind(images)}: {_FORMS}")
+        raise UserError(f"the images of {name} are {_kind(images)}; {_FORMS}")
     if len(images) != len(checked):
-        raise UserError(f"{name} has {len(images)} images and {len(checked)} labels: give one label per image")
+        raise UserError(f"{name} has {len(images)} images and {len(checked)} labels; give one label per image")
     if isinstance(images, list | tuple) or getattr(getattr(images, "dtype", None), "kind", "") == "O":
         listed = [_checked_image(image, f"image {index} of {name}") for index, image in enumerate(images)]
-        return ItemSource(_Pairs(listed, checked.tolist()), num_classes, name)
+        return ItemSource(list(zip(listed, checked.tolist(), strict=True)), num_classes, name)
     array = np.asarray(images)
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4:
-        raise UserError(f"the images of {name} are {_kind(array)}: expected uint8 (N, H, W, C) or (N, H, W)")
+        raise UserError(f"the images of {name} are {_kind(array)}, expected uint8 (N, H, W, C) or (N, H, W)")
     _checked_image(array[0], f"image 0 of {name}")
     return ArraySource(array, checked, num_classes)
 
@@ -215,14 +201,14 @@ def _checked_labels(labels: Any, num_classes: int | None, name: str) -> np.ndarr
         array = np.asarray(None)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         found = _kind(array) if array.ndim else _kind(labels)
-        raise UserError(f"the labels of {name} are {found}: expected integers (N,), the number of each image's class")
+        raise UserError(f"the labels of {name} are {found}, expected integers (N,), the number of each image's class")
     if not len(array):
-        raise UserError(f"{name} is empty: give at least one example")
-    wrong = np.flatnonzero((array < 0) | (array >= (MAX_CLASSES if num_classes is None else num_classes)))
+        raise UserError(f"{name} is empty; give at least one example")
+    most = MAX_CLASSES if num_classes is None else num_classes
+    wrong = np.flatnonzero((array < 0) | (array >= most))
     if len(wrong):
-        most = MAX_CLASSES if num_classes is None else num_classes
         raise UserError(
-            f"label {array[wrong[0]]} of example {wrong[0]} of {name} is out of range: expected 0 to "
+            f"label {array[wrong[0]]} of example {wrong[0]} of {name} is out of range, expected 0 to "
             f"{most - 1}" + ("" if num_classes is None else ", or another config.data.num_classes")
         )
     return array.astype(np.int64)
@@ -234,7 +220,7 @@ def _checked_num_classes(num_classes: Any, name: str) -> int:
     except TypeError:
         number = 0
     if not 1 <= number <= MAX_CLASSES:
-        raise UserError(f"{name} has num_classes {shown(num_classes)}: expected an integer from 1 to {MAX_CLASSES}")
+        raise UserError(f"{name} has num_classes {shown(num_classes)}, expected an integer from 1 to {MAX_CLASSES}")
     return number
 
 
@@ -245,26 +231,26 @@ def _checked_image(image: Any, where: str) -> np.ndarray:
         array = np.asarray(None)
     if array.dtype.kind == "f" and array.ndim in (2, 3):
         raise UserError(
-            f"{where} is {_kind(array)}: expected uint8 from 0 to 255; of floats in [0, 1] make "
+            f"{where} is {_kind(array)}, expected uint8 from 0 to 255; for floats in [0, 1], give "
             f"(255 * image).round().astype('uint8')"
         )
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3):
-        raise UserError(f"{where} is {_kind(array)}: expected channels last, (H, W, C); give image.transpose(1, 2, 0)")
+        raise UserError(f"{where} is {_kind(array)}, expected channels last, (H, W, C); give image.transpose(1, 2, 0)")
     if array.ndim == 2:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         found = _kind(array) if array.dtype != object else _kind(image)
-        raise UserError(f"{where} is {found}: expected uint8 (H, W, C) with C of 1, 3 or 4, or (H, W)")
+        raise UserError(f"{where} is {found}, expected uint8 (H, W, C) with C of 1, 3 or 4, or (H, W)")
     return array
 
 
 def _checked_label(label: Any, num_classes: int, where: str) -> int:
     try:
-        number = operator.index(label)  # of NumPy's and PyTorch's integers too
+        number = operator.index(label)  # also NumPy and PyTorch integers
     except TypeError:
-        raise UserError(f"{where} is {shown(label)}: expected an integer in [0, {num_classes})") from None
+        raise UserError(f"{where} is {shown(label)}, expected an integer in [0, {num_classes})") from None
     if not 0 <= number < num_classes:
-        raise UserError(f"{where} is {number}: expected an integer in [0, {num_classes}); set config.data.num_classes")
+        raise UserError(f"{where} is {number}, expected an integer in [0, {num_classes}); set config.data.num_classes")
     return number
 
 

@@ -50,8 +50,7 @@ class Source(Protocol):
 
 def class_names_of(source: Source) -> Names:
     """Class names of a source by label; () if it has none."""
-    given = getattr(source, "class_names", None)
-    return usable(given)[: source.num_classes]
+    return usable(getattr(source, "class_names", None))[: source.num_classes]
 
 
 def fingerprint(source: Source) -> str:
@@ -95,8 +94,8 @@ def slice_of(split: str, source: str, size: int) -> slice:
     match = re.fullmatch(r"(?:train|all)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(
-            f"data.split={split!r} is unknown to {source}: expected 'train' or 'all', or a slice such as "
-            "'train[:1400]' or 'train[80%:]'"
+            f"data.split={split!r} is unknown to {source}; use 'train' or 'all', or a slice such as 'train[:1400]' or "
+            "'train[80%:]'"
         )
 
     def position(text: str | None, default: int) -> int:
@@ -104,7 +103,7 @@ def slice_of(split: str, source: str, size: int) -> slice:
             return default
         offset = round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
         if abs(offset) > size:
-            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of {source}: shorten the slice")
+            raise UserError(f"data.split={split!r} reaches beyond the {size} examples of {source}; shorten the slice")
         return offset + size if offset < 0 else offset
 
     start, stop = position(match[1], 0), position(match[2], size)
@@ -114,4 +113,4 @@ def slice_of(split: str, source: str, size: int) -> slice:
 
 
 def empty_split(source: str, split: str) -> str:
-    return f"data.split={split!r} of {source!r} is empty: choose a split or a slice with at least one example."
+    return f"data.split={split!r} of {source!r} is empty; choose a split or a slice with at least one example"

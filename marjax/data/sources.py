@@ -52,14 +52,14 @@ def open_source(data: DataConfig) -> Source:
         return _open_tfds(source, data.data_dir, split, num_classes)
     if source == PYTHON:
         raise UserError(
-            f"data.source={source!r} means data from Python code: call marjax.train(config, workdir, data=...), or "
+            f"data.source={source!r} means data from Python code; call marjax.train(config, workdir, data=...), or "
             f"register them with marjax.register('source', NAME, data)"
         )
     name = source.partition(":")[0]
     if (registered := registry.find("source", name)) is not None:
         return open_registered(registered, data)
     known = ["digits", "mnist", "tfds:NAME[/CONFIG][:VERSION]", *registry.names("source")]
-    raise UserError(f"data.source={shown(source)} is unknown: {registry.unknown('source', name, known)}")
+    raise UserError(f"data.source={shown(source)} is unknown; {registry.unknown('source', name, known)}")
 
 
 class TfdsSource:
@@ -101,7 +101,7 @@ class TfdsSource:
         """A plain error, since the original may not be picklable."""
         advice = remedy(error, "check the files, or prepare the data set again")
         reason = f"{type(error).__name__}: {first_line(error, '')}"
-        return UserError(f"{self._name}: example {index} cannot be read ({reason}): {advice}")
+        return UserError(f"{self._name}: example {index} cannot be read ({reason}); {advice}")
 
     def _check_image(self, image: Any, index: int) -> None:
         is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
@@ -116,7 +116,7 @@ class TfdsSource:
         if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < self.num_classes:
             raise UserError(
                 f"{self._name}: example {index} has the label {label!r}, expected an integer in "
-                f"[0, {self.num_classes}): set data.num_classes, or choose a split with labels"
+                f"[0, {self.num_classes}); set data.num_classes, or choose a split with labels"
             )
         return int(given)
 
@@ -198,11 +198,11 @@ def _tfds_builder(tfds: Any, source: str, data_dir: str) -> Any:
         if base in known or os.path.isdir(os.path.join(data_dir, base)):
             problem = f"there is a {base!r}, but not in this config or version"
             if glob.glob(os.path.join(glob.escape(os.path.join(data_dir, base)), "*.preparing")):
-                problem = f"`marjax prepare` has not finished {base!r}: start it again to resume it"
+                problem = f"`marjax prepare` has not finished {base!r}; start it again to resume it"
         else:
             problem = (
-                f"TFDS knows no such data set{closest(base, known)}, and `marjax prepare --images DIR --out` has made "
-                f"none of this name there"
+                f"TFDS has no such data set{closest(base, known)}, and `marjax prepare --images DIR --out` has "
+                f"written none of this name there"
             )
         cause: Exception = error
     except ImportError as error:
@@ -244,7 +244,7 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     name, directory = source.removeprefix("tfds:"), str(builder.data_path)
     if not builder.is_prepared():
         return (
-            f"data.source={source!r} is not prepared in {directory}: run `"
+            f"data.source={source!r} is not prepared in {directory}; run `"
             + (
                 "marjax prepare --imagenet TAR TAR --out` with the folder"
                 if name == "imagenet2012"
@@ -255,7 +255,7 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
     if isinstance(error, NotImplementedError):
         return (
             f"data.source={source!r} is stored as {builder.info.file_format.value} in {directory}, expected "
-            f"array_record: run `tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
+            f"array_record; run `tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
         )
     splits = builder.info.splits
     try:
@@ -263,10 +263,10 @@ def _why_unreadable(builder: Any, source: str, split: str, error: Exception) -> 
             return empty_split(source, split)
     except Exception:
         return (
-            f"data.split={split!r} of {source!r} cannot be read ({first_line(error, '')}): expected one of "
+            f"data.split={split!r} of {source!r} cannot be read ({first_line(error, '')}), expected one of "
             f"{sorted(splits)}, or a slice such as 'train[:1000]' within its size"
         )
-    return f"data.source={source!r} in {directory} cannot be read ({first_line(error, '')}): prepare it again"
+    return f"data.source={source!r} in {directory} cannot be read ({first_line(error, '')}); prepare it again"
 
 
 def _checked_num_classes(source: str, declared: int | None, num_classes: int | None) -> int:
@@ -274,11 +274,11 @@ def _checked_num_classes(source: str, declared: int | None, num_classes: int | N
         raise UserError(f"data.source={source!r} has {declared} classes, expected 1 to {MAX_CLASSES}; prepare it again")
     if num_classes is None:
         if declared is None:
-            raise UserError(f"data.source={source!r} does not say how many classes it has: set data.num_classes")
+            raise UserError(f"data.source={source!r} has an unknown number of classes; set data.num_classes")
         return declared
     if declared is not None and declared > num_classes:
         raise UserError(
-            f"data.source={source!r} has {declared} classes, more than data.num_classes={num_classes}: set "
-            f"data.num_classes={declared}."
+            f"data.source={source!r} has {declared} classes, more than data.num_classes={num_classes}; set "
+            f"data.num_classes={declared}"
         )
     return num_classes

@@ -8,7 +8,7 @@ from marjax import registry
 from marjax.errors import UserError, shortened
 from marjax.tokenizers.config import TokenizerConfig
 from marjax.tokenizers.pixels import Pixels
-from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape, check_checksum
+from marjax.tokenizers.protocol import Cacheable, Tokenizer, TokenShape, check_checksum, missing_file
 from marjax.tokenizers.spec import AUTOENCODERS, DEFAULT_NUM_CODES, Spec, spec_of
 
 if TYPE_CHECKING:
@@ -26,25 +26,20 @@ __all__ = [
     "tokens_of",
 ]
 
-# Those without a network have stride 1 and the image's channels; whether tokens are codes.
+# Tokenizers without a network, with stride 1 and the image's channels: whether tokens are codes.
 _PATCHES = {"pixels": False, "codebook": True}
 
 
 def token_shape(
     name: str, *, image_size: int, channels: int, patch_size: int, num_codes: int = 0, spec: Spec | None = None
 ) -> TokenShape:
-    """The tokens of a square image under the named tokenizer; its weights are not needed.
+    """The tokens of a square image with a side of `image_size` pixels, without opening the tokenizer's weights.
 
-    Args:
-      name: of the tokenizer.
-      image_size: side, in pixels.
-      channels: of the image.
-      patch_size: side of a token, in latents.
-      num_codes: of tokenizer "codebook".
-      spec: of an autoencoder; by default the name's preset.
+    `patch_size` is the side of a token in latents; `num_codes` is used by tokenizer "codebook"; an autoencoder's `spec`
+    is by default the name's preset.
 
     Raises:
-      UserError: no such tokenizer, an image size that it does not divide, or a discrete one without codes.
+      UserError: an unknown tokenizer, an indivisible image size, or a discrete tokenizer without codes.
     """
     if name in _PATCHES:
         stride, discrete = 1, _PATCHES[name]
@@ -53,16 +48,16 @@ def token_shape(
         stride, channels, num_codes = spec.stride, spec.embed_dim, spec.num_codes
         if discrete and patch_size != 1:
             raise UserError(
-                f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code: set it to 1"
+                f"config.tokenizer.patch_size is {patch_size}, but a token of {name} is one code; set it to 1"
             )
     elif (found := registry.find("tokenizer", name)) is not None:
         stride, discrete = found.stride, getattr(found, "discrete", False)
         channels = found.latent_channels(channels) if hasattr(found, "latent_channels") else channels
     else:
         known = sorted([*_PATCHES, *AUTOENCODERS, *registry.names("tokenizer")])
-        raise UserError(f"tokenizer.name is {shortened(name)!r}: {registry.unknown('tokenizer', name, known)}")
+        raise UserError(f"tokenizer.name is {shortened(name)!r}; {registry.unknown('tokenizer', name, known)}")
     if discrete and num_codes < 1:
-        raise UserError(f"tokenizer.num_codes is {num_codes}: give at least 1")
+        raise UserError(f"tokenizer.num_codes is {num_codes}; use at least 1")
     try:
         return TokenShape.of_images(image_size, stride, channels, patch_size, num_codes * discrete)
     except ValueError as error:
@@ -82,11 +77,7 @@ def tokens_of(tokenizer: TokenizerConfig, image_size: int, channels: int) -> Tok
 
 
 def open_tokenizer(tokenizer: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that the settings ask for, with its weights.
-
-    Raises:
-      UserError: no file, a damaged one, or another network, scale or checksum than the config asks for.
-    """
+    """Opens a tokenizer with its weights. Raises UserError if its file is missing, damaged or contradicts it."""
     name, path = tokenizer.name, tokenizer.path
     if name == "pixels":
         return Pixels(tokenizer.autoencoder.scale or 1.0)
@@ -106,28 +97,22 @@ def open_tokenizer(tokenizer: TokenizerConfig) -> Tokenizer:
     if name not in _OFFICIAL:
         how += ", marjax train-tokenizer trains one"
     if not path:
-        raise UserError(
-            f"config.tokenizer.path is empty, but tokenizer {name!r} is a file: {how}; give its path "
-            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
-        )
+        raise missing_file(name, path, how)
     try:
         stored = autoencoder_file.read(path)
     except FileNotFoundError:
-        raise UserError(
-            f"config.tokenizer.path {path} does not exist: {how}, or say where it is now "
-            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
-        ) from None
+        raise missing_file(name, path, how) from None
     if tokenizer.autoencoder.in_channels is None and AUTOENCODERS[name].preset is None:  # the images decide
         wanted = dataclasses.replace(wanted, in_channels=stored.spec.in_channels)
     if stored.spec.kind != wanted.kind:
         raise UserError(
-            f"{path} holds a {stored.spec.kind.upper()} autoencoder, but config.tokenizer.name is {name}: "
-            f"give another file or another name"
+            f"{path} holds a {stored.spec.kind.upper()} autoencoder, but config.tokenizer.name={name}; give another "
+            f"file or another name"
         )
     if differences := stored.spec.differences(wanted):
         raise UserError(
-            f"the autoencoder {path} is another than config.tokenizer asks for: it has "
-            f"{'; '.join(differences)}: change config.tokenizer.autoencoder (or num_codes), or the path"
+            f"the autoencoder {path} differs from config.tokenizer: it has {'; '.join(differences)}; change "
+            f"config.tokenizer.autoencoder (or num_codes), or the path"
         )
     check_checksum(tokenizer.checksum, stored.checksum, "autoencoder", path)
     scale = tokenizer.autoencoder.scale
@@ -140,29 +125,26 @@ def open_tokenizer(tokenizer: TokenizerConfig) -> Tokenizer:
 
 
 def _open_registered(tokenizer: TokenizerConfig) -> Tokenizer:
-    """A tokenizer of `marjax.register`. Raises UserError: it is none, or has other weights than the model knows."""
+    """Opens a registered tokenizer. Raises UserError if it breaks the contract or its checksum differs."""
     name = tokenizer.name
     found = registry.find("tokenizer", name)
     if found is None:
         raise UserError(
-            f"tokenizer.name is {shortened(name)!r}: {registry.unknown('tokenizer', name, registry.names('tokenizer'))}"
+            f"tokenizer.name is {shortened(name)!r}; {registry.unknown('tokenizer', name, registry.names('tokenizer'))}"
         )
     opened: Tokenizer = found.from_config(tokenizer)
     if missing := [
         each for each in ("params", "checksum", "scale", "encode", "decode", "codebook") if not hasattr(opened, each)
     ]:
         raise UserError(
-            f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}: see docs/extending.md"
+            f"config.tokenizer.name={name}: {type(opened).__name__} has no {', '.join(missing)}; see docs/extending.md"
         )
     check_checksum(tokenizer.checksum, opened.checksum, f"tokenizer {name!r}", "this")
     return opened
 
 
 def described_tokenizer(tokenizer: TokenizerConfig, tokens: TokenShape) -> Tokenizer:
-    """The tokenizer without its weights: `params` are ShapeDtypeStructs.
-
-    It is for compiling. A scale that only the weights' file knows is taken to be 1.
-    """
+    """The tokenizer with ShapeDtypeStructs for `params`, for compiling; an unknown scale is 1."""
     name = tokenizer.name
     if name == "pixels":
         return Pixels(tokenizer.autoencoder.scale or 1.0)
@@ -197,12 +179,9 @@ _OFFICIAL = {
 
 
 def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32", posterior: str = "sample") -> Tokenizer:
-    """The tokenizer of that name, a key of AUTOENCODERS, around weights of the right kind.
+    """The autoencoder `name` of AUTOENCODERS with the given weights and their scale, by default the name's.
 
-    The scale is that of the weights, or else the name's.
-
-    Raises:
-      UserError: neither knows a scale.
+    Raises UserError if the scale is unknown.
     """
     from marjax.tokenizers.kl import KL
     from marjax.tokenizers.vq import VQ
@@ -211,8 +190,8 @@ def make_tokenizer(name: str, stored: "Stored", dtype: Any = "float32", posterio
     scale = 1.0 if kind.discrete else kind.scale if stored.scale is None else stored.scale
     if scale is None:
         raise UserError(
-            f"nobody has said what the latents of this {name!r} are multiplied with: measure it with "
-            f"marjax tokenizer check, and set config.tokenizer.autoencoder.scale"
+            f"config.tokenizer.autoencoder.scale of this {name!r} is unknown; measure it with marjax tokenizer check, "
+            f"and set it"
         )
     if kind.vq:
         return VQ(

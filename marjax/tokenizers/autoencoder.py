@@ -15,7 +15,7 @@ from marjax import numerics
 from marjax.errors import UserError
 from marjax.tokenizers.spec import GROUPS, Spec
 
-# Values of one full-resolution layer that a device computes at a time: 16 images of 256 x 256 at 128 channels.
+# Activations of one full-resolution layer that a device computes at a time: 16 images of 256 x 256 at 128 channels.
 _VALUES_AT_ONCE = 2**27
 
 
@@ -66,7 +66,7 @@ class _Norm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two convolutions of it, each behind GroupNorm and SiLU; a 1 x 1 one on x where the channels change."""
+    """Two convolutions, each after GroupNorm and SiLU, with a residual, projected 1 x 1 if the channels change."""
 
     features: int
     dtype: Any
@@ -81,7 +81,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention of one head over all its places; takes memory for the square of their number."""
+    """Single-head attention over all positions, with a residual; memory is quadratic in their number."""
 
     dtype: Any
 
@@ -98,7 +98,7 @@ class AttentionBlock(nn.Module):
 
 
 class _Half(nn.Module):
-    """What encoder and decoder share. With `remat`, the backward pass recomputes every block from its input."""
+    """Shared parts of encoder and decoder. With `remat`, the backward pass recomputes every block from its input."""
 
     spec: Spec
     dtype: Any
@@ -170,7 +170,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = _Conv(spec.latent_channels, 1, self.dtype)
         self.decoder = Decoder(spec, self.dtype, self.remat)
         if spec.num_codes:
-            # All codes start within reach of each other, so that none is the nearest to everything (van den Oord 2017).
+            # Codes start close together, so that none is the nearest to everything (van den Oord 2017).
             bound = 1.0 / spec.num_codes
             self.codebook = self.param(
                 "codebook",
@@ -179,19 +179,17 @@ class Autoencoder(nn.Module):
             )
 
     def encode(self, image: jax.Array) -> jax.Array:
-        """What the bottleneck starts from, float32 (B, h, w, C), from float images (B, H, W, in_channels) in [-1, 1].
+        """Encoder output, float32 (B, h, w, C), of float images (B, H, W, in_channels) in [-1, 1].
 
-        C is embed_dim for VQ; for KL, means and then log variances, 2 * embed_dim.
-
-        Raises:
-          UserError: another number of channels, or sides that the stride does not divide.
+        C is embed_dim for VQ, and 2 * embed_dim for KL: means, then log variances. Raises UserError for images with
+        another number of channels, or sides that the stride does not divide.
         """
         _, height, width, channels = image.shape
         stride = self.spec.stride
         if channels != self.spec.in_channels or height % stride or width % stride:
             raise UserError(
                 f"images are {height} x {width} with {channels} channels, but the tokenizer takes "
-                f"{self.spec.in_channels} and sides that {stride} divides: change config.data"
+                f"{self.spec.in_channels} and sides that {stride} divides; change config.data"
             )
         return self.quant_conv(self.encoder(image)).astype(jnp.float32)
 
@@ -200,7 +198,7 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(latent)).astype(jnp.float32)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """Everything once, for `init`."""
+        """Calls every submodule, for `init`."""
         return self.decode(self.encode(image)[..., : self.spec.embed_dim])
 
 
@@ -217,11 +215,11 @@ def abstract_params(spec: Spec) -> Any:
 
 
 def rows_at_once(spec: Spec, image_pixels: int) -> int:
-    """How many images of so many pixels a device should encode or decode at a time."""
+    """The number of images of `image_pixels` that a device encodes or decodes at a time."""
     return max(1, _VALUES_AT_ONCE // (image_pixels * spec.width))
 
 
 def _twice(x: jax.Array) -> jax.Array:
-    """Every place as 2 x 2 equal ones."""
+    """Nearest-neighbour upsampling by 2."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

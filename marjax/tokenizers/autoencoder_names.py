@@ -1,7 +1,7 @@
-"""Which PyTorch tensor of an LDM autoencoder is which parameter here, as one table, read in both directions.
+"""The table that maps PyTorch tensors of an LDM autoencoder to parameters, used in both directions.
 
 Layouts: a convolution's weight is (out, in, rows, columns) there and (rows, columns, in, out) here; everything else is
-the same. `from_state_dict` reads the network itself off names and shapes.
+the same. `from_state_dict` infers the network from names and shapes.
 """
 
 import re
@@ -11,20 +11,14 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from marjax.errors import UserError, shortened
+from marjax.errors import UserError, listed, shortened
 from marjax.tokenizers.spec import Spec
 
 _MAX_LAYERS = 1000
 _PER_BLOCK = 8  # tensors of a residual block, at least
-_LISTED = 20  # problems in an error
 
 # What training left in a checkpoint besides the autoencoder.
 IGNORED = ("loss.", "discriminator.")
-
-
-def table(spec: Spec) -> dict[str, str]:
-    """PyTorch name -> path of the parameter, keys joined by "/"."""
-    return {theirs: ours for theirs, (ours, _) in layout(spec).items()}
 
 
 def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -58,28 +52,12 @@ def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     widths = [spec.width * mult for mult in spec.channel_mults]
     levels, halves = list(range(len(widths))), 1 if spec.num_codes else 2
-    for half, way, order, sample, blocks, first, last in (
-        (
-            "encoder",
-            "down",
-            levels,
-            "downsample",
-            spec.num_res_blocks,
-            (spec.in_channels, spec.width),
-            spec.latent_channels * halves,
-        ),
-        (
-            "decoder",
-            "up",
-            levels[::-1],
-            "upsample",
-            spec.num_res_blocks + 1,
-            (spec.latent_channels, widths[-1]),
-            spec.in_channels,
-        ),
+    inside, outside = spec.latent_channels, spec.in_channels
+    for half, way, order, blocks, first, before, last in (
+        ("encoder", "down", levels, spec.num_res_blocks, outside, spec.width, inside * halves),
+        ("decoder", "up", levels[::-1], spec.num_res_blocks + 1, inside, widths[-1], outside),
     ):
-        conv(f"{half}.conv_in", f"{half}/conv_in", *first)
-        before = first[1]
+        conv(f"{half}.conv_in", f"{half}/conv_in", first, before)
         for level in order:
             for i in range(blocks):
                 block(f"{half}.{way}.{level}.block.{i}", f"{half}/{way}_{level}_block_{i}", before, widths[level])
@@ -87,7 +65,7 @@ def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
                 if spec.has_attention(half, level):
                     attention(f"{half}.{way}.{level}.attn.{i}", f"{half}/{way}_{level}_attn_{i}", before)
             if level != order[-1]:
-                conv(f"{half}.{way}.{level}.{sample}.conv", f"{half}/{way}_{level}_{sample}", before, before)
+                conv(f"{half}.{way}.{level}.{way}sample.conv", f"{half}/{way}_{level}_{way}sample", before, before)
         block(f"{half}.mid.block_1", f"{half}/mid_block_1", widths[-1], widths[-1])
         attention(f"{half}.mid.attn_1", f"{half}/mid_attn", widths[-1])
         block(f"{half}.mid.block_2", f"{half}/mid_block_2", widths[-1], widths[-1])
@@ -103,7 +81,7 @@ def layout(spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
 def to_state_dict(spec: Spec, params: Any) -> dict[str, np.ndarray]:
     """The PyTorch state dict of a parameter tree, float32; the inverse of `from_state_dict`."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return {theirs: _to_pytorch(np.asarray(flat[ours], np.float32)) for theirs, ours in table(spec).items()}
+    return {theirs: _to_pytorch(np.asarray(flat[ours], np.float32)) for theirs, (ours, _) in layout(spec).items()}
 
 
 def from_state_dict(state_dict: Mapping[str, Any], spec: Spec | None = None) -> tuple[Spec, Any]:
@@ -136,8 +114,8 @@ def check(shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
     blocks = len(spec.channel_mults) * (2 * spec.num_res_blocks + 1)
     if blocks * _PER_BLOCK > len(shapes):
         raise UserError(
-            f"{len(shapes)} tensors do not fit a {spec.kind.upper()} autoencoder of {blocks} blocks, "
-            f"which has {blocks * _PER_BLOCK} or more: it is damaged, or of another kind"
+            f"{len(shapes)} tensors do not fit a {spec.kind.upper()} autoencoder of {blocks} blocks, expected at least "
+            f"{blocks * _PER_BLOCK}; give an undamaged file of this kind"
         )
     names = layout(spec)
     problems = [f"{theirs} is missing" for theirs in names if theirs not in shapes]
@@ -148,27 +126,22 @@ def check(shapes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
     ]
     problems += [f"{shortened(name)} is not used" for name in shapes if name not in names]
     if problems:
-        more = f"; and {len(problems) - _LISTED} others" if len(problems) > _LISTED else ""
         raise UserError(
             f"{len(problems)} tensors do not fit a {spec.kind.upper()} autoencoder of width {spec.width} "
-            f"and channel_mults {spec.channel_mults}: {'; '.join(problems[:_LISTED])}{more}"
+            f"and channel_mults {spec.channel_mults}: {listed(problems, between='; ')}"
         )
 
 
 def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
-    """The network that a state dict with tensors of these shapes belongs to.
-
-    Raises:
-      UserError: it is no autoencoder of this kind.
-    """
+    """Infers the network from a state dict's shapes. Raises UserError if it is not an LDM autoencoder."""
 
     def shape(name: str) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != 4:
             what = f"has shape {shapes[name]}" if name in shapes else "is missing"
             some = ", ".join(map(shortened, sorted(shapes)[:3])) or "none"
             raise UserError(
-                f"this is no LDM autoencoder: {name} {what} (there are {len(shapes)} tensors, such as "
-                f"{some}): give the file of a KL or VQ first stage"
+                f"not an LDM autoencoder: {name} {what} (there are {len(shapes)} tensors, such as {some}); give the "
+                f"file of a KL or VQ first stage"
             )
         return shapes[name]
 
@@ -186,8 +159,8 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     codes = shapes.get("quantize.embedding.weight", (0,))
     if not width or any(each % width for each in features):
         raise UserError(
-            f"this is no LDM autoencoder: its levels have {features} channels, which are no multiples of "
-            f"the first layer's {width}"
+            f"not an LDM autoencoder: its levels have {features} channels, expected multiples of {width}, as many as "
+            f"the first layer has"
         )
     try:
         return Spec(
@@ -203,16 +176,16 @@ def infer_spec(shapes: Mapping[str, tuple[int, ...]]) -> Spec:
             codes[0],
         )
     except ValueError as error:
-        raise UserError(f"this is no LDM autoencoder: {error}") from None
+        raise UserError(f"not an LDM autoencoder: {error}") from None
 
 
 def count_layers(numbers: Sequence[str]) -> int:
-    """How many layers there are, by the numbers in names of tensors. Raises UserError: more than any network has."""
+    """The number of layers from the numbers in tensor names. Raises UserError if one is too large."""
     for number in numbers:
         if len(number) > len(str(_MAX_LAYERS)) or int(number) >= _MAX_LAYERS:
             raise UserError(
-                f"it names a layer {number[:20]}, and no such network has {_MAX_LAYERS}: it is damaged, or "
-                f"of another kind"
+                f"layer {number[:20]} in a tensor's name is too large, expected less than {_MAX_LAYERS}; give an "
+                f"undamaged file"
             )
     return 1 + max(map(int, numbers), default=-1)
 

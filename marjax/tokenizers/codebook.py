@@ -17,43 +17,28 @@ from marjax.errors import UserError
 from marjax.npz_file import read_npz
 from marjax.tokenizers.config import TokenizerConfig
 from marjax.tokenizers.nearest_code import nearest
-from marjax.tokenizers.protocol import TokenShape, check_checksum
+from marjax.tokenizers.protocol import TokenShape, check_checksum, missing_file
 
-_ARRAYS = {
-    "codes": ("f", 2),
-    "patch_size": ("i", 0),
-    "channels": ("i", 0),
-    "mse": ("f", 0),
-    "psnr": ("f", 0),
-    "num_images": ("i", 0),
-    "seed": ("i", 0),
-    "source": ("U", 0),
-}
+_ARRAYS = {"codes": ("f", 2), "source": ("U", 0), "mse": ("f", 0), "psnr": ("f", 0)} | dict.fromkeys(
+    ("patch_size", "channels", "num_images", "seed"), ("i", 0)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How the codes were found, and how well images can be written in them.
+    """How the codes were fitted, and their reconstruction error."""
 
-    Attributes:
-      mse: mean squared error of the reconstructed images' values in [-1, 1].
-      psnr: the same in dB for a peak-to-peak value of 2; infinite without any error.
-      num_images: how many images `mse` was measured on.
-      seed: of the search.
-      source: which data the images are.
-    """
-
-    mse: float
-    psnr: float
-    num_images: int
+    mse: float  # of reconstructed images in [-1, 1]
+    psnr: float  # in dB for a peak-to-peak value of 2; infinite without any error
+    num_images: int  # that `mse` was measured on
     seed: int
-    source: str
+    source: str  # the data of these images
 
 
 class Codebook:
     """Latents are pixels, stride 1, with every p x p patch replaced by the nearest of K codes.
 
-    `TokenShape.patchify` of `encode` so gives rows of the codebook, to the bit. `params` is {"codebook": float32
+    `TokenShape.patchify(encode(...))` returns rows of the codebook, to the bit. `params` is {"codebook": float32
     (K, D)}, each code ordered (channel, row, column) as a token is.
     """
 
@@ -79,9 +64,8 @@ class Codebook:
         _, height, width, channels = image.shape
         if channels != self.channels or height % self.patch_size or width % self.patch_size:
             raise UserError(
-                f"images are {height} x {width} with {channels} channels, but the codebook is of "
-                f"{self.patch_size} x {self.patch_size} patches with {self.channels}: change config.data, "
-                f"or train another with marjax train-tokenizer"
+                f"images are {height} x {width} with {channels} channels, but the codebook has {self.patch_size} x "
+                f"{self.patch_size} patches with {self.channels}; change config.data, or run marjax train-tokenizer"
             )
         shape = TokenShape(
             height // self.patch_size, width // self.patch_size, channels, self.patch_size, self.num_codes
@@ -100,7 +84,7 @@ class Codebook:
 
 
 def arrays_of(codebook: Codebook, fit: Fit) -> dict[str, np.ndarray]:
-    """What the .npz file of a codebook holds; equal codebooks with equal fits give equal files."""
+    """The arrays of a codebook's .npz file."""
     sizes = {"patch_size": codebook.patch_size, "channels": codebook.channels}
     return {
         "codes": codebook.params["codebook"],
@@ -122,35 +106,25 @@ def read(path: str | os.PathLike[str]) -> tuple[Codebook, Fit]:
     try:
         codebook = Codebook(arrays["codes"], int(arrays["patch_size"]), int(arrays["channels"]))
     except ValueError as error:
-        raise UserError(f"{path} is no codebook or is damaged ({error}): {advice}") from None
+        raise UserError(f"{path} is not a valid codebook ({error}); {advice}") from None
     kinds = {"mse": float, "psnr": float, "num_images": int, "seed": int, "source": str}
     return codebook, Fit(**{name: kind(arrays[name]) for name, kind in kinds.items()})
 
 
 def open_codebook(tokenizer: TokenizerConfig) -> Codebook:
-    """The codebook that the settings ask for: its `path`, checked against `num_codes`, `patch_size` and `checksum`.
-
-    Raises:
-      UserError: no path, no such file, a damaged one, or another codebook than the config asks for.
-    """
+    """Opens the codebook at `path`. Raises UserError if it is missing, damaged or contradicts the config."""
     how = "make one with marjax train-tokenizer --config NAME"
     if not tokenizer.path:
-        raise UserError(
-            f"config.tokenizer.path is empty, but tokenizer 'codebook' is a file: {how} --out FILE.npz, "
-            f"and give its path"
-        )
+        raise missing_file("codebook", "", f"{how} --out FILE.npz")
     try:
         codebook, _ = read(tokenizer.path)
     except FileNotFoundError:
-        raise UserError(
-            f"config.tokenizer.path {tokenizer.path} does not exist: {how}, or say where it is now "
-            f"(--config.tokenizer.path, or --tokenizer_path when sampling)"
-        ) from None
+        raise missing_file("codebook", tokenizer.path, how) from None
     for key, given in (("num_codes", codebook.num_codes), ("patch_size", codebook.patch_size)):
         if given != (wanted := getattr(tokenizer, key)):
             raise UserError(
                 f"config.tokenizer.{key} is {wanted}, but the codebook {tokenizer.path} was made "
-                f"with {given}: set it to {given}, or {how}"
+                f"with {given}; set it to {given}, or {how}"
             )
     check_checksum(tokenizer.checksum, codebook.checksum, "codebook", tokenizer.path)
     return codebook

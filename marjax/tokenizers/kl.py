@@ -1,8 +1,7 @@
-"""The KL autoencoder: latents are drawn from a Gaussian posterior around what the encoder says.
+"""The KL autoencoder: latents are samples of a Gaussian posterior.
 
 Legend: B batch, H x W pixels, h x w latents of C channels. `moments`, float32 (B, h, w, 2C), are the encoder's means
-and then its log variances as they come: unscaled, unclipped. Draws from them are pure functions, so that moments can be
-computed once and kept.
+and log variances, unscaled and unclipped; they can be cached, since sampling from them is a pure function.
 """
 
 from typing import Any
@@ -20,8 +19,8 @@ class KL:
 
     Attributes:
       spec: the network.
-      scale: what latents are multiplied with.
-      posterior: "sample" to draw latents from the posterior, "mean" to take its mean.
+      scale: multiplies latents.
+      posterior: "sample" or "mean".
     """
 
     def __init__(
@@ -34,19 +33,15 @@ class KL:
         checksum: str = "",
         posterior: str = "sample",
     ) -> None:
-        """Raises ValueError: another posterior."""
+        """Raises ValueError for an unknown posterior."""
         if posterior not in POSTERIORS:
-            raise ValueError(f"posterior is {posterior!r}: give one of {', '.join(POSTERIORS)}")
+            raise ValueError(f"posterior is {posterior!r}; use one of {', '.join(POSTERIORS)}")
         self.posterior = posterior
         self.spec, self.params, self.scale, self.checksum = spec, params, scale, checksum
         self.network = Autoencoder(spec, jnp.dtype(dtype))
 
     def moments(self, params: Any, image: jax.Array) -> jax.Array:
-        """Moments of images, float (B, H, W, in_channels) in [-1, 1].
-
-        Raises:
-          UserError: images of another number of channels, or with sides that the stride does not divide.
-        """
+        """Moments of images, float (B, H, W, in_channels) in [-1, 1]. Raises UserError for wrong shapes."""
 
         def rows(part: jax.Array) -> jax.Array:
             return self.network.apply({"params": params}, part, method="encode")  # type: ignore[return-value]
@@ -58,7 +53,7 @@ class KL:
         return self.latents(params, self.moments(params, image), key)
 
     def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
-        """Scaled latents, float32 (B, h, w, C), of images with these moments: `encode`'s second half."""
+        """Scaled latents, float32 (B, h, w, C), from moments."""
         del params
         return (mean(moments) if self.posterior == "mean" else sample(moments, key)) * self.scale
 
@@ -93,7 +88,7 @@ def sample(moments: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def sample_with(moments: jax.Array, noise: jax.Array) -> jax.Array:
-    """The same with given standard normal noise, (B, h, w, C)."""
+    """`sample` with given standard normal noise, (B, h, w, C)."""
     centre, logvar = split(moments)
     return centre + jnp.exp(0.5 * logvar) * noise
 

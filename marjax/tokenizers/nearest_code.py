@@ -5,18 +5,18 @@ import jax.numpy as jnp
 
 
 def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The index of the code with the smallest Euclidean distance, the first of those that are equally near.
+    """The index of the code with the smallest Euclidean distance, the first of equally near ones.
 
-    Distances are sums of squared differences in float32, so a code is given its own index however close to others and
-    far from the origin it lies. |c|^2 - 2xc, a matrix multiplication, would lose small distances between long vectors
-    to rounding, and is only about three times as fast on CPU, where XLA never stores the differences.
+    Distances are sums of squared differences in float32, so that every code maps to itself. |c|^2 - 2xc, a matrix
+    multiplication, would round away small distances between long vectors, and is only about three times as fast on CPU,
+    where XLA never stores the differences.
 
     Args:
       x: float (..., D), taken as float32.
       codebook: float32 (K, D).
 
     Returns:
-      int32 (...), in [0, K). Takes memory for K values a row of `x`.
+      int32 (...), in [0, K). Takes memory for K values per row of `x`.
     """
     difference = x.astype(jnp.float32)[..., None, :] - codebook.astype(jnp.float32)
     return jnp.argmin(jnp.sum(difference**2, -1), -1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how latents become tokens.
+"""The contract of a tokenizer, and the conversion of latents to tokens.
 
 Shapes: B batch, h x w latent grid of C channels, p patch side, L tokens, D token dimension.
 """
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
 
     params: Any
     checksum: str  # of the weights; "" where there are none
-    scale: float  # what latents are multiplied with
+    scale: float  # multiplies latents
 
     def encode(self, params: Any, image: "jax.Array", key: "jax.Array") -> "jax.Array":
         """Scaled latents, float32 (B, h, w, C), from images, float32 (B, H, W, 1 or 3) in [-1, 1].
@@ -37,23 +37,20 @@ class Tokenizer(Protocol):
         ...
 
     def codebook(self, params: Any) -> "jax.Array | None":
-        """Every token there is, float32 (K, D), if tokens are discrete: `encode` then gives no others."""
+        """All tokens that `encode` can return, float32 (K, D); None if tokens are continuous."""
         ...
 
 
 @runtime_checkable
 class Cacheable(Tokenizer, Protocol):
-    """A tokenizer whose network's part of `encode` can be done once and kept: `encode` is `latents` of `moments`."""
+    """A tokenizer whose network outputs can be cached: `encode` is `latents` of `moments`."""
 
     def moments(self, params: Any, image: "jax.Array") -> "jax.Array":
-        """All that `latents` needs of images, (B, H, W, 1 or 3) in [-1, 1]: float32 (B, h, w, M) or int32 (B, h, w).
-
-        Nothing is drawn and nothing scaled yet.
-        """
+        """The input of `latents`, float32 (B, h, w, M) or int32 (B, h, w), from images (B, H, W, 1 or 3) in [-1, 1]."""
         ...
 
     def latents(self, params: Any, moments: "jax.Array", key: "jax.Array") -> "jax.Array":
-        """Scaled latents, float32 (B, h, w, C), of images with these moments, of any float dtype or int32."""
+        """Scaled latents, float32 (B, h, w, C), from moments of any float dtype or int32."""
         ...
 
 
@@ -80,7 +77,7 @@ class TokenShape:
         if image_size < 1 or patch < 1 or image_size % (stride * patch):
             raise ValueError(
                 f"image size {image_size} is not divisible by the tokenizer's stride {stride} times the "
-                f"patch size {patch}: give a multiple of {stride * max(patch, 1)}"
+                f"patch size {patch}; use a multiple of {stride * max(patch, 1)}"
             )
         side = image_size // stride // patch
         return cls(side, side, channels, patch, num_codes)
@@ -106,21 +103,21 @@ class TokenShape:
         return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, self.height * p, self.width * p, self.channels)
 
 
+def missing_file(name: str, path: str, how: str) -> UserError:
+    """The error about a tokenizer whose file is not given or does not exist; `how` to make the file."""
+    what = f"={path} does not exist" if path else f" is empty, but tokenizer {name!r} is a file"
+    return UserError(
+        f"config.tokenizer.path{what}; give --config.tokenizer.path (--tokenizer_path when sampling); {how}"
+    )
+
+
 def check_checksum(trained: str | None, opened: str, kind: str, where: str) -> None:
-    """Checks that an opened tokenizer is the one that a model was trained with.
+    """Raises UserError if the tokenizer opened from `where` is not the one that a model was trained with.
 
-    Args:
-      trained: checksum in the model's config; None or "" for a new model.
-      opened: checksum of the opened tokenizer.
-      kind: of tokenizer, such as "codebook".
-      where: it was opened from.
-
-    Raises:
-      UserError: the two differ.
+    `trained` is the checksum in the model's config, None or "" for a new model; `kind` is such as "codebook".
     """
     if trained and trained != opened:
         raise UserError(
-            f"the model was trained with another {kind} (checksum {trained[:12]}) than {where} (checksum "
-            f"{opened[:12]}): give the path of that one (--config.tokenizer.path, or --tokenizer_path when "
-            f"sampling)"
+            f"{where} has checksum {opened[:12]}, but the model was trained with {kind} {trained[:12]}; give the path "
+            f"of that one (--config.tokenizer.path, or --tokenizer_path when sampling)"
         )

@@ -1,7 +1,6 @@
-"""What an autoencoder looks like, the networks that have a name, and how a config asks for one.
+"""The specification of an autoencoder, the named networks, and their selection by a config. Does not import JAX.
 
-Nothing here needs JAX: configs are checked with it. Sources: Rombach et al. 2022 (LDM; KL-f8 and VQ-f16), Li et al.
-2024, appendix B (KL-16).
+Sources: Rombach et al. 2022 (LDM; KL-f8 and VQ-f16), Li et al. 2024, appendix B (KL-16).
 """
 
 import dataclasses
@@ -13,30 +12,30 @@ from marjax.tokenizers.config import TokenizerConfig
 GROUPS = 32  # of every GroupNorm
 DEFAULT_NUM_CODES = 512
 _MAX_SIZE, _MAX_LEVELS, _MAX_CODES = 1 << 16, 12, 1 << 24
-POSTERIORS = ("sample", "mean")  # what a KL tokenizer takes of its posterior
+POSTERIORS = ("sample", "mean")  # of a KL tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Everything that shapes an autoencoder's weights.
+    """The architecture of an autoencoder.
 
-    A level is a resolution of the network: the first sees the image, each further one half of it. At which levels
-    there is attention follows from `resolution`, a nominal image size, whatever the images at hand.
+    A level is a resolution of the network, each half of the one before. The levels with attention follow from
+    `resolution`, a nominal image size, not from the actual images.
 
     Attributes:
       in_channels: of the image.
-      width: channels of the first layer; a multiple of 32, for GroupNorm has 32 groups.
-      channel_mults: channels of every level, in widths.
+      width: channels of the first layer, a multiple of the 32 groups of GroupNorm.
+      channel_mults: channels of every level, in multiples of `width`.
       num_res_blocks: on every level of the encoder; the decoder has one more.
       latent_channels: between the encoder or decoder and the 1 x 1 convolution beside it (`z_channels` of LDM).
-      embed_dim: channels of the latents that a model sees.
-      encoder_attn_resolutions: sizes of levels, out of `resolution`, whose blocks are followed by attention.
-      decoder_attn_resolutions: the same of the decoder. Both always have attention in their middle.
+      embed_dim: channels of the latents.
+      encoder_attn_resolutions: sizes of levels, from `resolution`, with attention after every block.
+      decoder_attn_resolutions: of the decoder. Both also have attention in the middle.
       resolution: nominal image size.
       num_codes: of a VQ network; 0 for a KL network.
 
     Raises:
-      ValueError: no such network can be built.
+      ValueError: an invalid network.
     """
 
     in_channels: int = 3
@@ -54,35 +53,34 @@ class Spec:
         for name in ("in_channels", "width", "num_res_blocks", "latent_channels", "embed_dim", "resolution"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-                raise ValueError(f"{name} is {value!r}: give 1 to {_MAX_SIZE}")
+                raise ValueError(f"{name} is {value!r}; use 1 to {_MAX_SIZE}")
         mults = self.channel_mults
         if not 1 <= len(mults) <= _MAX_LEVELS or any(
             type(mult) is not int or not 1 <= mult <= _MAX_SIZE for mult in mults
         ):
             raise ValueError(
-                f"channel_mults is {mults[:_MAX_LEVELS]!r}: give a number of at least 1 for every level, "
-                f"of at most {_MAX_LEVELS}"
+                f"channel_mults is {mults[:_MAX_LEVELS]!r}; use at least 1 for every level, for at most {_MAX_LEVELS}"
             )
         if not 0 <= self.num_codes <= _MAX_CODES:
-            raise ValueError(f"num_codes is {self.num_codes}: give 1 to {_MAX_CODES}, or 0 for a KL network")
+            raise ValueError(f"num_codes is {self.num_codes}; use 1 to {_MAX_CODES}, or 0 for a KL network")
         if self.width % GROUPS:
-            raise ValueError(f"width is {self.width}: give a multiple of {GROUPS}, the groups of every GroupNorm")
+            raise ValueError(f"width is {self.width}; use a multiple of {GROUPS}, the groups of every GroupNorm")
         if self.resolution % self.stride:
             raise ValueError(
                 f"resolution {self.resolution} is not divisible by {self.stride}, the stride of "
-                f"{len(self.channel_mults)} levels: give a multiple of it"
+                f"{len(self.channel_mults)} levels; use a multiple of it"
             )
         for name in ("encoder_attn_resolutions", "decoder_attn_resolutions"):
             odd = [size for size in getattr(self, name) if size not in self.level_resolutions]
             if odd:
                 raise ValueError(
                     f"{name} has {odd[0]}, but the levels of a network of resolution {self.resolution} "
-                    f"are {', '.join(map(str, self.level_resolutions))}: give any of these"
+                    f"are {', '.join(map(str, self.level_resolutions))}; use any of these"
                 )
 
     @property
     def stride(self) -> int:
-        """Pixels a latent, in each direction."""
+        """Pixels per latent, in each direction."""
         return 2 ** (len(self.channel_mults) - 1)
 
     @property
@@ -94,11 +92,11 @@ class Spec:
         return "vq" if self.num_codes else "kl"
 
     def has_attention(self, half: str, level: int) -> bool:
-        """Whether the blocks of that level of the "encoder" or the "decoder" are followed by attention."""
+        """Whether a level of the "encoder" or "decoder" has attention."""
         return self.level_resolutions[level] in getattr(self, f"{half}_attn_resolutions")
 
     def differences(self, other: "Spec") -> list[str]:
-        """How a network differs from another, a line each; the nominal resolution counts by what it means only."""
+        """The differences of two networks, one string each; resolutions are compared by the levels with attention."""
         lines = []
         for field in dataclasses.fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
@@ -120,7 +118,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Spec":
-        """Raises ValueError or TypeError: an unknown field, or no possible network."""
+        """Raises ValueError or TypeError for an unknown field or an invalid network."""
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
@@ -129,19 +127,12 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What stands behind a tokenizer's name.
+    """The kind of a named tokenizer."""
 
-    Attributes:
-      vq: a VQ network, else KL.
-      discrete: its tokens are codes; a VQ network's latents before quantisation are not.
-      preset: the network, where the name says it all.
-      scale: what latents are multiplied with, where the name says that too.
-    """
-
-    vq: bool
-    discrete: bool = False
-    preset: Spec | None = None
-    scale: float | None = None
+    vq: bool  # else KL
+    discrete: bool = False  # tokens are codes, not a VQ network's latents before quantization
+    preset: Spec | None = None  # the network, if the name determines it
+    scale: float | None = None  # multiplies latents, if the name determines it
 
 
 _KL16 = Spec(latent_channels=16, embed_dim=16, encoder_attn_resolutions=(16,))
@@ -161,7 +152,7 @@ AUTOENCODERS = {
     "vq16_continuous": Kind(vq=True, preset=_VQ16),
 }
 
-# Of networks without a preset. As in LDM, what follows the encoder keeps its number of channels.
+# Defaults of networks without a preset; as in LDM, embed_dim follows latent_channels.
 _FREE = {
     False: dataclasses.replace(_KL16, encoder_attn_resolutions=()),
     True: dataclasses.replace(
@@ -205,7 +196,7 @@ def spec_of(tokenizer: TokenizerConfig, channels: int | None = None) -> Spec:
                 )
     if channels is not None and spec.in_channels != channels:
         raise UserError(
-            f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}: set it to "
+            f"config.data.channels is {channels}, but tokenizer {name} takes {spec.in_channels}; set it to "
             f"{spec.in_channels} (grey images are repeated, colour images become grey)"
         )
     return spec
@@ -222,8 +213,7 @@ def fill(tokenizer: TokenizerConfig, channels: int) -> TokenizerConfig:
         raise UserError(f"config.tokenizer.autoencoder.scale={scale} is not positive; use a positive number")
     if scale not in (None, 1.0) and kind.discrete:
         raise UserError(
-            f"config.tokenizer.autoencoder.scale is {scale}, but {tokenizer.name} gives codes, which "
-            f"are not scaled: leave it out"
+            f"config.tokenizer.autoencoder.scale is {scale}, but codes of {tokenizer.name} are not scaled; leave it out"
         )
     return dataclasses.replace(
         tokenizer,

@@ -1,4 +1,4 @@
-"""The VQ autoencoder: every latent is one of K codes, or what the encoder said before the choice.
+"""The VQ autoencoder: every latent is one of K codes, or the encoder output before quantization.
 
 Legend: B batch, H x W pixels, h x w latents, K codes of D values (`embed_dim`).
 """
@@ -17,13 +17,12 @@ from marjax.tokenizers.spec import Spec
 class VQ:
     """A frozen VQ network as a tokenizer (see `protocol.Tokenizer`); encodes and decodes in bounded memory.
 
-    With `discrete`, latents are codes and `codebook` is all of them: for the categorical head. Without, they are the
-    latents before quantisation, scaled, and `decode` quantises them first: for the diffusion head (Li et al. 2024,
-    table 2).
+    With `discrete`, latents are codes, for the categorical head. Without, they are scaled latents before quantization,
+    which `decode` quantizes, for the diffusion head (Li et al. 2024, table 2).
 
     Attributes:
       spec: the network.
-      scale: what continuous latents are multiplied with; 1 for codes.
+      scale: multiplies continuous latents; 1 for codes.
     """
 
     def __init__(
@@ -38,29 +37,27 @@ class VQ:
     ) -> None:
         """Raises ValueError: codes with a scale."""
         if discrete and scale != 1.0:
-            raise ValueError(f"scale is {scale}: codes are not scaled")
+            raise ValueError(f"scale is {scale}, but codes are not scaled; use 1")
         self.spec, self.params, self.scale, self.checksum, self.discrete = spec, params, scale, checksum, discrete
         self.network = Autoencoder(spec, jnp.dtype(dtype))
 
     def codes(self, params: Any, image: jax.Array) -> jax.Array:
-        """The index of every latent's code, int32 (B, h, w), of images, float (B, H, W, in_channels) in [-1, 1]."""
+        """Code indices, int32 (B, h, w), of images, float (B, H, W, in_channels) in [-1, 1]."""
         return self._encode(params, image, lambda latent: nearest(latent, params["codebook"]))
 
     def moments(self, params: Any, image: jax.Array) -> jax.Array:
-        """What of `encode` takes the network: codes' indices, int32 (B, h, w), if tokens are these, else unscaled
-        latents, float32 (B, h, w, D). Raises UserError as `encode` does."""
+        """Code indices, int32 (B, h, w), if `discrete`, else unscaled latents, float32 (B, h, w, D)."""
         return self.codes(params, image) if self.discrete else self._encode(params, image, lambda latent: latent)
 
     def encode(self, params: Any, image: jax.Array, key: jax.Array) -> jax.Array:
-        """Latents, float32 (B, h, w, D), of images, float (B, H, W, in_channels) in [-1, 1]; nothing is drawn.
+        """Latents, float32 (B, h, w, D), of images, float (B, H, W, in_channels) in [-1, 1]. Deterministic.
 
-        Raises:
-          UserError: images of another number of channels, or with sides that the stride does not divide.
+        Raises UserError for images of the wrong shape.
         """
         return self.latents(params, self.moments(params, image), key)
 
     def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
-        """Latents, float32 (B, h, w, D), of images with these moments: `encode`'s second half."""
+        """Latents, float32 (B, h, w, D), from moments."""
         del key
         return jnp.asarray(params["codebook"])[moments] if self.discrete else moments.astype(jnp.float32) * self.scale
 
@@ -81,7 +78,7 @@ class VQ:
         return sharding.map_rows(rows, latent, rows_at_once(self.spec, pixels))
 
     def codebook(self, params: Any) -> jax.Array | None:
-        """The codes, float32 (K, D), if tokens are these."""
+        """The codes, float32 (K, D), if `discrete`."""
         return jnp.asarray(params["codebook"]) if self.discrete else None
 
 
