@@ -1,4 +1,4 @@
-"""Weights in several files with an index, as Hugging Face's programs write them: safetensors or PyTorch files."""
+"""Sharded weights with an index, in the format of Hugging Face: safetensors or PyTorch files."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from marjax.interop.pytorch import Tensor
 from marjax.json_file import read_json
 
 SUFFIX = ".index.json"
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pth?)$")  # its group says how many there are
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pth?)$")  # the group is the number of shards
 _MAX_SHARDS = 200
 _ALONE = (
     "model.safetensors",
@@ -20,7 +20,7 @@ _ALONE = (
 
 
 def file_of(folder: str) -> str:
-    """The index, or else the only file of weights, in a folder. Raises UserError: there is none, or several."""
+    """Returns the index of a folder, or else its only weights file. Raises UserError: none, or several indexes."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -48,11 +48,11 @@ def file_of(folder: str) -> str:
 
 
 def read(path: str, read_file: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all shards by name.
+    """Reads the tensors of all shards, by name.
 
     Args:
-      path: of the index.
-      read_file: from the path of a shard to its tensors.
+      path: the index.
+      read_file: reads the tensors of one shard.
 
     Raises:
       UserError: the index is damaged, names a file elsewhere, or its shards are missing or hold other tensors.
@@ -61,13 +61,8 @@ def read(path: str, read_file: Callable[[str], dict[str, Tensor]]) -> dict[str, 
     places = read_json(path, {"weight_map": {str: str}}, advice=advice)["weight_map"]
     folder, shards = os.path.dirname(path), sorted(set(places.values()))
     for shard in shards:
-        if (
-            shard != os.path.basename(shard)
-            or shard in ("", ".", "..")
-            or "\\" in shard
-            or "\0" in shard
-            or (shard.endswith(SUFFIX))
-        ):
+        unsafe = shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard
+        if unsafe or shard.endswith(SUFFIX):
             raise UserError(f"{path} names {shortened(shard)!r}, which is no file beside it; {advice}")
     if not 0 < len(shards) <= _MAX_SHARDS:
         raise UserError(f"{path} names {len(shards)} shards, expected 1 to {_MAX_SHARDS}; {advice}")
