@@ -1,4 +1,4 @@
-"""AutoencoderKL as diffusers saves it: its names as LDM's, and what its config.json says.
+"""AutoencoderKL in the format of diffusers: renames its tensors to LDM's and reads its config.json.
 
 Names and defaults: diffusers, models/autoencoders/autoencoder_kl.py; attention had other names before version 0.18.
 """
@@ -14,7 +14,7 @@ from marjax.json_file import read_json
 from marjax.tokenizers.autoencoder_names import count_layers
 from marjax.tokenizers.spec import GROUPS
 
-_SCALE = 0.18215  # of configs that do not say it
+_SCALE = 0.18215  # the default of diffusers
 _THEIRS = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block)\.")
 _PARTS = {
     "conv_shortcut": "nin_shortcut",
@@ -33,7 +33,7 @@ _BLOCKS = (
     (re.compile(r"^(decoder)\.up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\."), "up"),
 )
 _MIDDLE = re.compile(r"^(encoder|decoder)\.mid_block\.(resnets|attentions)\.([01])\.")
-# What this program computes; a config with anything else is refused.
+# Supported values, default first; other values are refused.
 _ONLY = {
     "act_fn": ("silu",),
     "norm_num_groups": (GROUPS,),
@@ -52,10 +52,10 @@ def is_theirs(names: Mapping[str, object]) -> bool:
 
 
 def to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under LDM's names; linear layers of attention become 1 x 1 convolutions.
+    """Renames tensors to LDM's names; linear layers of attention become 1 x 1 convolutions.
 
     Raises:
-      UserError: a name for a layer number that no network has.
+      UserError: a layer number is out of range, or two tensors get the same name.
     """
     levels = count_layers([match[2] for match in map(_BLOCKS[1][0].match, tensors) if match])
 
@@ -88,13 +88,13 @@ def to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scale_of(path: str | os.PathLike[str]) -> float | None:
-    """What latents are multiplied with, by the config.json beside the weights; None if there is none.
+    """Returns the latent scale in the config.json beside the weights; None without that file.
 
     Args:
-      path: of the file, the index or the folder.
+      path: the file, the index or the folder.
 
     Raises:
-      UserError: the config is of another network, or asks for what this program does not compute.
+      UserError: the config is of another network, or has unsupported values.
     """
     path = os.fspath(path)
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")

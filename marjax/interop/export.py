@@ -1,4 +1,4 @@
-"""Our weights under the reference's names, as a safetensors file: what `marjax export` does, as a function."""
+"""Exports weights to a safetensors file with the names of the reference."""
 
 import json
 import os
@@ -28,15 +28,13 @@ from marjax.workdir import no_checkpoints, read_workdir
 def export(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None
 ) -> dict[str, str]:
-    """Writes the weights of a work directory with PyTorch's names and layouts, float32, to the bit.
-
-    The same weights give the same bytes.
+    """Writes the weights of a work directory with PyTorch's names and layouts, in float32; equal weights, equal bytes.
 
     Args:
-      workdir: of a training run or a conversion; its model is variant mar with head diffusion.
-      out: a local file whose name ends in .safetensors. If it is there, it must have these very contents.
+      workdir: a training run or a conversion, of variant mar with head diffusion.
+      out: a local file whose name ends in .safetensors. An existing file must have the same contents.
       weights: "ema" or "raw"; by default "ema", or what a converted work directory has.
-      step: of the checkpoint, or None for the newest whole one.
+      step: the step of the checkpoint, or None for the newest complete one.
 
     Returns:
       The file's metadata: `weights`, `step`, and `args`, JSON of the reference's arguments.
@@ -95,7 +93,7 @@ def export(
 
 
 def _parts(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of float32 tensors, a part at a time.
+    """Yields a safetensors file of float32 tensors in parts.
 
     Equal tensors and metadata give equal bytes. The safetensors library orders metadata differently every time.
     """

@@ -1,7 +1,4 @@
-"""Files of weights from elsewhere, whatever their name says: PyTorch's two formats and safetensors.
-
-Which it is, and what was downloaded by mistake, is told by how the file begins.
-"""
+"""Reads weights files: PyTorch's two formats and safetensors, recognized by their first bytes, not by their name."""
 
 import dataclasses
 import os
@@ -48,12 +45,12 @@ _SAFETENSORS_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds.
+    """The contents of a weights file.
 
     Attributes:
-      content: of PyTorch, the object as `pytorch.read` gives it; of safetensors, a dict of name -> `Tensor`.
-      metadata: of safetensors; None for PyTorch and for shards.
-      size: bytes of the file, or of all shards.
+      content: the object from `pytorch.read`, or for safetensors a dict of name -> `Tensor`.
+      metadata: safetensors metadata; None for PyTorch and for shards.
+      size: bytes of the file, or of all shards together.
     """
 
     content: Any
@@ -63,13 +60,13 @@ class WeightsFile:
 
 @takes_paths("path")
 def read(path: str | os.PathLike[str]) -> WeightsFile:
-    """Reads what is in a local file but its tensors, which `np.asarray` reads.
+    """Reads a local file; tensors are read later, by `np.asarray`.
 
     Args:
-      path: of the file, of the index of a sharded checkpoint, or of a folder with either.
+      path: a file, the index of a sharded checkpoint, or a folder with either.
 
     Raises:
-      UserError: no such file, or something else; says what it seems to be.
+      UserError: the file is missing or of another kind, which the error names.
     """
     path = os.fspath(path)
     if "://" in path:
@@ -96,7 +93,6 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
 
 
 def _read(path: str, budget: Budget) -> WeightsFile:
-    """One file."""
     try:
         with open_regular(path) as file:
             start = file.read(1024)
@@ -133,7 +129,7 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
     try:
         handle = safetensors.safe_open(path, framework="numpy")
         tensors = {}
-        for name in handle.keys():  # noqa: SIM118 - it is no dict
+        for name in handle.keys():  # noqa: SIM118 - not a dict
             each = handle.get_slice(name)
             if len(each.get_shape()) > pytorch.MAX_DIMS:
                 raise UserError(
@@ -153,7 +149,7 @@ def _read_safetensors(path: str, size: int) -> WeightsFile:
         return WeightsFile(tensors, handle.metadata() or {}, size)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # what its Rust code raises is not documented
+    except Exception as error:  # the exceptions of its Rust code are not documented
         raise UserError(
             f"{path} begins as a safetensors file, but is damaged or cut short ({first_line(error)[:120]}; "
             f"it has {size} bytes): {AGAIN}"
