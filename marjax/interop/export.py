@@ -28,7 +28,9 @@ from marjax.workdir import no_checkpoints, read_workdir
 def export(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None
 ) -> dict[str, str]:
-    """Writes the weights of a work directory with PyTorch's names and layouts, in float32; equal weights, equal bytes.
+    """Writes the weights of a work directory with PyTorch's names and layouts, in float32, to the bit.
+
+    Equal weights give equal bytes.
 
     Args:
       workdir: a training run or a conversion, of variant mar with head diffusion.
