@@ -259,7 +259,7 @@ def test_numbers_of_the_data_set_are_found(mixed):
         config_lib.load(str(FOLDER))
     with pytest.raises(UserError, match="size=40"):
         config_lib.load(f"{FOLDER}:size=40,name=x")
-    with pytest.raises(UserError, match="`marjax prepare --images DIR --out` has made none of this name"):
+    with pytest.raises(UserError, match="tfds:no_such"):
         config_lib.resolve(config_lib.load(f"{FOLDER}:name=no_such"))
 
 
