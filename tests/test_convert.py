@@ -289,7 +289,7 @@ def change(tmp_path, name, function):
         ("fake_latent", lambda x: x.astype(np.int32), r"no floating point numbers: fake_latent \(int32\)"),
         ("encoder.conv_in.weight", lambda x: np.zeros(1, np.float32), "encoder.conv_in.weight is not used"),
         ("encoder_blocks.30000000.x", lambda x: np.zeros(1, np.float32), "layer 30000000 "),
-        (f"decoder_blocks.{'9' * 5000}.x", lambda x: np.zeros(1, np.float32), "names a layer 99999999999999999999,"),
+        (f"decoder_blocks.{'9' * 5000}.x", lambda x: np.zeros(1, np.float32), "layer 99999999999999999999"),
     ],
 )
 def test_every_tensor_is_used_and_every_parameter_filled(tmp_path, name, function, text):
