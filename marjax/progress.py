@@ -70,7 +70,6 @@ class Task(Closeable):
 
     def live(self, width: int) -> str:
         """The task as a live line of at most `width` columns."""
-        del width
         return self.line()
 
     def last(self) -> str:

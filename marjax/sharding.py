@@ -278,7 +278,6 @@ def _mib(size: int) -> str:
 
 def logical_rules(mesh: Mesh) -> Any:
     """The context for the sharding constraints of activations in the models; enter it while tracing."""
-    del mesh
     return nn.logical_axis_rules(RULES)
 
 

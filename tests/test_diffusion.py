@@ -7,6 +7,7 @@ import pytest
 from support.compare import parity
 
 from marjax.heads import gaussian_diffusion
+from marjax.heads.gaussian_diffusion import apply_cfg_to_noise
 
 
 @pytest.mark.parametrize("spacing", ["1000", "100", "25", "7", "ddim50"])
@@ -123,6 +124,6 @@ def test_discretised_likelihood_sums_to_one_over_all_bins():
 
 def test_cfg_one_is_conditional_and_zero_unconditional():
     prediction = jax.random.normal(jax.random.key(0), (4, 5, 6))
-    np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 1.0), prediction[:2], atol=1e-6)
-    np.testing.assert_allclose(gaussian_diffusion.apply_cfg(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
-    np.testing.assert_array_equal(gaussian_diffusion.apply_cfg(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])
+    np.testing.assert_allclose(apply_cfg_to_noise(prediction, 1.0), prediction[:2], atol=1e-6)
+    np.testing.assert_allclose(apply_cfg_to_noise(prediction, 0.0)[..., :3], prediction[2:, :, :3], atol=1e-6)
+    np.testing.assert_array_equal(apply_cfg_to_noise(prediction, 3.0)[..., 3:], prediction[:2, :, 3:])

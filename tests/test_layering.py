@@ -38,7 +38,8 @@ def imports(path: pathlib.Path, known):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name if name in known else node.module for name in names}
     return found & known.keys()
@@ -65,9 +66,9 @@ def test_imports_go_down_and_not_in_circles():
 def test_config_objects_stop_at_the_assembly():
     below = ROWS.index(["assembly"])
     allowed = ROWS.index(["config", "workdir"])
-    told = [
+    found = [
         module
         for module, path in modules().items()
         if row(module) > below and row(module) != allowed and "ConfigDict" in path.read_text()
     ]
-    assert not told
+    assert not found

@@ -255,7 +255,6 @@ def _with_prefetch(steps: _Steps, start_step: int, workers: int) -> grain.IterDa
 
 
 def _start_worker(index: int, count: int) -> None:
-    del index, count
     serve_parent()
 
 

@@ -121,7 +121,7 @@ class Denoiser(nn.Module):
             return none, block.modulate(condition)
 
         time = self.time_embed(t_K)
-        condition = nn.silu(time.reshape(len(t_K), *(1,) * (z_embed.ndim - 1), -1) + z_embed)
+        condition = nn.silu(time.reshape(len(t_K), *(1,) * (z_embed.ndim - 1), -1) + z_embed[None])
         _, blocks = over_layers(layer, self.depth)(self.blocks, None, condition)
         return Modulation(blocks, self.final_modulation.split(condition))
 

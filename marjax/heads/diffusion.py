@@ -119,7 +119,7 @@ class DiffusionHead(nn.Module):
                 if cfg_scale is None:
                     return self.denoiser.predict(x, modulation, i)
                 prediction = self.denoiser.predict(jnp.concatenate([x, x]), modulation, i)
-                return gaussian_diffusion.apply_cfg(prediction.astype(jnp.float32), cfg_scale)
+                return gaussian_diffusion.apply_cfg_to_noise(prediction.astype(jnp.float32), cfg_scale)
 
             return denoise
 

@@ -239,7 +239,7 @@ def steps_ahead(num_steps: int, rows: int, enough: int = 256) -> int:
     return max(n for n in range(1, num_steps + 1) if num_steps % n == 0 and (n == 1 or n * rows <= enough))
 
 
-def apply_cfg(prediction: jax.Array, scale: jax.Array) -> jax.Array:
+def apply_cfg_to_noise(prediction: jax.Array, scale: jax.Array) -> jax.Array:
     """Applies cfg to the noise, not the variance: (B, ..., 2 D) from (2 B, ..., 2 D), conditional half first."""
     eps, interpolation = jnp.split(prediction, 2, axis=-1)
     return jnp.concatenate([cfg.apply_cfg(eps, scale), interpolation[: len(eps) // 2]], axis=-1)

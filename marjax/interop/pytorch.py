@@ -1,8 +1,7 @@
 """PyTorch files without PyTorch: what `torch.save` writes, in its zip format and in the one before version 1.6.
 
-A file is a pickle that refers to storages, and the raw bytes of these. Only the pickle is read at first: tensors know
-their place in the file and are read one by one when asked for, so that the EMA weights of a checkpoint cost no more
-memory than they take. Everything a file says is checked against its size before anything is allocated.
+A file is a pickle that refers to storages, followed by their raw bytes. Only the pickle is read at first: tensors are read
+one by one when used, so that memory holds one copy. Sizes are checked against the file's before anything is allocated.
 """
 
 import argparse
@@ -49,7 +48,6 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # it is always one
         array = self.read()
         return array if dtype is None else array.astype(dtype)
 
@@ -421,7 +419,6 @@ def _rebuild_v1(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
 def _rebuild_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> Tensor:
-    del requires_grad, hooks, metadata
     return _rebuild(storage, offset, shape, strides)
 
 
@@ -435,14 +432,12 @@ def _rebuild_v3(
     dtype: Any,
     metadata: Any = None,
 ) -> Tensor:
-    del requires_grad, hooks, metadata
     if not isinstance(dtype, np.dtype):
         raise PickleError("is damaged (a tensor without a dtype)")
     return _rebuild(storage, offset, shape, strides, dtype)
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    del requires_grad, hooks
     if not isinstance(data, Tensor):
         raise PickleError("is damaged (a parameter that is no tensor)")
     return data
@@ -455,7 +450,6 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes, or of a class of its own, which is not looked at."""
-    del kind, state
     if isinstance(function, Refused):
         return function
     if function not in (_KNOWN["torch._utils", name] for name in _REBUILD) or type(arguments) is not tuple:
@@ -464,7 +458,6 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> 
 
 
 def _default_dict(factory: Any = None) -> dict[Any, Any]:
-    del factory
     return {}
 
 
@@ -490,7 +483,6 @@ class _NumpyType:
     """A numpy.dtype on its way: the constructor's text, then a state that says the byte order."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        del align, copy
         if not _is_text(code, "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
             raise PickleError(
                 f"asks for the NumPy type {code[:40] if isinstance(code, str) else type(code).__name__!r}"
@@ -602,7 +594,6 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 
 def _ignore_attributes(content: dict[Any, Any], state: Any) -> None:
     """The `_metadata` of a state dict: versions of modules."""
-    del content, state
 
 
 _BUILDERS: Mapping[type, Callable[[Any, Any], None]] = {

@@ -12,17 +12,17 @@ from marjax.loggers.protocol import Logger
 
 __all__ = ["Guarded", "Logger", "check_loggers", "open_loggers"]
 
-_EXTRAS = ("wandb", "mlflow")  # each the name of a field of config.log, of its package and of its extra
+LOGGERS = ("wandb", "mlflow")  # each the name of a field of config.log, of its package and of its extra
 
 
-def check_loggers(log: Mapping[str, Any], given: Sequence[Any] = ()) -> None:
+def check_loggers(targets: Mapping[str, str], given: Sequence[Any] = ()) -> None:
     """Checks what `open_loggers` needs.
 
     Raises:
       UserError: a package of `config.log` is not installed, or an object lacks methods of `Logger`.
     """
-    for name in _EXTRAS:
-        if log[name] and importlib.util.find_spec(name) is None:
+    for name in LOGGERS:
+        if targets[name] and importlib.util.find_spec(name) is None:
             raise missing_extra(f"config.log.{name}", name)
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"loggers is a {type(given).__name__}; give a list of loggers")
@@ -37,22 +37,22 @@ def check_loggers(log: Mapping[str, Any], given: Sequence[Any] = ()) -> None:
 
 
 def open_loggers(
-    log: Mapping[str, Any], workdir: str | os.PathLike[str], given: Sequence[Logger] = ()
+    targets: Mapping[str, str], workdir: str | os.PathLike[str], given: Sequence[Logger] = ()
 ) -> list[Guarded]:
     """Opens and guards the loggers of `config.log` and `given`; reports and omits one that cannot start."""
     opened = [Guarded(logger) for logger in given]
-    for name in _EXTRAS:
-        if not log[name]:
+    for name in LOGGERS:
+        if not targets[name]:
             continue
         try:
             if name == "wandb":
                 from marjax.loggers.wandb import Wandb
 
-                logger: Logger = Wandb(log["wandb"], workdir)
+                logger: Logger = Wandb(targets["wandb"], workdir)
             else:
                 from marjax.loggers.mlflow import MLflow
 
-                logger = MLflow(log["mlflow"], workdir)
+                logger = MLflow(targets["mlflow"], workdir)
         except UserError:
             raise
         except Exception as error:

@@ -27,7 +27,7 @@ from marjax.tokenizers import autoencoder_file, make_tokenizer
 from marjax.tokenizers.autoencoder_file import Stored
 from marjax.tokenizers.spec import AUTOENCODERS, Spec, spec_of
 from marjax.training.fit import compile_step, described_batch
-from marjax.training.loop import Intervals, Start, Task, run
+from marjax.training.loop import Intervals, Start, Task, log_targets, run
 from marjax.workdir import check_workdir, shared_settings, write_config
 
 _COMMAND = "marjax train-tokenizer"
@@ -73,7 +73,7 @@ def train_autoencoder(
     if not os.fspath(path).endswith(".safetensors"):
         raise UserError(f"{path} does not end in .safetensors, the format of autoencoders")
     folder = epath.Path(os.fspath(path).removesuffix(".safetensors") if workdir is None else workdir)
-    check_loggers(config.log)
+    check_loggers(log_targets(config))
     train, spec = config.tokenizer.train, spec_of(config_lib.tokenizer_config(config), config.data.channels)
     mesh = sharding.near_mesh(config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, train.batch_size, 1)

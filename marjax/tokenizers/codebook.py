@@ -60,7 +60,6 @@ class Codebook:
         Raises:
           UserError: another number of channels, or sides that p does not divide.
         """
-        del key
         _, height, width, channels = image.shape
         if channels != self.channels or height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -75,7 +74,6 @@ class Codebook:
 
     def decode(self, params: Any, latent: jax.Array) -> jax.Array:
         """The latent itself, (B, H, W, C)."""
-        del params
         return latent
 
     def codebook(self, params: Any) -> jax.Array:

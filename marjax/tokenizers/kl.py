@@ -54,7 +54,6 @@ class KL:
 
     def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
         """Scaled latents, float32 (B, h, w, C), from moments."""
-        del params
         return (mean(moments) if self.posterior == "mean" else sample(moments, key)) * self.scale
 
     def decode(self, params: Any, latent: jax.Array) -> jax.Array:
@@ -68,7 +67,6 @@ class KL:
 
     def codebook(self, params: Any) -> None:
         """None: latents are continuous."""
-        del params
 
 
 def split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,5 +18,6 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
     Returns:
       int32 (...), in [0, K). Takes memory for K values per row of `x`.
     """
-    difference = x.astype(jnp.float32)[..., None, :] - codebook.astype(jnp.float32)
+    codes = codebook.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), *codebook.shape)
+    difference = x.astype(jnp.float32)[..., None, :] - codes
     return jnp.argmin(jnp.sum(difference**2, -1), -1).astype(jnp.int32)

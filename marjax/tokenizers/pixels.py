@@ -20,14 +20,11 @@ class Pixels:
 
     def encode(self, params: Any, image: "jax.Array", key: "jax.Array") -> "jax.Array":
         """The scaled image, float (B, H, W, C), of one in [-1, 1]."""
-        del params, key
         return image * self.scale
 
     def decode(self, params: Any, latent: "jax.Array") -> "jax.Array":
         """The image of a scaled latent, (B, H, W, C)."""
-        del params
         return latent / self.scale
 
     def codebook(self, params: Any) -> None:
         """None: pixels are continuous."""
-        del params

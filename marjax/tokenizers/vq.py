@@ -58,7 +58,6 @@ class VQ:
 
     def latents(self, params: Any, moments: jax.Array, key: jax.Array) -> jax.Array:
         """Latents, float32 (B, h, w, D), from moments."""
-        del key
         return jnp.asarray(params["codebook"])[moments] if self.discrete else moments.astype(jnp.float32) * self.scale
 
     def _encode(self, params: Any, image: jax.Array, then: Any) -> jax.Array:

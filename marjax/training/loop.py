@@ -19,7 +19,7 @@ from marjax.checkpoints.manager import Checkpoints
 from marjax.config.overrides import flatten
 from marjax.data.pipeline import Batch, Batches
 from marjax.errors import TrainingError
-from marjax.loggers import Logger, open_loggers
+from marjax.loggers import LOGGERS, Logger, open_loggers
 from marjax.metrics import MetricWriter
 from marjax.training.callbacks import Callbacks
 from marjax.training.clock import Clock
@@ -161,7 +161,7 @@ def run(
             tensorboard=config.log.tensorboard,
             progress=config.log.progress,
             active=active,
-            loggers=open_loggers(config.log, workdir, loggers) if active else (),
+            loggers=open_loggers(log_targets(config), workdir, loggers) if active else (),
         ) as writer:
             writer.describe(flatten(config))
             count = parameter_overview.count_parameters(start.abstract.params) / 1e6
@@ -185,6 +185,11 @@ class Outputs:
     writer: MetricWriter
     checkpoints: Checkpoints
     callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+
+
+def log_targets(config: ConfigDict) -> dict[str, str]:
+    """The loggers of `config.log` by name, "" for those that are off."""
+    return {name: config.log[name] for name in LOGGERS}
 
 
 class Run(Generic[S]):

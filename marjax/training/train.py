@@ -1,8 +1,8 @@
 """The training run, from a config and a work directory to a final state.
 
-Nothing here knows a variant or a head. The order of the phases matters: what can be wrong with the config, the data
-and the mesh is found before anything is written; the state is made sharded, so that no device ever holds all of it;
-the data starts where the restored state stands.
+Nothing here knows a variant or a head. The order of the phases matters: config, data and mesh are validated before
+anything is written; the state is created sharded, so that no device ever holds all of it; the data starts at the step
+of the restored state.
 """
 
 import os
@@ -33,7 +33,7 @@ from marjax.training import state as state_lib
 from marjax.training.callbacks import Callbacks, OnMetrics, OnStep
 from marjax.training.fit import compile_step, described_batch, training_batch
 from marjax.training.latent_cache import open_fitting
-from marjax.training.loop import Intervals, Start, Task, run
+from marjax.training.loop import Intervals, Start, Task, log_targets, run
 from marjax.training.picture import Picture
 from marjax.training.profile import Profile
 from marjax.training.state import TrainState
@@ -99,8 +99,8 @@ def train(
         config = config_lib.apply_overrides(config, {"data.fingerprint": fingerprint_of(source)})
     refuse_weights_alone(workdir, f"train(config, {f'{workdir}_finetuned'!r}, init_from={workdir!r})")
 
-    check_loggers(config.log, loggers)
-    # Whatever may be wrong with the machine, the tokenizer or the data is found before anything is written.
+    check_loggers(log_targets(config), loggers)
+    # Validate the machine, the tokenizer and the data before writing anything.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate)
     tokenizer = assemble(config, mesh).tokenizer
