@@ -1,7 +1,7 @@
 """PyTorch files without PyTorch: what `torch.save` writes, in its zip format and in the one before version 1.6.
 
-A file is a pickle that refers to storages, followed by their raw bytes. Only the pickle is read at first: tensors are read
-one by one when used, so that memory holds one copy. Sizes are checked against the file's before anything is allocated.
+A file is a pickle that refers to storages, followed by their raw bytes. Only the pickle is read at first: tensors are
+read one by one when used, so memory holds one copy. Sizes are checked against the file before anything is allocated.
 """
 
 import argparse
@@ -33,9 +33,7 @@ _MAX_DIRECTORY = 1 << 24  # bytes of a zip file's list of members; 100 or so a s
 _MAX_KEY = 1000  # characters of the name of a storage
 _SHOWN = 5  # names in a warning
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-
 AGAIN = "download or copy it again"
-
 _log = logging.getLogger(__name__)
 
 
