@@ -15,7 +15,7 @@ SCRIPTS = sorted(
     path
     for pattern in ("launch/*.sh", "launch/*.sbatch", ".ci/*")
     for path in ROOT.glob(pattern)
-    if path.suffix != ".py"
+    if path.suffix != ".py" and path.is_file()
 )
 
 
