@@ -21,6 +21,7 @@ gc.set_threshold(200_000, 50, 50)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Before JAX is imported, and for child processes too. Tests call JAX directly too: under the settings of marjax.
 numerics.clean_environment(os.environ)
+numerics.PINNED["jax_numpy_rank_promotion"] = "raise"  # as users may have it: marjax broadcasts explicitly
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

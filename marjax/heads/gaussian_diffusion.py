@@ -246,7 +246,8 @@ def apply_cfg_to_noise(prediction: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _at(schedule: Schedule, name: str, t: jax.Array) -> jax.Array:
-    return jnp.asarray(schedule.tables[name])[t][..., None]
+    entry = jnp.asarray(schedule.tables[name])[t]
+    return entry[..., None] if entry.ndim else entry
 
 
 def _posterior_mean(schedule: Schedule, x0: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ from marjax.interop.state_dict import read_state_dict
 
 # Channels of VGG16's convolutions by block; the last output of a block is compared, and then pooled.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # VGG16's normalisation, for images in [-1, 1]
-_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+_SHIFT = np.array([[[[-0.030, -0.088, -0.188]]]], np.float32)  # VGG16's normalisation, for images in [-1, 1]
+_SCALE = np.array([[[[0.458, 0.448, 0.450]]]], np.float32)
 _CLASSIFIER = r"classifier\.\d+\.(weight|bias)"
 
 
@@ -65,7 +65,7 @@ def distance(params: Any, one: jax.Array, other: jax.Array) -> jax.Array:
     total = jnp.zeros(one.shape[0])
     pairs = zip(_features(params, one), _features(params, other), params["linear"], strict=True)
     for a, b, shares in pairs:
-        total += jnp.mean(jnp.sum(jnp.square(_unit(a) - _unit(b)) * shares, -1), (1, 2))
+        total += jnp.mean(jnp.sum(jnp.square(_unit(a) - _unit(b)) * shares[None, None, None], -1), (1, 2))
     return total
 
 
@@ -90,6 +90,6 @@ def _features(params: Any, image: jax.Array) -> list[jax.Array]:
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 precision=jax.lax.Precision.HIGHEST,
             )
-            x = jax.nn.relu(x + layer["bias"])
+            x = jax.nn.relu(x + layer["bias"][None, None, None])
         outputs.append(x)
     return outputs

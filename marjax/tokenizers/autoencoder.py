@@ -46,7 +46,7 @@ class _Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=precision,
         )
-        return y + jnp.asarray(bias, self.dtype)
+        return y + jnp.asarray(bias, self.dtype)[None, None, None]
 
 
 class _Norm(nn.Module):
@@ -62,7 +62,7 @@ class _Norm(nn.Module):
         axes = (*range(1, x.ndim - 1), x.ndim)
         centred = wide - jnp.mean(wide, axes, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + 1e-6)
-        return (y.reshape(x.shape) * scale + bias).astype(self.dtype)
+        return (y.reshape(x.shape) * scale[None, None, None] + bias[None, None, None]).astype(self.dtype)
 
 
 class ResBlock(nn.Module):

@@ -129,7 +129,7 @@ class _Logits(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], NUM_CLASSES))
         unbiased = jnp.dot(x, kernel, precision=_EXACT)
-        return unbiased, unbiased + self.param("bias", nn.initializers.zeros_init(), (NUM_CLASSES,))
+        return unbiased, unbiased + self.param("bias", nn.initializers.zeros_init(), (NUM_CLASSES,))[None]
 
 
 class Network(nn.Module):
@@ -174,7 +174,7 @@ def resize(x: jax.Array) -> jax.Array:
         at = np.arange(IMAGE_SIZE, dtype=np.float32) * (np.float32(size) / np.float32(IMAGE_SIZE))
         low = np.minimum(at.astype(np.int32), size - 1)
         one, other = (jnp.take(x, np.minimum(low + i, size - 1), axis).astype(jnp.float32) for i in (0, 1))
-        x = one + (other - one) * (at - low).reshape((-1,) + (1,) * (3 - axis))
+        x = one + (other - one) * (at - low).reshape((1,) * axis + (-1,) + (1,) * (3 - axis))
     return x
 
 
