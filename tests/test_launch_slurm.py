@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 STEPS = 12
+LARGE = {"train__batch_size": 1024, "train__accumulate": 4}  # so that the signal comes before the last step
 ODD = ["--config", "configs/x.py:model=mar_base,variant=ar", "a b", "$HOME `id` *", 'it\'s "quoted"', ""]
 
 # Ends as its first argument says, one word a start, "wait" until SIGTERM; then the second process takes longer to save.
@@ -151,7 +152,7 @@ def jobs(cluster, array):
         "--config.log.samples_every=0",
         "--config.log.tensorboard=false",
         "--config.log.progress=false",
-        *flags(QUICK),
+        *flags(QUICK | LARGE),
         JAX_NUM_CPU_DEVICES="2",
     )
     log_of(cluster, "run", until="2 processes, 4 devices")  # connected; the step is compiled next
@@ -182,7 +183,7 @@ def test_a_preempted_run_goes_on_from_where_it_was(cluster, jobs, tmp_path):
     assert f"ended with {PREEMPTED}" in log and "resuming at step" in log
     rows = [json.loads(line) for line in (cluster.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    train(make_digits(train__steps=STEPS, checkpoint__every=1000, **QUICK), tmp_path / "alone")
+    train(make_digits(train__steps=STEPS, checkpoint__every=1000, **QUICK | LARGE), tmp_path / "alone")
     alone = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     # Four devices add up in another order than one. A step too few or too many is another matter.
     ours, theirs = ([row["train/loss"] for row in each] for each in (rows, alone))

@@ -1,11 +1,13 @@
 """A Slurm cluster of one node on this machine, for tests: its own configuration, ports and folders, no root needed."""
 
 import contextlib
+import fcntl
 import getpass
 import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 
@@ -80,7 +82,18 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm(folder: pathlib.Path) -> Iterator[Cluster]:
-    """Starts a controller and a node, and ends them. Skips the test where Slurm is not installed."""
+    """Starts a controller and a node, and ends them. Skips the test where Slurm is not installed.
+
+    One at a time on a machine: the port of a job follows from its number, and every controller counts from 1.
+    """
+    with open(pathlib.Path(tempfile.gettempdir()) / f"marjax-slurm-{getpass.getuser()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _started(folder) as cluster:
+            yield cluster
+
+
+@contextlib.contextmanager
+def _started(folder: pathlib.Path) -> Iterator[Cluster]:
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     programs = {name: shutil.which(name, path=environment["PATH"]) for name in ("slurmctld", "slurmd", "sbatch")}
     if missing := [name for name, path in programs.items() if path is None]:
